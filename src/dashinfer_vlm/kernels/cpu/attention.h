@@ -1,0 +1,219 @@
+// Attention over the paged cache and over packed segments.
+
+constexpr int kInPlaceRows = 12;  // up to here packing a key tile costs more than it saves
+
+// Index of the sequence that a task belongs to: the last s with first[s] <= task.
+DI_INLINE int find_owner(const int* first, int n, int task) {
+  int low = 0, high = n;
+  while (high - low > 1) {
+    const int middle = (low + high) / 2;
+    (first[middle] <= task ? low : high) = middle;
+  }
+  return low;
+}
+
+// How paged attention is cut: a sequence with few query rows by keys, another one by queries.
+struct PagedPlan {
+  const PagedAttentionArgs& args;
+  int group;          // query heads per key head
+  int tile_queries;   // queries per task of a sequence that is cut by queries
+  int split_keys;     // keys per task of a sequence that is cut by keys
+  const int* first;   // [sequences + 1] first part of each sequence; a part is one task per key head
+  float* partial;     // [parts][kv_heads][kInPlaceRows][head_dim + 2]: sums, maximum, sum of weights
+  int64_t partial_size;
+
+  int queries(int s) const { return args.query_starts[s + 1] - args.query_starts[s]; }
+  bool in_place(int s) const { return queries(s) * group <= kInPlaceRows && args.cache.head_dim % kPanel == 0; }
+  int parts(int s) const {
+    if (queries(s) == 0) return 0;
+    return in_place(s) ? (args.context_lens[s] + split_keys - 1) / split_keys
+                       : (queries(s) + tile_queries - 1) / tile_queries;
+  }
+};
+
+template <class T>
+static void attend_paged_range(const PagedPlan& plan, AttentionTile& t, int s, int head, int key_begin, int key_end,
+                               bool in_place) {
+  const PagedCache& cache = plan.args.cache;
+  const int32_t* table = plan.args.block_tables + s * plan.args.table_stride;
+  const T *key_rows[kKeyTile], *value_rows[kKeyTile];
+  for (int key0 = key_begin; key0 < key_end; key0 += kKeyTile) {
+    const int count = key_end - key0 < kKeyTile ? key_end - key0 : kKeyTile;
+    for (int k = 0; k < count; ++k) {
+      const int64_t block = table[(key0 + k) / cache.block_size], slot = (key0 + k) % cache.block_size;
+      key_rows[k] = static_cast<const T*>(cache.k) + block * cache.k_strides[0] + slot * cache.k_strides[1] +
+                    head * cache.k_strides[2];
+      value_rows[k] = static_cast<const T*>(cache.v) + block * cache.v_strides[0] + slot * cache.v_strides[1] +
+                      head * cache.v_strides[2];
+    }
+    if (in_place)
+      attend_in_place(t, key_rows, value_rows, key0, count);
+    else
+      attend_packed(t, key_rows, value_rows, key0, count);
+  }
+}
+
+// Rows of the tile: queries [query0, query0 + n) of sequence s, the group's heads next to each other.
+static void load_paged_queries(const PagedPlan& plan, AttentionTile& t, int s, int head, int query0, int n) {
+  const PagedAttentionArgs& args = plan.args;
+  const int first_position = args.context_lens[s] - plan.queries(s);
+  t.rows = n * plan.group;
+  const bool rotated = args.cache.type == CacheType::kInt8;
+  const float scale = rotated ? args.scale / hadamard_size(t.head_dim) : args.scale;
+  for (int i = 0; i < n; ++i)
+    for (int g = 0; g < plan.group; ++g) {
+      const float* q = args.q + (args.query_starts[s] + query0 + i) * args.q_strides[0] +
+                       (head * plan.group + g) * args.q_strides[1];
+      const int row = i * plan.group + g;
+      set_query(t, row, q, scale, first_position + query0 + i + 1);
+      if (rotated) hadamard(t.q + row * t.head_dim, t.head_dim);
+    }
+  begin_rows(t);
+}
+
+DI_INLINE float* paged_out(const PagedPlan& plan, int s, int head, int query0, int row) {
+  const PagedAttentionArgs& args = plan.args;
+  return args.out + (args.query_starts[s] + query0 + row / plan.group) * args.out_strides[0] +
+         (head * plan.group + row % plan.group) * args.out_strides[1];
+}
+
+template <class T>
+static void paged_task(const PagedPlan& plan, int task, int thread) {
+  const PagedAttentionArgs& args = plan.args;
+  const int part = task / args.cache.kv_heads, head = task % args.cache.kv_heads;
+  const int s = find_owner(plan.first, args.sequences, part), index = part - plan.first[s];
+  const int parts = plan.first[s + 1] - plan.first[s], context = args.context_lens[s];
+  AttentionTile t = make_tile(thread, args.cache.head_dim);
+  if (!plan.in_place(s)) {
+    // The last queries see most keys: they go first, so that no thread ends alone on a long one.
+    const int query0 = (parts - 1 - index) * plan.tile_queries, left = plan.queries(s) - query0;
+    const int n = left < plan.tile_queries ? left : plan.tile_queries;
+    load_paged_queries(plan, t, s, head, query0, n);
+    attend_paged_range<T>(plan, t, s, head, 0, context - left + n, false);
+    for (int r = 0; r < t.rows; ++r) write_row(t, r, paged_out(plan, s, head, query0, r));
+    return;
+  }
+  load_paged_queries(plan, t, s, head, 0, plan.queries(s));
+  const int key0 = index * plan.split_keys, key1 = key0 + plan.split_keys;
+  attend_paged_range<T>(plan, t, s, head, key0, key1 < context ? key1 : context, true);
+  for (int r = 0; r < t.rows; ++r) {
+    if (parts == 1) {
+      write_row(t, r, paged_out(plan, s, head, 0, r));
+      continue;
+    }
+    float* dst = plan.partial + ((int64_t)task * kInPlaceRows + r) * plan.partial_size;
+    __builtin_memcpy(dst, t.out + r * t.width, sizeof(float) * t.head_dim);
+    dst[t.head_dim] = t.row_max[r];
+    dst[t.head_dim + 1] = t.row_sum[r];
+  }
+}
+
+// Joins the parts of a sequence that was cut by keys.
+static void join_parts(const PagedPlan& plan, int s, int head) {
+  const int dim = plan.args.cache.head_dim, kv_heads = plan.args.cache.kv_heads, rows = plan.queries(s) * plan.group;
+  for (int r = 0; r < rows; ++r) {
+    const auto part = [&](int p) {
+      return plan.partial + (((int64_t)p * kv_heads + head) * kInPlaceRows + r) * plan.partial_size;
+    };
+    float top = -INFINITY, weights = 0.f;
+    for (int p = plan.first[s]; p < plan.first[s + 1]; ++p) top = part(p)[dim] > top ? part(p)[dim] : top;
+    float* out = paged_out(plan, s, head, 0, r);
+    for (int d = 0; d < dim; ++d) out[d] = 0.f;
+    for (int p = plan.first[s]; p < plan.first[s + 1]; ++p) {
+      const float shrink = exp(splat(part(p)[dim] - top))[0];
+      weights += shrink * part(p)[dim + 1];
+      for (int d = 0; d < dim; ++d) out[d] += shrink * part(p)[d];
+    }
+    for (int d = 0; d < dim; ++d) out[d] /= weights;
+  }
+}
+
+// Long enough to be worth a task, short enough that all threads get some of a single long sequence.
+DI_INLINE int choose_split(const PagedAttentionArgs& args) {
+  int64_t keys = 0;
+  for (int s = 0; s < args.sequences; ++s) keys += args.context_lens[s];
+  const int64_t share = keys * args.cache.kv_heads / (num_threads() * 4);
+  return share < 2 * kKeyTile ? 2 * kKeyTile : (int)(share / kKeyTile * kKeyTile);
+}
+
+static void paged_attention(const PagedAttentionArgs& args) {
+  const int kv_heads = args.cache.kv_heads, group = args.heads / kv_heads;
+  const int split = choose_split(args);
+  PagedPlan plan{args, group, kQueryRows / group, split, nullptr, nullptr, args.cache.head_dim + 2};
+  int parts = 0;
+  for (int s = 0; s < args.sequences; ++s) parts += plan.parts(s);
+  const int64_t index_floats = padded(args.sequences + 1, 16);
+  const int64_t partials = (int64_t)parts * kv_heads * kInPlaceRows * plan.partial_size;
+  float* shared = static_cast<float*>(shared_scratch((index_floats + partials) * sizeof(float)));
+  int* first = reinterpret_cast<int*>(shared);
+  first[0] = 0;
+  bool cut_by_keys = false;
+  for (int s = 0; s < args.sequences; ++s) {
+    first[s + 1] = first[s] + plan.parts(s);
+    cut_by_keys |= plan.in_place(s) && plan.parts(s) > 1;
+  }
+  plan.first = first;
+  plan.partial = shared + index_floats;
+  parallel(parts * kv_heads, [&](int task, int thread) {
+    switch (args.cache.type) {
+      case CacheType::kF32: return paged_task<float>(plan, task, thread);
+      case CacheType::kBf16: return paged_task<bf16>(plan, task, thread);
+      case CacheType::kInt8: return paged_task<int8_t>(plan, task, thread);
+    }
+  });
+  if (!cut_by_keys) return;
+  parallel(args.sequences * kv_heads, [&](int task, int) {
+    const int s = task / kv_heads;
+    if (plan.in_place(s) && plan.parts(s) > 1) join_parts(plan, s, task % kv_heads);
+  });
+}
+
+// The positions of a segment that are asked for.
+struct SegmentQueries {
+  int begin, end;
+  SegmentQueries(const VarlenAttentionArgs& args, int segment) {
+    const int start = args.starts[segment], stop = args.starts[segment + 1], last = args.first_query + args.queries;
+    begin = start > args.first_query ? start : args.first_query;
+    end = stop < last ? stop : last;
+    if (end < begin) end = begin;
+  }
+  int count() const { return end - begin; }
+};
+
+// Rows row0 .. row0 + rows of args.q and args.out, which all belong to the segment.
+static void varlen_task(const VarlenAttentionArgs& args, int segment, int head, int row0, int rows, int thread) {
+  AttentionTile t = make_tile(thread, args.head_dim);
+  const int start = args.starts[segment], keys = args.starts[segment + 1] - start;
+  t.rows = rows;
+  for (int r = 0; r < rows; ++r)
+    set_query(t, r, args.q + (int64_t)(row0 + r) * args.q_strides[0] + head * args.q_strides[1], args.scale, keys);
+  begin_rows(t);
+  const float *key_rows[kKeyTile], *value_rows[kKeyTile];
+  for (int key0 = 0; key0 < keys; key0 += kKeyTile) {
+    const int count = keys - key0 < kKeyTile ? keys - key0 : kKeyTile;
+    for (int k = 0; k < count; ++k) {
+      key_rows[k] = args.k + (int64_t)(start + key0 + k) * args.k_strides[0] + head * args.k_strides[1];
+      value_rows[k] = args.v + (int64_t)(start + key0 + k) * args.v_strides[0] + head * args.v_strides[1];
+    }
+    attend_packed(t, key_rows, value_rows, key0, count);
+  }
+  for (int r = 0; r < rows; ++r)
+    write_row(t, r, args.out + (int64_t)(row0 + r) * args.out_strides[0] + head * args.out_strides[1]);
+}
+
+static void varlen_attention(const VarlenAttentionArgs& args) {
+  int* first = static_cast<int*>(shared_scratch((args.segments + 1) * sizeof(int)));
+  first[0] = 0;
+  for (int i = 0; i < args.segments; ++i)
+    first[i + 1] = first[i] + (SegmentQueries(args, i).count() + kQueryRows - 1) / kQueryRows;
+  const int tiles = first[args.segments];
+  parallel(tiles * args.heads, [&](int task, int thread) {
+    // Tiles of one head follow each other: their keys and values stay in the cache.
+    const int head = task / tiles, tile_index = task % tiles;
+    const int segment = find_owner(first, args.segments, tile_index), index = tile_index - first[segment];
+    const SegmentQueries queries(args, segment);
+    const int n = queries.count(), parts = first[segment + 1] - first[segment];
+    const int row0 = (int)((int64_t)n * index / parts), row1 = (int)((int64_t)n * (index + 1) / parts);
+    varlen_task(args, segment, head, queries.begin - args.first_query + row0, row1 - row0, thread);
+  });
+}

@@ -1,0 +1,196 @@
+// x * W^T with packed weights. Work is cut into blocks of rows by groups of panels; a block's sums stay in the L2 cache
+// until its last K, then the epilogue writes out once.
+
+#ifdef DI_AMX
+constexpr int kBlockRows = 384;   // tiles are quick, so a larger L2 (2 MiB) must give each weight more work
+#else
+constexpr int kBlockRows = 192;   // rows * kBlockDepth floats of x and rows * 256 sums fit in a 512 KiB L2
+#endif
+constexpr int kBlockDepth = 256;  // this much of a panel, of the next one and of a tile's rows fit in L1 together
+constexpr int kBlockPanels = 16;
+constexpr int64_t kStreamAhead = 4096;  // bytes; a page: hardware prefetchers stop at page ends
+
+#ifdef DI_AVX512
+#include "linear_dots.h"
+#ifdef DI_AMX
+#include "linear_amx.h"
+#endif
+#else
+#include "linear_int.h"
+#endif
+
+template <class B>
+DI_INLINE const char* bytes_of(const B* p) {
+  return reinterpret_cast<const char*>(p);
+}
+
+// Sums of a block into c[panel][row][16]. One tile of rows streams whole panels; more rows use each piece of a panel
+// again from L1, while every tile fetches its share of the next piece: a burst in one tile would wait for memory, and
+// leave it idle in the others.
+template <class B>
+DI_INLINE void block_sums(const LinearArgs& args, int row0, int rows, int panel0, int panels, float* c) {
+  constexpr int64_t kRowBytes = kPanel * sizeof(B);
+  const float* x = args.x + row0 * args.x_stride;
+  const int64_t panel_size = (int64_t)args.depth * kPanel;
+  const B* weights = static_cast<const B*>(args.panels) + panel0 * panel_size;
+  if (rows <= kTileRows) {
+    for (int p = 0; p < panels; ++p) {
+      const B* panel = weights + p * panel_size;
+      tile<false>(rows, x, args.x_stride, FetchingPanel<B>{panel, bytes_of(panel) + kStreamAhead, kRowBytes},
+                  args.depth, c + p * rows * kPanel, kPanel);
+    }
+    return;
+  }
+  for (int k = 0; k < args.depth; k += kBlockDepth) {
+    const int depth = args.depth - k < kBlockDepth ? args.depth - k : kBlockDepth;
+    for (int p = 0; p < panels; ++p) {
+      const B* piece = weights + p * panel_size + (int64_t)k * kPanel;
+      const B* next = p + 1 < panels ? piece + panel_size : weights + (int64_t)(k + depth) * kPanel;
+      const auto panel = [&](int t, int tiles) {
+        const int64_t step = (kRowBytes + tiles - 1) / tiles;
+        return FetchingPanel<B>{piece, bytes_of(next) + t * depth * step, step};
+      };
+      float* sums = c + p * rows * kPanel;
+      if (k == 0)
+        tile_column<false>(rows, x, args.x_stride, panel, depth, sums, kPanel);
+      else
+        tile_column<true>(rows, x + k, args.x_stride, panel, depth, sums, kPanel);
+    }
+  }
+}
+
+template <Epilogue E>
+DI_INLINE F8 finish(F8 v, F8 extra) {
+  if (E == Epilogue::kGelu) return gelu(v);
+  if (E == Epilogue::kQuickGelu) return quick_gelu(v);
+  if (E == Epilogue::kResidual) return v + extra;
+  return v;
+}
+
+// Columns of out that start at column; n <= 8 of them are valid.
+template <Epilogue E>
+DI_INLINE void finish_columns(const LinearArgs& args, F8 v, int64_t row, int column, int n) {
+  float* out = args.out + row * args.out_stride + column;
+  const float* residual = E == Epilogue::kResidual ? args.residual + row * args.residual_stride + column : nullptr;
+  if (n >= 8) {
+    if (args.bias) v += load(args.bias + column);
+    return store(out, finish<E>(v, residual ? load(residual) : v));
+  }
+  if (n <= 0) return;
+  if (args.bias) v += load_first(args.bias + column, n);
+  store_first(out, finish<E>(v, residual ? load_first(residual, n) : v), n);
+}
+
+DI_INLINE void finish_silu_mul(const LinearArgs& args, F8 gate, F8 up, int64_t row, int column) {
+  const int n = args.out_columns - column;
+  float* out = args.out + row * args.out_stride + column;
+  if (n >= 8) {
+    if (args.bias) {
+      gate += load(args.bias + column);
+      up += load(args.bias + args.out_columns + column);
+    }
+    return store(out, silu(gate) * up);
+  }
+  if (args.bias) {
+    gate += load_first(args.bias + column, n);
+    up += load_first(args.bias + args.out_columns + column, n);
+  }
+  store_first(out, silu(gate) * up, n);
+}
+
+// c is [panel][c_rows][16], its first `rows` rows are wanted.
+template <Epilogue E>
+static void finish_block(const LinearArgs& args, int row0, int rows, int panel0, int panels, const float* c,
+                         int c_rows) {
+  for (int r = 0; r < rows; ++r)
+    for (int p = 0; p < panels; ++p) {
+      const float* sums = c + (p * c_rows + r) * kPanel;
+      if (E == Epilogue::kSiluMul) {
+        finish_silu_mul(args, load(sums), load(sums + 8), row0 + r, (panel0 + p) * 8);
+        continue;
+      }
+      const int column = (panel0 + p) * kPanel;
+      finish_columns<E>(args, load(sums), row0 + r, column, args.out_columns - column);
+      finish_columns<E>(args, load(sums + 8), row0 + r, column + 8, args.out_columns - column - 8);
+    }
+}
+
+static void finish_block(const LinearArgs& args, int row0, int rows, int panel0, int panels, const float* c,
+                         int c_rows) {
+  switch (args.epilogue) {
+    case Epilogue::kNone: return finish_block<Epilogue::kNone>(args, row0, rows, panel0, panels, c, c_rows);
+    case Epilogue::kResidual: return finish_block<Epilogue::kResidual>(args, row0, rows, panel0, panels, c, c_rows);
+    case Epilogue::kSiluMul: return finish_block<Epilogue::kSiluMul>(args, row0, rows, panel0, panels, c, c_rows);
+    case Epilogue::kGelu: return finish_block<Epilogue::kGelu>(args, row0, rows, panel0, panels, c, c_rows);
+    case Epilogue::kQuickGelu: return finish_block<Epilogue::kQuickGelu>(args, row0, rows, panel0, panels, c, c_rows);
+  }
+}
+
+#ifdef DI_AVX512
+typedef DotActivations Activations;
+
+static void block_sums(const LinearArgs& args, const Activations& a, int row0, int rows, int panel0, int panels,
+                       float* c) {
+  if (args.type == WeightType::kF32) return block_sums<float>(args, row0, rows, panel0, panels, c);
+#ifdef DI_AMX
+  if (a.tiled) return tile_block_sums(args, a, row0, rows, panel0, panels, c);
+#endif
+  dot_block_sums(args, a, row0, rows, panel0, panels, c);
+}
+#else
+typedef IntActivations Activations;
+
+static Activations prepare_activations(const LinearArgs& args) {
+  return is_integer(args.type) ? quantise_activations(args) : Activations{};
+}
+
+static void block_sums(const LinearArgs& args, const Activations& a, int row0, int rows, int panel0, int panels,
+                       float* c) {
+  switch (args.type) {
+    case WeightType::kF32: return block_sums<float>(args, row0, rows, panel0, panels, c);
+    case WeightType::kBf16: return block_sums<bf16>(args, row0, rows, panel0, panels, c);
+    case WeightType::kInt8:
+    case WeightType::kInt8Groups:
+    case WeightType::kInt4: return int_block_sums(args, a, row0, rows, panel0, panels, c);
+  }
+}
+#endif
+
+// Rows that a block's sums are cut in.
+DI_INLINE int row_unit([[maybe_unused]] const Activations& a) {
+#ifdef DI_AMX
+  if (a.tiled) return 16;
+#endif
+  return 1;
+}
+
+static void linear_block(const LinearArgs& args, const Activations& a, int row0, int rows, int panel0, int panels,
+                         int thread) {
+  auto* sums = static_cast<float*>(thread_scratch(thread, kBlockRows * kBlockPanels * kPanel * sizeof(float)));
+  block_sums(args, a, row0, rows, panel0, panels, sums);
+  finish_block(args, row0, rows, panel0, panels, sums, padded(rows, row_unit(a)));
+}
+
+// Enough groups for every thread to take several (they run at different speeds), each a long stretch of memory.
+DI_INLINE int panels_per_group(const LinearArgs& args, int row_unit) {
+  int wanted = args.num_panels / (num_threads() * 8);
+  if (row_unit > 1) wanted += wanted % 2;  // tiles take panels in pairs
+  return wanted < 1 ? 1 : wanted > kBlockPanels ? kBlockPanels : wanted;
+}
+
+static void linear(const LinearArgs& args) {
+  const Activations a = prepare_activations(args);
+  const int unit = row_unit(a), units = (args.rows + unit - 1) / unit;
+  const int row_blocks = (args.rows + kBlockRows - 1) / kBlockRows;
+  const int group = row_blocks > 2 ? kBlockPanels : panels_per_group(args, unit);
+  const int groups = (args.num_panels + group - 1) / group;
+  // Row blocks are the inner index: threads that run side by side share a group's weights in L3.
+  parallel(row_blocks * groups, [&](int task, int thread) {
+    const int block = task % row_blocks, panel0 = task / row_blocks * group;
+    const int row0 = (int)((int64_t)units * block / row_blocks) * unit;
+    const int row1 = (int)((int64_t)units * (block + 1) / row_blocks) * unit;
+    const int rows = (row1 < args.rows ? row1 : args.rows) - row0;
+    const int panels = args.num_panels - panel0 < group ? args.num_panels - panel0 : group;
+    linear_block(args, a, row0, rows, panel0, panels, thread);
+  });
+}

@@ -1,0 +1,192 @@
+"""Where and how the layers compute. Decided once, before weights are prepared; this is the one seam between plain
+torch and faster implementations of the same functions.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from dashinfer_vlm.errors import ConfigError
+from dashinfer_vlm.kernels import cpu_ops
+from dashinfer_vlm.layers import attention, norm, rotary
+from dashinfer_vlm.layers.activation import Epilogue
+from dashinfer_vlm.layers.linear import ExpandingLinear, Linear, Matrix, NativeLinear, OneDnnLinear, TorchLinear
+from dashinfer_vlm.layers.memory import in_huge_pages
+from dashinfer_vlm.layers.patches import NativePatches, Patches, TorchPatches
+from dashinfer_vlm.layers.quantise import QUANT_TYPES, PackedStore, QuantisedLinears
+
+__all__ = ["NATIVE", "REFERENCE", "Backend", "LinearFactory", "Ops", "choose_backend"]
+
+logger = logging.getLogger(__name__)
+
+LinearFactory = Callable[[Matrix, Tensor | None, Epilogue], Linear]
+TensorLinear = Callable[[Tensor, Tensor | None, Epilogue], Linear]
+
+
+@dataclass(frozen=True, slots=True)
+class Ops:
+    """The functions of the layers that have more than one implementation; signatures are those of the reference."""
+
+    rms_norm: Callable[[Tensor, Tensor, float], Tensor]
+    layer_norm: Callable[[Tensor, Tensor, Tensor, float], Tensor]
+    rope: Callable[[Tensor, Tensor, Tensor], None]
+    rope_write_kv: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], None]
+    paged_attention: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, float], Tensor]
+    varlen_attention: Callable[[Tensor, Tensor, Tensor, Tensor, float, int], Tensor]
+
+
+REFERENCE = Ops(
+    rms_norm=norm.rms_norm,
+    layer_norm=norm.layer_norm,
+    rope=rotary.rope,
+    rope_write_kv=attention.rope_write_kv,
+    paged_attention=attention.paged_attention,
+    varlen_attention=attention.varlen_attention,
+)
+
+NATIVE = Ops(
+    rms_norm=cpu_ops.rms_norm,
+    layer_norm=cpu_ops.layer_norm,
+    rope=cpu_ops.rope,
+    rope_write_kv=cpu_ops.rope_write_kv,
+    paged_attention=cpu_ops.paged_attention,
+    varlen_attention=cpu_ops.varlen_attention,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Backend:
+    """How one model computes: device, types, functions and the class of its linear layers."""
+
+    name: str
+    device: torch.device
+    weight_dtype: torch.dtype
+    """Type of stored weights, and of the KV cache unless another one is asked for."""
+    activation_dtype: torch.dtype
+    ops: Ops
+    make_linear: LinearFactory
+    make_head: LinearFactory | None = None
+    """As `make_linear`, for the last layer of the text model; None: `make_linear`."""
+    make_patches: Callable[[Tensor, Tensor], Patches] = TorchPatches
+    """First layer of a ViT from a float32 weight and bias on the device."""
+    is_native: bool = False
+    """Whether the native kernels do all that is heavy, and torch only moves small tensors."""
+
+    def weight(self, tensor: Tensor) -> Tensor:
+        """Own copy of a large matrix in the stored type, on the device."""
+        return _own_copy(tensor, self.device, self.weight_dtype)
+
+    def vector(self, tensor: Tensor) -> Tensor:
+        """Own copy of a norm's weight or of a bias, in the activations' type, on the device."""
+        return tensor.to(self.device, self.activation_dtype, copy=True)
+
+    def linear(self, weight: Matrix, bias: Tensor | None = None, *, epilogue: Epilogue = "none") -> Linear:
+        """Linear layer of `weight` [N, K] and `bias` [N]."""
+        return self.make_linear(weight, None if bias is None else self.vector(bias), epilogue)
+
+    def head(self, weight: Matrix) -> Linear:
+        """The last layer of the text model, from hidden states to logits."""
+        return (self.make_head or self.make_linear)(weight, None, "none")
+
+
+def _own_copy(tensor: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
+    if device.type == "cpu":
+        return in_huge_pages(tensor, dtype)
+    return tensor.to(device, dtype, copy=True)
+
+
+def choose_backend(
+    device: torch.device, weight_dtype: torch.dtype, quant_type: str = "none", store: PackedStore | None = None
+) -> Backend:
+    """The fastest backend for `device` and weights stored as `weight_dtype`, or quantised; the choice is logged.
+
+    `store` is where quantised weights of former starts are looked for, and kept for the next. Raises ConfigError when quantised weights are asked for where nothing computes with them.
+    """
+    backend = _choose(device, weight_dtype, quant_type, store)
+    logger.info(
+        "compute: %s on %s, weights %s, activations %s",
+        backend.name,
+        device,
+        weight_dtype if quant_type == "none" else quant_type,
+        backend.activation_dtype,
+    )
+    return backend
+
+
+def _choose(device: torch.device, weight_dtype: torch.dtype, quant_type: str, store: PackedStore | None) -> Backend:
+    if quant_type != "none":
+        return _quantised(device, weight_dtype, quant_type, store)
+    if device.type != "cpu":
+        make = _of_own_copies(TorchLinear, device, weight_dtype)
+        return Backend("torch", device, weight_dtype, weight_dtype, REFERENCE, make)
+    if weight_dtype == torch.bfloat16 and _multiplies_bfloat16() and not _native_multiplies_bfloat16():
+        return Backend("oneDNN", device, weight_dtype, weight_dtype, REFERENCE, _one_dnn)
+    if weight_dtype in (torch.bfloat16, torch.float32):
+        if cpu_ops.available():
+            layers = partial(_packed, weight_dtype)
+            return _native(device, weight_dtype, layers, layers)
+        logger.warning("no native kernels: %s; plain torch computes, slower", cpu_ops.why_unavailable())
+    plain = TorchLinear if weight_dtype == torch.float32 else ExpandingLinear
+    make = _of_own_copies(plain, device, weight_dtype)
+    return Backend("torch", device, weight_dtype, torch.float32, REFERENCE, make)
+
+
+def _of_own_copies(linear_class: TensorLinear, device: torch.device, dtype: torch.dtype) -> LinearFactory:
+    def make(weight: Matrix, bias: Tensor | None, epilogue: Epilogue) -> Linear:
+        tensor = weight.read()
+        return linear_class(tensor if weight.is_kept else _own_copy(tensor, device, dtype), bias, epilogue)
+
+    return make
+
+
+def _one_dnn(weight: Matrix, bias: Tensor | None, epilogue: Epilogue) -> Linear:
+    return OneDnnLinear(weight.read().to(torch.bfloat16), bias, epilogue)
+
+
+def _packed(dtype: torch.dtype, weight: Matrix, bias: Tensor | None, epilogue: Epilogue) -> Linear:
+    packed = cpu_ops.pack_linear(weight.read().to(dtype), gate_up=epilogue == "silu_mul")
+    return NativeLinear(packed, bias, epilogue)
+
+
+def _quantised(device: torch.device, weight_dtype: torch.dtype, quant_type: str, store: PackedStore | None) -> Backend:
+    """Norms, embeddings and the KV cache keep `weight_dtype`."""
+    if device.type != "cpu":
+        raise ConfigError(f"--quant-type {quant_type} computes on the CPU only; start with --device cpu or without it")
+    if not cpu_ops.available():
+        raise ConfigError(f"--quant-type {quant_type} needs the native kernels: {cpu_ops.why_unavailable()}")
+    if weight_dtype == torch.float16:
+        raise ConfigError(
+            f"--quant-type {quant_type} stores what it does not quantise as bfloat16 or float32, not float16"
+        )
+    layers, head = (QuantisedLinears(kind, weight_dtype, store) for kind in QUANT_TYPES[quant_type])
+    return _native(device, weight_dtype, layers, head)
+
+
+def _native(device: torch.device, weight_dtype: torch.dtype, layers: LinearFactory, head: LinearFactory) -> Backend:
+    return Backend(
+        name=f"native ({cpu_ops.isa()})",
+        device=device,
+        weight_dtype=weight_dtype,
+        activation_dtype=torch.float32,
+        ops=NATIVE,
+        make_linear=layers,
+        make_head=head,
+        make_patches=NativePatches,
+        is_native=True,
+    )
+
+
+def _native_multiplies_bfloat16() -> bool:
+    return cpu_ops.available() and cpu_ops.multiplies_bfloat16()
+
+
+def _multiplies_bfloat16() -> bool:
+    """Whether this CPU has bfloat16 arithmetic that oneDNN uses; without it torch's 16-bit products crawl."""
+    has_units = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return bool(has_units and torch.ops.mkldnn._is_mkldnn_bf16_supported())

@@ -1,0 +1,120 @@
+"""Linear layers y = epilogue(x W^T + b) + residual. Which class holds a weight is decided once, by `Backend.linear`,
+when the weight is prepared; a layer never looks back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch.nn import functional as F
+
+from dashinfer_vlm.kernels import cpu_ops
+from dashinfer_vlm.layers.activation import EPILOGUES, Epilogue
+
+__all__ = ["ExpandingLinear", "Linear", "Matrix", "NativeLinear", "OneDnnLinear", "TorchLinear"]
+
+SCRATCH_ROWS = 1024
+"""Weight rows that are expanded at a time: the scratch buffer stays in the last-level cache."""
+
+
+@dataclass(frozen=True, slots=True)
+class Matrix:
+    """A weight [num_rows, depth] that is read when its numbers are needed; a packed copy makes that unnecessary."""
+
+    name: str
+    """Unique in its model."""
+    num_rows: int
+    depth: int
+    read: Callable[[], torch.Tensor]
+    """Gives [num_rows, depth], whose memory the next matrix may use again."""
+    is_kept: bool = False
+    """`read` gives memory on the device and in the stored type that stays: share it instead of copying."""
+
+
+class Linear(Protocol):
+    """[T, K] -> [T, N] of x's dtype (N / 2 after `silu_mul`); `residual` [T, N] is added and not changed."""
+
+    def __call__(self, x: torch.Tensor, *, residual: torch.Tensor | None = None) -> torch.Tensor: ...
+
+
+def _finish(y: torch.Tensor, epilogue: Epilogue, residual: torch.Tensor | None) -> torch.Tensor:
+    y = EPILOGUES[epilogue](y)
+    return y if residual is None else y.add_(residual)
+
+
+class TorchLinear:
+    """A weight [N, K] of the activations' dtype, used by torch as it is."""
+
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None, epilogue: Epilogue) -> None:
+        self.weight = weight
+        self.bias = bias
+        self.epilogue = epilogue
+
+    def __call__(self, x: torch.Tensor, *, residual: torch.Tensor | None = None) -> torch.Tensor:
+        if residual is not None and self.bias is None and self.epilogue == "none":
+            return torch.addmm(residual, x, self.weight.t())
+        return _finish(F.linear(x, self.weight, self.bias), self.epilogue, residual)
+
+
+class ExpandingLinear:
+    """A 16-bit weight on a CPU without 16-bit arithmetic: expanded to float32 in pieces, then multiplied.
+
+    torch's own 16-bit products are some ten times slower there, and a float32 copy would double the memory.
+    """
+
+    _scratch = torch.empty(0)  # shared by all layers: they run one after the other
+
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None, epilogue: Epilogue) -> None:
+        self.weight = weight
+        self.bias = bias
+        self.epilogue = epilogue
+        num_elements = SCRATCH_ROWS * weight.shape[1]
+        if ExpandingLinear._scratch.numel() < num_elements:
+            ExpandingLinear._scratch = torch.empty(num_elements)
+
+    def __call__(self, x: torch.Tensor, *, residual: torch.Tensor | None = None) -> torch.Tensor:
+        num_rows, width = self.weight.shape
+        y = torch.empty(len(x), num_rows)
+        for start in range(0, num_rows, SCRATCH_ROWS):
+            piece = self.weight[start : start + SCRATCH_ROWS]
+            wide = self._scratch[: piece.numel()].view(len(piece), width).copy_(piece)
+            torch.mm(x, wide.t(), out=y[:, start : start + len(piece)])
+        if self.bias is not None:
+            y += self.bias
+        return _finish(y, self.epilogue, residual)
+
+
+class NativeLinear:
+    """A weight in the native kernels' layout, whole or quantised; activations are float32."""
+
+    def __init__(self, packed: cpu_ops.PackedWeight, bias: torch.Tensor | None, epilogue: Epilogue) -> None:
+        assert packed.gate_up == (epilogue == "silu_mul"), (packed.shape, epilogue)
+        self.packed = packed
+        self.bias = bias
+        self.epilogue = epilogue
+
+    def __call__(self, x: torch.Tensor, *, residual: torch.Tensor | None = None) -> torch.Tensor:
+        if residual is not None and self.epilogue == "none":
+            return cpu_ops.linear(x, self.packed, self.bias, epilogue="residual", residual=residual)
+        y = cpu_ops.linear(x, self.packed, self.bias, epilogue=self.epilogue)
+        return y if residual is None else y.add_(residual)
+
+
+class OneDnnLinear:
+    """A weight in oneDNN's packed layout, for CPUs that multiply bfloat16 (AVX-512 or AMX)."""
+
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None, epilogue: Epilogue) -> None:
+        self.packed = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous())  # always a copy
+        self.bias = bias
+        self.epilogue = epilogue
+
+    def __call__(self, x: torch.Tensor, *, residual: torch.Tensor | None = None) -> torch.Tensor:
+        y: torch.Tensor
+        if residual is not None and self.epilogue == "none":
+            y = torch.ops.mkldnn._linear_pointwise.binary(x, residual, self.packed, self.bias, "add")
+            return y
+        y = torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, "none", [], "")
+        return _finish(y, self.epilogue, residual)

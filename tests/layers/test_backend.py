@@ -1,0 +1,117 @@
+"""Every kind of linear layer gives the same numbers, and the backend picks the right one."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from dashinfer_vlm.kernels import cpu_ops
+from dashinfer_vlm.layers import backend as backends
+from dashinfer_vlm.layers.activation import EPILOGUES, Epilogue
+from dashinfer_vlm.layers.backend import TensorLinear, choose_backend
+from dashinfer_vlm.layers.linear import ExpandingLinear, Linear, Matrix, NativeLinear, OneDnnLinear, TorchLinear
+
+CPU = torch.device("cpu")
+
+
+def matrix(tensor: torch.Tensor) -> Matrix:
+    return Matrix("weight", len(tensor), tensor.shape[1], lambda: tensor)
+
+
+def native(weight: torch.Tensor, bias: torch.Tensor | None, epilogue: Epilogue) -> Linear:
+    return NativeLinear(cpu_ops.pack_linear(weight, gate_up=epilogue == "silu_mul"), bias, epilogue)
+
+
+KINDS: dict[str, tuple[TensorLinear, torch.dtype]] = {
+    "torch": (TorchLinear, torch.float32),
+    "expanding bfloat16": (ExpandingLinear, torch.bfloat16),
+    "expanding float16": (ExpandingLinear, torch.float16),
+    "native": (native, torch.float32),
+    "native bfloat16": (native, torch.bfloat16),
+    "oneDNN": (OneDnnLinear, torch.float32),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("epilogue", EPILOGUES)
+@pytest.mark.parametrize("shape", [(1, 8, 24), (5, 2050, 33), (0, 8, 24)])
+def test_every_linear_layer_gives_the_numbers_of_the_definition(
+    kind: str, epilogue: Epilogue, shape: tuple[int, int, int]
+) -> None:
+    linear_class, dtype = KINDS[kind]
+    if linear_class is native and not cpu_ops.available():
+        pytest.skip(str(cpu_ops.why_unavailable()))
+    torch.manual_seed(0)
+    rows, outputs, inputs = shape
+    x, weight, bias = torch.randn(rows, inputs), torch.randn(outputs, inputs).to(dtype), torch.randn(outputs)
+    if dtype == torch.bfloat16 and linear_class is native and cpu_ops.multiplies_bfloat16():
+        x = x.bfloat16().float()  # it rounds by itself
+    for b in (bias, None):
+        layer = linear_class(weight, b, epilogue)
+        expected = EPILOGUES[epilogue](F.linear(x, weight.float(), b))
+        torch.testing.assert_close(layer(x), expected, atol=1e-4, rtol=1e-4)
+        residual = torch.randn_like(expected)
+        before = residual.clone()
+        torch.testing.assert_close(layer(x, residual=residual), expected + residual, atol=1e-4, rtol=1e-4)
+        assert torch.equal(residual, before)
+
+
+def without_native_kernels(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(cpu_ops, "available", lambda: False)
+    patch.setattr(cpu_ops, "why_unavailable", lambda: "no compiler")
+
+
+def test_a_cpu_without_kernels_computes_in_float32_and_says_why(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    without_native_kernels(monkeypatch)
+    monkeypatch.setattr(backends, "_multiplies_bfloat16", lambda: False)
+    with caplog.at_level(logging.WARNING):
+        backend = choose_backend(CPU, torch.bfloat16)
+    assert (backend.weight_dtype, backend.activation_dtype) == (torch.bfloat16, torch.float32)
+    assert isinstance(backend.linear(matrix(torch.randn(4, 4))), ExpandingLinear)
+    assert "no compiler" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("native", "name", "dtype"), [(False, "oneDNN", torch.bfloat16), (True, "native", torch.float32)]
+)
+def test_a_cpu_that_multiplies_bfloat16_gets_packed_weights_of_the_kernels_that_do_so_too(
+    monkeypatch: pytest.MonkeyPatch, native: bool, name: str, dtype: torch.dtype
+) -> None:
+    if native and not cpu_ops.available():
+        pytest.skip(str(cpu_ops.why_unavailable()))
+    monkeypatch.setattr(backends, "_multiplies_bfloat16", lambda: True)
+    monkeypatch.setattr(backends, "_native_multiplies_bfloat16", lambda: native)
+    backend = choose_backend(CPU, torch.bfloat16)
+    assert (backend.name.split()[0], backend.activation_dtype) == (name, dtype)
+
+
+def test_weights_in_float32_stay_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    without_native_kernels(monkeypatch)
+    backend = choose_backend(CPU, torch.float32)
+    assert isinstance(backend.linear(matrix(torch.randn(4, 4))), TorchLinear)
+    assert backend.activation_dtype == torch.float32
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_a_layer_keeps_nothing_of_the_tensor_it_was_made_from(dtype: torch.dtype) -> None:
+    if dtype == torch.bfloat16 and backends._multiplies_bfloat16():
+        pytest.skip("oneDNN rounds activations to bfloat16")
+    source, bias = torch.randn(6, 8), torch.randn(6)
+    x = torch.randn(3, 8).bfloat16().float()  # as some levels round it
+    expected = F.linear(x, source.to(dtype).float(), bias)
+    layer = choose_backend(CPU, dtype).linear(matrix(source), bias)
+    source.zero_()
+    bias.zero_()
+    torch.testing.assert_close(layer(x), expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.gpu
+def test_a_card_computes_in_the_weights_own_type() -> None:
+    backend = choose_backend(torch.device("cuda"), torch.bfloat16)
+    x = torch.randn(3, 8, device="cuda", dtype=torch.bfloat16)
+    assert backend.linear(matrix(torch.randn(6, 8)))(x).dtype == torch.bfloat16
