@@ -1,0 +1,134 @@
+"""What the engine needs of a model, and what a model is told about a step. No model is defined here.
+
+A step's state (positions, block tables, lengths) is an argument of `forward`, never a global, so that a model holds
+nothing but weights and two sequences can never see each other's state.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+
+from dashinfer_vlm.engine.request import Grid, Item
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TextShape:
+    """The sizes of the text model that the engine plans with."""
+
+    vocab_size: int
+    hidden_size: int
+    num_layers: int
+    num_kv_heads: int
+    head_dim: int
+    max_position_embeddings: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EmbeddingRows:
+    """Embeddings that overwrite the word embeddings of rows `start .. start + len(rows)` of the step."""
+
+    start: int
+    rows: torch.Tensor
+    """[n, hidden], on the model's device."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepBatch:
+    """One model call: the tokens of all sequences of the step, packed without padding.
+
+    Sequence s owns rows `query_starts[s] .. query_starts[s + 1]`; they are the last tokens of its context of
+    `context_lens[s]` tokens. Tensors are on the model's device.
+    """
+
+    ids: torch.Tensor
+    """int64 [T]; placeholder rows hold 0 (their embedding is overwritten), so every id is inside the vocabulary."""
+    positions: torch.Tensor
+    """int64 [3, T]: temporal, height and width axes of M-RoPE."""
+    slots: torch.Tensor
+    """int64 [T]: block * block_size + offset, where each token's K and V are written."""
+    query_starts: torch.Tensor
+    """int32 [S + 1]."""
+    context_lens: torch.Tensor
+    """int32 [S]."""
+    block_tables: torch.Tensor
+    """int32 [S, most blocks of any sequence]; surplus entries are 0 and never read."""
+    logits_rows: torch.Tensor
+    """int64 [L]: the rows whose logits are wanted."""
+    embeddings: Sequence[EmbeddingRows] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class KVCache:
+    """Paged keys and values: per layer `[num_blocks, block_size, num_kv_heads, head_dim]`; in int8, rows are 4 bytes
+    longer (see `layers.attention.write_kv`)."""
+
+    keys: list[torch.Tensor]
+    values: list[torch.Tensor]
+
+    @property
+    def block_size(self) -> int:
+        return self.keys[0].shape[1]
+
+    @property
+    def num_blocks(self) -> int:
+        return self.keys[0].shape[0]
+
+
+class EncoderState(Protocol):
+    """A packed batch on its way through the ViT. What it holds is known only to the encoder that began it, and it is
+    handed back to no other."""
+
+    @property
+    def done(self) -> bool:
+        """Whether only `finish` is left; true from the first `run` that found no more slices."""
+        ...
+
+
+class VisionEncoder(Protocol):
+    """The ViT in three verbs, so that it can be handed out in slices between the steps of the LLM. How much a slice
+    does is the encoder's own choice: little enough that a stream hardly notices, enough to be efficient."""
+
+    @property
+    def bytes_per_patch(self) -> int:
+        """Memory that one patch takes on its way through, at the most."""
+        ...
+
+    def begin(self, patches: Sequence[torch.Tensor], grids: Sequence[Grid]) -> EncoderState:
+        """Pack uint8 [P_i, patch_dim] items of any sizes; all arithmetic is left to the slices."""
+        ...
+
+    def run(self, state: Any, num_slices: int) -> None:
+        """Advance `state` by up to `num_slices` slices."""
+        ...
+
+    def finish(self, state: Any) -> list[torch.Tensor]:
+        """Merge patches; one [tokens_i, hidden] per item, after all slices have run."""
+        ...
+
+
+class Model(Protocol):
+    """A vision-language model as the engine sees it."""
+
+    text: TextShape
+    eos_token_ids: tuple[int, ...]
+    device: torch.device
+    kv_dtype: torch.dtype
+    """Of the stored weights, and of the KV cache unless another one is asked for."""
+    activation_dtype: torch.dtype
+    """What it computes in, embeddings included."""
+
+    @property
+    def encoder(self) -> VisionEncoder: ...
+
+    def forward(self, batch: StepBatch, kv: KVCache) -> torch.Tensor:
+        """Run the text model over the step, write K and V at `batch.slots`; float32 logits [L, vocab]."""
+        ...
+
+    def positions(self, num_tokens: int, items: Sequence[Item]) -> tuple[torch.Tensor, int]:
+        """M-RoPE positions of a prompt: int64 [3, num_tokens], and the offset that turns the index of a generated
+        token into its position (position = index + offset)."""
+        ...

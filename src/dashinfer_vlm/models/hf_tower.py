@@ -1,0 +1,88 @@
+"""`--vision-engine transformers`: the ViT of the `transformers` library behind our verbs, to check ours against."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib import import_module
+from typing import Any
+
+import torch
+
+from dashinfer_vlm.engine.request import Grid
+from dashinfer_vlm.errors import CheckpointError
+from dashinfer_vlm.layers.backend import Backend
+from dashinfer_vlm.models.base import EncoderState
+from dashinfer_vlm.models.config import CheckpointConfig
+from dashinfer_vlm.models.weights import Weights
+
+__all__ = ["TransformersVision"]
+
+TOWERS = {
+    "Qwen2VLForConditionalGeneration": ("qwen2_vl.modeling_qwen2_vl", "Qwen2VisionTransformerPretrainedModel"),
+    "Qwen2_5_VLForConditionalGeneration": (
+        "qwen2_5_vl.modeling_qwen2_5_vl",
+        "Qwen2_5_VisionTransformerPretrainedModel",
+    ),
+}
+
+
+@dataclass(slots=True)
+class _State:
+    pixels: torch.Tensor
+    """[P, patch_dim], normalised."""
+    grids: list[Grid]
+    done: bool = False
+
+
+class TransformersVision:
+    """Takes every `visual.*` tensor. All work happens in `finish`, so it cannot be sliced."""
+
+    def __init__(self, config: CheckpointConfig, weights: Weights, backend: Backend) -> None:
+        if config.architecture not in TOWERS:
+            raise CheckpointError(f"--vision-engine transformers does not know {config.architecture}; use native")
+        self.config = config
+        self.device, self.dtype = backend.device, backend.activation_dtype
+        self.tower = self._tower(weights)
+
+    @property
+    def bytes_per_patch(self) -> int:
+        """Hidden states, heads twice, attention and an MLP's rows: nothing is done in slices."""
+        num_rows = 20
+        return num_rows * int(self.tower.patch_embed.embed_dim) * self.dtype.itemsize
+
+    def begin(self, patches: Sequence[torch.Tensor], grids: Sequence[Grid]) -> _State:
+        """Normalise uint8 [P_i, patch_dim] items."""
+        processor = self.config.processor
+        mean, std = (torch.tensor(x)[:, None] for x in (processor.image_mean, processor.image_std))
+        packed = torch.cat([item.cpu() for item in patches])
+        channels = packed.view(len(packed), self.config.vision.in_channels, -1)
+        pixels = (channels * processor.rescale_factor - mean) / std
+        return _State(pixels.flatten(1).to(self.device, self.dtype), list(grids))
+
+    def run(self, state: EncoderState, num_slices: int) -> None:
+        """Nothing to do before `finish`."""
+        assert isinstance(state, _State)
+        state.done = True
+
+    def finish(self, state: EncoderState) -> list[torch.Tensor]:
+        """Run the tower; one [tokens_i, hidden] per item."""
+        assert isinstance(state, _State)
+        grids = torch.tensor(state.grids, device=self.device)
+        with torch.no_grad():
+            output = self.tower(state.pixels, grid_thw=grids)
+        merged: torch.Tensor = getattr(output, "pooler_output", output)  # versions before 5 return the tensor itself
+        num_tokens = (grids.prod(dim=1) // self.config.vision.merge_size**2).tolist()
+        return list(torch.split(merged, num_tokens))
+
+    def _tower(self, weights: Weights) -> Any:
+        from transformers import AutoConfig
+
+        module, name = TOWERS[self.config.architecture]
+        tower_class = getattr(import_module(f"transformers.models.{module}"), name)
+        settings = AutoConfig.from_pretrained(self.config.folder).vision_config
+        settings._attn_implementation = "sdpa"
+        tower = tower_class(settings)
+        for name, parameter in tower.named_parameters():
+            parameter.data = weights.take(f"visual.{name}", *parameter.shape).to(self.device, self.dtype, copy=True)
+        return tower.to(self.device).eval()

@@ -1,0 +1,115 @@
+"""From a folder to a model that is ready to run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from dashinfer_vlm.config import EngineConfig
+from dashinfer_vlm.engine.threads import leave_torch_one_thread
+from dashinfer_vlm.errors import ConfigError, DashInferError
+from dashinfer_vlm.layers.attention import cache_row_size
+from dashinfer_vlm.layers.backend import Backend, choose_backend
+from dashinfer_vlm.layers.memory import huge_zeros
+from dashinfer_vlm.models.base import KVCache, Model, VisionEncoder
+from dashinfer_vlm.models.config import CheckpointConfig, read_config
+from dashinfer_vlm.models.hf_tower import TransformersVision
+from dashinfer_vlm.models.identity import PARTS
+from dashinfer_vlm.models.registry import model_class, vision_class
+from dashinfer_vlm.models.weights import Progress, Weights
+from dashinfer_vlm.quant_cache.store import open_store
+
+__all__ = ["allocate_kv", "load_encoder", "load_model", "quantise"]
+
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+
+
+def load_model(config: EngineConfig, *, progress: Progress | None = None) -> Model:
+    """Load the checkpoint in the folder `config.model` onto `config.device`, its weights as `config.dtype`.
+
+    Quantised weights come from the cache if a former start left them there, and else are left there for the next.
+    `progress` is called with bytes done and bytes in total. Raises CheckpointError when the folder cannot be used and
+    ConfigError when the device is not there.
+    """
+    checkpoint = read_config(Path(config.model))
+    architecture = model_class(checkpoint.architecture)
+    dtype = DTYPES[checkpoint.dtype if config.dtype == "auto" else config.dtype]
+    device = _device(config.device)
+    weights = Weights(checkpoint.folder, progress=progress)
+    with (
+        open_store(config, weights, "vision", dtype) as vision_store,
+        open_store(config, weights, "text", dtype) as text_store,
+    ):
+        vision = choose_backend(device, dtype, config.vision_quant_type, vision_store)
+        text = choose_backend(device, dtype, config.quant_type, text_store)
+        encoder = _encoder(config, checkpoint, weights, vision)
+        model: Model = architecture(checkpoint, weights, text, encoder)
+        weights.finish()
+    if text.is_native and vision.is_native and config.vision_engine == "native":
+        leave_torch_one_thread()
+    return model
+
+
+def load_encoder(config: EngineConfig, *, progress: Progress | None = None) -> VisionEncoder:
+    """Load the ViT alone, onto `config.vision_device` or else `config.device`; raises as `load_model` does."""
+    checkpoint = read_config(Path(config.model))
+    dtype = DTYPES[checkpoint.dtype if config.dtype == "auto" else config.dtype]
+    device = _device(config.vision_device or config.device, "--vision-device")
+    weights = Weights(checkpoint.folder, progress=progress)
+    with open_store(config, weights, "vision", dtype) as store:
+        backend = choose_backend(device, dtype, config.vision_quant_type, store)
+        encoder = _encoder(config, checkpoint, weights, backend)
+    if backend.is_native and config.vision_engine == "native":
+        leave_torch_one_thread()
+    return encoder
+
+
+def quantise(config: EngineConfig, *, progress: Progress | None = None) -> list[Path]:
+    """Have the quantised weights that `config` asks for in the cache, and say in which files; raises as `load_model`
+    does, and DashInferError when they could not be kept."""
+    if config.quant_type != "none":
+        load_model(config, progress=progress)
+    else:
+        load_encoder(config, progress=progress)
+    checkpoint = read_config(Path(config.model))
+    dtype = DTYPES[checkpoint.dtype if config.dtype == "auto" else config.dtype]
+    kept = []
+    for part in PARTS:
+        with open_store(config, Weights(checkpoint.folder), part, dtype) as store:
+            if store is not None and not store.found:
+                raise DashInferError(f"{store.path} could not be kept; the log says why")
+            kept += [store.path] if store is not None else []
+    return kept
+
+
+def _encoder(config: EngineConfig, checkpoint: CheckpointConfig, weights: Weights, backend: Backend) -> VisionEncoder:
+    if config.vision_engine == "transformers":
+        return TransformersVision(checkpoint, weights, backend)
+    encoder: VisionEncoder = vision_class(checkpoint.architecture)(checkpoint, weights, backend)
+    return encoder
+
+
+def allocate_kv(model: Model, num_blocks: int, block_size: int, dtype: torch.dtype | None = None) -> KVCache:
+    """Zeroed KV cache of `dtype`, or else of the model's, on the model's device; CPU memory is in huge pages and taken
+    when first written."""
+    dtype = dtype or model.kv_dtype
+    shape = (num_blocks, block_size, model.text.num_kv_heads, cache_row_size(model.text.head_dim, dtype))
+
+    def caches() -> list[torch.Tensor]:
+        if model.device.type == "cpu":
+            return [huge_zeros(shape, dtype) for _ in range(model.text.num_layers)]
+        return [torch.zeros(shape, dtype=dtype, device=model.device) for _ in range(model.text.num_layers)]
+
+    return KVCache(caches(), caches())
+
+
+def _device(name: str, flag: str = "--device") -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device(name)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ConfigError(f"{flag} {name}: torch sees no CUDA device; start with {flag} cpu")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ConfigError(f"{flag} {name}: torch sees {torch.cuda.device_count()} CUDA devices, counted from 0")
+    return device

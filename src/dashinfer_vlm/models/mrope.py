@@ -1,0 +1,54 @@
+"""Positions of M-RoPE: where each token of a prompt stands in time, height and width."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from dashinfer_vlm.engine.request import Grid, Item
+
+__all__ = ["mrope_positions"]
+
+
+def mrope_positions(
+    num_tokens: int, items: Sequence[Item], *, merge_size: int, tokens_per_second: float | None
+) -> tuple[torch.Tensor, int]:
+    """int64 [3, num_tokens] positions of a prompt, and the offset from a later token's index to its position.
+
+    Text advances all three axes by one. An item spans its merged grid from the position where it begins, and what
+    follows begins one past the largest position used so far (Qwen2-VL, Wang et al. 2024). A video's frames are
+    `seconds_per_grid * tokens_per_second` apart, rounded down (Qwen2.5-VL, Bai et al. 2025), or 1 where
+    `tokens_per_second` is None. An item without a grid counts like text.
+
+    This is the published definition and that of `transformers` 4; version 5 lets the text after a video whose frames
+    outnumber its rows and columns begin among the frames' positions.
+    """
+    pieces: list[torch.Tensor] = []
+    index = position = 0
+    for item in items:
+        if item.grid is None:
+            continue
+        pieces.append(_text(position, item.start - index))
+        position += item.start - index
+        step = 1.0
+        if tokens_per_second is not None and item.kind == "video":
+            step = tokens_per_second * item.seconds_per_grid
+        piece = _grid(item.grid, merge_size, step) + position
+        assert piece.shape[1] == item.num_tokens, (item.grid, merge_size, item.num_tokens)
+        pieces.append(piece)
+        position = int(piece.max()) + 1
+        index = item.start + item.num_tokens
+    pieces.append(_text(position, num_tokens - index))
+    return torch.cat(pieces, dim=1), position - index
+
+
+def _text(first: int, num_tokens: int) -> torch.Tensor:
+    return torch.arange(first, first + num_tokens).expand(3, -1)
+
+
+def _grid(grid: Grid, merge_size: int, time_step: float) -> torch.Tensor:
+    frames, rows, columns = grid[0], grid[1] // merge_size, grid[2] // merge_size
+    times = (torch.arange(frames) * time_step).long()
+    axes = torch.meshgrid(times, torch.arange(rows), torch.arange(columns), indexing="ij")
+    return torch.stack(axes).flatten(1)

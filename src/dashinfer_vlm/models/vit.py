@@ -1,0 +1,281 @@
+"""What the ViTs of both families share: packing, patch embedding, attention and merger, and the three verbs."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import islice
+
+import torch
+
+from dashinfer_vlm.engine.request import Grid
+from dashinfer_vlm.layers.activation import Epilogue
+from dashinfer_vlm.layers.backend import Backend
+from dashinfer_vlm.layers.linear import Linear
+from dashinfer_vlm.layers.rotary import inverse_frequencies, vision_cos_sin
+from dashinfer_vlm.models.base import EncoderState
+from dashinfer_vlm.models.config import CheckpointConfig
+from dashinfer_vlm.models.weights import Weights
+
+__all__ = [
+    "PackedVit",
+    "PatchLayout",
+    "PatchMerger",
+    "VitBlock",
+    "VitState",
+    "frame_starts",
+    "take_linear",
+]
+
+NORM_EPS = 1e-6  # a constant of the published models, in no configuration file
+CPU_SLICE_FLOPS = 6e9
+"""Work of one slice on a CPU, where streams wait for it: some 40 ms without and 2 ms with matrix units. On a card a
+slice is a whole phase of a block."""
+MIN_SLICE_ROWS = 128
+"""Rows of a slice at least: with fewer, reading the weights costs more than the products."""
+
+
+@dataclass(frozen=True, slots=True)
+class PatchLayout:
+    """How packed patches are ordered and who attends to whom."""
+
+    starts: tuple[torch.Tensor, ...]
+    """One int32 [N + 1] of segment starts for each kind of attention that the blocks use."""
+    order: torch.Tensor | None = None
+    """int64 [P / merge ** 2]: which group of patches stands where; None keeps the items' order."""
+
+
+@dataclass(slots=True)
+class VitState:
+    """A packed batch between two slices."""
+
+    hidden: torch.Tensor
+    """[P, width]."""
+    cos: torch.Tensor
+    sin: torch.Tensor
+    layout: PatchLayout
+    num_tokens: list[int]
+    """Tokens of each item after merging."""
+    merged: list[torch.Tensor] = field(default_factory=list)
+    """Pieces of [tokens, hidden], in the order of the rows."""
+    slice_flops: float = float("inf")
+    """Operations of one slice, about."""
+    slices: Iterator[None] = field(default_factory=lambda: iter(()))
+    """The work that is left: each `next` does one slice of it."""
+    done: bool = False
+
+
+class VitBlock(ABC):
+    """One transformer block of a ViT: attention between all rows, the rest row by row. Takes `{prefix}.attn.*`."""
+
+    starts_index: int = 0
+    """Which of the layout's segmentations the attention of this block uses."""
+    mlp_size: int
+    """Weights of the MLP; two operations each per row."""
+
+    def __init__(self, prefix: str, width: int, num_heads: int, weights: Weights, backend: Backend) -> None:
+        self.ops = backend.ops
+        self.width = width
+        self.num_heads = num_heads
+        self.head_dim = width // num_heads
+        self.qkv = take_linear(f"{prefix}.attn.qkv", width, 3 * width, weights, backend)
+        self.proj = take_linear(f"{prefix}.attn.proj", width, width, weights, backend)
+
+    @abstractmethod
+    def norm1(self, x: torch.Tensor) -> torch.Tensor:
+        """[P, width] -> [P, width], before the attention."""
+
+    @abstractmethod
+    def mlp(self, x: torch.Tensor) -> torch.Tensor:
+        """[P, width] -> [P, width]: second norm, MLP and residual."""
+
+    def slices(self, state: VitState) -> Iterator[None]:
+        """Advance `state.hidden` by this block, one slice per `next`: rows through the projection, heads through the
+        attention, rows through what is left. Rows are overwritten only when no other row needs them any more."""
+        starts = state.layout.starts[self.starts_index]
+        num_rows = len(state.hidden)
+        heads = state.hidden.new_empty(num_rows, 3 * self.num_heads, self.head_dim)
+        for rows in pieces(num_rows, 2 * 3 * self.width**2, MIN_SLICE_ROWS, state.slice_flops):
+            heads[rows] = self.qkv(self.norm1(state.hidden[rows])).view(-1, 3 * self.num_heads, self.head_dim)
+            self.ops.rope(heads[rows, : 2 * self.num_heads], state.cos[rows], state.sin[rows])
+            yield
+        q, k, v = torch.split(heads, self.num_heads, dim=1)
+        attended = torch.empty_like(q, memory_format=torch.contiguous_format)
+        for rows, part in self._attention_pieces(starts, num_rows, state.slice_flops):
+            attended[rows, part] = self.ops.varlen_attention(
+                q[rows, part], k[:, part], v[:, part], starts, self.head_dim**-0.5, rows.start
+            )
+            yield
+        flat = attended.flatten(1)
+        for rows in pieces(num_rows, 2 * (self.width**2 + self.mlp_size), MIN_SLICE_ROWS, state.slice_flops):
+            state.hidden[rows] = self.mlp(self.proj(flat[rows], residual=state.hidden[rows]))
+            yield
+
+    def _attention_pieces(
+        self, starts: torch.Tensor, num_rows: int, slice_flops: float
+    ) -> Iterator[tuple[slice, slice]]:
+        """Queries and heads of each slice: whole heads, or parts of one head's queries where a head is too much."""
+        per_head = 4 * self.head_dim * float(starts.diff().double().square().sum())
+        for part in pieces(self.num_heads, per_head, 1, slice_flops):
+            flops_per_row = per_head * (part.stop - part.start) / num_rows
+            for rows in pieces(num_rows, flops_per_row, MIN_SLICE_ROWS, slice_flops):
+                yield rows, part
+
+
+def pieces(count: int, flops_each: float, at_least: int, slice_flops: float) -> Iterator[slice]:
+    """Equal pieces of `count` things, each near `slice_flops` of work and not below `at_least` things."""
+    num_pieces = min(max(1, count // at_least), max(1, round(count * flops_each / slice_flops)))
+    size = -(-count // num_pieces)
+    return (slice(start, min(start + size, count)) for start in range(0, count, size))
+
+
+def take_linear(
+    name: str, inputs: int, outputs: int, weights: Weights, backend: Backend, *, epilogue: Epilogue = "none"
+) -> Linear:
+    """The biased linear layer `name`."""
+    weight, bias = weights.matrix({f"{name}.weight": outputs}, inputs), weights.take(f"{name}.bias", outputs)
+    return backend.linear(weight, bias, epilogue=epilogue)
+
+
+class PatchEmbedding:
+    """uint8 patches [P, patch_dim] -> [P, width], normalisation included.
+
+    W ((v * rescale - mean) / std) = (W * rescale / std) v - W (mean / std): the constants go into weight and bias, in
+    float64, and the product is taken in float32 because raw pixel values need more bits than bfloat16 has.
+    """
+
+    def __init__(self, config: CheckpointConfig, width: int, weights: Weights, backend: Backend) -> None:
+        c, processor = config.vision, config.processor
+        shape = (width, c.in_channels, c.temporal_patch_size, c.patch_size, c.patch_size)
+        weight = weights.take("visual.patch_embed.proj.weight", *shape).double().flatten(2)
+        mean, std = (torch.tensor(x, dtype=torch.float64) for x in (processor.image_mean, processor.image_std))
+        bias = -(weight * (mean / std)[:, None]).sum(dim=(1, 2))
+        folded = (weight * (processor.rescale_factor / std)[:, None]).flatten(1)
+        self.flops_per_patch = 2 * folded.numel()
+        self.project = backend.make_patches(folded.float().to(backend.device), bias.float().to(backend.device))
+        self.dtype = backend.activation_dtype
+
+    def __call__(self, patches: torch.Tensor) -> torch.Tensor:
+        return self.project(patches).to(self.dtype)
+
+
+class PatchMerger:
+    """Joins groups of merge ** 2 neighbours and projects them to the text model's width."""
+
+    def __init__(self, width: int, out_size: int, merge_size: int, weights: Weights, backend: Backend) -> None:
+        self.group = merge_size**2
+        self.inputs = width * self.group
+        self.out_size = out_size
+        prefix, size = "visual.merger.mlp", self.inputs
+        self.first = take_linear(f"{prefix}.0", size, size, weights, backend, epilogue="gelu")
+        self.second = take_linear(f"{prefix}.2", size, out_size, weights, backend)
+
+    @property
+    def flops_per_token(self) -> int:
+        return 2 * self.inputs * (self.inputs + self.out_size)
+
+    def __call__(self, normed: torch.Tensor) -> torch.Tensor:
+        return self.second(self.first(normed.view(-1, self.inputs)))
+
+
+class PackedVit(ABC):
+    """A ViT in the verbs of `models.base.VisionEncoder`. Subclasses bring blocks, layout and the merger's norm."""
+
+    blocks: Sequence[VitBlock]
+
+    def __init__(self, config: CheckpointConfig, width: int, out_key: str, weights: Weights, backend: Backend) -> None:
+        """`out_key` is the configuration's name for the width of the embeddings."""
+        vision, out_size = config.vision, config.vision.section.integer(out_key)
+        if width % vision.num_heads or (width // vision.num_heads) % 4:
+            raise vision.section.error("num_heads", f"is {vision.num_heads}; a width of {width} needs a divisor of it")
+        if out_size != config.text.hidden_size:
+            raise vision.section.error(out_key, f"is {out_size}; the text model's is {config.text.hidden_size}")
+        self.config = vision
+        self.backend = backend
+        self.width = width
+        self.embed = PatchEmbedding(config, width, weights, backend)
+        self.merger = PatchMerger(width, out_size, vision.merge_size, weights, backend)
+        self.slice_flops = CPU_SLICE_FLOPS if backend.device.type == "cpu" else float("inf")
+        self.frequencies = inverse_frequencies(width // vision.num_heads // 2, vision.rope_theta, backend.device)
+
+    @property
+    def bytes_per_patch(self) -> int:
+        """Rows of hidden states, projected heads and attention, and where slices are whole phases, of an MLP."""
+        num_rows = 6 if self.backend.device.type == "cpu" else 16
+        return num_rows * self.width * self.backend.activation_dtype.itemsize
+
+    @abstractmethod
+    def layout(self, grids: Sequence[Grid]) -> PatchLayout:
+        """Order and segments of packed items."""
+
+    @abstractmethod
+    def norm(self, x: torch.Tensor) -> torch.Tensor:
+        """The norm before the merger."""
+
+    def begin(self, patches: Sequence[torch.Tensor], grids: Sequence[Grid]) -> VitState:
+        """Pack uint8 [P_i, patch_dim] items; embedding them is the work of the first slices."""
+        for item, (frames, rows, columns) in zip(patches, grids, strict=True):
+            assert item.shape == (frames * rows * columns, self.config.patch_dim), (item.shape, frames, rows, columns)
+        with torch.no_grad():
+            layout = self.layout(grids)
+            packed = torch.cat([item.to(self.backend.device) for item in patches])
+            positions = torch.cat([_patch_positions(grid, self.config.merge_size) for grid in grids])
+            cos, sin = vision_cos_sin(positions.to(self.backend.device), self.frequencies)
+            packed, cos, sin = (self._ordered(x, layout.order) for x in (packed, cos, sin))
+            hidden = cos.new_empty(len(packed), self.width, dtype=self.backend.activation_dtype)
+            group = self.config.merge_size**2
+            num_tokens = [len(item) // group for item in patches]
+            state = VitState(hidden, cos, sin, layout, num_tokens, slice_flops=self.slice_flops)
+            state.slices = self._slices(state, packed)
+            return state
+
+    def run(self, state: EncoderState, num_slices: int) -> None:
+        """Advance `state` by up to `num_slices` slices."""
+        assert isinstance(state, VitState)
+        with torch.no_grad():
+            for _ in islice(state.slices, num_slices):
+                pass
+
+    def finish(self, state: EncoderState) -> list[torch.Tensor]:
+        """One [tokens_i, hidden] per item in the activations' type."""
+        assert isinstance(state, VitState)
+        assert state.done, "slices are left"
+        with torch.no_grad():
+            merged = torch.cat(state.merged)
+            if state.layout.order is not None:
+                merged = torch.empty_like(merged).index_copy_(0, state.layout.order, merged)
+            return list(torch.split(merged, state.num_tokens))
+
+    def _slices(self, state: VitState, packed: torch.Tensor) -> Iterator[None]:
+        for rows in pieces(len(packed), self.embed.flops_per_patch, MIN_SLICE_ROWS, state.slice_flops):
+            state.hidden[rows] = self.embed(packed[rows])
+            yield
+        del packed  # nobody else holds it
+        for block in self.blocks:
+            yield from block.slices(state)
+        num_tokens, at_least = len(state.hidden) // self.merger.group, MIN_SLICE_ROWS // self.merger.group
+        for part in pieces(num_tokens, self.merger.flops_per_token, at_least, state.slice_flops):
+            group = state.hidden[part.start * self.merger.group : part.stop * self.merger.group]
+            state.merged.append(self.merger(self.norm(group)))
+            state.done = part.stop == num_tokens
+            yield
+
+    def _ordered(self, x: torch.Tensor, order: torch.Tensor | None) -> torch.Tensor:
+        if order is None:
+            return x
+        return x.view(len(order), -1, x.shape[-1])[order].flatten(0, 1)
+
+
+def _patch_positions(grid: Grid, merge_size: int) -> torch.Tensor:
+    """int64 [P, 2]: row and column of each patch, in the processor's order (merge groups of neighbours together)."""
+    frames, rows, columns = grid
+    axes = torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij")
+    plane = torch.stack(axes, dim=-1).view(rows // merge_size, merge_size, columns // merge_size, merge_size, 2)
+    return plane.transpose(1, 2).reshape(-1, 2).repeat(frames, 1)
+
+
+def frame_starts(grids: Sequence[Grid], device: torch.device) -> torch.Tensor:
+    """int32 [frames of all items + 1]: each frame attends to itself alone."""
+    lengths = [rows * columns for frames, rows, columns in grids for _ in range(frames)]
+    return torch.tensor([0, *lengths], device=device).cumsum(0).int()

@@ -1,0 +1,196 @@
+"""Safetensors checkpoints, read one tensor at a time: a model is never in memory twice.
+
+Models ask for tensors by their first published names (`visual.*`, `model.*`, `lm_head.weight`); the newer ones
+(`model.visual.*`, `model.language_model.*`) are translated here.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from dashinfer_vlm.errors import CheckpointError
+from dashinfer_vlm.layers.linear import Matrix
+from dashinfer_vlm.layers.memory import huge_zeros
+
+__all__ = ["Progress", "Weights"]
+
+Progress = Callable[[int, int], None]
+"""Called with the bytes that were taken so far and the bytes of the whole checkpoint."""
+
+FLOATS = {"BF16": 2, "F16": 2, "F32": 4}
+RENAMED = (("model.visual.", "visual."), ("model.language_model.", "model."))
+
+
+@dataclass(frozen=True, slots=True)
+class _Entry:
+    path: Path
+    name: str
+    """As the file calls it."""
+    shape: tuple[int, ...]
+    num_bytes: int
+
+
+class Weights:
+    """The tensors of a model folder: `model.safetensors`, or the shards that `model.safetensors.index.json` names.
+
+    Only headers are read at first. Each tensor is to be taken once; `finish()` then complains about those that nobody
+    took. Every error is a CheckpointError that names the tensor or the file.
+    """
+
+    def __init__(self, folder: Path, *, progress: Progress | None = None) -> None:
+        self.folder = folder
+        self._progress = progress
+        self._entries: dict[str, _Entry] = {}
+        self.paths = _files(folder)
+        for path in self.paths:
+            self._add(path)
+        self._left = set(self._entries)
+        self._bytes_done = 0
+        self._scratch = torch.empty(0, dtype=torch.uint8)  # new memory for each matrix costs more than joining it
+        self.num_bytes = sum(entry.num_bytes for entry in self._entries.values())
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._entries
+
+    def take(self, name: str, *shape: int) -> torch.Tensor:
+        """The tensor `name`, which must have `shape`, in the file's dtype.
+
+        It may be a view of the mapped file, so copy what is kept: the mapping ends with the tensor.
+        """
+        return _read(self._claim(name, shape))
+
+    def join(self, names: tuple[str, ...], sizes: tuple[int, ...]) -> torch.Tensor:
+        """Vectors `names` of `sizes` and one dtype, one after the other."""
+        return torch.cat(self._read_alike([self._claim(n, (size,)) for n, size in zip(names, sizes, strict=True)]))
+
+    def matrix(self, rows: Mapping[str, int], depth: int) -> Matrix:
+        """Tensors of shapes `[rows[name], depth]` and one dtype, joined along the first axis when they are read.
+
+        They are taken, and complained about, now.
+        """
+        entries = [self._claim(name, (num_rows, depth)) for name, num_rows in rows.items()]
+        return Matrix("+".join(rows), sum(rows.values()), depth, partial(self._join, entries))
+
+    def fingerprint(self, *prefixes: str) -> bytes:
+        """SHA-256 over names, shapes, types and values of all tensors that begin with one of `prefixes`, which is read
+        in several threads; takes none of them."""
+        names = sorted(name for name in self._entries if name.startswith(prefixes))
+        with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+            digests = pool.map(_digest, names, [self._entries[name] for name in names])
+            return hashlib.sha256(b"".join(digests)).digest()
+
+    def finish(self) -> None:
+        """Raise CheckpointError when tensors are left over."""
+        if self._left:
+            names = sorted(self._left)
+            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+            raise CheckpointError(f"{self.folder}: the model has no place for tensor {', '.join(names[:3])}{more}")
+
+    def _claim(self, name: str, shape: tuple[int, ...]) -> _Entry:
+        entry = self._entries.get(name)
+        if entry is None:
+            raise CheckpointError(f"{self.folder}: tensor {name} is missing")
+        if entry.shape != shape:
+            raise CheckpointError(f"{entry.path}: tensor {name} has shape {list(entry.shape)}, not {list(shape)}")
+        self._left.discard(name)
+        self._bytes_done += entry.num_bytes
+        if self._progress is not None:
+            self._progress(self._bytes_done, self.num_bytes)
+        return entry
+
+    def _join(self, entries: list[_Entry]) -> torch.Tensor:
+        """One matrix is the file's memory, several are joined in memory that the next call uses again."""
+        if len(entries) == 1:
+            return _read(entries[0])
+        tensors = self._read_alike(entries)
+        shape = (sum(len(tensor) for tensor in tensors), tensors[0].shape[1])
+        num_bytes = torch.Size(shape).numel() * tensors[0].itemsize
+        if self._scratch.numel() < num_bytes:
+            self._scratch = huge_zeros((num_bytes,), torch.uint8)
+        joined = self._scratch[:num_bytes].view(tensors[0].dtype).view(shape)
+        return torch.cat(tensors, out=joined)
+
+    def _read_alike(self, entries: list[_Entry]) -> list[torch.Tensor]:
+        tensors = [_read(entry) for entry in entries]
+        if len({tensor.dtype for tensor in tensors}) > 1:
+            names = ", ".join(_published_name(entry.name) for entry in entries)
+            raise CheckpointError(f"{self.folder}: tensors {names} must have one dtype")
+        return tensors
+
+    def _add(self, path: Path) -> None:
+        for entry in _header(path):
+            name = _published_name(entry.name)
+            if name.endswith(".inv_freq"):
+                continue  # old exports kept this table, which follows from the configuration
+            if name in self._entries:
+                raise CheckpointError(f"{path}: tensor {name} is also in {self._entries[name].path.name}")
+            self._entries[name] = entry
+
+
+def _files(folder: Path) -> list[Path]:
+    index = folder / "model.safetensors.index.json"
+    if not index.exists():
+        path = folder / "model.safetensors"
+        if not path.exists():
+            raise CheckpointError(f"{folder} holds neither model.safetensors nor model.safetensors.index.json")
+        return [path]
+    try:
+        names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+        raise CheckpointError(f"{index} cannot be read: {error!r}") from error
+    for name in names:
+        if not isinstance(name, str) or Path(name).name != name:
+            raise CheckpointError(f"{index} names {name!r}, which is no file name")
+        if not (folder / name).exists():
+            raise CheckpointError(f"{folder / name} is missing; {index.name} names it")
+    return [folder / name for name in sorted(names)]
+
+
+def _header(path: Path) -> list[_Entry]:
+    entries = []
+    try:
+        with safe_open(path, framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118 - the handle is no mapping
+                piece = file.get_slice(name)
+                dtype, shape = piece.get_dtype(), tuple(piece.get_shape())
+                if dtype not in FLOATS:
+                    raise CheckpointError(f"{path}: tensor {name} is {dtype}; supported: {', '.join(FLOATS)}")
+                num_bytes = FLOATS[dtype] * torch.Size(shape).numel()
+                entries.append(_Entry(path, name, shape, num_bytes))
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path} is damaged or cut off: {error}") from error
+    return entries
+
+
+def _read(entry: _Entry) -> torch.Tensor:
+    # a handle per tensor: pages of the file count as ours until its mapping goes, with the last of its tensors
+    try:
+        with safe_open(entry.path, framework="pt") as file:
+            tensor: torch.Tensor = file.get_tensor(entry.name)
+            return tensor
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{entry.path}: tensor {entry.name} cannot be read: {error}") from error
+
+
+def _digest(name: str, entry: _Entry) -> bytes:
+    tensor = _read(entry).contiguous()
+    digest = hashlib.sha256(f"{name} {list(tensor.shape)} {tensor.dtype}\n".encode())
+    digest.update(tensor.view(-1).view(torch.uint8).numpy().data)
+    return digest.digest()
+
+
+def _published_name(name: str) -> str:
+    for newer, published in RENAMED:
+        if name.startswith(newer):
+            return published + name[len(newer) :]
+    return name
