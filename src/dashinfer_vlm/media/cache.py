@@ -1,0 +1,152 @@
+"""Values that are made once and shared by all who want them at the same time, and kept while there is room."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import OrderedDict, deque
+from collections.abc import Callable, Coroutine, Hashable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Generic, TypeVar
+
+V = TypeVar("V")
+
+
+class Lease(Generic[V]):
+    """A value that stays until `release`, which may be called again without effect."""
+
+    __slots__ = ("_give_back", "value")
+
+    def __init__(self, value: V, give_back: Callable[[], None]) -> None:
+        self.value = value
+        self._give_back: Callable[[], None] | None = give_back
+
+    def release(self) -> None:
+        give_back, self._give_back = self._give_back, None
+        if give_back is not None:
+            give_back()
+
+
+@dataclass(slots=True, eq=False)
+class _Entry(Generic[V]):
+    task: asyncio.Task[V]
+    leases: int = 0
+    num_bytes: int | None = None
+    """None until the value is there."""
+
+
+class LeasedCache(Generic[V]):
+    """Least recently used values go first; a value that is leased or in the making is never removed.
+
+    `budget_bytes` 0 keeps nothing beyond its last lease. The budget counts leased values too, so what is in use may
+    exceed it. Belongs to one event loop: leases are taken and released on its thread.
+    """
+
+    def __init__(self, budget_bytes: int, *, size_of: Callable[[V], int], dispose: Callable[[V], None]) -> None:
+        self._budget = budget_bytes
+        self._size_of = size_of
+        self._dispose = dispose
+        self._entries: OrderedDict[Hashable, _Entry[V]] = OrderedDict()
+        self.num_bytes = 0
+        self.num_hits = 0
+        """Leases of a value that was there or in the making."""
+        self.num_misses = 0
+
+    async def lease(self, key: Hashable, make: Callable[[], Coroutine[Any, Any, V]]) -> Lease[V]:
+        """The value of `key`, made by `make` unless it is there or somebody is making it.
+
+        All who wait get the value, or the error of `make`, which is not kept. `make` runs in a task of its own: a
+        caller that is cancelled does not end it for the others; when the last one leaves, it is cancelled.
+        """
+        entry = self._entries.get(key)
+        if entry is None:
+            self.num_misses += 1
+            entry = self._entries[key] = _Entry(asyncio.create_task(make()))
+            entry.task.add_done_callback(partial(self._made, key, entry))
+        else:
+            self.num_hits += 1
+            self._entries.move_to_end(key)
+        entry.leases += 1
+        try:
+            value = await asyncio.shield(entry.task)
+        except BaseException:
+            self._give_back(key, entry)
+            raise
+        return Lease(value, partial(self._give_back, key, entry))
+
+    async def close(self) -> None:
+        """Cancel what is in the making and dispose of everything, leased or not."""
+        entries = list(self._entries.items())
+        for key, entry in entries:
+            self._remove(key, entry)
+        await asyncio.gather(*(entry.task for _, entry in entries), return_exceptions=True)
+
+    def _made(self, key: Hashable, entry: _Entry[V], task: asyncio.Task[V]) -> None:
+        """Runs before those who wait, so that the value cannot be evicted before they hold it."""
+        if task.cancelled() or task.exception() is not None:
+            self._remove(key, entry)
+        elif self._entries.get(key) is not entry:  # everybody left while its last line ran
+            self._dispose(task.result())
+        else:
+            entry.num_bytes = self._size_of(task.result())
+            self.num_bytes += entry.num_bytes
+            self._evict()
+
+    def _give_back(self, key: Hashable, entry: _Entry[V]) -> None:
+        entry.leases -= 1
+        if entry.leases == 0 and not entry.task.done():
+            self._remove(key, entry)
+        self._evict()
+
+    def _evict(self) -> None:
+        unused = [(k, e) for k, e in self._entries.items() if e.leases == 0 and e.num_bytes is not None]
+        for key, entry in unused:
+            if self.num_bytes <= self._budget:
+                return
+            self._remove(key, entry)
+
+    def _remove(self, key: Hashable, entry: _Entry[V]) -> None:
+        if self._entries.get(key) is not entry:
+            return
+        del self._entries[key]
+        entry.task.cancel()
+        if entry.num_bytes is not None:
+            self.num_bytes -= entry.num_bytes
+            self._dispose(entry.task.result())
+
+
+class ByteBudget:
+    """Bytes that may be held at once; who finds no room waits in line. Belongs to one event loop."""
+
+    def __init__(self, total_bytes: int) -> None:
+        self.total_bytes = total_bytes
+        self.free_bytes = total_bytes
+        self._line: deque[tuple[int, asyncio.Future[None]]] = deque()
+
+    async def acquire(self, num_bytes: int) -> None:
+        """Take `num_bytes`, at most the total, first come first served."""
+        assert num_bytes <= self.total_bytes, (num_bytes, self.total_bytes)
+        if not self._line and num_bytes <= self.free_bytes:
+            self.free_bytes -= num_bytes
+            return
+        place = asyncio.get_running_loop().create_future()
+        self._line.append((num_bytes, place))
+        try:
+            await place
+        except asyncio.CancelledError:
+            if place.done() and not place.cancelled():  # its turn came in the same moment
+                self.release(num_bytes)
+            else:
+                self._line.remove((num_bytes, place))
+                self._admit()
+            raise
+
+    def release(self, num_bytes: int) -> None:
+        self.free_bytes += num_bytes
+        self._admit()
+
+    def _admit(self) -> None:
+        while self._line and self._line[0][0] <= self.free_bytes:
+            num_bytes, place = self._line.popleft()
+            self.free_bytes -= num_bytes
+            place.set_result(None)

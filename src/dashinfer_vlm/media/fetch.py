@@ -1,0 +1,214 @@
+"""The bytes behind a URL: http and https as the policy allows, data, file. No proxy, no cookie, no credential.
+
+Error texts repeat at most the host that the client named and its status; never an address, a path or a body.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import binascii
+import ipaddress
+import os
+import re
+import socket
+import ssl
+import stat
+from collections.abc import Awaitable, Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import TypeVar
+
+import anyio
+import httpx
+
+from dashinfer_vlm.errors import MediaError, MediaFetchError, MediaTimeoutError, MediaTooLargeError
+from dashinfer_vlm.media.policy import IPAddress, MediaPolicy, Target
+
+_T = TypeVar("_T")
+
+Resolver = Callable[[str, int], Awaitable[list[str]]]
+"""(host, port) to addresses, best first; raises OSError."""
+
+Reserve = Callable[[int], Awaitable[None]]
+"""Called with the bytes that a body may take, before it is read; may wait for room."""
+
+MAX_REDIRECTS = 3
+MAX_ADDRESSES = 3
+"""Addresses of one host that are tried before giving up."""
+
+MAX_CONNECTIONS = 100
+
+_REDIRECTS = {301, 302, 303, 307, 308}
+_HEADERS = {
+    "accept": "image/*, video/*;q=0.9, */*;q=0.5",
+    "accept-encoding": "identity",
+    "connection": "close",
+    "user-agent": "dashinfer-vlm",
+}
+_DATA_HEAD = re.compile(r"data:(?:[\w.+-]+/[\w.+-]+)?(?:;[\w.+-]+=[\w.+-]+)*(;base64)?,", re.IGNORECASE | re.ASCII)
+
+
+class Fetcher:
+    """Fetches http and https URLs. Belongs to one event loop."""
+
+    def __init__(
+        self, policy: MediaPolicy, *, resolve: Resolver | None = None, verify: ssl.SSLContext | None = None
+    ) -> None:
+        """`resolve` and `verify` stand in for the system's resolver and the public certificate authorities."""
+        self._policy = policy
+        self._threads = ThreadPoolExecutor(32, thread_name_prefix="resolve")  # slow names hold up only other names
+        self._resolve = resolve or self._getaddrinfo
+        # A transport, not a client: it has no cookies, redirects or memory of its own. Connections are not kept: one
+        # that was verified for a host must not serve another host of the same address.
+        self._transport = httpx.AsyncHTTPTransport(
+            verify=verify or httpx.create_ssl_context(trust_env=False),
+            trust_env=False,
+            limits=httpx.Limits(max_connections=MAX_CONNECTIONS, max_keepalive_connections=0),
+        )
+
+    async def fetch(self, url: str, *, max_bytes: int, timeout_s: float, reserve: Reserve | None = None) -> bytes:
+        """GET `url`, following at most three redirects, each of which is judged anew.
+
+        `timeout_s` covers everything but the wait in `reserve`. Raises MediaError and its kinds.
+        """
+        clock = asyncio.get_running_loop().time
+        target = self._policy.check_url(url)
+        started = clock()
+        response = await _within(timeout_s, self._open(target, timeout_s), target)
+        try:
+            left_s = timeout_s - (clock() - started)
+            size = _announced_size(response, target, max_bytes)
+            if reserve is not None:
+                await reserve(size)
+            return await _within(left_s, _read(response, target, max_bytes), target)
+        finally:
+            await response.aclose()
+
+    async def close(self) -> None:
+        """Close connections; fetches that still run fail."""
+        self._threads.shutdown(wait=False, cancel_futures=True)
+        await self._transport.aclose()
+
+    async def _open(self, target: Target, timeout_s: float) -> httpx.Response:
+        for _ in range(MAX_REDIRECTS + 1):
+            response = await self._get(target, timeout_s)
+            if response.status_code == 200:
+                return response
+            await response.aclose()
+            location = response.headers.get("location")
+            if response.status_code not in _REDIRECTS or location is None:
+                raise MediaFetchError(f"{target.host} answered with status {response.status_code}")
+            target = self._policy.check_url(location, base=target)
+        raise MediaFetchError(f"{target.host} redirects more than {MAX_REDIRECTS} times")
+
+    async def _get(self, target: Target, timeout_s: float) -> httpx.Response:
+        for address in await self._addresses(target):
+            try:
+                return await self._transport.handle_async_request(_request(target, address, timeout_s))
+            except (httpx.ConnectError, httpx.ConnectTimeout):
+                continue  # the next address may answer
+            except (httpx.TransportError, httpx.InvalidURL) as error:
+                raise MediaFetchError(f"{target.host} broke off the answer") from error
+        raise MediaFetchError(f"no connection to {target.host}")
+
+    async def _addresses(self, target: Target) -> list[IPAddress]:
+        """All addresses of the host, each of them judged: a forbidden one among them refuses the host."""
+        try:
+            names = await self._resolve(target.host, target.port)
+            addresses = [ipaddress.ip_address(name) for name in dict.fromkeys(names)]
+        except (OSError, ValueError) as error:
+            raise MediaFetchError(f"{target.host} is not a known host") from error
+        for address in addresses:
+            self._policy.check_address(target, address)
+        return addresses[:MAX_ADDRESSES]
+
+    async def _getaddrinfo(self, host: str, port: int) -> list[str]:
+        loop = asyncio.get_running_loop()
+        found = await loop.run_in_executor(
+            self._threads, lambda: socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+        )
+        return [str(entry[4][0]) for entry in found]
+
+
+def decode_data_url(url: str, max_bytes: int) -> bytes:
+    """The bytes of `data:[type];base64,...`. Raises MediaError for anything but standard, padded base64."""
+    head = _DATA_HEAD.match(url)
+    if head is None or head[1] is None:
+        raise MediaError("a data URL is data:TYPE;base64,DATA; this one is not")
+    length = len(url) - head.end()
+    if length * 3 // 4 > max_bytes + 2:
+        raise MediaTooLargeError(f"the data URL holds about {length * 3 // 4} bytes; the limit is {max_bytes}")
+    try:
+        data = base64.b64decode(url[head.end() :].encode("ascii"), validate=True)
+    except (binascii.Error, ValueError) as error:
+        raise MediaError("the data URL is not valid base64 (standard alphabet, padded, no line breaks)") from error
+    return check_size(data, max_bytes, "the data URL")
+
+
+def read_file(path: Path, max_bytes: int) -> bytes:
+    """The bytes of a regular file that the policy allowed; blocks. Its name is resolved, so it is no link any more."""
+    try:
+        with open(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
+            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+                raise MediaError("the file cannot be read")
+            return check_size(file.read(max_bytes + 1), max_bytes, "the file")
+    except OSError as error:
+        raise MediaError("the file cannot be read") from error
+
+
+def check_size(data: bytes, max_bytes: int, noun: str) -> bytes:
+    """`data` itself, or MediaError when it is empty and MediaTooLargeError when it is longer than `max_bytes`."""
+    if not data:
+        raise MediaError(f"{noun} is empty")
+    if len(data) > max_bytes:
+        raise MediaTooLargeError(f"{noun} is larger than the limit of {max_bytes} bytes")
+    return data
+
+
+def _request(target: Target, address: IPAddress, timeout_s: float) -> httpx.Request:
+    """A request that connects to `address`, and asks for and verifies the host."""
+    host = f"[{address}]" if address.version == 6 else str(address)
+    timeouts = {"connect": timeout_s / 2, "read": None, "write": None, "pool": None}
+    return httpx.Request(
+        "GET",
+        f"{target.scheme}://{host}:{target.port}{target.path}",
+        headers={**_HEADERS, "host": target.authority},
+        extensions={"sni_hostname": target.host, "timeout": timeouts},
+    )
+
+
+def _announced_size(response: httpx.Response, target: Target, max_bytes: int) -> int:
+    """Bytes to expect: the announced ones, or the limit without an announcement."""
+    if response.headers.get("content-encoding", "identity").lower() != "identity":
+        raise MediaFetchError(f"{target.host} compressed the answer although it was asked not to")
+    announced = response.headers.get("content-length", "")
+    if not (announced.isascii() and announced.isdigit()):
+        return max_bytes
+    if int(announced) > max_bytes:
+        raise MediaTooLargeError(f"{target.host} announces {announced} bytes; the limit is {max_bytes}")
+    return int(announced)
+
+
+async def _read(response: httpx.Response, target: Target, max_bytes: int) -> bytes:
+    chunks: list[bytes] = []
+    size = 0
+    try:
+        async for chunk in response.aiter_raw():
+            size += len(chunk)
+            if size > max_bytes:
+                raise MediaTooLargeError(f"{target.host} sends more than the limit of {max_bytes} bytes")
+            chunks.append(chunk)
+    except httpx.TransportError as error:
+        raise MediaFetchError(f"{target.host} broke off the answer") from error
+    if not size:
+        raise MediaFetchError(f"{target.host} delivered no bytes")
+    return b"".join(chunks)
+
+
+async def _within(timeout_s: float, work: Awaitable[_T], target: Target) -> _T:
+    try:
+        with anyio.fail_after(timeout_s):  # asyncio.wait_for swallows a cancellation at times, before Python 3.12
+            return await work
+    except TimeoutError as error:
+        raise MediaTimeoutError(f"{target.host} did not deliver in time") from error

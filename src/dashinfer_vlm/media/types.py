@@ -1,0 +1,44 @@
+"""What a client may name as a medium, and what comes of it: the border between the front end and the media room."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from dashinfer_vlm.engine.request import Grid, ItemKind
+from dashinfer_vlm.shared_array import SharedArray
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MediaRef:
+    """One image or video as a client named it. `source` is a URL (http, https, data, file), the encoded bytes, or
+    decoded frames as uint8 [F, H, W, 3] (an image has F = 1); a video may also be a tuple of images."""
+
+    kind: ItemKind
+    source: str | bytes | np.ndarray | tuple[str | bytes, ...]
+    min_pixels: int | None = None
+    """Per-request bound; must lie within the server's own bounds."""
+    max_pixels: int | None = None
+    fps: float | None = None
+    """Frames per second to sample from a video; the processor's value when None."""
+    param: str | None = None
+    """Where in the request it stands ("messages[0].content[1]"), for error messages."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoadedMedia:
+    """A medium after fetching, decoding and patching: everything the prompt and the encoder need.
+
+    `patches` stays valid until `release` is called (once, by whoever awaited the load), after the engine's last word
+    on the request.
+    """
+
+    kind: ItemKind
+    grid: Grid
+    num_tokens: int
+    content_hash: bytes
+    patches: SharedArray
+    release: Callable[[], None]
+    seconds_per_grid: float = 1.0

@@ -1,0 +1,245 @@
+"""Decoding processes and their life: started when first needed, one job each at a time, replaced when they die.
+
+A process that crashes, runs out of memory or takes too long costs the one medium it worked on a MediaError.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import math
+import os
+import secrets
+import sys
+from collections import deque
+from pathlib import Path
+
+import anyio
+import msgspec
+
+from dashinfer_vlm.errors import EngineError, MediaError, MediaTooLargeError, OverloadedError
+from dashinfer_vlm.media.messages import LENGTH_BYTES, Decoded, DecodeJob, Failed, Ready, Reply
+from dashinfer_vlm.shared_array import SharedArray
+
+log = logging.getLogger(__name__)
+
+START_TIMEOUT_S = 60.0
+ABANDONED_S = 1.0
+"""How long a job may go on that nobody waits for; most end sooner than a new process would start."""
+
+MAX_REPLY_BYTES = 1 << 20
+_STDERR_LINES = 20
+
+
+class WorkerPool:
+    """`num_workers` decoding processes behind one call. Belongs to one event loop."""
+
+    def __init__(self, num_workers: int, *, memory_mib: int, folder: Path) -> None:
+        self._folder = folder
+        self._workers = [_Worker(memory_mib) for _ in range(num_workers)]
+        self._idle: asyncio.Queue[_Worker] = asyncio.Queue()
+        self._running: set[asyncio.Task[tuple[Decoded, SharedArray]]] = set()
+        for worker in self._workers:
+            self._idle.put_nowait(worker)
+
+    @property
+    def num_restarts(self) -> int:
+        """Processes that were started in place of another one."""
+        return sum(max(worker.num_starts - 1, 0) for worker in self._workers)
+
+    @property
+    def pids(self) -> list[int]:
+        """Ids of the processes that live."""
+        return [pid for worker in self._workers if (pid := worker.pid) is not None]
+
+    @property
+    def num_busy(self) -> int:
+        return len(self._workers) - self._idle.qsize()
+
+    async def start(self) -> None:
+        """Start all processes ahead of the first job. Raises EngineError when one does not come up."""
+        await asyncio.gather(*(worker.start() for worker in self._workers))
+
+    async def run(self, job: DecodeJob, timeout_s: float) -> tuple[Decoded, SharedArray]:
+        """Do `job` (its folder and name are filled in here); the caller owns the array.
+
+        Raises MediaError for what the medium causes, a death of the process included, OverloadedError without shared
+        memory. Waits for a free process without limit; `timeout_s` is for the work itself.
+        """
+        job = msgspec.structs.replace(job, folder=str(self._folder), name=secrets.token_hex(8))
+        worker = await self._idle.get()
+        task = asyncio.create_task(self._occupy(worker, job, timeout_s))
+        self._running.add(task)
+        task.add_done_callback(self._running.discard)
+        try:
+            return await asyncio.shield(task)
+        except asyncio.CancelledError:
+            _abandon(task, worker)
+            raise
+
+    async def _occupy(self, worker: _Worker, job: DecodeJob, timeout_s: float) -> tuple[Decoded, SharedArray]:
+        path = self._folder / job.name
+        try:
+            decoded = await self._work(worker, job, timeout_s)
+            return decoded, _array(path, decoded, job)
+        except BaseException:  # nobody else knows the file
+            path.unlink(missing_ok=True)
+            raise
+        finally:
+            self._idle.put_nowait(worker)
+
+    async def _work(self, worker: _Worker, job: DecodeJob, timeout_s: float) -> Decoded:
+        await worker.start()
+        try:
+            with anyio.fail_after(timeout_s):
+                reply = await worker.call(msgspec.msgpack.encode(job))
+        except TimeoutError as error:
+            worker.kill()
+            raise MediaTooLargeError(f"decoding it takes longer than {timeout_s:g} s") from error
+        except (asyncio.IncompleteReadError, ConnectionError, msgspec.DecodeError) as error:
+            worker.kill()
+            log.warning("a media process died on a %s of %d bytes: %s", job.kind, _num_bytes(job), worker.last_words)
+            raise MediaError("the medium cannot be decoded: it crashes the decoder") from error
+        except asyncio.CancelledError:
+            worker.kill()  # its answer would be taken for the next job's
+            raise
+        if isinstance(reply, Failed):
+            raise {"media": MediaError, "too_large": MediaTooLargeError, "overloaded": OverloadedError}[reply.kind](
+                reply.message
+            )
+        assert isinstance(reply, Decoded), reply
+        return reply
+
+    async def close(self) -> None:
+        """End all processes; jobs that still run are cancelled."""
+        running = list(self._running)
+        for task in running:
+            task.cancel()
+        await asyncio.gather(*running, return_exceptions=True)
+        await asyncio.gather(*(worker.close() for worker in self._workers))
+
+
+class _Worker:
+    """One process, restarted by `start` when it is not there."""
+
+    def __init__(self, memory_mib: int) -> None:
+        self._memory_mib = memory_mib
+        self._process: asyncio.subprocess.Process | None = None
+        self._stderr: deque[bytes] = deque(maxlen=_STDERR_LINES)
+        self._drain: asyncio.Task[None] | None = None
+        self._killed = False
+        self._starting = asyncio.Lock()
+        self.num_starts = 0
+
+    @property
+    def pid(self) -> int | None:
+        if self._process is None or self._killed or self._process.returncode is not None:
+            return None
+        return self._process.pid
+
+    @property
+    def last_words(self) -> str:
+        """The end of what the process wrote to stderr; escaped, since a client's bytes may have shaped it."""
+        return repr(b"".join(self._stderr)[-2000:])
+
+    async def start(self) -> None:
+        """Start the process unless it lives. Raises EngineError when it does not come up."""
+        async with self._starting:
+            if self.pid is None:
+                await self.close()
+                await self._start()
+
+    async def _start(self) -> None:
+        command = (sys.executable, "-s", "-m", "dashinfer_vlm.media.decode", str(self._memory_mib))
+        pipe = asyncio.subprocess.PIPE
+        self._process = await asyncio.create_subprocess_exec(
+            *command, stdin=pipe, stdout=pipe, stderr=pipe, env=_environment(), start_new_session=True
+        )
+        self._killed = False
+        self._drain = asyncio.create_task(self._drain_stderr(self._process))
+        self.num_starts += 1
+        try:
+            with anyio.fail_after(START_TIMEOUT_S):
+                ready = await self._receive()
+        except asyncio.CancelledError:
+            self.kill()
+            raise
+        except (asyncio.IncompleteReadError, TimeoutError, msgspec.DecodeError) as error:
+            self.kill()
+            log.error("a media process does not start: %s", self.last_words)
+            raise EngineError("the process that decodes media does not start; see the server's log") from error
+        assert isinstance(ready, Ready), ready
+
+    async def call(self, message: bytes) -> Reply:
+        assert self._process is not None
+        assert self._process.stdin is not None
+        self._process.stdin.write(len(message).to_bytes(LENGTH_BYTES, "big"))
+        self._process.stdin.write(message)
+        await self._process.stdin.drain()
+        return await self._receive()
+
+    def kill(self) -> None:
+        """End the process at once, also one that is stopped; from here on it counts as gone."""
+        self._killed = True
+        if self._process is not None and self._process.returncode is None:
+            self._process.kill()
+
+    async def close(self) -> None:
+        self.kill()
+        if self._process is not None:
+            await self._process.wait()
+        if self._drain is not None:
+            await self._drain
+        self._process = self._drain = None
+
+    async def _receive(self) -> Reply:
+        assert self._process is not None
+        assert self._process.stdout is not None
+        length = int.from_bytes(await self._process.stdout.readexactly(LENGTH_BYTES), "big")
+        if length > MAX_REPLY_BYTES:
+            raise msgspec.DecodeError(f"a reply of {length} bytes")
+        reply: Reply = msgspec.msgpack.decode(await self._process.stdout.readexactly(length), type=Reply)
+        return reply
+
+    async def _drain_stderr(self, process: asyncio.subprocess.Process) -> None:
+        assert process.stderr is not None
+        while line := await process.stderr.read(1 << 12):
+            self._stderr.append(line)
+
+
+def _abandon(task: asyncio.Task[tuple[Decoded, SharedArray]], worker: _Worker) -> None:
+    """Let a job that nobody waits for end, within bounds, and remove what it made."""
+
+    def give_up() -> None:
+        if not task.done():  # or the process works for somebody else by now
+            worker.kill()
+
+    timer = asyncio.get_running_loop().call_later(ABANDONED_S, give_up)
+
+    def ended(task: asyncio.Task[tuple[Decoded, SharedArray]]) -> None:
+        timer.cancel()
+        if not task.cancelled() and task.exception() is None:
+            task.result()[1].remove()
+
+    task.add_done_callback(ended)
+
+
+def _environment() -> dict[str, str]:
+    """Only what Python needs: keys and tokens of the server are no business of a process that may be taken over."""
+    kept = ("PATH", "LD_LIBRARY_PATH", "HOME", "LANG", "LC_ALL", "SYSTEMROOT")
+    environment = {name: os.environ[name] for name in kept if name in os.environ}
+    environment["PYTHONPATH"] = os.pathsep.join(os.path.abspath(entry) for entry in sys.path)
+    environment["OMP_NUM_THREADS"] = environment["OPENBLAS_NUM_THREADS"] = "1"  # each thread's stack is address space
+    return environment
+
+
+def _array(path: Path, decoded: Decoded, job: DecodeJob) -> SharedArray:
+    """The patches, described by what was asked rather than by what the process says."""
+    array = SharedArray(str(path), (math.prod(decoded.grid), job.config.patch_dim), "|u1")
+    if min(decoded.grid) < 1 or path.stat().st_size != array.nbytes:
+        raise MediaError("the medium cannot be decoded: the decoder's answer makes no sense")
+    return array
+
+
+def _num_bytes(job: DecodeJob) -> int:
+    return sum(len(source) for source in job.sources)

@@ -1,0 +1,336 @@
+"""From a reference to patches: what is fetched, decoded and kept, and what is done only once."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import io
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from tests.media.site import LoaderMaker, PictureMaker, Site, until
+
+from dashinfer_vlm.errors import (
+    MediaError,
+    MediaFetchError,
+    MediaRefusedError,
+    MediaTimeoutError,
+    MediaTooLargeError,
+    OverloadedError,
+)
+from dashinfer_vlm.media.loader import MediaLimits, MediaLoader
+from dashinfer_vlm.media.types import MediaRef
+from dashinfer_vlm.vision.processor import ProcessorConfig, process_image
+
+
+def ref(source: str | bytes, **fields: object) -> MediaRef:
+    return MediaRef(kind="image", source=source, **fields)  # type: ignore[arg-type]
+
+
+def data_url(data: bytes, type: str = "image/png") -> str:
+    return f"data:{type};base64,{base64.b64encode(data).decode()}"
+
+
+async def test_every_kind_of_source_gives_the_same_patches(
+    site: Site, make_loader: LoaderMaker, picture: PictureMaker, tmp_path: Path
+) -> None:
+    data = picture(130, 75)
+    (tmp_path / "a picture.png").write_bytes(data)
+    pixels = np.asarray(Image.open(io.BytesIO(data)))
+    expected = process_image(pixels, ProcessorConfig())
+    loader = make_loader(allowed_local_media_path=str(tmp_path))
+    sources = (site.serve("/a.png", data), data_url(data), data, f"file://{tmp_path}/a%20picture.png", pixels[None])
+    hashes = set()
+    for source in sources:
+        media = await loader.load(MediaRef(kind="image", source=source))
+        assert np.array_equal(media.patches.open(), expected.patches)
+        assert media.grid == expected.grid
+        assert media.num_tokens == math.prod(expected.grid) // 4
+        hashes.add(media.content_hash)
+        media.release()
+    assert len(hashes) == 1
+    assert len(hashes.pop()) == 32
+
+
+async def test_identity_is_what_is_seen_not_how_it_was_encoded(make_loader: LoaderMaker) -> None:
+    pixels = np.zeros((56, 112, 3), np.uint8)
+    hashes = {}
+    for name, array in (("wide", pixels), ("tall", pixels.reshape(112, 56, 3)), ("white", pixels + 255)):
+        for format in ("PNG", "BMP"):
+            buffer = io.BytesIO()
+            Image.fromarray(array).save(buffer, format)
+            media = await make_loader().load(ref(buffer.getvalue()))
+            hashes[name, format] = media.content_hash
+            media.release()
+    assert hashes["wide", "PNG"] == hashes["wide", "BMP"]
+    assert len(set(hashes.values())) == 3
+
+
+async def test_sixteen_loads_of_one_url_cause_one_fetch_and_one_decode(
+    site: Site, make_loader: LoaderMaker, picture: PictureMaker
+) -> None:
+    loader = make_loader()
+    url = site.serve("/a.png", picture())
+    media = await asyncio.gather(*(loader.load(ref(url)) for _ in range(16)))
+    assert site.paths() == ["/a.png"]
+    counters = loader.counters
+    assert (counters.fetches, counters.decodes) == (1, 1)
+    assert (counters.cache_hits, counters.cache_misses) == (15, 1)
+    assert len({m.patches.path for m in media}) == 1
+
+
+async def test_equal_bytes_behind_many_names_are_decoded_once(
+    site: Site, make_loader: LoaderMaker, picture: PictureMaker
+) -> None:
+    loader = make_loader()
+    data = picture()
+    sources: list[str | bytes] = [*(site.serve(f"/{n}.png", data) for n in range(4)), data, data_url(data)]
+    await asyncio.gather(*(loader.load(ref(source)) for source in sources))
+    assert (loader.counters.fetches, loader.counters.decodes) == (4, 1)
+
+
+async def test_a_later_load_of_a_url_fetches_again_and_sees_the_new_picture(
+    site: Site, make_loader: LoaderMaker, picture: PictureMaker
+) -> None:
+    loader = make_loader()
+    url = site.serve("/a.png", picture(seed=1))
+    first = await loader.load(ref(url))
+    again = await loader.load(ref(url))
+    assert (loader.counters.fetches, loader.counters.decodes) == (2, 1)
+    site.serve("/a.png", picture(seed=2))
+    other = await loader.load(ref(url))
+    assert first.content_hash == again.content_hash != other.content_hash
+
+
+async def test_other_pixel_bounds_are_another_medium(make_loader: LoaderMaker, picture: PictureMaker) -> None:
+    loader = make_loader()
+    data = picture(400, 400)
+    large = await loader.load(ref(data))
+    small = await loader.load(ref(data, max_pixels=28 * 28 * 16))
+    assert large.num_tokens > small.num_tokens <= 16
+    assert large.content_hash != small.content_hash
+    assert loader.counters.decodes == 2
+
+
+async def test_a_cancelled_load_does_not_disturb_the_others(
+    site: Site, make_loader: LoaderMaker, picture: PictureMaker
+) -> None:
+    asked, go = asyncio.Event(), asyncio.Event()
+    url = site.serve("/a.png", picture())
+    answer = site.routes["/a.png"]
+
+    async def wait(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        asked.set()
+        await go.wait()
+        await answer(reader, writer)
+
+    site.routes["/a.png"] = wait
+    loader = make_loader()
+    first, second = (asyncio.create_task(loader.load(ref(url))) for _ in range(2))
+    await asked.wait()
+    first.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await first
+    go.set()
+    assert (await second).grid == (1, 4, 4)
+    assert loader.counters.fetches == 1
+
+
+async def test_when_every_client_left_the_fetch_is_dropped(
+    site: Site, make_loader: LoaderMaker, picture: PictureMaker
+) -> None:
+    asked, left = asyncio.Event(), asyncio.Event()
+
+    async def wait(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        asked.set()
+        writer.write(b"HTTP/1.1 200 OK\r\ncontent-length: 100\r\n\r\n")
+        await writer.drain()
+        await reader.read()  # ends when the client hangs up
+        left.set()
+
+    site.routes["/slow.png"] = wait
+    loader = make_loader()
+    tasks = [asyncio.create_task(loader.load(ref(site.url("/slow.png")))) for _ in range(3)]
+    await asked.wait()
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
+    await asyncio.wait_for(left.wait(), 20)
+    url = site.serve("/a.png", picture())
+    assert (await loader.load(ref(url))).grid == (1, 4, 4)
+
+
+async def test_patches_in_use_outlive_the_cache_and_are_removed_after(
+    make_loader: LoaderMaker, picture: PictureMaker
+) -> None:
+    loader = make_loader(media_cache_mib=0)
+    first, second = [await loader.load(ref(picture(seed=seed))) for seed in (1, 2)]
+    assert first.patches.open().shape == second.patches.open().shape
+    first.release()
+    first.release()
+    with pytest.raises(FileNotFoundError):
+        first.patches.open()
+    assert second.patches.open().size
+    assert loader.counters.cache_bytes == second.patches.nbytes
+    second.release()
+    assert loader.counters.cache_bytes == 0
+
+
+async def test_the_least_recently_used_patches_make_room(make_loader: LoaderMaker, picture: PictureMaker) -> None:
+    config = ProcessorConfig(min_pixels=28 * 28 * 256, max_pixels=28 * 28 * 300)  # about 1.2 MB of patches each
+    loader = make_loader(config, media_cache_mib=3)
+    pictures = [picture(seed=seed) for seed in range(3)]
+    for data in (pictures[0], pictures[1], pictures[0], pictures[2], pictures[0], pictures[1]):
+        (await loader.load(ref(data))).release()
+    assert loader.counters.cache_bytes <= 3 << 20
+    assert loader.counters.decodes == 4, "the first stays, the second was the one to go"
+
+
+async def test_errors_name_the_place_in_the_request_and_are_counted(make_loader: LoaderMaker) -> None:
+    loader = make_loader()
+    with pytest.raises(MediaError, match="not an image") as caught:
+        await loader.load(ref(b"no picture", param="messages[0].content[1]"))
+    assert caught.value.param == "messages[0].content[1]"
+    with pytest.raises(MediaRefusedError) as refused:
+        await loader.load(ref("http://10.0.0.1/a.png", param="x"))
+    assert refused.value.param == "x"
+    assert (loader.counters.failures, loader.counters.refusals) == (2, 1)
+
+
+async def test_a_failed_load_is_tried_again_by_the_next(
+    site: Site, make_loader: LoaderMaker, picture: PictureMaker
+) -> None:
+    loader = make_loader()
+    url = site.serve("/a.png", b"", status=503)
+    with pytest.raises(MediaFetchError, match="status 503"):
+        await loader.load(ref(url))
+    site.serve("/a.png", picture())
+    assert (await loader.load(ref(url))).num_tokens == 4
+
+
+async def test_raw_bytes_in_flight_are_bounded(site: Site, make_loader: LoaderMaker, picture: PictureMaker) -> None:
+    limits = MediaLimits(max_video_bytes=1 << 20, max_raw_bytes=1 << 20)
+    loader = make_loader(limits=limits, max_image_mib=1)
+    asked, go = asyncio.Semaphore(0), asyncio.Event()
+    data = picture()
+
+    async def wait(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(b"HTTP/1.1 200 OK\r\n\r\n")  # an unknown length takes the whole limit
+        await writer.drain()
+        asked.release()
+        await go.wait()
+        writer.write(data)
+
+    for name in "abc":
+        site.routes[f"/{name}"] = wait
+    loads = [asyncio.create_task(loader.load(ref(site.url(f"/{name}")))) for name in "abc"]
+    for _ in loads:
+        await asked.acquire()
+    await until(lambda: loader.raw_bytes_free == 0)
+    go.set()
+    for media in await asyncio.gather(*loads):
+        media.release()
+    assert loader.raw_bytes_free == 1 << 20
+
+
+async def test_no_room_for_raw_bytes_is_an_overload_not_a_wait_for_ever(
+    site: Site, make_loader: LoaderMaker, picture: PictureMaker
+) -> None:
+    limits = MediaLimits(max_video_bytes=1 << 20, max_raw_bytes=1 << 20, raw_bytes_timeout_s=0.05)
+    loader = make_loader(limits=limits, max_image_mib=1)
+    asked, go = asyncio.Event(), asyncio.Event()
+
+    async def wait(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(b"HTTP/1.1 200 OK\r\n\r\n")
+        await writer.drain()
+        asked.set()
+        await go.wait()
+        writer.write(picture())
+
+    site.routes["/slow"] = wait
+    slow = asyncio.create_task(loader.load(ref(site.url("/slow"))))
+    await asked.wait()
+    await until(lambda: loader.raw_bytes_free == 0)
+    with pytest.raises(OverloadedError, match="busy with other media"):
+        await loader.load(ref(picture(seed=9)))
+    go.set()
+    assert (await slow).num_tokens == 4
+
+
+@pytest.mark.parametrize(
+    ("array", "message"),
+    [
+        (np.zeros((1, 8, 8, 3), np.float32), "uint8"),
+        (np.zeros((8, 8, 3), np.uint8), r"\[8, 8, 3\]"),
+        (np.zeros((2, 8, 8, 3), np.uint8), "2 frames"),
+        (np.zeros((0, 8, 8, 3), np.uint8), "0 frames"),
+        (np.zeros((1, 0, 8, 3), np.uint8), "at least 1"),
+        (np.zeros((1, 1, 201, 3), np.uint8), "200 times"),
+    ],
+)
+async def test_an_array_that_is_no_picture_is_refused(
+    make_loader: LoaderMaker, array: np.ndarray, message: str
+) -> None:
+    with pytest.raises(MediaError, match=message):
+        await make_loader().load(MediaRef(kind="image", source=array))
+
+
+async def test_a_strided_array_is_read_by_value(make_loader: LoaderMaker) -> None:
+    rng = np.random.default_rng(0)
+    array = rng.integers(0, 255, (1, 112, 168, 3), dtype=np.uint8)
+    loader = make_loader()
+    strided = await loader.load(MediaRef(kind="image", source=array[:, ::2, ::-3]))
+    packed = await loader.load(MediaRef(kind="image", source=np.ascontiguousarray(array[:, ::2, ::-3])))
+    assert strided.content_hash == packed.content_hash
+    assert loader.counters.decodes == 1
+
+
+@pytest.mark.parametrize("fps", [0.0, -1.0, math.nan, math.inf])
+async def test_a_frame_rate_that_is_none_is_refused(make_loader: LoaderMaker, fps: float) -> None:
+    with pytest.raises(MediaError, match="fps is"):
+        await make_loader().load(MediaRef(kind="video", source=b"x", fps=fps))
+
+
+async def test_bounds_outside_the_servers_are_refused(make_loader: LoaderMaker, picture: PictureMaker) -> None:
+    with pytest.raises(MediaError, match="max_pixels is 99999999; this server takes"):
+        await make_loader().load(ref(picture(), max_pixels=99_999_999))
+
+
+async def test_close_leaves_no_files_and_no_processes(make_loader: LoaderMaker, picture: PictureMaker) -> None:
+    loader = make_loader()
+    media = await loader.load(ref(picture()))
+    folder = Path(media.patches.path).parent
+    assert folder.is_dir()
+    await loader.close()
+    assert not folder.exists()
+    media.release()
+
+
+async def test_a_load_of_many_pictures_at_once_gives_each_its_own(
+    make_loader: LoaderMaker, picture: PictureMaker
+) -> None:
+    loader = make_loader(media_workers=2)
+    pictures = [picture(56, 56, seed=seed) for seed in range(12)]
+    media = await asyncio.gather(*(loader.load(ref(data)) for data in pictures))
+    for data, loaded in zip(pictures, media, strict=True):
+        expected = process_image(np.asarray(Image.open(io.BytesIO(data))), ProcessorConfig())
+        assert np.array_equal(loaded.patches.open(), expected.patches)
+
+
+async def test_time_out_size_and_broken_hosts_have_their_own_errors(site: Site, make_loader: LoaderMaker) -> None:
+    async def never(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.read()
+
+    site.routes["/never"] = never
+    loader = make_loader(image_fetch_timeout_s=0.2, max_image_mib=1)
+    with pytest.raises(MediaTimeoutError, match=r"127\.0\.0\.1 did not deliver in time"):
+        await loader.load(ref(site.url("/never")))
+    with pytest.raises(MediaTooLargeError, match="announces 1048577 bytes"):
+        await loader.load(ref(site.serve("/large", b"x" * ((1 << 20) + 1))))
+
+
+def test_opening_a_loader_needs_no_event_loop(make_loader: LoaderMaker) -> None:
+    assert isinstance(make_loader(), MediaLoader)
