@@ -1,0 +1,126 @@
+"""What a request must satisfy before it is accepted: every check that needs no model call."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from dashinfer_vlm.config import EngineConfig
+from dashinfer_vlm.engine.request import Item, Request
+from dashinfer_vlm.errors import ConfigError, ContextLengthError, InvalidRequestError, MediaTooLargeError
+from dashinfer_vlm.models.base import KVCache, Model
+
+DEFAULT_MAX_MODEL_LEN = 32000
+"""The documented default of --max_length; a model with a shorter context keeps its own."""
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What a request is held against."""
+
+    max_model_len: int
+    vocab_size: int
+    hidden_size: int
+    max_item_patches: int
+    """What the encoder has memory for."""
+
+    @classmethod
+    def of(cls, model: Model, kv: KVCache, config: EngineConfig, *, max_item_patches: int) -> Limits:
+        """Raises ConfigError when the context is longer than the model's or does not fit the KV cache."""
+        max_model_len = resolve_max_model_len(model.text.max_position_embeddings, config)
+        capacity = kv.num_blocks * kv.block_size
+        if capacity < max_model_len:
+            raise ConfigError(
+                f"the KV cache holds {capacity} tokens, fewer than one request of {max_model_len}; "
+                "raise --kv-cache-gib or lower --max-model-len"
+            )
+        return cls(max_model_len, model.text.vocab_size, model.text.hidden_size, max_item_patches)
+
+
+def resolve_max_model_len(context: int, config: EngineConfig) -> int:
+    """The configured length, or the model's context up to the documented default; never above the model's."""
+    if config.max_model_len is None:
+        return min(context, DEFAULT_MAX_MODEL_LEN)
+    if config.max_model_len > context:
+        raise ConfigError(f"--max-model-len is {config.max_model_len}, the model's context is {context}")
+    return config.max_model_len
+
+
+def check_request(request: Request, limits: Limits) -> int:
+    """How many tokens the request may produce; raises InvalidRequestError or ContextLengthError."""
+    request.params.validate(limits.vocab_size)
+    num_prompt = len(request.prompt_ids)
+    if not num_prompt:
+        raise InvalidRequestError("the prompt is empty", param="prompt")
+    room = limits.max_model_len - num_prompt
+    if room < 1:
+        raise ContextLengthError(
+            f"prompt has {num_prompt} tokens, the model's context is {limits.max_model_len}; "
+            "shorten it or start with --max-model-len",
+            param="messages",
+        )
+    max_tokens = request.params.max_tokens
+    if max_tokens is not None and max_tokens > room:
+        raise ContextLengthError(
+            f"prompt has {num_prompt} tokens and max_tokens asks for {max_tokens} more, "
+            f"the model's context is {limits.max_model_len}; ask for at most {room}",
+            param="max_tokens",
+        )
+    _check_ids(request, limits)
+    _check_positions(request)
+    return room if max_tokens is None else max_tokens
+
+
+def _check_ids(request: Request, limits: Limits) -> None:
+    """Items lie in order, inside the prompt, without overlap; every other id is a word of the vocabulary."""
+    end = 0
+    for item in request.items:
+        _check_item(item, limits)
+        if item.start < end or item.start + item.num_tokens > len(request.prompt_ids):
+            raise InvalidRequestError(
+                f"an item covers tokens {item.start} to {item.start + item.num_tokens}; items must follow each other "
+                f"inside the prompt of {len(request.prompt_ids)} tokens"
+            )
+        _check_words(request.prompt_ids, end, item.start, limits.vocab_size)
+        end = item.start + item.num_tokens
+    _check_words(request.prompt_ids, end, len(request.prompt_ids), limits.vocab_size)
+
+
+def _check_words(ids: list[int], start: int, stop: int, vocab_size: int) -> None:
+    for index in range(start, stop):
+        if not 0 <= ids[index] < vocab_size:
+            raise InvalidRequestError(
+                f"token {index} of the prompt is {ids[index]}; the vocabulary has {vocab_size} ids", param="prompt"
+            )
+
+
+def _check_item(item: Item, limits: Limits) -> None:
+    if item.num_tokens < 1:
+        raise InvalidRequestError(f"an item stands for {item.num_tokens} tokens; it needs at least 1")
+    if (item.patches is None) == (item.embedding is None):
+        raise InvalidRequestError("an item needs either patches or an embedding")
+    if item.embedding is not None and tuple(item.embedding.shape) != (item.num_tokens, limits.hidden_size):
+        raise InvalidRequestError(
+            f"an embedding has shape {tuple(item.embedding.shape)}; "
+            f"its placeholders ask for ({item.num_tokens}, {limits.hidden_size})"
+        )
+    if item.patches is not None and item.grid is None:
+        raise InvalidRequestError("an item with patches needs its grid")
+    if item.grid is not None and item.patches is not None and math.prod(item.grid) > limits.max_item_patches:
+        raise MediaTooLargeError(
+            f"an item has {math.prod(item.grid)} patches; the encoder has memory for {limits.max_item_patches}; "
+            "send a smaller one"
+        )
+
+
+def _check_positions(request: Request) -> None:
+    if request.positions is None:
+        return
+    expected = 3 * len(request.prompt_ids)
+    if request.positions.numel() != expected or request.positions.shape[0] != 3:
+        raise InvalidRequestError(
+            f"positions have shape {tuple(request.positions.shape)}; expected (3, {len(request.prompt_ids)})",
+            param="positions",
+        )
+    if int(request.positions.min()) < 0:
+        raise InvalidRequestError("positions must not be negative", param="positions")

@@ -1,0 +1,47 @@
+"""The engine as everyone outside it sees it: requests in, streams of outputs out, wherever the engine runs.
+
+`LocalEngine` runs the loop in a thread of this process, `ProcessEngine` in a process of its own; the same loop, the
+same events, the same streams.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator
+from typing import Protocol
+
+from dashinfer_vlm.engine.load import OnProgress
+from dashinfer_vlm.engine.local import LocalEngine
+from dashinfer_vlm.engine.messages import EngineInfo
+from dashinfer_vlm.engine.remote import ProcessEngine
+from dashinfer_vlm.engine.request import Output, Request
+from dashinfer_vlm.engine.stats import EngineStats
+
+__all__ = ["EngineClient", "EngineInfo", "LocalEngine", "OnProgress", "ProcessEngine"]
+
+
+class EngineClient(Protocol):
+    """An engine in this process or in another one."""
+
+    @property
+    def info(self) -> EngineInfo: ...
+
+    def generate(self, request: Request) -> AsyncGenerator[Output, None]:
+        """Stream the outputs of `request`; the last one carries `finish`. Use with `contextlib.aclosing`.
+
+        The first `anext` raises InvalidRequestError, ContextLengthError or OverloadedError when the engine refuses
+        the request, and EngineDeadError when there is no engine any more. An engine that dies later ends the stream
+        with an Output whose finish reason is "error". Closing the stream early aborts the sequence.
+        """
+        ...
+
+    async def stats(self) -> EngineStats:
+        """Counters and gauges at the end of the current step; raises EngineDeadError."""
+        ...
+
+    def alive(self) -> bool:
+        """Whether new requests can be served."""
+        ...
+
+    async def close(self) -> None:
+        """End what still runs (finish reason "abort") and free everything; idempotent."""
+        ...

@@ -1,0 +1,249 @@
+"""The engine: requests in, tokens out, one step at a time. It knows no text and no transport."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import time
+from collections.abc import Iterable
+
+import torch
+
+from dashinfer_vlm.config import EngineConfig
+from dashinfer_vlm.engine.admission import Limits, check_request
+from dashinfer_vlm.engine.blocks import BlockPool
+from dashinfer_vlm.engine.cost import StepCost
+from dashinfer_vlm.engine.drafts import Drafter
+from dashinfer_vlm.engine.memory import max_item_patches, max_pinned_tokens
+from dashinfer_vlm.engine.request import Finish, Output, Request, TokenLogprob
+from dashinfer_vlm.engine.runner import Runner
+from dashinfer_vlm.engine.sampler import LogitRows, Sampled
+from dashinfer_vlm.engine.scheduler import Chunk, Plan, Scheduler
+from dashinfer_vlm.engine.sequence import Sequence
+from dashinfer_vlm.engine.stats import EngineStats
+from dashinfer_vlm.errors import InvalidRequestError
+from dashinfer_vlm.models.base import KVCache, Model
+from dashinfer_vlm.vision.shared_cache import SharedCacheCounters, SharedCacheStage, with_shared_cache
+from dashinfer_vlm.vision.stage import make_stage
+
+log = logging.getLogger(__name__)
+
+_FIRST_COST = StepCost(fixed_s=0.02, token_s=0.001)
+"""Where the estimate of a step's cost starts; a few steps of real work replace it."""
+
+
+class Engine:
+    """Runs many sequences over one model. Not thread-safe: one loop owns it (see loop.py)."""
+
+    def __init__(self, model: Model, kv: KVCache, config: EngineConfig) -> None:
+        self.model = model
+        self.config = config
+        self.limits = Limits.of(model, kv, config, max_item_patches=max_item_patches(model, kv))
+        self.stage = with_shared_cache(make_stage(model, config), model, config)
+        self.scheduler = Scheduler(
+            pool=BlockPool(kv.num_blocks, prefix_cache=config.prefix_cache),
+            block_size=kv.block_size,
+            stage=self.stage,
+            cost=StepCost(_FIRST_COST.fixed_s, _FIRST_COST.token_s),
+            max_num_seqs=config.max_num_seqs,
+            max_num_batched_tokens=config.max_num_batched_tokens,
+            max_pinned_tokens=max_pinned_tokens(model, config),
+        )
+        self.runner = Runner(model, kv, self.stage.cache)
+        self._speculation = config.speculation
+        self._sequences: dict[str, Sequence] = {}
+        self._ended: list[Output] = []  # final outputs that no step has delivered yet
+        self._seeds = itertools.count(config.seed)
+        self._counters: dict[str, float] = dict.fromkeys(_COUNTERS, 0)
+
+    def add(self, request: Request) -> None:
+        """Accept a request, which then ends in exactly one final Output; or raise and know nothing of it.
+
+        Raises InvalidRequestError or ContextLengthError with a message fit for the client.
+        """
+        if request.id in self._sequences:
+            raise InvalidRequestError(f"a request with id {request.id!r} is already running", param="id")
+        max_tokens = check_request(request, self.limits)
+        if request.positions is None:
+            positions, offset = self.model.positions(len(request.prompt_ids), request.items)
+        else:
+            positions = request.positions.reshape(3, -1).to(torch.int64)
+            offset = int(positions.max()) + 1 - len(request.prompt_ids)
+        seed = next(self._seeds) if request.params.seed is None else request.params.seed
+        drafter = None if self._speculation is None else Drafter(self._speculation, self.limits.vocab_size)
+        sequence = Sequence(
+            request, positions=positions, offset=offset, max_tokens=max_tokens, seed=seed, drafter=drafter
+        )
+        self._sequences[request.id] = sequence
+        self.scheduler.add(sequence)
+        self._counters["num_prompt_tokens_total"] += len(request.prompt_ids)
+
+    def abort(self, request_id: str) -> None:
+        """End a sequence; its final Output comes with the next step. An id that has ended already is no error."""
+        sequence = self._sequences.get(request_id)
+        if sequence is not None:
+            self._end(sequence, Finish("abort"))
+
+    def has_work(self) -> bool:
+        return bool(self._sequences or self._ended or self.stage.has_work())
+
+    def step(self) -> list[Output]:
+        """Advance every sequence that the step's budget reaches; what there is to tell of each."""
+        plan = self.scheduler.schedule()
+        start = time.perf_counter()
+        logits = self._run(plan)
+        outputs = self._sample_and_update(plan, logits)
+        self._count(plan, time.perf_counter() - start)
+        self._encode(plan)
+        return self._take_ended() + outputs
+
+    def fail_all(self, message: str) -> list[Output]:
+        """End every sequence with an error, after a failure that cannot be pinned on one of them."""
+        for sequence in list(self._sequences.values()):
+            self._end(sequence, Finish("error", message=message))
+        return self._take_ended()
+
+    def close(self) -> None:
+        """Give back what runs outside this process; the engine is not used any more. Idempotent."""
+        self.stage.close()
+
+    def stats(self) -> EngineStats:
+        pool, cache, encoder = self.scheduler.pool, self.stage.cache, self.stage.counters
+        shared = self.stage.shared_counters if isinstance(self.stage, SharedCacheStage) else SharedCacheCounters()
+        return EngineStats(
+            num_waiting=len(self.scheduler.waiting),
+            num_running=len(self.scheduler.running),
+            num_blocks=pool.num_blocks,
+            num_free_blocks=pool.num_free,
+            num_preemptions_total=self.scheduler.num_preemptions,
+            num_items_encoded_total=encoder.num_encoded,
+            num_items_encoded_elsewhere_total=encoder.num_elsewhere,
+            num_encoders=encoder.num_ready,
+            num_patches_encoded_total=encoder.num_patches,
+            num_encoder_failures_total=encoder.num_failures,
+            num_encoder_retries_total=encoder.num_retries,
+            num_encoder_restarts_total=encoder.num_restarts,
+            embedding_hits_total=cache.hits,
+            embedding_misses_total=cache.misses,
+            embedding_bytes=cache.num_bytes,
+            shared_cache_hits_total=shared.hits,
+            shared_cache_misses_total=shared.misses,
+            shared_cache_read_bytes_total=shared.bytes_read,
+            shared_cache_written_bytes_total=shared.bytes_written,
+            shared_cache_errors_total=shared.errors,
+            shared_cache_dropped_total=shared.dropped,
+            encoder_seconds_total=encoder.seconds,
+            step_seconds_total=self._counters["step_seconds_total"],
+            **{name: int(self._counters[name]) for name in _COUNTERS if name.startswith("num_")},
+        )
+
+    def _run(self, plan: Plan) -> LogitRows | None:
+        """None when the step has no chunk, or none of them ends in a row whose logits are wanted."""
+        if not plan.chunks:
+            return None
+        logits = self.runner.run(plan.chunks)
+        return LogitRows(logits) if len(logits) else None
+
+    def _sample_and_update(self, plan: Plan, logits: LogitRows | None) -> list[Output]:
+        """One verb, since the rows of guesses are sampled only as far as the tokens before them have come true."""
+        outputs, first_row = [], 0
+        for chunk in plan.chunks:
+            num_logits = chunk.num_logits  # before `computed` moves the mark
+            self.scheduler.computed(chunk.sequence, chunk.num_tokens)
+            if num_logits:
+                assert logits is not None
+                outputs.append(self._advance(chunk, logits, first_row))
+            first_row += num_logits
+        return outputs
+
+    def _advance(self, chunk: Chunk, logits: LogitRows, first_row: int) -> Output:
+        """Give the sequence its next token, and one more for each guess that came true in front of it."""
+        sequence, num_before = chunk.sequence, len(chunk.sequence.tokens)
+        if not sequence.num_output:
+            self._counters["num_cached_tokens_total"] += sequence.num_cached
+        logprobs = []
+        for row, guess in enumerate((*chunk.draft, None), first_row):
+            sampled = logits.sample(row, sequence, self.model.eos_token_ids)
+            finish = self._accept(sequence, sampled)
+            logprobs.append(sampled.logprob)
+            if finish is not None or sampled.token != guess:
+                break
+            self.scheduler.computed(sequence, 1)
+            self._counters["num_accepted_draft_tokens_total"] += 1
+        tokens = sequence.tokens[num_before:]
+        self._counters["num_draft_tokens_total"] += len(chunk.draft)
+        self._counters["num_output_tokens_total"] += len(tokens)
+        return self._output(sequence, tokens, logprobs[: len(tokens)], finish)
+
+    def _accept(self, sequence: Sequence, sampled: Sampled) -> Finish | None:
+        """Append the token, or end the sequence by it, or both."""
+        params = sequence.request.params
+        if sampled.token < 0:
+            return Finish("error", message="the model produced a value that is not a number")
+        stops = params.stop_token_ids if params.ignore_eos else (*params.stop_token_ids, *self.model.eos_token_ids)
+        if sampled.token in stops and sequence.num_output >= params.min_tokens:
+            return Finish("stop", stop_token=sampled.token)
+        sequence.append(sampled.token)
+        if sequence.num_output >= params.min_tokens and sequence.ends_with_any(params.stop_sequences):
+            return Finish("stop")
+        return Finish("length") if sequence.num_output >= sequence.max_tokens else None
+
+    def _count(self, plan: Plan, seconds: float) -> None:
+        if plan.chunks:
+            self.scheduler.cost.observe(plan.num_tokens, seconds)
+            self._counters["step_seconds_total"] += seconds
+            self._counters["num_steps_total"] += 1
+            self._counters["num_computed_tokens_total"] += plan.num_tokens
+
+    def _output(
+        self,
+        sequence: Sequence,
+        tokens: Iterable[int] = (),
+        logprobs: Iterable[TokenLogprob | None] = (),
+        finish: Finish | None = None,
+    ) -> Output:
+        if finish is not None:
+            self._forget(sequence, finish)
+        return Output(
+            sequence.id,
+            token_ids=tuple(tokens),
+            logprobs=tuple(logprob for logprob in logprobs if logprob is not None),
+            finish=finish,
+            num_prompt_tokens=sequence.num_prompt,
+            num_cached_tokens=sequence.num_cached,
+        )
+
+    def _encode(self, plan: Plan) -> None:
+        if plan.encoder_s is None:
+            return
+        with torch.inference_mode():
+            self.stage.advance(plan.encoder_s)
+        failures = self.stage.take_failures()
+        for sequence in list(self._sequences.values()) if failures else []:
+            reasons = [failures[i.content_hash] for i in sequence.pending_items if i.content_hash in failures]
+            if reasons:
+                self._end(sequence, Finish("error", message=reasons[0]))
+
+    def _end(self, sequence: Sequence, finish: Finish) -> None:
+        self._ended.append(self._output(sequence, finish=finish))
+
+    def _forget(self, sequence: Sequence, finish: Finish) -> None:
+        sequence.finish = finish
+        self.scheduler.remove(sequence)
+        del self._sequences[sequence.id]
+
+    def _take_ended(self) -> list[Output]:
+        ended, self._ended = self._ended, []
+        return ended
+
+
+_COUNTERS = (
+    "num_steps_total",
+    "num_prompt_tokens_total",
+    "num_cached_tokens_total",
+    "num_computed_tokens_total",
+    "num_output_tokens_total",
+    "num_draft_tokens_total",
+    "num_accepted_draft_tokens_total",
+    "step_seconds_total",
+)

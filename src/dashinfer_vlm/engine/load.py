@@ -1,0 +1,83 @@
+"""From a configuration to an engine that is ready for its first request."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+
+import torch
+
+from dashinfer_vlm.config import EngineConfig
+from dashinfer_vlm.engine.engine import Engine
+from dashinfer_vlm.engine.memory import kv_block_bytes, kv_dtype, num_kv_blocks
+from dashinfer_vlm.engine.messages import EngineInfo
+from dashinfer_vlm.engine.threads import engine_cores, engine_threads, set_threads, stay_on
+from dashinfer_vlm.layers.memory import huge_pages
+from dashinfer_vlm.models.base import KVCache
+from dashinfer_vlm.models.loading import allocate_kv, load_model
+
+__all__ = ["OnProgress", "load_engine"]
+
+logger = logging.getLogger(__name__)
+
+OnProgress = Callable[[str, int, int], None]
+"""Called with a stage of loading, how much of it is done, and how much there is."""
+
+
+def load_engine(config: EngineConfig, progress: OnProgress) -> tuple[Engine, EngineInfo]:
+    """Load the checkpoint in the folder `config.model`; "weights" is the one stage of progress, in bytes.
+
+    Raises CheckpointError for a folder that cannot be used, ConfigError for a device, a length or a cache that cannot
+    be had. The number of threads holds for the whole process.
+    """
+    config.validate()
+    start = time.perf_counter()
+    num_threads, cores = engine_threads(config), engine_cores(config)
+    set_threads(num_threads, cores)
+    model = load_model(config, progress=lambda done, total: progress("weights", done, total))
+    num_blocks = num_kv_blocks(model, config)
+    engine = Engine(model, allocate_kv(model, num_blocks, config.block_size, kv_dtype(model, config)), config)
+    info = _info(engine, engine.runner.kv)
+    logger.info(
+        "loaded %s on %s as %s in %.1f s; %s KV cache: %d blocks of %d tokens, %d tokens in %.2f GiB",
+        config.model,
+        model.device,
+        info.precision,
+        time.perf_counter() - start,
+        info.kv_dtype,
+        num_blocks,
+        config.block_size,
+        num_blocks * config.block_size,
+        num_blocks * kv_block_bytes(model, config) / 2**30,
+    )
+    if model.device.type == "cpu":
+        pinned = "not pinned" if cores is None else f"pinned to cores {', '.join(map(str, cores))}"
+        logger.info(
+            "%d compute threads, %s, torch's own %d; %s", num_threads, pinned, torch.get_num_threads(), huge_pages()
+        )
+    stay_on(cores)
+    return engine, info
+
+
+def _info(engine: Engine, kv: KVCache) -> EngineInfo:
+    return EngineInfo(
+        model=engine.config.model,
+        max_model_len=engine.limits.max_model_len,
+        vocab_size=engine.limits.vocab_size,
+        hidden_size=engine.limits.hidden_size,
+        eos_token_ids=engine.model.eos_token_ids,
+        device=str(engine.model.device),
+        dtype=_name(engine.model.kv_dtype),
+        kv_dtype=_name(kv.keys[0].dtype),
+        block_size=kv.block_size,
+        num_blocks=kv.num_blocks,
+        max_num_seqs=engine.config.max_num_seqs,
+        max_item_patches=engine.limits.max_item_patches,
+        quant_type=engine.config.quant_type,
+        vision_quant_type=engine.config.vision_quant_type,
+    )
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

@@ -1,0 +1,112 @@
+"""How much memory there is, and how many KV blocks fit into what is left of it after the weights."""
+
+from __future__ import annotations
+
+import ctypes
+from pathlib import Path
+
+import torch
+
+from dashinfer_vlm.config import EngineConfig
+from dashinfer_vlm.engine.admission import resolve_max_model_len
+from dashinfer_vlm.errors import ConfigError
+from dashinfer_vlm.layers.attention import cache_row_size
+from dashinfer_vlm.models.base import KVCache, Model
+
+_GIB = 2**30
+CPU_DEFAULT_GIB = 2.0
+"""A laptop has other things to do; --kv-cache-gib gives more. Pages are resident only once they are used."""
+_CPU_SHARE = 0.5
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
+_KEPT_BYTES = 256 * 2**20
+"""Freed memory that stays with the process."""
+_MAPPED_ALONE_BYTES = 32 * 2**20
+"""Allocations from this size on are mapped each for itself; glibc takes no higher value."""
+_CUDA_SHARE = 0.85
+"""The rest of the card is for activations, the encoder's packed batches and the allocator's slack."""
+
+MIN_ITEM_PATCHES = 1024
+"""A picture of 448 x 448."""
+_ENCODER_SHARE = 0.8
+EMBEDDING_HEADROOM_BYTES = 256 << 20
+"""What running sequences may hold beyond the cache's budget, so that a cache of 0 does not mean one at a time."""
+
+
+def num_kv_blocks(model: Model, config: EngineConfig) -> int:
+    """Blocks of the KV cache: as configured, else a share of the free memory, never more than every sequence could
+    fill. Raises ConfigError when what was asked for is more than the machine has."""
+    free = free_bytes(model.device)
+    block_bytes = kv_block_bytes(model, config)
+    if config.kv_cache_gib is None:
+        wanted = _CUDA_SHARE * free if model.device.type == "cuda" else min(CPU_DEFAULT_GIB * _GIB, _CPU_SHARE * free)
+    else:
+        wanted = config.kv_cache_gib * _GIB
+        if wanted > free:
+            raise ConfigError(f"--kv-cache-gib is {config.kv_cache_gib:g}, but {free / _GIB:.1f} GiB are free")
+    max_len = resolve_max_model_len(model.text.max_position_embeddings, config)
+    useful = config.max_num_seqs * -(-max_len // config.block_size)
+    return max(1, min(int(wanted // block_bytes), useful))
+
+
+def max_item_patches(model: Model, kv: KVCache) -> int:
+    """Patches of one image or video that the encoder has memory for, beside the KV cache.
+
+    The memory is looked at now; small pictures are always tried.
+    """
+    free = free_bytes(model.device)
+    if model.device.type == "cpu":  # its pages come when they are first written
+        free -= sum(tensor.nbytes for tensor in (*kv.keys, *kv.values))
+    return max(MIN_ITEM_PATCHES, int(_ENCODER_SHARE * free / model.encoder.bytes_per_patch))
+
+
+def max_pinned_tokens(model: Model, config: EngineConfig) -> int:
+    """Visual tokens whose embeddings running sequences may hold: what the cache may hold, and some more."""
+    budget = int(config.vision_cache_gib * _GIB) + EMBEDDING_HEADROOM_BYTES
+    return budget // embedding_row_bytes(model)
+
+
+def embedding_row_bytes(model: Model) -> int:
+    """Bytes of one token's embedding."""
+    return model.text.hidden_size * model.activation_dtype.itemsize
+
+
+def kv_dtype(model: Model, config: EngineConfig) -> torch.dtype:
+    """What keys and values are stored as."""
+    return torch.int8 if config.kv_cache_dtype == "int8" else model.kv_dtype
+
+
+def kv_block_bytes(model: Model, config: EngineConfig) -> int:
+    """Bytes of one block over all layers, keys and values."""
+    text, dtype = model.text, kv_dtype(model, config)
+    row_bytes = cache_row_size(text.head_dim, dtype) * dtype.itemsize
+    return 2 * text.num_layers * config.block_size * text.num_kv_heads * row_bytes
+
+
+def free_bytes(device: torch.device) -> int:
+    """Memory that can still be taken on `device`; on the CPU the smaller of what the machine and the container have."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    meminfo = Path("/proc/meminfo")
+    if not meminfo.exists():
+        return 8 * _GIB  # no Linux: no cheap way to ask; the default cache is below this anyway
+    available = next(line for line in meminfo.read_text().splitlines() if line.startswith("MemAvailable:"))
+    return min(int(available.split()[1]) * 1024, _container_free_bytes())
+
+
+def _container_free_bytes() -> int:
+    limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
+    if not (limit.exists() and used.exists()) or limit.read_text().strip() == "max":
+        return 1 << 62
+    return int(limit.read_text()) - int(used.read_text())
+
+
+def keep_freed_memory() -> None:
+    """Tell glibc to keep what it was given back, for steps whose activations come and go by the megabyte.
+
+    By default every large temporary is mapped, zeroed page by page and unmapped again. Elsewhere than on glibc this
+    does nothing. Source: mallopt(3), M_TRIM_THRESHOLD and M_MMAP_THRESHOLD.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(_M_TRIM_THRESHOLD, _KEPT_BYTES)
+        mallopt(_M_MMAP_THRESHOLD, _MAPPED_ALONE_BYTES)

@@ -1,0 +1,95 @@
+"""Turns a plan into one model call: packs chunks without padding, points at their blocks, writes item rows."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import accumulate, pairwise
+
+import numpy as np
+import torch
+
+from dashinfer_vlm.engine.request import Item
+from dashinfer_vlm.engine.scheduler import Chunk
+from dashinfer_vlm.models.base import EmbeddingRows, KVCache, Model, StepBatch
+from dashinfer_vlm.vision.cache import EmbeddingCache
+
+
+class Runner:
+    """Owns the KV cache's tensors and knows the model; knows nothing of queues."""
+
+    def __init__(self, model: Model, kv: KVCache, embeddings: EmbeddingCache) -> None:
+        self.model = model
+        self.kv = kv
+        self.embeddings = embeddings
+
+    @torch.inference_mode()
+    def run(self, chunks: tuple[Chunk, ...]) -> torch.Tensor:
+        """float32 logits [sum of `num_logits`, vocab], in the order of the chunks."""
+        return self.model.forward(self._batch(chunks), self.kv)
+
+    def _batch(self, chunks: tuple[Chunk, ...]) -> StepBatch:
+        starts = [0, *accumulate(chunk.num_rows for chunk in chunks)]
+        ids, slots = np.empty(starts[-1], np.int64), np.empty(starts[-1], np.int64)
+        positions = np.empty((3, starts[-1]), np.int64)
+        embeddings: list[EmbeddingRows] = []
+        logits_rows: list[int] = []
+        for (row, end), chunk in zip(pairwise(starts), chunks, strict=True):
+            rows = slice(row, end)
+            _write_rows(chunk, self.kv.block_size, ids[rows], slots[rows], positions[:, rows])
+            embeddings += self._item_rows(chunk, row, ids)
+            logits_rows += range(end - chunk.num_logits, end)
+        return StepBatch(
+            ids=self._tensor(ids),
+            positions=self._tensor(positions),
+            slots=self._tensor(slots),
+            query_starts=self._tensor(np.array(starts, np.int32)),
+            context_lens=self._tensor(np.array([c.sequence.num_computed + c.num_rows for c in chunks], np.int32)),
+            block_tables=self._tensor(_block_tables(chunks)),
+            logits_rows=self._tensor(np.array(logits_rows, np.int64)),
+            embeddings=embeddings,
+        )
+
+    def _item_rows(self, chunk: Chunk, row: int, ids: np.ndarray) -> Iterator[EmbeddingRows]:
+        """What overwrites word embeddings in the chunk that begins at `row`; the ids in those rows become 0."""
+        start, stop = chunk.sequence.num_computed, chunk.sequence.num_computed + chunk.num_rows
+        for item in chunk.sequence.pending_items:
+            first, last = max(start, item.start), min(stop, item.start + item.num_tokens)
+            if first < last:
+                at = row + first - start
+                ids[at : at + last - first] = 0
+                yield EmbeddingRows(start=at, rows=self._embedding(item)[first - item.start : last - item.start])
+
+    def _embedding(self, item: Item) -> torch.Tensor:
+        found = item.embedding if item.embedding is not None else self.embeddings.get(item.content_hash)
+        assert found is not None, f"the item at {item.start} was scheduled before it was encoded"
+        return found.to(self.model.device)
+
+    def _tensor(self, values: np.ndarray) -> torch.Tensor:
+        return torch.from_numpy(values).to(self.model.device, non_blocking=True)
+
+
+def _write_rows(chunk: Chunk, block_size: int, ids: np.ndarray, slots: np.ndarray, positions: np.ndarray) -> None:
+    """Fill int64 `ids` [n], `slots` [n] and `positions` [3, n] of a chunk of n rows."""
+    sequence, start, num_rows = chunk.sequence, chunk.sequence.num_computed, chunk.num_rows
+    if num_rows == 1:  # decode, the step that everybody waits for: no arrays for single numbers
+        ids[0] = sequence.tokens[start]
+        slots[0] = sequence.blocks[start // block_size] * block_size + start % block_size
+    else:
+        indices = np.arange(start, start + num_rows)
+        first = start // block_size
+        blocks = np.array(sequence.blocks[first : indices[-1] // block_size + 1])
+        ids[: chunk.num_tokens] = sequence.tokens[start : start + chunk.num_tokens]
+        ids[chunk.num_tokens :] = chunk.draft
+        slots[:] = blocks[indices // block_size - first] * block_size + indices % block_size
+    if start >= sequence.num_prompt:
+        positions[:] = np.arange(start, start + num_rows) + sequence.position_offset
+    else:
+        positions[:] = sequence.positions_of(start, start + num_rows).numpy()
+
+
+def _block_tables(chunks: tuple[Chunk, ...]) -> np.ndarray:
+    """int32 [S, most blocks], filled up with 0."""
+    tables = np.zeros((len(chunks), max(len(chunk.sequence.blocks) for chunk in chunks)), np.int32)
+    for table, chunk in zip(tables, chunks, strict=True):
+        table[: len(chunk.sequence.blocks)] = chunk.sequence.blocks
+    return tables

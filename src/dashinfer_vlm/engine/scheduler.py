@@ -1,0 +1,311 @@
+"""Decides what each step does: decode first, then what the oldest requests need, prefill or encoding.
+
+Order of side effects in `schedule()`:
+1. every decoding sequence gets a block for its next token; when none is free, the youngest is preempted;
+2. waiting sequences are admitted in order of arrival while sequences, blocks and embeddings fit: blocks for the whole
+   prompt are taken, prefixes shared, and the encoder is asked for the items that are still needed;
+3. decoding sequences that can guess what comes next (`drafts.py`) get as many guesses as are expected to pay;
+4. chunks are cut for admitted sequences, oldest first, up to their first item without an embedding;
+5. what is left of the step's time goes to the encoder; after a step with prefill, while anything decodes, the whole
+   extra time does: no step pays for both, and neither waits for the end of the other's queue.
+
+While anything decodes, the extra work of a step is limited to a share of what the decode itself costs: every stream's
+gap between tokens grows by that share at most. The share grows when more requests wait than run (each request, waiting
+or running, has an equal claim on the machine), so a burst of arrivals does not crawl in behind one stream. Guesses are
+not part of that share: each is expected to shorten the time per token of all streams together.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass
+
+from dashinfer_vlm.engine.blocks import BlockPool
+from dashinfer_vlm.engine.cost import StepCost
+from dashinfer_vlm.engine.request import Item
+from dashinfer_vlm.engine.sequence import Sequence
+from dashinfer_vlm.vision.encoder import EncoderStage
+
+DECODE_SLACK = 0.4
+"""Extra work of a step, as a share of its decode, when few requests wait. Keeps the 99th percentile gap between
+tokens below 1.5 times its undisturbed value, with room for error in the estimates."""
+IDLE_STEP_S = 0.5
+"""Encoder time of a step in which nothing decodes: long enough to be efficient, short enough to notice arrivals."""
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """The next `num_tokens` tokens of a sequence, from `sequence.num_computed` on, and guesses of what follows them."""
+
+    sequence: Sequence
+    num_tokens: int
+    draft: tuple[int, ...] = ()
+
+    @property
+    def num_rows(self) -> int:
+        """Rows of the model call."""
+        return self.num_tokens + len(self.draft)
+
+    @property
+    def num_logits(self) -> int:
+        """Rows whose logits are wanted, the last ones: of the newest token, and of each guess."""
+        return 1 + len(self.draft) if self.num_tokens == self.sequence.num_uncomputed else 0
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """One step: chunks for one model call, and seconds for the encoder (None: it has nothing to do)."""
+
+    chunks: tuple[Chunk, ...]
+    encoder_s: float | None
+
+    @property
+    def num_tokens(self) -> int:
+        """Rows of the model call."""
+        return sum(chunk.num_rows for chunk in self.chunks)
+
+
+class Scheduler:
+    """Owns which sequences wait and which run, and every change of their blocks."""
+
+    def __init__(
+        self,
+        *,
+        pool: BlockPool,
+        block_size: int,
+        stage: EncoderStage,
+        cost: StepCost,
+        max_num_seqs: int,
+        max_num_batched_tokens: int,
+        max_pinned_tokens: int = 1 << 62,
+    ) -> None:
+        """`max_pinned_tokens` bounds the visual tokens that running sequences wait for or have yet to compute."""
+        self.pool = pool
+        self.block_size = block_size
+        self.stage = stage
+        self.cost = cost
+        self.max_num_seqs = max_num_seqs
+        self.max_num_batched_tokens = max_num_batched_tokens
+        self.max_pinned_tokens = max_pinned_tokens
+        self.waiting: deque[Sequence] = deque()
+        self.running: list[Sequence] = []  # in order of arrival
+        self.num_preemptions = 0
+        self._encoder_is_next = False
+        self._wanted: dict[str, list[Item]] = {}  # items that each running sequence holds at the encoder
+
+    def add(self, sequence: Sequence) -> None:
+        self.waiting.append(sequence)
+
+    def schedule(self) -> Plan:
+        decoding = self._make_room_for_decode()
+        self._admit()
+        extra_s = self._extra_seconds(len(decoding))
+        chunks = self._decode_chunks(decoding)
+        if extra_s is not None and self._encoder_is_next and self.stage.computes_here:
+            self._encoder_is_next = False
+            return Plan(tuple(chunks), extra_s)
+        prefill = self._prefill_chunks(self.max_num_batched_tokens - sum(c.num_rows for c in chunks), extra_s)
+        self._encoder_is_next = bool(prefill) and self.stage.computes_here
+        plan = tuple(chunks + prefill)
+        if not self.stage.has_work():
+            return Plan(plan, None)
+        if extra_s is None:
+            return Plan(plan, IDLE_STEP_S)
+        return Plan(plan, max(0.0, extra_s - sum(c.num_tokens for c in prefill) * self.cost.token_s))
+
+    def computed(self, sequence: Sequence, num_tokens: int) -> None:
+        """K and V of the sequence's next `num_tokens` tokens are in the cache: publish full blocks, let go of items
+        that are behind. A guess counts once it has become a token: until then its slots may be written again."""
+        first_new = sequence.num_computed // self.block_size
+        sequence.num_computed += num_tokens
+        for index in range(first_new, sequence.num_computed // self.block_size):
+            self.pool.register(sequence.blocks[index], sequence.block_hash(index, self.block_size))
+        self._release_items(sequence, computed=sequence.num_computed)
+
+    def remove(self, sequence: Sequence) -> None:
+        """Forget a finished or aborted sequence and free all it holds."""
+        if sequence in self.running:
+            self.running.remove(sequence)
+            self._give_up_resources(sequence)
+        else:
+            self.waiting.remove(sequence)
+
+    def check_integrity(self) -> None:
+        """Blocks are accounted for exactly; for tests and idle moments."""
+        self.pool.check_integrity()
+        assert not self.running or all(s.num_computed <= len(s.blocks) * self.block_size for s in self.running)
+        assert all(not s.blocks for s in self.waiting), "a waiting sequence holds blocks"
+        if not self.running:
+            assert self.pool.num_free == self.pool.num_blocks, "blocks leaked"
+            assert not self._wanted, "items leaked"
+
+    # Decode
+
+    def _make_room_for_decode(self) -> list[Sequence]:
+        decoding = [sequence for sequence in self.running if sequence.is_decoding]
+        for sequence in decoding:
+            while sequence in self.running and len(sequence.blocks) * self.block_size < len(sequence.tokens):
+                if self.pool.num_free:
+                    sequence.blocks += self.pool.allocate(1)
+                else:
+                    self._preempt(self.running[-1])
+        return [sequence for sequence in decoding if sequence in self.running]
+
+    def _decode_chunks(self, decoding: list[Sequence]) -> list[Chunk]:
+        """The newest token of each sequence, and guesses, the likeliest first, while each is expected to pay: while its
+        chance to give a token, per second of its row, is above what the step gives per second without it.
+
+        Half of the rows are left to prompts.
+        """
+        drafts: list[list[int]] = [[] for _ in decoding]
+        num_rows, num_expected = len(decoding), float(len(decoding))
+        most_rows = num_rows + (self.max_num_batched_tokens - num_rows) // 2
+        for chance, index, token in self._guesses(decoding):
+            if num_rows >= most_rows or chance * self.cost.of(num_rows) <= num_expected * self.cost.token_s:
+                break
+            if self._has_slot(decoding[index], len(drafts[index])):
+                drafts[index].append(token)
+                num_rows += 1
+                num_expected += chance
+        return [Chunk(sequence, 1, tuple(draft)) for sequence, draft in zip(decoding, drafts, strict=True)]
+
+    def _guesses(self, decoding: list[Sequence]) -> list[tuple[float, int, int]]:
+        """Chance, index of the sequence, token: the likeliest first, those of one sequence in order."""
+        found = []
+        for index, sequence in enumerate(decoding):
+            if (drafter := sequence.drafter) is not None:
+                num_useful = sequence.max_tokens - sequence.num_output - 1
+                guess = drafter.propose(sequence.tokens, min(num_useful, drafter.settings.num_speculative_tokens))
+                found += [(drafter.chance ** (place + 1), index, token) for place, token in enumerate(guess)]
+        return sorted(found, key=lambda guess: -guess[0])
+
+    def _has_slot(self, sequence: Sequence, place: int) -> bool:
+        """Whether K and V of the guess at `place` have where to go. A block is taken for it only while every running
+        sequence could get one too; it stays, since the sequence will need it soon."""
+        if len(sequence.tokens) + place < len(sequence.blocks) * self.block_size:
+            return True
+        if self.pool.num_free <= len(self.running):
+            return False
+        sequence.blocks += self.pool.allocate(1)
+        return True
+
+    def _preempt(self, sequence: Sequence) -> None:
+        """Give its blocks to older sequences; its tokens stay and are computed again when there is room."""
+        self.running.remove(sequence)
+        self._give_up_resources(sequence)
+        self.waiting.appendleft(sequence)
+        self.num_preemptions += 1
+
+    def _give_up_resources(self, sequence: Sequence) -> None:
+        self.pool.release(sequence.blocks)
+        sequence.blocks = []
+        sequence.num_computed = 0
+        self._release_items(sequence, computed=None)
+
+    # Admission
+
+    def _admit(self) -> None:
+        while self.waiting and len(self.running) < self.max_num_seqs and self._try_admit(self.waiting[0]):
+            self.running.append(self.waiting.popleft())
+
+    def _try_admit(self, sequence: Sequence) -> bool:
+        shared = self._find_prefix(sequence)
+        needed = -(-len(sequence.tokens) // self.block_size) - len(shared)
+        for block in shared:
+            self.pool.share(block)
+        reserve = len(self.running)  # a block for each: who is admitted without it is preempted at once
+        wanted = sequence.items_to_encode(behind=len(shared) * self.block_size)
+        if needed + reserve > self.pool.num_free or not self._embeddings_fit(wanted):
+            self.pool.release(shared)
+            return False
+        sequence.blocks = shared + self.pool.allocate(needed)
+        sequence.num_computed = len(shared) * self.block_size
+        if not sequence.num_output:
+            sequence.num_cached = sequence.num_computed
+        for item in wanted:
+            self.stage.request(item)
+        if wanted:
+            self._wanted[sequence.id] = wanted
+        return True
+
+    def _embeddings_fit(self, wanted: list[Item]) -> bool:
+        """Content that several sequences wait for counts once. Who holds nothing that others wait for fits always, or
+        a long video would never run."""
+        pinned = {item.content_hash: item.num_tokens for items in self._wanted.values() for item in items}
+        wanted_too = {item.content_hash: item.num_tokens for item in wanted}
+        return not pinned or sum((pinned | wanted_too).values()) <= self.max_pinned_tokens
+
+    def _find_prefix(self, sequence: Sequence) -> list[int]:
+        """Cached blocks from the start; at least one token is left to compute, since its logits are wanted."""
+        found: list[int] = []
+        for index in range((len(sequence.tokens) - 1) // self.block_size):
+            block = self.pool.find(sequence.block_hash(index, self.block_size))
+            if block is None:
+                break
+            found.append(block)
+        return found
+
+    def _release_items(self, sequence: Sequence, *, computed: int | None) -> None:
+        """Tell the encoder that the sequence is past some items (`computed` tokens), or needs none (None)."""
+        wanted = self._wanted.get(sequence.id)
+        if wanted is None:
+            return
+        done = [item for item in wanted if computed is None or item.start + item.num_tokens <= computed]
+        for item in done:
+            self.stage.release(item)
+            wanted.remove(item)
+        if not wanted:
+            del self._wanted[sequence.id]
+
+    # Prefill
+
+    def _extra_seconds(self, num_decoding: int) -> float | None:
+        """Seconds that prefill and encoding may add to this step; None is no limit, since no stream is waiting."""
+        if not num_decoding:
+            return None
+        num_behind = len(self.running) - num_decoding + len(self.waiting)
+        return max(DECODE_SLACK, num_behind / num_decoding) * self.cost.of(num_decoding)
+
+    def _prefill_chunks(self, max_tokens: int, extra_s: float | None) -> list[Chunk]:
+        budget = max_tokens if extra_s is None else min(max_tokens, max(1, self.cost.tokens_in(extra_s)))
+        chunks: list[Chunk] = []
+        in_this_step: set[bytes] = set()
+        for sequence in self.running:
+            if budget <= 0:
+                break
+            if sequence.is_decoding or not self._catch_up(sequence, in_this_step):
+                continue
+            num_tokens = min(budget, self._num_ready(sequence))
+            if num_tokens:
+                chunks.append(Chunk(sequence, num_tokens))
+                budget -= num_tokens
+        return chunks
+
+    def _catch_up(self, sequence: Sequence, in_this_step: set[bytes]) -> bool:
+        """Share blocks that others computed since admission. False: its next block is being computed in this very
+        step by another sequence, so that waiting one step is cheaper than doing it twice."""
+        size = self.block_size
+        while sequence.num_computed % size == 0 and sequence.num_computed + size < len(sequence.tokens):
+            index = sequence.num_computed // size
+            block_hash = sequence.block_hash(index, size)
+            found = self.pool.find(block_hash)
+            if found is None or found == sequence.blocks[index]:
+                if block_hash in in_this_step:
+                    return False
+                in_this_step.add(block_hash)
+                return True
+            self.pool.share(found)
+            self.pool.release([sequence.blocks[index]])
+            sequence.blocks[index] = found
+            sequence.num_computed += size
+            if not sequence.num_output:
+                sequence.num_cached += size
+            self._release_items(sequence, computed=sequence.num_computed)
+        return True
+
+    def _num_ready(self, sequence: Sequence) -> int:
+        """Tokens before the first item whose embedding is not here yet."""
+        for item in sequence.pending_items:
+            if item.embedding is None and item.content_hash not in self.stage.cache:
+                return max(0, item.start - sequence.num_computed)
+        return sequence.num_uncomputed

@@ -1,0 +1,125 @@
+"""The life of a request in the engine: its tokens, its blocks, how much of it is computed."""
+
+from __future__ import annotations
+
+from collections import Counter
+from hashlib import blake2b
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from dashinfer_vlm.engine.request import Finish, Item, Request
+
+if TYPE_CHECKING:
+    from dashinfer_vlm.engine.blocks import BlockHash
+    from dashinfer_vlm.engine.drafts import Drafter
+
+
+class Sequence:
+    """Mutable state of one request. Everything that can be derived is a property.
+
+    Owners: the scheduler moves `blocks` and `num_computed`; the engine appends tokens and sets `finish`.
+    """
+
+    def __init__(
+        self,
+        request: Request,
+        *,
+        positions: torch.Tensor,
+        offset: int,
+        max_tokens: int,
+        seed: int,
+        drafter: Drafter | None = None,
+    ) -> None:
+        self.request = request
+        self.num_prompt = len(request.prompt_ids)
+        self.tokens = list(request.prompt_ids)
+        self.positions = positions
+        self.position_offset = offset
+        self.max_tokens = max_tokens
+        self.seed = seed
+        self.drafter = drafter
+        self.blocks: list[int] = []
+        self.num_computed = 0
+        """Tokens whose K and V are in `blocks`."""
+        self.num_cached = 0
+        """Prompt tokens that were found in the prefix cache when the sequence first ran."""
+        self.finish: Finish | None = None
+        self.output_counts: Counter[int] = Counter()
+        self.generator: np.random.Generator | None = None
+        self._hashes: list[BlockHash] = []
+        self._item_keys = [_item_key(item) for item in request.items]
+
+    @property
+    def id(self) -> str:
+        return self.request.id
+
+    @property
+    def num_output(self) -> int:
+        return len(self.tokens) - self.num_prompt
+
+    @property
+    def output(self) -> list[int]:
+        return self.tokens[self.num_prompt :]
+
+    @property
+    def num_uncomputed(self) -> int:
+        return len(self.tokens) - self.num_computed
+
+    @property
+    def is_decoding(self) -> bool:
+        """Only its newest token is missing from the cache, so that a step costs it one row."""
+        return self.num_output > 0 and self.num_uncomputed == 1
+
+    @property
+    def pending_items(self) -> list[Item]:
+        """Items of which at least one row is still to be computed."""
+        return [item for item in self.request.items if item.start + item.num_tokens > self.num_computed]
+
+    def items_to_encode(self, *, behind: int) -> list[Item]:
+        """Items that the encoder is asked for when the first `behind` tokens are computed."""
+        return [i for i in self.request.items if i.embedding is None and i.start + i.num_tokens > behind]
+
+    def append(self, token: int) -> None:
+        self.tokens.append(token)
+        self.output_counts[token] += 1
+        if self.drafter is not None:
+            self.drafter.observe(token)
+
+    def ends_with_any(self, stops: tuple[tuple[int, ...], ...]) -> bool:
+        """Whether the output ends with one of these id sequences."""
+        return any(len(stop) <= self.num_output and tuple(self.tokens[-len(stop) :]) == stop for stop in stops)
+
+    def positions_of(self, start: int, stop: int) -> torch.Tensor:
+        """int64 [3, stop - start]: the prompt's own positions, then one step per token after it on all axes."""
+        known = self.positions[:, start : min(stop, self.num_prompt)]
+        if stop <= self.num_prompt:
+            return known
+        later = torch.arange(max(start, self.num_prompt), stop) + self.position_offset
+        return torch.cat([known, later.expand(3, -1)], dim=1)
+
+    def block_hash(self, index: int, block_size: int) -> BlockHash:
+        """Hash of the full block `index` and of all before it: ids, and where an item stands, its content."""
+        while len(self._hashes) <= index:
+            self._hashes.append(self._next_hash(block_size))
+        return self._hashes[index]
+
+    def _next_hash(self, block_size: int) -> BlockHash:
+        start = len(self._hashes) * block_size
+        stop = start + block_size
+        assert stop <= len(self.tokens), (stop, len(self.tokens))
+        digest = blake2b(self._hashes[-1] if self._hashes else b"", digest_size=16)
+        digest.update(np.asarray(self.tokens[start:stop], dtype=np.int64).tobytes())
+        if self.request.positions is not None:
+            digest.update(self.positions_of(start, stop).numpy().tobytes())
+        for item, key in zip(self.request.items, self._item_keys, strict=True):
+            if item.start < stop and item.start + item.num_tokens > start:
+                digest.update(key + (item.start - start).to_bytes(8, "little", signed=True))
+        return digest.digest()
+
+
+def _item_key(item: Item) -> bytes:
+    """Content and layout: equal pixels under another grid or frame rate have other positions."""
+    layout = f"{item.kind} {item.grid} {item.seconds_per_grid} {item.num_tokens}".encode()
+    return blake2b(item.content_hash + layout, digest_size=16).digest()

@@ -1,0 +1,158 @@
+"""What a step may cost while streams run, and the estimate behind it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from dashinfer_vlm.engine.blocks import BlockPool
+from dashinfer_vlm.engine.cost import StepCost
+from dashinfer_vlm.engine.request import Item, Request, SamplingParams
+from dashinfer_vlm.engine.scheduler import DECODE_SLACK, IDLE_STEP_S, Plan, Scheduler
+from dashinfer_vlm.engine.sequence import Sequence
+from dashinfer_vlm.vision.cache import EmbeddingCache
+from dashinfer_vlm.vision.encoder import InStepEncoder
+from dashinfer_vlm.vision.queue import ItemQueue
+from tests.engine.scripted_model import ScriptedEncoder
+
+FIXED_S, TOKEN_S = 0.1, 0.01
+
+
+def make_scheduler(**options: int) -> Scheduler:
+    stage = InStepEncoder(ScriptedEncoder(), ItemQueue(EmbeddingCache(1 << 20)), torch.device("cpu"), 1024)
+    limits = {"max_num_seqs": 16, "max_num_batched_tokens": 64} | options
+    return Scheduler(pool=BlockPool(100), block_size=4, stage=stage, cost=StepCost(FIXED_S, TOKEN_S), **limits)
+
+
+def arrive(scheduler: Scheduler, name: str, num_prompt: int, items: tuple[Item, ...] = ()) -> Sequence:
+    prompt = [hash((name, i)) % 90 for i in range(num_prompt)]
+    request = Request(id=name, prompt_ids=prompt, items=items, params=SamplingParams())
+    positions = torch.arange(num_prompt).expand(3, -1)
+    made = Sequence(request, positions=positions, offset=0, max_tokens=99, seed=0)
+    scheduler.add(made)
+    return made
+
+
+def carry_out(scheduler: Scheduler, plan: Plan) -> None:
+    """What the engine does with a plan, every sampled token being 1."""
+    for chunk in plan.chunks:
+        wanted = chunk.num_logits
+        scheduler.computed(chunk.sequence, chunk.num_tokens)
+        if wanted:
+            chunk.sequence.append(1)
+
+
+def stream(scheduler: Scheduler, name: str) -> Sequence:
+    """A sequence that has had its prompt computed and decodes from now on."""
+    made = arrive(scheduler, name, 3)
+    carry_out(scheduler, scheduler.schedule())
+    assert made.is_decoding
+    return made
+
+
+def image(start: int, num_tokens: int = 8) -> Item:
+    return Item(
+        kind="image",
+        start=start,
+        num_tokens=num_tokens,
+        content_hash=b"i" * 32,
+        grid=(1, 4, num_tokens),
+        patches=torch.ones(num_tokens * 4, 2, dtype=torch.uint8),
+    )
+
+
+def test_every_stream_gets_its_token_before_a_prompt_gets_any() -> None:
+    scheduler = make_scheduler()
+    streams = [stream(scheduler, f"s{i}") for i in range(4)]
+    arrive(scheduler, "long", 60)
+    plan = scheduler.schedule()
+    assert [c.sequence for c in plan.chunks[:4]] == streams
+    assert [c.num_tokens for c in plan.chunks[:4]] == [1] * 4
+
+
+def test_a_prompt_adds_at_most_its_share_to_a_step_of_streams() -> None:
+    scheduler = make_scheduler()
+    for i in range(4):
+        stream(scheduler, f"s{i}")
+    arrive(scheduler, "long", 60)
+    prefill = scheduler.schedule().num_tokens - 4
+    assert 0 < prefill * TOKEN_S <= DECODE_SLACK * scheduler.cost.of(4)
+
+
+def test_an_image_gets_what_the_prompt_left_of_the_share() -> None:
+    scheduler = make_scheduler()
+    for i in range(4):
+        stream(scheduler, f"s{i}")
+    arrive(scheduler, "picture", 12, (image(2),))
+    plan = scheduler.schedule()
+    prefill = plan.num_tokens - 4
+    assert prefill == 2, "only the text before the image can be computed"
+    assert plan.encoder_s == pytest.approx(DECODE_SLACK * scheduler.cost.of(4) - prefill * TOKEN_S)
+
+
+def test_prefill_and_encoder_take_turns_with_the_extra_time_and_no_step_pays_for_both() -> None:
+    scheduler = make_scheduler()
+    for i in range(6):
+        stream(scheduler, f"s{i}")
+    arrive(scheduler, "picture", 12, (image(0),))
+    arrive(scheduler, "long", 60)
+    share_s = DECODE_SLACK * scheduler.cost.of(6)
+    for _ in range(4):
+        plan = scheduler.schedule()
+        assert 0 < (plan.num_tokens - 6) * TOKEN_S <= share_s
+        assert plan.encoder_s is not None
+        assert plan.encoder_s + (plan.num_tokens - 6) * TOKEN_S <= share_s + 1e-9
+        carry_out(scheduler, plan)
+        plan = scheduler.schedule()
+        assert plan.num_tokens == 6
+        assert plan.encoder_s == pytest.approx(share_s)
+        carry_out(scheduler, plan)
+
+
+def test_the_share_grows_when_more_wait_than_run() -> None:
+    scheduler = make_scheduler(max_num_batched_tokens=512)
+    stream(scheduler, "s")
+    for i in range(7):
+        arrive(scheduler, f"w{i}", 20)
+    extra = (scheduler.schedule().num_tokens - 1) * TOKEN_S
+    assert extra > DECODE_SLACK * scheduler.cost.of(1)
+    assert extra <= 7 * scheduler.cost.of(1)
+
+
+def test_without_streams_the_encoder_gets_a_long_slice() -> None:
+    scheduler = make_scheduler()
+    arrive(scheduler, "picture", 12, (image(0),))
+    plan = scheduler.schedule()
+    assert plan.chunks == ()
+    assert plan.encoder_s == IDLE_STEP_S
+
+
+def test_the_oldest_prompt_is_finished_first() -> None:
+    scheduler = make_scheduler(max_num_batched_tokens=16)
+    first, second = arrive(scheduler, "a", 20), arrive(scheduler, "b", 20)
+    carry_out(scheduler, scheduler.schedule())
+    plan = scheduler.schedule()
+    assert [(c.sequence, c.num_tokens) for c in plan.chunks] == [(first, 4), (second, 12)]
+
+
+def test_no_more_sequences_run_than_allowed() -> None:
+    scheduler = make_scheduler(max_num_seqs=2)
+    for i in range(5):
+        arrive(scheduler, f"s{i}", 3)
+    assert len(scheduler.schedule().chunks) == 2
+    assert len(scheduler.waiting) == 3
+
+
+def test_the_cost_estimate_follows_what_steps_really_take() -> None:
+    cost = StepCost(fixed_s=1.0, token_s=1.0)
+    for _ in range(300):
+        for num_tokens in (1, 4, 64, 512):
+            cost.observe(num_tokens, FIXED_S + TOKEN_S * num_tokens)
+    assert cost.fixed_s == pytest.approx(FIXED_S, rel=0.1)
+    assert cost.token_s == pytest.approx(TOKEN_S, rel=0.1)
+
+
+def test_one_slow_step_hardly_moves_the_estimate() -> None:
+    cost = StepCost(FIXED_S, TOKEN_S)
+    cost.observe(1, 1.0)
+    assert cost.of(1) < 2 * (FIXED_S + TOKEN_S)
