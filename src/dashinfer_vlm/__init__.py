@@ -1,0 +1,27 @@
+"""DashInfer-VLM: serve Qwen vision-language models; the vision encoder and the LLM run as separate stages."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from dashinfer_vlm.engine.request import SamplingParams
+    from dashinfer_vlm.frontend.params import GenerationParams
+    from dashinfer_vlm.offline import VLM
+
+__version__ = "0.1.0"
+__all__ = ["VLM", "GenerationParams", "SamplingParams", "__version__"]
+
+_HOMES = {
+    "VLM": "dashinfer_vlm.offline",
+    "GenerationParams": "dashinfer_vlm.frontend.params",
+    "SamplingParams": "dashinfer_vlm.engine.request",
+}
+"""Imported when they are first used: they bring torch, which `dashinfer_vlm_serve -h` does not need."""
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name]), name)

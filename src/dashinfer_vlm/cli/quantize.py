@@ -1,0 +1,61 @@
+"""`dashinfer-vlm quantize`: what the first start with quantised weights does, done ahead."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import rich_click as click
+
+from dashinfer_vlm.cli import flags
+from dashinfer_vlm.cli.command import CONTEXT
+from dashinfer_vlm.cli.logs import set_up_logging
+from dashinfer_vlm.cli.progress import LoadingProgress
+from dashinfer_vlm.config import EngineConfig
+from dashinfer_vlm.errors import ConfigError
+from dashinfer_vlm.hub import resolve_model
+
+__all__ = ["quantize"]
+
+FIELDS = (
+    "revision",
+    "hub",
+    "dtype",
+    "quant_type",
+    "quant_cache",
+    "quant_cache_gib",
+    "threads",
+    "vision_quant_type",
+)
+
+
+@click.command("quantize", context_settings=CONTEXT)
+@click.argument("model", default="")
+@flags.options(EngineConfig, only=FIELDS)
+def quantize(model: str, **values: Any) -> None:
+    """Quantise the weights of MODEL and keep them, so that servers with the same flags find them and start sooner.
+
+    dashinfer-vlm quantize qwen/Qwen2-VL-2B-Instruct --quant-type a8w8
+    """
+    config = EngineConfig(model=model, device="cpu", **values)
+    config.validate()
+    if config.quant_type == config.vision_quant_type == "none":
+        raise ConfigError("nothing to quantise: name --quant-type, --vision-quant-type, or both")
+    if not config.quant_cache_gib:
+        raise ConfigError("--quant-cache-gib 0 keeps nothing; give it room")
+    set_up_logging("warning")
+    folder = resolve_model(config)
+
+    # brings torch
+    from dashinfer_vlm.engine.threads import set_threads
+    from dashinfer_vlm.models.loading import quantise
+
+    if config.threads is not None:
+        set_threads(config.threads)
+    with LoadingProgress() as progress:
+        kept = quantise(
+            dataclasses.replace(config, model=str(folder)),
+            progress=lambda done, total: progress("weights", done, total),
+        )
+    for path in kept:
+        click.echo(f"{path.stat().st_size / 2**20:,.1f} MiB in {path}")

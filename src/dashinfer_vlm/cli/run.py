@@ -1,0 +1,138 @@
+"""`dashinfer-vlm run`: a file of requests, answered without a server."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+from contextlib import AsyncExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import rich_click as click
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from dashinfer_vlm.cli import flags
+from dashinfer_vlm.cli.command import CONTEXT
+from dashinfer_vlm.cli.logs import set_up_logging
+from dashinfer_vlm.cli.progress import LoadingProgress
+from dashinfer_vlm.config import EngineConfig, MediaConfig, ServerConfig
+from dashinfer_vlm.hub import DEMO_NAME, resolve_model
+
+if TYPE_CHECKING:
+    from dashinfer_vlm.offline.batch import BatchInput, BatchOutput, BatchRecord
+
+__all__ = ["run"]
+
+_LOOKAHEAD = 8
+"""Requests that are prepared while all sequences of the engine run."""
+_UNLIMITED = 1 << 30
+
+
+@click.command("run", context_settings=CONTEXT)
+@click.argument("input_file", metavar="INPUT.jsonl", type=click.Path(dir_okay=False, path_type=Path))
+@click.option("-o", "--output", "output_file", required=True, metavar="OUTPUT.jsonl", type=click.Path(dir_okay=False, path_type=Path), help="Where answers are appended; a run that was ended goes on from what is there.")  # fmt: skip
+@click.option("--chat-template", metavar="FILE", help="File with a Jinja chat template; the model's own when absent.")
+@flags.options(EngineConfig, MediaConfig)
+def run(input_file: Path, output_file: Path, chat_template: str | None, **values: Any) -> int:
+    """Answer the requests of INPUT.jsonl, a file in the format of OpenAI's Batch API.
+
+    Answers are written as they come, in any order, with errors in the lines that they belong to. The exit code is 1
+    when a line has one.
+    """
+    from dashinfer_vlm.offline.batch import BatchInput, BatchOutput  # brings the server
+
+    engine, media = flags.build(EngineConfig, values), flags.build(MediaConfig, values)
+    engine.validate()
+    media.validate()
+    set_up_logging("warning")
+    source = BatchInput(input_file)
+    output = BatchOutput(output_file)
+    try:
+        for _ in source.open_lines(output.done):  # a mismatch is found before the minutes of loading
+            pass
+        if len(output.done) == source.num_lines:
+            click.echo(f"all {source.num_lines} lines are answered in {output_file}", err=True)
+            return 0
+        return asyncio.run(_run(source, output, engine, media, chat_template))
+    finally:
+        output.close()
+
+
+async def _run(
+    source: BatchInput, output: BatchOutput, engine_config: EngineConfig, media: MediaConfig, chat_template: str | None
+) -> int:
+    from dashinfer_vlm.engine.client import ProcessEngine
+    from dashinfer_vlm.frontend.service import Service
+    from dashinfer_vlm.media.loader import MediaLoader
+    from dashinfer_vlm.offline.batch import BatchRun
+    from dashinfer_vlm.server.app import create_app
+    from dashinfer_vlm.vision.processor import ProcessorConfig
+
+    folder = resolve_model(engine_config)
+    processor = ProcessorConfig.from_checkpoint(
+        folder, min_pixels=engine_config.min_pixels, max_pixels=engine_config.max_pixels
+    )
+    async with AsyncExitStack() as stack:
+        loader = MediaLoader(media, processor)
+        stack.push_async_callback(loader.close)
+        with LoadingProgress() as loading:
+            engine = await ProcessEngine.start(dataclasses.replace(engine_config, model=str(folder)), progress=loading)
+            stack.push_async_callback(engine.close)
+        loader.max_patches = engine.info.max_item_patches
+        service = Service.from_folder(
+            folder,
+            engine,
+            loader,
+            chat_template=chat_template,
+            max_items=media.limit_mm_per_prompt,
+            max_queued_requests=_UNLIMITED,
+        )
+        names = ServerConfig(served_model_name=(engine_config.model or DEMO_NAME,))
+        with _Progress(source.num_lines, len(output.done)) as progress:
+            window = engine_config.max_num_seqs + _LOOKAHEAD
+            batch = BatchRun(
+                create_app(service, names), output, window=window, is_alive=engine.alive, on_record=progress.advance
+            )
+            await batch.run(source)
+    return progress.conclude(output.path)
+
+
+class _Progress:
+    """A bar with answered and failed lines."""
+
+    def __init__(self, num_lines: int, num_done: int) -> None:
+        self._console = Console(stderr=True)
+        self._bar = Progress(
+            TextColumn("Lines"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[failed]} failed"),
+            console=self._console,
+            disable=not self._console.is_terminal,
+        )
+        self._task = self._bar.add_task("", total=num_lines, completed=num_done, failed=0)
+        self._num_done = num_done
+        self._num_answered = self._num_failed = 0
+
+    def advance(self, record: BatchRecord) -> None:
+        self._num_answered += record.is_good
+        self._num_failed += not record.is_good
+        self._bar.update(self._task, advance=1, failed=self._num_failed)
+
+    def conclude(self, path: Path) -> int:
+        before = f", {self._num_done} were there before" if self._num_done else ""
+        self._console.print(
+            f"{self._num_answered} lines answered, {self._num_failed} failed{before}: {path}",
+            markup=False,
+            soft_wrap=True,
+        )
+        return int(self._num_failed > 0)
+
+    def __enter__(self) -> _Progress:
+        self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.stop()

@@ -1,0 +1,107 @@
+"""`dashinfer_vlm_serve`: from flags to a server that answers, and down again in good order.
+
+    flags ──► configs ──► socket ──► model folder ──► engine process ──► media processes ──► HTTP
+
+Whatever can be wrong is found before the minutes of loading: flags, files, address and folder come first.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import logging
+import signal
+import socket
+import sys
+from contextlib import AsyncExitStack, ExitStack
+from pathlib import Path
+from typing import Any
+
+import rich_click as click
+
+from dashinfer_vlm import envs
+from dashinfer_vlm.cli import flags
+from dashinfer_vlm.cli.command import CONTEXT, execute
+from dashinfer_vlm.cli.listen import listen
+from dashinfer_vlm.cli.logs import announce, set_up_logging
+from dashinfer_vlm.cli.progress import LoadingProgress
+from dashinfer_vlm.config import EngineConfig, MediaConfig, ServerConfig
+from dashinfer_vlm.hub import DEMO_NAME, resolve_model
+
+__all__ = ["main"]
+
+logger = logging.getLogger(__name__)
+
+
+@click.command(
+    "dashinfer_vlm_serve",
+    context_settings=CONTEXT,
+    epilog="Every flag can also be given as a variable: --max-batch 8 is DASHINFER_MAX_NUM_SEQS=8. See docs/flags.md.",
+)
+@flags.options(*flags.FACES)
+def command(**values: Any) -> None:
+    """Serve a vision-language model behind an OpenAI-compatible API.
+
+    dashinfer_vlm_serve --model qwen/Qwen2-VL-2B-Instruct
+    """
+    engine, media, server = (flags.build(face, values) for face in flags.FACES)
+    for config in (engine, media, server):
+        config.validate()
+    set_up_logging(server.log_level)
+    for name in envs.unknown([item.env for face in flags.FACES for item in flags.flags_of(face)]):
+        logger.warning("%s is no variable of this server and means nothing; see docs/flags.md", name)
+    with ExitStack() as stack:
+        tls = envs.tls_files() if server.ssl else None
+        sockets = [stack.enter_context(each) for each in listen(server.host, server.port)]
+        folder = resolve_model(engine)
+        names = server.served_model_name or (engine.model or DEMO_NAME,)
+        # SIGTERM ends loading as Ctrl-C does; uvicorn handles both once it runs
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
+        asyncio.run(_serve(folder, engine, media, dataclasses.replace(server, served_model_name=names), sockets, tls))
+
+
+async def _serve(
+    folder: Path,
+    engine_config: EngineConfig,
+    media_config: MediaConfig,
+    server_config: ServerConfig,
+    sockets: list[socket.socket],
+    tls: tuple[str, str] | None,
+) -> None:
+    # the rooms bring torch and more, which neither -h nor a wrong flag should wait for
+    from dashinfer_vlm.engine.client import ProcessEngine
+    from dashinfer_vlm.frontend.service import Service
+    from dashinfer_vlm.media.loader import MediaLoader
+    from dashinfer_vlm.server.run import TlsFiles, serve
+    from dashinfer_vlm.vision.processor import ProcessorConfig
+
+    processor = ProcessorConfig.from_checkpoint(
+        folder, min_pixels=engine_config.min_pixels, max_pixels=engine_config.max_pixels
+    )
+    async with AsyncExitStack() as stack:
+        loader = MediaLoader(media_config, processor)
+        stack.push_async_callback(loader.close)
+        with LoadingProgress() as progress:
+            engine = await ProcessEngine.start(dataclasses.replace(engine_config, model=str(folder)), progress=progress)
+            stack.push_async_callback(engine.close)
+        loader.max_patches = engine.info.max_item_patches
+        await loader.start()
+        announce(server_config.served_model_name[0], engine.info)
+        service = Service.from_folder(
+            folder,
+            engine,
+            loader,
+            chat_template=server_config.chat_template,
+            max_items=media_config.limit_mm_per_prompt,
+            max_queued_requests=server_config.max_queued_requests,
+        )
+        await serve(service, server_config, TlsFiles(*tls) if tls else None, sockets)
+
+
+def main() -> None:
+    """Entry point of `dashinfer_vlm_serve`."""
+    sys.exit(execute(command))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,62 @@
+"""`dashinfer-vlm`: everything that is not the server. A subcommand's module is imported when it is asked for."""
+
+from __future__ import annotations
+
+import platform
+import sys
+from importlib import import_module
+
+import rich_click as click
+
+from dashinfer_vlm import __version__
+from dashinfer_vlm.cli import flags
+from dashinfer_vlm.cli.command import CONTEXT, execute
+
+__all__ = ["main", "tool"]
+
+ELSEWHERE = {
+    "bench": "dashinfer_vlm.cli.bench:bench",
+    "encoder": "dashinfer_vlm.cli.encoder:encoder",
+    "quantize": "dashinfer_vlm.cli.quantize:quantize",
+    "run": "dashinfer_vlm.cli.run:run",
+}
+"""Subcommands that live in modules of their own."""
+
+
+class LazyGroup(click.RichGroup):
+    """A group that imports the subcommands of `ELSEWHERE` when they are needed."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return sorted([*super().list_commands(ctx), *ELSEWHERE])
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in ELSEWHERE:
+            return super().get_command(ctx, cmd_name)
+        module, name = ELSEWHERE[cmd_name].split(":")
+        command = getattr(import_module(module), name)
+        assert isinstance(command, click.Command), ELSEWHERE[cmd_name]
+        return command
+
+
+@click.command("dashinfer-vlm", cls=LazyGroup, context_settings=CONTEXT)
+def tool() -> None:
+    """Measure and inspect DashInfer-VLM. The server itself is dashinfer_vlm_serve."""
+
+
+@tool.command("version", context_settings=CONTEXT)
+def version() -> None:
+    """Say which versions are installed here."""
+    import torch
+
+    click.echo(f"dashinfer-vlm {__version__}, torch {torch.__version__}, Python {platform.python_version()}")
+
+
+@tool.command("flags", context_settings=CONTEXT)
+def show_flags() -> None:
+    """Print docs/flags.md: every flag of dashinfer_vlm_serve."""
+    click.echo(flags.reference_page(), nl=False)
+
+
+def main() -> None:
+    """Entry point of `dashinfer-vlm`."""
+    sys.exit(execute(tool))

@@ -1,0 +1,292 @@
+"""One config class per face. Flags, environment names and the docs are generated from the fields, so that each fact
+is written once. Configs are immutable and never adjusted silently: `validate()` raises with the value and the limit.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal
+
+from dashinfer_vlm.cores import parse_list
+from dashinfer_vlm.errors import ConfigError
+
+DeviceName = Literal["auto", "cuda", "cpu"]
+DTypeName = Literal["auto", "bfloat16", "float16", "float32"]
+HubName = Literal["auto", "modelscope", "huggingface"]
+VisionEngineName = Literal["native", "transformers", "onnxruntime", "tensorrt"]
+KVCacheDTypeName = Literal["auto", "int8"]
+QuantTypeName = Literal["none", "gptq", "gptq_weight_only", "a8w8", "a16w4", "a16w8", "fp8"]
+VisionQuantTypeName = Literal["none", "a8w8", "a16w8"]
+
+_MOST_SPECULATIVE = 32
+"""Beyond this no guess is right often enough to pay."""
+
+
+def option(
+    default: Any,
+    help: str,
+    *,
+    aliases: tuple[str, ...] = (),
+    group: str = "Engine",
+    secret: bool = False,
+    least: float | None = None,
+    most: float | None = None,
+    only: tuple[Any, ...] = (),
+) -> Any:
+    """A config field that is also a command-line flag.
+
+    `aliases` are further spellings of the flag, `least` and `most` the range of a number. `only` lists the values that
+    work today, for a documented flag whose other values are not offered yet.
+    """
+    described = {"help": help, "aliases": aliases, "group": group, "secret": secret}
+    return field(default=default, metadata={**described, "least": least, "most": most, "only": only})
+
+
+def flag(field_name: str) -> str:
+    """The spelling of a field on the command line."""
+    return "--" + field_name.replace("_", "-")
+
+
+def _check_fields(config: Any) -> None:
+    for item in fields(config):
+        value, meta = getattr(config, item.name), item.metadata
+        if value is None:
+            continue
+        if meta["least"] is not None and not value >= meta["least"]:  # also false for NaN
+            raise ConfigError(f"{flag(item.name)} is {value}; it must be at least {meta['least']}")
+        if meta["most"] is not None and not value <= meta["most"]:
+            raise ConfigError(f"{flag(item.name)} is {value}; it must be at most {meta['most']}")
+        if meta["only"] and value not in meta["only"]:
+            offered = " or ".join(str(v) for v in meta["only"])
+            raise ConfigError(f"{flag(item.name)} {value} is not offered yet; this version supports {offered}")
+
+
+def _check_redis_url(url: str) -> None:
+    """The message leaves the URL out, since it may hold a password."""
+    form = r"rediss?://([^@/?#]*@)?([\w.-]+|\[[0-9a-fA-F:.]+\])(:\d{1,5})?(/\d+)?/?"
+    if not re.fullmatch(form, url):
+        raise ConfigError("--vision-cache is no address of a Redis; write redis://[user:password@]host[:port][/number]")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Speculation:
+    """Speculative decoding by prompt lookup; the keys of `--speculative-config` are those of vLLM."""
+
+    num_speculative_tokens: int
+    """Tokens that a sequence may guess in one step, at most."""
+    prompt_lookup_max: int = 4
+    prompt_lookup_min: int = 2
+    """So many of the newest tokens must have occurred before; of several places, the one that shares most of them, up
+    to `prompt_lookup_max`, is taken."""
+
+    @classmethod
+    def parse(cls, settings: Mapping[str, str | int]) -> Speculation:
+        """Raises ConfigError with the key and its value."""
+        name, counts = "--speculative-config", dict(settings)
+        method = counts.pop("method", None)
+        if method != "ngram":
+            raise ConfigError(f'{name} has method {method}; this version supports {{"method": "ngram"}}')
+        if unknown := counts.keys() - {item.name for item in fields(cls)}:
+            known = ", ".join(item.name for item in fields(cls))
+            raise ConfigError(f"{name} has {sorted(unknown)[0]}; its keys are method, {known}")
+        if "num_speculative_tokens" not in counts:
+            raise ConfigError(f"{name} needs num_speculative_tokens, such as 4")
+        for key, value in counts.items():
+            if type(value) is not int or not 1 <= value <= _MOST_SPECULATIVE:
+                raise ConfigError(f"{name} has {key} {value}; it must be a whole number from 1 to {_MOST_SPECULATIVE}")
+        made = cls(**counts)  # type: ignore[arg-type]  # all are whole numbers now
+        if made.prompt_lookup_min > made.prompt_lookup_max:
+            raise ConfigError(
+                f"{name} has prompt_lookup_min {made.prompt_lookup_min} above prompt_lookup_max {made.prompt_lookup_max}"
+            )
+        return made
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineConfig:
+    """What the engine is built from; see each field's help."""
+
+    model: str = option("", "Model folder, ModelScope id or Hugging Face id; the bundled demo model when absent.")
+    revision: str | None = option(None, "Branch, tag or commit of the model to download.")
+    hub: HubName = option("auto", "Where a model id is looked up; auto asks ModelScope first, then Hugging Face.")
+    device: DeviceName = option("auto", "Where the model runs; auto takes CUDA when there is a card.")
+    dtype: DTypeName = option("bfloat16", "Type of stored weights; auto takes the checkpoint's.")
+    quant_type: QuantTypeName = option(
+        "none", "Quantise the text model's weights while they are loaded.", only=("none", "a8w8", "a16w8", "a16w4")
+    )
+    quant_cache: str | None = option(
+        None, "Folder that keeps quantised weights for the next start; one below the user's caches when absent."
+    )
+    quant_cache_gib: float = option(
+        16.0, "Disk for quantised weights in GiB; what was used least recently goes first, 0 keeps none.", least=0
+    )
+    parallel_size: int = option(1, "Devices that share the model (tensor parallel).", least=1, only=(1,))
+    max_model_len: int | None = option(
+        None,
+        "Prompt plus output tokens of a request at most; the model's context when absent, 32000 at most.",
+        aliases=("max-length",),
+        least=1,
+    )
+    max_num_seqs: int = option(128, "Sequences that run at once.", aliases=("max-batch",), least=1)
+    max_num_batched_tokens: int = option(512, "Tokens of one step: decode and prefill chunks together.", least=1)
+    block_size: int = option(16, "Tokens in one page of the KV cache.", least=1)
+    kv_cache_gib: float | None = option(
+        None, "Memory for the KV cache in GiB; a share of what is free when absent.", least=0.001
+    )
+    kv_cache_dtype: KVCacheDTypeName = option(
+        "auto", "Type of the KV cache; auto takes that of the weights, int8 holds almost twice the tokens."
+    )
+    prefix_cache: bool = option(True, "Reuse the KV of equal prompt beginnings.", aliases=("enable-prefix-cache",))
+    speculative_config: dict[str, str | int] | None = option(
+        None,
+        "Guess several tokens of a step from what the text repeats, same answers, as JSON: "
+        '{"method": "ngram", "num_speculative_tokens": 4}; off when absent.',
+    )
+    threads: int | None = option(None, "Compute threads on the CPU; one per core when absent.", least=1)
+    cores: str | None = option(
+        None,
+        "Cores to pin compute threads to, one each, vision workers' included: 0-7, or auto for all; not pinned when absent.",
+    )
+    seed: int = option(0, "Seed of requests that bring none.", least=0)
+    vision_engine: VisionEngineName = option(
+        "native", "Who runs the vision encoder.", group="Vision", only=("native", "transformers")
+    )
+    vision_quant_type: VisionQuantTypeName = option(
+        "none", "Quantise the vision encoder's weights while they are loaded.", group="Vision"
+    )
+    vision_cache_gib: float = option(
+        0.5, "Memory for embeddings of images that were seen before, in GiB; 0 is off.", group="Vision", least=0
+    )
+    vision_cache: str | None = option(
+        None,
+        "Redis that machines share embeddings through: redis://host:6379/0, or rediss:// over TLS.",
+        group="Vision",
+        secret=True,
+    )
+    vision_cache_ttl_s: int = option(
+        86400, "Seconds that an embedding stays there after it was written.", group="Vision", least=1
+    )
+    vision_workers: int = option(
+        0, "Processes that run the vision encoder; 0 runs it in the engine's steps.", group="Vision", least=0
+    )
+    vision_device: str | None = option(
+        None, "Where they run it: cpu, cuda or cuda:1; the engine's device when absent.", group="Vision"
+    )
+    vision_threads: int | None = option(
+        None,
+        "Compute threads of each of them on the CPU; they and the engine share the cores when absent.",
+        group="Vision",
+        least=1,
+    )
+    cluster: str | None = option(
+        None,
+        "Ray cluster whose machines run the vision workers: host:port of its head, or auto for the one of this machine.",
+        group="Vision",
+    )
+    min_pixels: int | None = option(
+        None, "Images are enlarged to at least so many pixels; the model's value when absent.", group="Vision", least=1
+    )
+    max_pixels: int | None = option(
+        None, "Images are reduced to at most so many pixels; the model's value when absent.", group="Vision", least=1
+    )
+
+    @property
+    def speculation(self) -> Speculation | None:
+        """What `speculative_config` says; raises ConfigError."""
+        return None if self.speculative_config is None else Speculation.parse(self.speculative_config)
+
+    def validate(self) -> None:
+        """Raise ConfigError for the first value that is out of range."""
+        _check_fields(self)
+        if self.vision_engine == "transformers" and self.vision_quant_type != "none":
+            raise ConfigError(
+                f"--vision-quant-type is {self.vision_quant_type}, but --vision-engine transformers computes with whole "
+                "weights; use native"
+            )
+        for name in ("vision_device", "vision_threads", "cluster"):
+            if getattr(self, name) is not None and not self.vision_workers:
+                raise ConfigError(f"{flag(name)} is {getattr(self, name)}, but nobody uses it; add --vision-workers 1")
+        if self.cluster is not None and self.vision_device not in (None, "cpu", "cuda"):
+            raise ConfigError(f"--vision-device is {self.vision_device}; in a cluster it must be cpu or cuda")
+        if self.vision_device is not None and not re.fullmatch(r"cpu|cuda(:\d+)?", self.vision_device):
+            raise ConfigError(f"--vision-device is {self.vision_device}; it must be cpu, cuda or cuda:N")
+        if self.cores not in (None, "auto"):
+            parse_list(self.cores)
+        if self.vision_cache is not None:
+            _check_redis_url(self.vision_cache)
+        _ = self.speculation
+        if self.min_pixels and self.max_pixels and self.min_pixels > self.max_pixels:
+            raise ConfigError(f"--min-pixels {self.min_pixels} is above --max-pixels {self.max_pixels}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MediaConfig:
+    """Who may be fetched and how much a medium may weigh."""
+
+    allowed_media_domains: tuple[str, ...] = option(
+        (), "Hosts that media may be fetched from, private ones too; any public host when absent.", group="Media"
+    )
+    allowed_local_media_path: str | None = option(
+        None, "Folder that file:// URLs may read from; none when absent.", group="Media"
+    )
+    limit_mm_per_prompt: dict[str, int] | None = option(
+        None, 'Items of one prompt at most, as JSON: {"image": 16}.', group="Media"
+    )
+    max_image_mib: int = option(64, "Bytes of one image at most, in MiB.", group="Media", least=1)
+    max_image_mpx: int = option(
+        179, "Pixels of one image at most, in millions, before decoding.", group="Media", least=1
+    )
+    image_fetch_timeout_s: float = option(5.0, "Seconds to fetch one image.", group="Media", least=0.001)
+    media_workers: int = option(1, "Processes that decode media.", group="Media", least=1)
+    media_cache_mib: int = option(
+        256, "Memory for decoded media that may be sent again, in MiB; 0 is off.", group="Media", least=0
+    )
+
+    def validate(self) -> None:
+        """Raise ConfigError for the first value that is out of range."""
+        _check_fields(self)
+        for kind, limit in (self.limit_mm_per_prompt or {}).items():
+            if kind not in ("image", "video") or limit < 0:
+                raise ConfigError(f"--limit-mm-per-prompt has {kind}: {limit}; kinds are image and video, from 0 on")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServerConfig:
+    """What the HTTP face is built from."""
+
+    host: str = option("localhost", "Address to listen on.", group="Server")
+    port: int = option(8000, "Port to listen on; 0 takes a free one.", group="Server", least=0, most=65535)
+    served_model_name: tuple[str, ...] = option((), "Names that clients may call the model by.", group="Server")
+    chat_template: str | None = option(
+        None, "File with a Jinja chat template; the model's own when absent.", group="Server"
+    )
+    api_keys: tuple[str, ...] = option(
+        (),
+        "Keys, comma separated; a client must send one of them.",
+        aliases=("api-key",),
+        group="Server",
+        secret=True,
+    )
+    api_keys_file: str | None = option(None, "File with one key per line.", group="Server")
+    allowed_origins: tuple[str, ...] = option(
+        (), "Origins that browsers may call from; none when absent.", group="Server"
+    )
+    allowed_methods: tuple[str, ...] = option(("*",), "Methods that they may use.", group="Server")
+    allowed_headers: tuple[str, ...] = option(("*",), "Headers that they may send.", group="Server")
+    allow_credentials: bool = option(False, "Let browsers send credentials.", group="Server")
+    ssl: bool = option(False, "Serve TLS with the files named by SSL_KEYFILE and SSL_CERTFILE.", group="Server")
+    max_queued_requests: int = option(1024, "Requests that may wait; more are answered 503.", group="Server", least=0)
+    shutdown_timeout_s: float = option(
+        10.0,
+        "Seconds that running requests get to end after Ctrl-C.",
+        aliases=("shutdown-timeout",),
+        group="Server",
+        least=0,
+    )
+    log_level: Literal["debug", "info", "warning", "error"] = option("info", "How much is logged.", group="Server")
+
+    def validate(self) -> None:
+        """Raise ConfigError for the first value that is out of range."""
+        _check_fields(self)

@@ -1,0 +1,64 @@
+"""The environment variables that are not flags, each read here and nowhere else; a value that does not parse raises.
+
+Every flag can also be given as `DASHINFER_<FIELD>` (see `cli/flags.py`). The hubs' client libraries read their own
+variables (`HF_ENDPOINT`, `HF_HOME`, `HF_HUB_OFFLINE`, `MODELSCOPE_ENDPOINT`, `MODELSCOPE_CACHE`, ...).
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Collection
+from pathlib import Path
+
+from dashinfer_vlm.errors import ConfigError
+
+__all__ = ["cache_folder", "encoder_model", "encoder_threads", "kernels", "tls_files", "unknown"]
+
+_PREFIX = "DASHINFER_"
+_NAMES = frozenset({"DASHINFER_API_KEY", "DASHINFER_ENCODER_MODEL", "DASHINFER_ENCODER_THREADS", "DASHINFER_KERNELS"})
+"""Those of ours that belong to no flag of the server."""
+
+
+def unknown(flag_names: Collection[str]) -> list[str]:
+    """Variables that look like ours and mean nothing, where `flag_names` are those of the flags: misspelt ones, most
+    likely, but also what Kubernetes sets for a service of our name, so they are no error."""
+    return sorted(name for name in os.environ if name.startswith(_PREFIX) and name not in {*_NAMES, *flag_names})
+
+
+def cache_folder() -> Path:
+    """Where this package may keep what it can make again: below `XDG_CACHE_HOME`, or else `~/.cache`. Raises
+    RuntimeError when there is no home."""
+    base = os.environ.get("XDG_CACHE_HOME", "")
+    return (Path(base) if base.startswith("/") else Path.home() / ".cache") / "dashinfer-vlm"
+
+
+def kernels() -> str:
+    """`DASHINFER_KERNELS`: which CPU kernels compute: `auto`, an instruction level, or `reference` (plain torch)."""
+    return os.environ.get("DASHINFER_KERNELS", "auto")
+
+
+def tls_files() -> tuple[str, str]:
+    """`SSL_KEYFILE` and `SSL_CERTFILE`; raises ConfigError when one is unset or not a file."""
+    return _file("SSL_KEYFILE"), _file("SSL_CERTFILE")
+
+
+def _file(name: str) -> str:
+    value = os.environ.get(name, "")
+    if not value:
+        raise ConfigError(f"{name} is not set; --ssl needs SSL_KEYFILE and SSL_CERTFILE")
+    if not Path(value).is_file():
+        raise ConfigError(f"{name} is {value}; there is no such file")
+    return value
+
+
+def encoder_model() -> str | None:
+    """`DASHINFER_ENCODER_MODEL`: where a machine that lends itself has the model; set by `dashinfer-vlm encoder`."""
+    return os.environ.get("DASHINFER_ENCODER_MODEL") or None
+
+
+def encoder_threads() -> int | None:
+    """`DASHINFER_ENCODER_THREADS`: compute threads of each encoder there; raises ConfigError for no whole number."""
+    value = os.environ.get("DASHINFER_ENCODER_THREADS", "")
+    if value and not (value.isascii() and value.isdigit() and int(value)):
+        raise ConfigError(f"DASHINFER_ENCODER_THREADS is {value}; it must be a whole number from 1 on")
+    return int(value) if value else None

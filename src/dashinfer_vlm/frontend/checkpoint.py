@@ -1,0 +1,57 @@
+"""What the front end reads of a model folder besides tokenizer and template: placeholder ids and sampling defaults."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from dashinfer_vlm.engine.request import ItemKind
+from dashinfer_vlm.errors import CheckpointError
+
+_DEFAULTED = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FrontendConfig:
+    """Facts of a checkpoint that turn messages into prompts."""
+
+    placeholder_ids: dict[ItemKind, int]
+    """The token that stands for each kind of item; a kind that is absent cannot be sent to this model."""
+    sampling_defaults: dict[str, float | int]
+    """Fields of SamplingParams that `generation_config.json` sets for requests that do not."""
+
+    @classmethod
+    def from_folder(cls, folder: Path) -> FrontendConfig:
+        """Read `config.json` and, where there is one, `generation_config.json`; raises CheckpointError."""
+        config = read_json(folder / "config.json")
+        ids: dict[ItemKind, int] = {}
+        kinds: tuple[ItemKind, ...] = ("image", "video")
+        for kind in kinds:
+            token = config.get(f"{kind}_token_id")
+            if isinstance(token, int):
+                ids[kind] = token
+        return cls(placeholder_ids=ids, sampling_defaults=_sampling_defaults(folder / "generation_config.json"))
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in `path`; CheckpointError names the file when it is missing or no object."""
+    try:
+        return msgspec.json.decode(path.read_bytes(), type=dict[str, Any])
+    except FileNotFoundError:
+        raise CheckpointError(f"{path} is missing; is {path.parent} a complete model folder?") from None
+    except msgspec.DecodeError as error:
+        raise CheckpointError(f"{path} does not hold a JSON object: {error}") from error
+
+
+def _sampling_defaults(path: Path) -> dict[str, float | int]:
+    """The published recommendation: `do_sample: false` means greedy, absent fields keep the API's defaults."""
+    if not path.is_file():
+        return {}
+    config = read_json(path)
+    defaults = {name: config[name] for name in _DEFAULTED if isinstance(config.get(name), (int, float))}
+    if config.get("do_sample") is False:
+        defaults["temperature"] = 0.0
+    return defaults

@@ -1,0 +1,252 @@
+"""The answers to one call, as they are made: engine outputs turned into text, side by side for all choices."""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass
+from typing import Literal
+
+from dashinfer_vlm.engine.client import EngineClient
+from dashinfer_vlm.engine.request import Output, Request, TokenLogprob
+from dashinfer_vlm.errors import EngineDeadError, EngineError
+from dashinfer_vlm.frontend.detokenizer import Detokenizer
+from dashinfer_vlm.frontend.observer import Observer
+from dashinfer_vlm.frontend.params import GenerationParams
+from dashinfer_vlm.frontend.prompt import Prompt
+from dashinfer_vlm.frontend.tokenizer import Tokenizer
+
+EndReason = Literal["stop", "length"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Delta:
+    """What is new in one choice; the one with `finish_reason` is the choice's last."""
+
+    index: int
+    text: str
+    """Complete characters; empty while they are being put together."""
+    token_ids: tuple[int, ...] = ()
+    logprobs: tuple[TokenLogprob, ...] = ()
+    """One per token of `token_ids` when asked for; a token may precede its text."""
+    finish_reason: EndReason | None = None
+
+    def merge(self, later: Delta) -> Delta:
+        """Both as one; `later` is the next delta of the same choice."""
+        return Delta(
+            index=self.index,
+            text=self.text + later.text,
+            token_ids=self.token_ids + later.token_ids,
+            logprobs=self.logprobs + later.logprobs,
+            finish_reason=later.finish_reason,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """Tokens of a call. Each prompt counts once, however many answers were asked of it."""
+
+    num_prompt_tokens: int
+    num_output_tokens: int
+    """The end-of-sequence token counts, as it was computed."""
+    num_cached_tokens: int
+    """Prompt tokens that came from the prefix cache, per prompt the most of its choices."""
+
+
+class Choice:
+    """One answer on its way: engine outputs in, deltas out."""
+
+    def __init__(self, index: int, prompt: Prompt, params: GenerationParams, tokenizer: Tokenizer) -> None:
+        """`index` counts through all prompts of the call; each prompt has `params.n` choices."""
+        self.index = index
+        self.prompt = prompt
+        self.sampling = params.of_choice(index % params.n)
+        self.num_tokens = 0
+        self.num_cached_tokens = 0
+        self.end_reason: EndReason | None = None
+        self.last_token_s: float | None = None
+        """When its latest token came, on `time.perf_counter`'s clock."""
+        self._keeps_stop = params.include_stop_str_in_output
+        self._text = Detokenizer(
+            tokenizer,
+            stop=params.stop,
+            include_stop=params.include_stop_str_in_output,
+            skip_special=params.skip_special_tokens,
+            min_tokens=params.sampling.min_tokens,
+        )
+
+    def feed(self, output: Output) -> Delta | None:
+        """The news in `output`, if any; raises EngineError when the engine gave up on the sequence."""
+        self.num_cached_tokens = max(self.num_cached_tokens, output.num_cached_tokens)
+        text, num_used = self._push(output.token_ids)
+        reason: EndReason | None = "stop" if self._text.stopped else None
+        if reason is None and output.finish:
+            reason = self._end_reason(output)
+            text += self._last_text(output.finish.stop_token)
+        self.end_reason = reason
+        if not text and reason is None and not output.token_ids:
+            return None
+        return Delta(
+            index=self.index,
+            text=text,
+            token_ids=output.token_ids[:num_used],
+            logprobs=output.logprobs[:num_used],
+            finish_reason=reason,
+        )
+
+    def _push(self, tokens: tuple[int, ...]) -> tuple[str, int]:
+        """Text of `tokens`, and how many of them were used when a stop string ends it."""
+        pieces: list[str] = []
+        for i, token in enumerate(tokens):
+            self.num_tokens += 1
+            pieces.append(self._text.push(token))
+            if self._text.stopped:
+                return "".join(pieces), i + 1
+        return "".join(pieces), len(tokens)
+
+    def _last_text(self, stop_token: int | None) -> str:
+        text = ""
+        if stop_token is not None:
+            self.num_tokens += 1
+            if self._keeps_stop and stop_token in self.sampling.stop_token_ids:
+                text = self._text.push(stop_token)
+        return text + self._text.flush()
+
+    def _end_reason(self, output: Output) -> EndReason:
+        assert output.finish is not None, output
+        if output.finish.reason in ("stop", "length"):
+            return output.finish.reason
+        raise EngineError(output.finish.message or "the engine gave up on this request")
+
+
+class Generation:
+    """All choices of a call, as an asynchronous iterator of deltas in the order in which they are made.
+
+    `close()` stops what still runs; it must be called when the deltas are not read to their end. An error of one
+    choice ends all of them and is raised from the iterator. `on_end` runs once, after the engine's last word on every
+    choice.
+    """
+
+    def __init__(
+        self,
+        engine: EngineClient,
+        tokenizer: Tokenizer,
+        prompts: Sequence[Prompt],
+        params: GenerationParams,
+        on_end: Callable[[], None],
+        observer: Observer,
+        started_s: float,
+    ) -> None:
+        """`started_s` is when the caller asked, on `time.perf_counter`'s clock."""
+        self._engine = engine
+        self._observer = observer
+        self._started_s = started_s
+        self._prompts = tuple(prompts)
+        self._on_end = on_end
+        self._news: deque[Delta | BaseException] = deque()
+        self._arrived = asyncio.Event()
+        """Set while there is something to read: news, or the end."""
+        self.choices = [Choice(i, prompts[i // params.n], params, tokenizer) for i in range(len(prompts) * params.n)]
+        self._id = secrets.token_hex(8)
+        self._closed = False
+        self._ended = asyncio.Event()
+        self._tasks = {asyncio.create_task(self._run(choice)) for choice in self.choices}
+        self._num_running = len(self._tasks)
+        for task in self._tasks:
+            task.add_done_callback(self._task_done)
+
+    @property
+    def usage(self) -> Usage:
+        """Tokens so far; final once the iterator has ended."""
+        cached = {id(choice.prompt): 0 for choice in self.choices}
+        for choice in self.choices:
+            cached[id(choice.prompt)] = max(cached[id(choice.prompt)], choice.num_cached_tokens)
+        return Usage(
+            sum(len(prompt.ids) for prompt in self._prompts),
+            sum(choice.num_tokens for choice in self.choices),
+            sum(cached.values()),
+        )
+
+    def __aiter__(self) -> Generation:
+        return self
+
+    async def __anext__(self) -> Delta:
+        await self._arrived.wait()
+        if not self._news:
+            raise StopAsyncIteration
+        news = self._news.popleft()
+        if isinstance(news, BaseException):
+            self.close()
+            raise news
+        while self._news and isinstance(self._news[0], Delta) and self._news[0].index == news.index:
+            news = news.merge(self._news[0])  # a reader that is slower than the engine gets longer pieces
+            self._news.popleft()
+        if not self._news and not self._ended.is_set():
+            self._arrived.clear()
+        return news
+
+    def close(self, error: Exception | None = None) -> None:
+        """Abort what still runs, without waiting for it; idempotent. Who still iterates is told `error`."""
+        if error is not None and not self._ended.is_set():
+            self._tell(error)
+        self._closed = True
+        for task in self._tasks:
+            task.cancel()
+
+    async def wait_ended(self) -> None:
+        """Until the engine has spoken its last word and everything is given back."""
+        await self._ended.wait()
+
+    async def _run(self, choice: Choice) -> None:
+        request = Request(
+            id=f"{self._id}-{choice.index}",
+            prompt_ids=choice.prompt.ids,
+            params=choice.sampling,
+            items=choice.prompt.items,
+        )
+        async with aclosing(self._engine.generate(request)) as outputs:
+            async for output in outputs:
+                if output.finish and output.finish.reason == "error" and not self._engine.alive():
+                    raise EngineDeadError("the engine has stopped")
+                if delta := choice.feed(output):
+                    self._tell(delta)
+                    self._observe(choice, delta)
+                if choice.end_reason:  # at a stop string the engine is not done yet: leaving aborts the sequence
+                    return
+        raise EngineError("the engine ended this request without a reason")
+
+    def _tell(self, news: Delta | BaseException) -> None:
+        self._news.append(news)
+        self._arrived.set()
+
+    def _observe(self, choice: Choice, delta: Delta) -> None:
+        if num_tokens := len(delta.token_ids):
+            now_s, first = time.perf_counter(), choice.last_token_s is None
+            waited_s = now_s - (choice.last_token_s or self._started_s)
+            self._observer.tokens(num_tokens, waited_s, first=first)
+            choice.last_token_s = now_s
+
+    def _task_done(self, task: asyncio.Task[None]) -> None:
+        error = EngineError("the request was cancelled") if task.cancelled() else task.exception()
+        if error is not None and not self._closed:
+            self._tell(error)
+        self._num_running -= 1
+        if self._num_running == 0:
+            self._ended.set()
+            self._arrived.set()
+            self._on_end()
+            self._tell_end()
+
+    def _tell_end(self) -> None:
+        usage = self.usage
+        unfinished = "error" if any(not task.cancelled() and task.exception() for task in self._tasks) else "abort"
+        self._observer.ended(
+            num_prompt_tokens=usage.num_prompt_tokens,
+            num_cached_tokens=usage.num_cached_tokens,
+            reasons=[choice.end_reason or unfinished for choice in self.choices],
+            seconds=time.perf_counter() - self._started_s,
+        )

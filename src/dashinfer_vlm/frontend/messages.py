@@ -1,0 +1,110 @@
+"""A conversation in the one form that the front end works with, whoever it comes from."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from dashinfer_vlm.errors import InvalidRequestError
+from dashinfer_vlm.media.types import MediaRef
+
+ROLES = ("system", "user", "assistant", "tool")
+
+
+@dataclass(frozen=True, slots=True)
+class TextPart:
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class MediaPart:
+    ref: MediaRef
+
+
+Part = TextPart | MediaPart
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ToolCall:
+    """A call that the assistant made in an earlier turn; `arguments` is the text of a JSON object."""
+
+    name: str
+    arguments: str
+    id: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Message:
+    """One turn. Media stand where they stand among the texts; a system turn holds text only."""
+
+    role: str
+    content: str | tuple[Part, ...] = ""
+    name: str | None = None
+    tool_calls: tuple[ToolCall, ...] = ()
+    tool_call_id: str | None = None
+
+    @property
+    def refs(self) -> Iterator[MediaRef]:
+        if not isinstance(self.content, str):
+            yield from (part.ref for part in self.content if isinstance(part, MediaPart))
+
+    @property
+    def num_chars(self) -> int:
+        """Characters of its text."""
+        if isinstance(self.content, str):
+            return len(self.content)
+        return sum(len(part.text) for part in self.content if isinstance(part, TextPart))
+
+    def validate(self, where: str) -> None:
+        """Raise InvalidRequestError for a role, a system image or tool arguments that cannot be; `where` names it."""
+        if self.role not in ROLES:
+            raise InvalidRequestError(
+                f"{where}.role is {self.role!r}; it must be one of {', '.join(ROLES)}", param=f"{where}.role"
+            )
+        if self.role == "system" and any(True for _ in self.refs):
+            raise InvalidRequestError(
+                f"{where} is a system message with an image or a video; put it into a user message",
+                param=f"{where}.content",
+            )
+
+    def for_template(self) -> dict[str, Any]:
+        """The dict that chat templates expect: media are bare `{"type": kind}` parts, arguments are objects."""
+        fields: dict[str, Any] = {"role": self.role, "content": self._template_content()}
+        if self.name is not None:
+            fields["name"] = self.name
+        if self.tool_call_id is not None:
+            fields["tool_call_id"] = self.tool_call_id
+        if self.tool_calls:
+            fields["tool_calls"] = [_template_call(call) for call in self.tool_calls]
+        return fields
+
+    def _template_content(self) -> str | list[dict[str, str]]:
+        if isinstance(self.content, str):
+            return self.content
+        return [
+            {"type": "text", "text": part.text} if isinstance(part, TextPart) else {"type": part.ref.kind}
+            for part in self.content
+        ]
+
+
+def validate_messages(messages: Sequence[Message]) -> None:
+    """Raise InvalidRequestError for an empty conversation or the first message that cannot be."""
+    if not messages:
+        raise InvalidRequestError("messages is empty; send at least one message", param="messages")
+    for i, message in enumerate(messages):
+        message.validate(f"messages[{i}]")
+
+
+def _template_call(call: ToolCall) -> dict[str, Any]:
+    try:
+        arguments = json.loads(call.arguments)
+    except ValueError:
+        arguments = None
+    if not isinstance(arguments, dict):
+        raise InvalidRequestError(
+            f"the arguments of the tool call {call.name!r} are no JSON object", param="messages.tool_calls"
+        )
+    function = {"name": call.name, "arguments": arguments}
+    return {"id": call.id, "type": "function", "function": function}

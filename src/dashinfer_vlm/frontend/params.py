@@ -1,0 +1,56 @@
+"""What a caller may say about the answer, beyond what the engine samples by."""
+
+from __future__ import annotations
+
+import secrets
+from dataclasses import dataclass, field
+
+import msgspec
+
+from dashinfer_vlm.engine.request import SamplingParams
+from dashinfer_vlm.errors import InvalidRequestError
+
+MAX_CHOICES = 128
+MAX_STOP_STRINGS = 64
+_SEEDS = 2**63
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GenerationParams:
+    """How many answers of a prompt, how their tokens are chosen, and where their text ends."""
+
+    sampling: SamplingParams = field(default_factory=SamplingParams)
+    n: int = 1
+    """Answers to the same prompt. Answer i is drawn with seed + i, or with a random seed where none is given."""
+    stop: tuple[str, ...] = ()
+    """The text ends before the first of these that is complete."""
+    include_stop_str_in_output: bool = False
+    """... or right after it; the text of a stop token that is not special is then kept as well."""
+    skip_special_tokens: bool = True
+
+    def validate(self, vocab_size: int) -> None:
+        """Raise InvalidRequestError with the field, its value and the limit."""
+        if not 1 <= self.n <= MAX_CHOICES:
+            raise InvalidRequestError(f"n is {self.n}; it must be from 1 to {MAX_CHOICES}", param="n")
+        if len(self.stop) > MAX_STOP_STRINGS:
+            raise InvalidRequestError(
+                f"stop has {len(self.stop)} strings; {MAX_STOP_STRINGS} is the most", param="stop"
+            )
+        if not all(self.stop):
+            raise InvalidRequestError("stop has an empty string, which would end every answer at once", param="stop")
+        seed = self.sampling.seed
+        if seed is not None and not -_SEEDS <= seed < _SEEDS:
+            raise InvalidRequestError(f"seed is {seed}; it must fit 64 bits", param="seed")
+        self.sampling.validate(vocab_size)
+
+    def of_choice(self, index: int) -> SamplingParams:
+        """The engine's parameters of answer `index`: equal but for the seed, so that answers differ."""
+        if self.n == 1:
+            return self.sampling
+        seed = self.sampling.seed
+        return msgspec.structs.replace(self.sampling, seed=secrets.randbits(62) if seed is None else _plus(seed, index))
+
+
+def _plus(seed: int, index: int) -> int:
+    """`seed + index`, wrapped around to 64 signed bits."""
+    return (seed + index + _SEEDS) % (2 * _SEEDS) - _SEEDS

@@ -1,0 +1,191 @@
+"""Messages, or text, to what the engine takes: ids with every item's placeholders in place, and the items."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol, TypeVar
+
+from dashinfer_vlm.engine.request import Item, ItemKind
+from dashinfer_vlm.errors import ContextLengthError, InvalidRequestError
+from dashinfer_vlm.frontend.messages import Message, validate_messages
+from dashinfer_vlm.frontend.template import ChatTemplate
+from dashinfer_vlm.frontend.tokenizer import Tokenizer
+from dashinfer_vlm.media.loader import MediaCounters
+from dashinfer_vlm.media.types import LoadedMedia, MediaRef
+
+T = TypeVar("T")
+
+_SHORT_CHARS = 4000
+"""About 3 ms of template and tokenizer."""
+
+
+class Loader(Protocol):
+    """Who fetches and decodes; `media.loader.MediaLoader` is the real one."""
+
+    @property
+    def pixel_bounds(self) -> tuple[int, int]:
+        """The least and the most pixels that a reference may ask for."""
+        ...
+
+    @property
+    def counters(self) -> MediaCounters:
+        """What it has done so far, for metrics."""
+        ...
+
+    async def load(self, ref: MediaRef) -> LoadedMedia: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """Ids and items of one request. Its owner calls `release` once, after the engine's last word on it."""
+
+    ids: list[int]
+    items: tuple[Item, ...] = ()
+    media: tuple[LoadedMedia, ...] = field(default=(), repr=False)
+
+    def release(self) -> None:
+        for medium in self.media:
+            medium.release()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PromptBuilder:
+    """Turns what a client wrote into prompts for one model."""
+
+    tokenizer: Tokenizer
+    template: ChatTemplate
+    loader: Loader
+    placeholder_ids: Mapping[ItemKind, int]
+    """The token that stands for each kind of item."""
+    max_model_len: int
+    """Prompt plus output tokens at most."""
+    vocab_size: int
+    max_items: Mapping[str, int] = field(default_factory=dict)
+    """Items of a kind in one prompt at most; kinds that are absent have no limit."""
+
+    async def chat(self, messages: Sequence[Message], max_tokens: int | None = None) -> Prompt:
+        """Render, fetch and expand.
+
+        Raises InvalidRequestError for messages that cannot be, ContextLengthError when prompt and `max_tokens` do not
+        fit, and MediaError for the first medium that cannot be used (the others are given back).
+        """
+        validate_messages(messages)
+        refs = [ref for message in messages for ref in message.refs]
+        self._check_items(refs)
+        ids = await _encode(sum(message.num_chars for message in messages), self.template.encode, messages)
+        self._check_length(len(ids), max_tokens, "messages")  # before anything is fetched
+        if not refs:
+            return self._finish(ids, (), max_tokens, "messages")
+        media = await _load_all(self.loader, refs)
+        try:
+            return self._finish(ids, media, max_tokens, "messages")
+        except InvalidRequestError:
+            for medium in media:
+                medium.release()
+            raise
+
+    async def text(self, prompt: str | Sequence[int], max_tokens: int | None = None) -> Prompt:
+        """A prompt without template and items; text is plain text, ids may be any of the vocabulary."""
+        ids = (
+            await _encode(len(prompt), self.tokenizer.encode_text, prompt) if isinstance(prompt, str) else list(prompt)
+        )
+        if not ids:
+            raise InvalidRequestError("the prompt is empty", param="prompt")
+        for id in (min(ids), max(ids)):
+            if not 0 <= id < self.vocab_size:
+                raise InvalidRequestError(
+                    f"the prompt holds id {id}; ids are from 0 to {self.vocab_size - 1}", param="prompt"
+                )
+        return self._finish(ids, (), max_tokens, "prompt")
+
+    def _finish(self, ids: Sequence[int], media: Sequence[LoadedMedia], max_tokens: int | None, param: str) -> Prompt:
+        full, items = expand(ids, media, self.placeholder_ids, param)
+        self._check_length(len(full), max_tokens, param)
+        return Prompt(full, items, tuple(media))
+
+    def _check_items(self, refs: Sequence[MediaRef]) -> None:
+        for kind in dict.fromkeys(ref.kind for ref in refs):
+            count, limit = sum(ref.kind == kind for ref in refs), self.max_items.get(kind)
+            if kind not in self.placeholder_ids:
+                raise InvalidRequestError(f"the model takes no {kind} input", param="messages")
+            if limit is not None and count > limit:
+                raise InvalidRequestError(
+                    f"the messages hold {count} {kind}s, the limit is {limit}; send fewer or start with "
+                    f"--limit-mm-per-prompt",
+                    param="messages",
+                )
+
+    def _check_length(self, num_tokens: int, max_tokens: int | None, param: str) -> None:
+        limit = self.max_model_len
+        if num_tokens >= limit:
+            raise ContextLengthError(
+                f"prompt has {num_tokens} tokens, the model's context is {limit}; shorten it or start with "
+                "--max-model-len",
+                param=param,
+            )
+        if max_tokens is not None and num_tokens + max_tokens > limit:
+            raise ContextLengthError(
+                f"prompt has {num_tokens} tokens and max_tokens is {max_tokens}, together {num_tokens + max_tokens}; "
+                f"the model's context is {limit}; lower max_tokens, shorten the prompt or start with --max-model-len",
+                param=param,
+            )
+
+
+def expand(
+    ids: Sequence[int], media: Sequence[LoadedMedia], placeholder_ids: Mapping[ItemKind, int], param: str
+) -> tuple[list[int], tuple[Item, ...]]:
+    """Repeat the n-th placeholder of a kind as often as the n-th medium of that kind has tokens.
+
+    Raises InvalidRequestError when the numbers of placeholders and media differ.
+    """
+    kind_of = {token: kind for kind, token in placeholder_ids.items()}
+    queues = {kind: [medium for medium in media if medium.kind == kind] for kind in placeholder_ids}
+    for kind, token in placeholder_ids.items():
+        found = sum(i == token for i in ids)
+        if found != len(queues[kind]):
+            raise InvalidRequestError(
+                f"the prompt has {found} {kind} placeholders for {len(queues[kind])} {kind}s", param=param
+            )
+    full: list[int] = []
+    items: list[Item] = []
+    for token in ids:
+        if token not in kind_of:
+            full.append(token)
+            continue
+        item = _item(queues[kind_of[token]].pop(0), len(full))
+        items.append(item)
+        full += [token] * item.num_tokens
+    return full, tuple(items)
+
+
+async def _encode(num_chars: int, encode: Callable[[T], list[int]], text: T) -> list[int]:
+    """Long texts are encoded in a thread; for short ones the change of threads would cost more than it saves."""
+    return encode(text) if num_chars <= _SHORT_CHARS else await asyncio.to_thread(encode, text)
+
+
+def _item(medium: LoadedMedia, start: int) -> Item:
+    return Item(
+        kind=medium.kind,
+        start=start,
+        num_tokens=medium.num_tokens,
+        content_hash=medium.content_hash,
+        grid=medium.grid,
+        patches=medium.patches,
+        seconds_per_grid=medium.seconds_per_grid,
+    )
+
+
+async def _load_all(loader: Loader, refs: Sequence[MediaRef]) -> tuple[LoadedMedia, ...]:
+    """Load side by side; when one fails, or the caller leaves, the others are stopped and given back."""
+    tasks = [asyncio.ensure_future(loader.load(ref)) for ref in refs]
+    try:
+        return tuple(await asyncio.gather(*tasks))
+    except BaseException:
+        for task in tasks:
+            task.cancel()
+        for result in await asyncio.gather(*tasks, return_exceptions=True):
+            if isinstance(result, LoadedMedia):
+                result.release()
+        raise

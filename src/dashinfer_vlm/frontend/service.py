@@ -1,0 +1,177 @@
+"""Text in, text out: everything between a conversation and the engine, for HTTP and for Python alike."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from dashinfer_vlm.engine.client import EngineClient
+from dashinfer_vlm.errors import EngineDeadError, OverloadedError
+from dashinfer_vlm.frontend.checkpoint import FrontendConfig
+from dashinfer_vlm.frontend.generation import Generation
+from dashinfer_vlm.frontend.messages import Message
+from dashinfer_vlm.frontend.observer import Observer, Silence
+from dashinfer_vlm.frontend.params import GenerationParams
+from dashinfer_vlm.frontend.prompt import Loader, Prompt, PromptBuilder
+from dashinfer_vlm.frontend.template import ChatTemplate
+from dashinfer_vlm.frontend.tokenizer import Tokenizer
+
+_RESTART_S = 30
+"""When to try again at a server that shuts down: about how long another one takes to load."""
+
+PromptText = str | Sequence[int]
+
+
+class Service:
+    """One model's front end. Owns nothing but the requests in flight: engine and loader are closed by who made them."""
+
+    def __init__(
+        self,
+        engine: EngineClient,
+        prompts: PromptBuilder,
+        *,
+        sampling_defaults: dict[str, float | int] | None = None,
+        max_queued_requests: int = 1024,
+    ) -> None:
+        """`sampling_defaults` are the checkpoint's, for callers that build their SamplingParams from a request."""
+        self.engine = engine
+        self.prompts = prompts
+        self.sampling_defaults = sampling_defaults or {}
+        self.observer: Observer = Silence()
+        self._max_in_flight = engine.info.max_num_seqs + max_queued_requests
+        self._num_in_flight = 0
+        self._draining = False
+        self._closed = False
+        self._generations: set[Generation] = set()
+        self._idle = asyncio.Event()
+        self._idle.set()
+
+    @classmethod
+    def from_folder(
+        cls,
+        folder: Path,
+        engine: EngineClient,
+        loader: Loader,
+        *,
+        chat_template: str | None = None,
+        max_items: dict[str, int] | None = None,
+        max_queued_requests: int = 1024,
+    ) -> Service:
+        """The front end of the checkpoint in `folder`; raises CheckpointError or ConfigError."""
+        config = FrontendConfig.from_folder(folder)
+        tokenizer = Tokenizer.from_folder(folder)
+        builder = PromptBuilder(
+            tokenizer=tokenizer,
+            template=ChatTemplate.from_folder(folder, tokenizer, chat_template),
+            loader=loader,
+            placeholder_ids=config.placeholder_ids,
+            max_model_len=engine.info.max_model_len,
+            vocab_size=engine.info.vocab_size,
+            max_items=max_items or {},
+        )
+        return cls(engine, builder, sampling_defaults=config.sampling_defaults, max_queued_requests=max_queued_requests)
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        return self.prompts.tokenizer
+
+    @property
+    def num_in_flight(self) -> int:
+        """Choices between their admission and the engine's last word."""
+        return self._num_in_flight
+
+    @property
+    def ready(self) -> bool:
+        """Whether a request would be taken now."""
+        return self.engine.alive() and not self._draining
+
+    async def chat(self, messages: Sequence[Message], params: GenerationParams) -> Generation:
+        """Answer a conversation.
+
+        Raises, before anything is generated, InvalidRequestError and its kin for what the caller did wrong,
+        OverloadedError when too many wait, EngineDeadError without an engine.
+        """
+        with self._admitted(params, params.n) as leave:
+            started_s = time.perf_counter()
+            prompt = await self.prompts.chat(messages, params.sampling.max_tokens)
+            return self._start([prompt], params, leave, started_s)
+
+    async def complete(self, prompts: Sequence[PromptText], params: GenerationParams) -> Generation:
+        """Continue texts or ids; choice `i` belongs to prompt `i // n`. Raises like `chat`."""
+        with self._admitted(params, params.n * len(prompts)) as leave:
+            started_s = time.perf_counter()
+            built = [await self.prompts.text(prompt, params.sampling.max_tokens) for prompt in prompts]
+            return self._start(built, params, leave, started_s)
+
+    async def count(self, messages: Sequence[Message]) -> list[int]:
+        """The prompt's ids as `chat` would send them, media expanded; the media are loaded for it. Raises like it."""
+        with self._admitted(GenerationParams(), 1) as leave:
+            prompt = await self.prompts.chat(messages)
+            prompt.release()
+            leave()
+            return prompt.ids
+
+    async def drain(self, timeout_s: float) -> None:
+        """Take no more requests; let those in flight end for `timeout_s`, then abort them and wait for that."""
+        self._draining = True
+        try:
+            await asyncio.wait_for(self._idle.wait(), timeout_s)
+        except asyncio.TimeoutError:
+            self._closed = True
+            for generation in tuple(self._generations):
+                generation.close(_shutting_down())
+            await asyncio.gather(*(generation.wait_ended() for generation in tuple(self._generations)))
+        self._closed = True
+
+    @contextmanager
+    def _admitted(self, params: GenerationParams, num_choices: int) -> Iterator[Callable[[], None]]:
+        """Hold `num_choices` places; whoever leaves the block without an error calls the yielded function later."""
+        self._check_open()
+        params.validate(self.engine.info.vocab_size)
+        if self._num_in_flight and self._num_in_flight + num_choices > self._max_in_flight:
+            raise OverloadedError(
+                f"{self._num_in_flight} requests are in flight, {self._max_in_flight} are the most; try again later"
+            )
+        self._num_in_flight += num_choices
+        self._idle.clear()
+
+        def leave() -> None:
+            self._num_in_flight -= num_choices
+            if not self._num_in_flight:
+                self._idle.set()
+
+        try:
+            yield leave
+        except BaseException:
+            leave()
+            raise
+
+    def _check_open(self) -> None:
+        if not self.engine.alive():
+            raise EngineDeadError("the engine has stopped")
+        if self._draining:
+            raise _shutting_down()
+
+    def _start(
+        self, prompts: list[Prompt], params: GenerationParams, leave: Callable[[], None], started_s: float
+    ) -> Generation:
+        def end() -> None:
+            for prompt in prompts:
+                prompt.release()
+            self._generations.discard(generation)
+            leave()
+
+        if self._closed:  # the media took longer than the drain
+            for prompt in prompts:
+                prompt.release()
+            raise _shutting_down()
+        generation = Generation(self.engine, self.tokenizer, prompts, params, end, self.observer, started_s)
+        self._generations.add(generation)
+        return generation
+
+
+def _shutting_down() -> OverloadedError:
+    return OverloadedError("the server is shutting down", retry_after_s=_RESTART_S)

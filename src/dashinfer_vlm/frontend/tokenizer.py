@@ -1,0 +1,131 @@
+"""Byte-level BPE in which text can never become a special token.
+
+The tokenizer that encodes holds no added tokens at all, so that the text "<|im_end|>" is encoded as eleven ordinary
+characters. Special ids enter a prompt only where the chat template writes them (see template.py).
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import tokenizers
+
+from dashinfer_vlm.errors import CheckpointError
+from dashinfer_vlm.frontend.checkpoint import read_json
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class AddedToken:
+    """A token outside the BPE vocabulary; `special` ones are left out of answers."""
+
+    text: str
+    id: int
+    special: bool
+
+
+class Tokenizer:
+    """Text to ids without special tokens, ids to bytes with them."""
+
+    def __init__(self, plain: tokenizers.Tokenizer, added: Iterable[AddedToken]) -> None:
+        self._plain = plain
+        self.added = {token.text: token.id for token in added}
+        """Every token that plain text must not yield, by its text."""
+        self._added_texts = {token.id: token.text for token in added}
+        self.special_ids = frozenset(token.id for token in added if token.special)
+        """Ids that are left out of answers."""
+        self._bytes: dict[int, bytes] = {}
+        self._check_plain()
+
+    @classmethod
+    def from_folder(cls, folder: Path) -> Tokenizer:
+        """Read `tokenizer.json`, or what `transformers` makes of the folder without one; raises CheckpointError."""
+        path = folder / "tokenizer.json"
+        text = path.read_bytes() if path.is_file() else _convert(folder)
+        try:
+            parts = msgspec.json.decode(text, type=dict[str, msgspec.Raw])
+            added = _added_tokens(parts, folder)
+            null = msgspec.Raw(b"null")
+            parts |= {"added_tokens": msgspec.Raw(b"[]"), "truncation": null, "padding": null, "post_processor": null}
+            _check_byte_level(parts, path)
+            return cls(tokenizers.Tokenizer.from_buffer(msgspec.json.encode(parts)), added)
+        except (msgspec.DecodeError, KeyError, ValueError) as error:
+            raise CheckpointError(f"{path} is not a tokenizer that can be read: {error}") from error
+
+    def encode_text(self, text: str) -> list[int]:
+        """Ids of `text` as plain text: whatever it says, no added token comes out."""
+        return self._plain.encode(text, add_special_tokens=False).ids
+
+    def token_bytes(self, token: int) -> bytes:
+        """What `token` writes; nothing for ids that only pad the vocabulary."""
+        if token not in self._bytes:
+            self._bytes[token] = self._look_up(token)
+        return self._bytes[token]
+
+    def decode(self, ids: Iterable[int], *, skip_special: bool = True) -> str:
+        """Text of `ids`; bytes that are no UTF-8 become U+FFFD."""
+        kept = (i for i in ids if not (skip_special and i in self.special_ids))
+        return b"".join(map(self.token_bytes, kept)).decode(errors="replace")
+
+    def _look_up(self, token: int) -> bytes:
+        text = self._added_texts.get(token)
+        if text is not None:
+            return text.encode()
+        piece = self._plain.id_to_token(token)
+        if piece is None:
+            return b""
+        if all(c in _BYTE_OF for c in piece):
+            return bytes(_BYTE_OF[c] for c in piece)
+        return piece.encode()
+
+    def _check_plain(self) -> None:
+        for text in self.added:
+            leaked = self._added_texts.keys() & self.encode_text(text)
+            if leaked:
+                raise CheckpointError(
+                    f"the tokenizer's own vocabulary spells the special token {text!r} (ids {sorted(leaked)}), so text "
+                    "could forge it; save the tokenizer with its special tokens as added tokens only"
+                )
+
+
+def _byte_alphabet() -> dict[str, int]:
+    """GPT-2's printable stand-ins: printable Latin-1 stands for itself, the other bytes follow from U+0100 on."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(0x100) if byte not in printable]
+    return {chr(b): b for b in printable} | {chr(0x100 + i): b for i, b in enumerate(others)}
+
+
+_BYTE_OF = _byte_alphabet()
+
+
+def _convert(folder: Path) -> bytes:
+    if not (folder / "vocab.json").is_file() or not (folder / "merges.txt").is_file():
+        raise CheckpointError(f"{folder} has neither tokenizer.json nor vocab.json with merges.txt")
+    logger.info("%s has no tokenizer.json; it is made from vocab.json and merges.txt", folder)
+    from transformers import AutoTokenizer  # slow to import, and rarely needed
+
+    text: str = AutoTokenizer.from_pretrained(folder, local_files_only=True).backend_tokenizer.to_str()
+    return text.encode()
+
+
+def _added_tokens(parts: dict[str, msgspec.Raw], folder: Path) -> list[AddedToken]:
+    """Those of tokenizer.json, then those that only tokenizer_config.json knows."""
+    rows = msgspec.json.decode(parts["added_tokens"], type=list[dict[str, Any]])
+    found = {row["content"]: AddedToken(row["content"], row["id"], row["special"]) for row in rows}
+    path = folder / "tokenizer_config.json"
+    extra = read_json(path).get("added_tokens_decoder", {}) if path.is_file() else {}
+    for id, row in extra.items():
+        found.setdefault(row["content"], AddedToken(row["content"], int(id), bool(row.get("special"))))
+    return list(found.values())
+
+
+def _check_byte_level(parts: dict[str, msgspec.Raw], path: Path) -> None:
+    decoder = msgspec.json.decode(parts["decoder"], type=dict[str, Any] | None) or {}
+    if decoder.get("type") != "ByteLevel":
+        raise CheckpointError(f"{path} has decoder {decoder.get('type')}; only byte-level BPE is supported")

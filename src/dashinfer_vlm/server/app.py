@@ -1,0 +1,49 @@
+"""The HTTP application: routes, middleware and error handlers around one Service."""
+
+from __future__ import annotations
+
+from fastapi import FastAPI
+from fastapi.middleware.cors import CORSMiddleware
+from fastapi.routing import APIRoute
+
+import dashinfer_vlm
+from dashinfer_vlm.config import ServerConfig
+from dashinfer_vlm.frontend.service import Service
+from dashinfer_vlm.server.auth import ApiKeys, read_keys
+from dashinfer_vlm.server.chat import chat_routes
+from dashinfer_vlm.server.completions import completion_routes
+from dashinfer_vlm.server.context import Context
+from dashinfer_vlm.server.errors import install_error_handlers
+from dashinfer_vlm.server.metrics import Metrics, ReplyCounter, metrics_routes
+from dashinfer_vlm.server.status import status_routes
+from dashinfer_vlm.server.tokenize import tokenize_routes
+
+MAX_BODY_BYTES = 256 * 2**20
+"""Room for several images at their limit, in base64."""
+
+
+def create_app(service: Service, config: ServerConfig, *, max_body_bytes: int = MAX_BODY_BYTES) -> FastAPI:
+    """The application over a service that is ready; who made the service closes it. Raises ConfigError."""
+    app = FastAPI(
+        title="DashInfer-VLM", version=dashinfer_vlm.__version__, docs_url=None, redoc_url=None, openapi_url=None
+    )
+    context = Context(service=service, config=config, max_body_bytes=max_body_bytes)
+    service.observer = metrics = Metrics(service)
+    routers = [make(context) for make in (chat_routes, completion_routes, status_routes, tokenize_routes)]
+    routers.append(metrics_routes(metrics))
+    for router in routers:
+        app.include_router(router)
+    paths = frozenset(route.path for router in routers for route in router.routes if isinstance(route, APIRoute))
+    install_error_handlers(app)
+    if keys := read_keys(config):
+        app.add_middleware(ApiKeys, keys=keys)
+    app.add_middleware(ReplyCounter, metrics=metrics, paths=paths)
+    if config.allowed_origins:  # added last, so outermost: a refusal needs its headers too
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=config.allowed_origins,
+            allow_methods=config.allowed_methods,
+            allow_headers=config.allowed_headers,
+            allow_credentials=config.allow_credentials,
+        )
+    return app

@@ -1,0 +1,40 @@
+"""What every route needs, in one object that `create_app` makes."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+
+from dashinfer_vlm.config import ServerConfig
+from dashinfer_vlm.frontend.service import Service
+from dashinfer_vlm.server.errors import HttpError
+
+ANY_MODEL = "model"
+"""The name that the documented client example sends; it always means the model that is served."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Context:
+    service: Service
+    config: ServerConfig
+    max_body_bytes: int
+    started_at: int = field(default_factory=lambda: int(time.time()))
+
+    @property
+    def model_names(self) -> tuple[str, ...]:
+        """Names that clients may call the model by; the first is the one that answers carry."""
+        return self.config.served_model_name or (self.service.engine.info.model,)
+
+    def model_name(self, asked: str | None) -> str:
+        """The name to answer with; raises HttpError 404 for a model that is not served."""
+        accepted = (*self.model_names, self.service.engine.info.model)
+        if asked in accepted:
+            return asked
+        if asked is None or asked == ANY_MODEL:
+            return self.model_names[0]
+        raise HttpError(
+            404,
+            "model_not_found",
+            f"the model {asked[:200]!r} is not served here; this server has {', '.join(self.model_names)}",
+            param="model",
+        )

@@ -1,0 +1,124 @@
+"""The one table from exceptions to HTTP: every error of this server is the OpenAI error object, built here."""
+
+from __future__ import annotations
+
+import logging
+import secrets
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from http import HTTPStatus
+
+import msgspec
+from fastapi import FastAPI, Request
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
+from starlette.responses import Response
+
+from dashinfer_vlm import errors
+
+logger = logging.getLogger(__name__)
+
+_INVALID = "invalid_request_error"
+
+_TABLE: tuple[tuple[type[errors.DashInferError], int, str, str], ...] = (
+    # subclasses stand before their bases: the first row that fits counts
+    (errors.ContextLengthError, 400, _INVALID, "context_length_exceeded"),
+    (errors.UnsupportedError, 400, _INVALID, "unsupported"),
+    (errors.MediaRefusedError, 422, _INVALID, "media_refused"),
+    (errors.MediaTooLargeError, 422, _INVALID, "media_too_large"),
+    (errors.MediaTimeoutError, 504, "upstream_error", "media_timeout"),
+    (errors.MediaFetchError, 502, "upstream_error", "media_fetch_failed"),
+    (errors.MediaError, 422, _INVALID, "invalid_media"),
+    (errors.InvalidRequestError, 400, _INVALID, "invalid_value"),
+    (errors.OverloadedError, 503, "overloaded_error", "overloaded"),
+    (errors.EngineDeadError, 503, "server_error", "engine_dead"),
+    (errors.EngineError, 500, "server_error", "engine_error"),
+)
+
+_CLIENT_GONE = 499
+"""Nobody reads it but the access log; nginx's number for a client that left."""
+_HTTP_CODES = {404: "not_found", 405: "method_not_allowed"}
+
+
+class HttpError(Exception):
+    """A refusal that only HTTP knows: keys, model names, bodies."""
+
+    def __init__(
+        self,
+        status: int,
+        code: str,
+        message: str,
+        *,
+        type: str = _INVALID,
+        param: str | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.reply = ErrorReply(status, ErrorObject(message, type, param, code), dict(headers or {}))
+
+
+class ErrorObject(msgspec.Struct, frozen=True):
+    """What OpenAI's clients read."""
+
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class ErrorReply:
+    """An error on its way out."""
+
+    status: int
+    error: ErrorObject
+    headers: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def body(self) -> bytes:
+        return msgspec.json.encode({"error": self.error})
+
+    def response(self) -> Response:
+        return Response(self.body, self.status, dict(self.headers), "application/json")
+
+
+def reply_to(error: Exception) -> ErrorReply:
+    """Status, body and headers for `error`. What nobody foresaw is logged and answered without its text."""
+    if isinstance(error, HttpError):
+        return error.reply
+    for kind, status, type, code in _TABLE:
+        if isinstance(error, kind):
+            param = error.param if isinstance(error, errors.InvalidRequestError) else None
+            headers = {"Retry-After": str(error.retry_after_s)} if isinstance(error, errors.OverloadedError) else {}
+            return ErrorReply(status, ErrorObject(str(error), type, param, code), headers)
+    return _unforeseen(error)
+
+
+def install_error_handlers(app: FastAPI) -> None:
+    """Every way in which a request can fail ends in `reply_to`."""
+
+    async def answer(_: Request, error: Exception) -> Response:
+        return reply_to(error).response()
+
+    async def answer_http(request: Request, error: Exception) -> Response:
+        assert isinstance(error, HTTPException), error
+        message = f"{request.method} {request.url.path}: {HTTPStatus(error.status_code).phrase}"
+        code = _HTTP_CODES.get(error.status_code)
+        reply = ErrorObject(message, _INVALID, None, code)
+        return ErrorReply(error.status_code, reply, error.headers or {}).response()
+
+    async def answer_nobody(_: Request, error: Exception) -> Response:
+        return Response(status_code=_CLIENT_GONE)
+
+    for kind in (errors.DashInferError, HttpError):
+        app.add_exception_handler(kind, answer)
+    app.add_exception_handler(HTTPException, answer_http)
+    app.add_exception_handler(ClientDisconnect, answer_nobody)
+    app.add_exception_handler(Exception, answer)
+
+
+def _unforeseen(error: Exception) -> ErrorReply:
+    ticket = secrets.token_hex(4)
+    logger.error("error %s", ticket, exc_info=error)
+    message = f"internal server error; the server's log says more under {ticket}"
+    return ErrorReply(500, ErrorObject(message, "server_error", None, "internal_error"))

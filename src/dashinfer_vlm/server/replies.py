@@ -1,0 +1,165 @@
+"""The answers of the OpenAI API as typed structs; msgspec writes them, which is what a stream's speed needs."""
+
+from __future__ import annotations
+
+import math
+import secrets
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+import msgspec
+
+from dashinfer_vlm.engine.request import TokenLogprob
+from dashinfer_vlm.frontend.generation import Usage
+from dashinfer_vlm.frontend.tokenizer import Tokenizer
+
+_LEAST_LOGPROB = -9999.0
+"""Stands for minus infinity, which JSON cannot say; the value that vLLM's users know."""
+
+
+class CachedTokens(msgspec.Struct, frozen=True):
+    cached_tokens: int
+
+
+class UsageReply(msgspec.Struct, frozen=True):
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+    prompt_tokens_details: CachedTokens
+
+    @classmethod
+    def of(cls, usage: Usage) -> UsageReply:
+        prompt, output = usage.num_prompt_tokens, usage.num_output_tokens
+        return cls(prompt, output, prompt + output, CachedTokens(usage.num_cached_tokens))
+
+
+class TopLogprob(msgspec.Struct, frozen=True):
+    token: str
+    logprob: float
+    bytes: list[int]
+
+
+class ChatLogprob(msgspec.Struct, frozen=True):
+    token: str
+    logprob: float
+    bytes: list[int]
+    top_logprobs: list[TopLogprob]
+
+
+class ChatLogprobs(msgspec.Struct, frozen=True):
+    content: list[ChatLogprob]
+    refusal: None = None
+
+
+class TextLogprobs(msgspec.Struct, frozen=True):
+    tokens: list[str]
+    token_logprobs: list[float]
+    top_logprobs: list[dict[str, float]]
+    text_offset: list[int]
+
+
+class AnswerMessage(msgspec.Struct, frozen=True):
+    role: str
+    content: str
+    refusal: None = None
+
+
+class DeltaMessage(msgspec.Struct, frozen=True, omit_defaults=True):
+    role: str | None = None
+    content: str | None = None
+
+
+class ChatChoice(msgspec.Struct, frozen=True):
+    index: int
+    message: AnswerMessage
+    logprobs: ChatLogprobs | None
+    finish_reason: str
+
+
+class ChunkChoice(msgspec.Struct, frozen=True):
+    index: int
+    delta: DeltaMessage
+    logprobs: ChatLogprobs | None = None
+    finish_reason: str | None = None
+
+
+class TextChoice(msgspec.Struct, frozen=True):
+    index: int
+    text: str
+    logprobs: TextLogprobs | None
+    finish_reason: str | None
+
+
+class ChatReply(msgspec.Struct, frozen=True):
+    id: str
+    created: int
+    model: str
+    choices: list[ChatChoice]
+    usage: UsageReply
+    object: str = "chat.completion"
+
+
+class TextReply(msgspec.Struct, frozen=True):
+    id: str
+    created: int
+    model: str
+    choices: list[TextChoice]
+    usage: UsageReply
+    object: str = "text_completion"
+
+
+class Chunk(msgspec.Struct, frozen=True):
+    """One event of a stream; `usage` is absent unless it was asked for, and then null until the last one."""
+
+    id: str
+    object: str
+    created: int
+    model: str
+    choices: list[ChunkChoice] | list[TextChoice]
+    usage: UsageReply | msgspec.UnsetType | None = msgspec.UNSET
+
+
+@dataclass(frozen=True, slots=True)
+class Head:
+    """What all events of one answer repeat."""
+
+    model: str
+    prefix: str
+    id: str = ""
+    created: int = field(default_factory=lambda: int(time.time()))
+
+    @classmethod
+    def new(cls, prefix: str, model: str) -> Head:
+        return cls(model, prefix, f"{prefix}-{secrets.token_hex(12)}")
+
+
+def chat_logprobs(logprobs: Iterable[TokenLogprob], tokenizer: Tokenizer) -> ChatLogprobs:
+    return ChatLogprobs([_chat_logprob(logprob, tokenizer) for logprob in logprobs])
+
+
+def text_logprobs(logprobs: Iterable[TokenLogprob], tokenizer: Tokenizer, offset: int) -> TextLogprobs:
+    """`offset` is the length of the text before these tokens."""
+    rows = list(logprobs)
+    tokens = [_text(row.token_id, tokenizer) for row in rows]
+    offsets = [offset + sum(map(len, tokens[:i])) for i in range(len(tokens))]
+    top = [{_text(t, tokenizer): _finite(p) for t, p in row.top} for row in rows]
+    return TextLogprobs(tokens, [_finite(row.logprob) for row in rows], top, offsets)
+
+
+def _chat_logprob(row: TokenLogprob, tokenizer: Tokenizer) -> ChatLogprob:
+    top = [
+        TopLogprob(_text(token, tokenizer), _finite(logprob), list(tokenizer.token_bytes(token)))
+        for token, logprob in row.top
+    ]
+    return ChatLogprob(
+        _text(row.token_id, tokenizer), _finite(row.logprob), list(tokenizer.token_bytes(row.token_id)), top
+    )
+
+
+def _text(token: int, tokenizer: Tokenizer) -> str:
+    return tokenizer.decode((token,), skip_special=False)
+
+
+def _finite(logprob: float) -> float:
+    return logprob if math.isfinite(logprob) else _LEAST_LOGPROB

@@ -1,0 +1,83 @@
+"""From a started generation to a response: whole or as events, and ended early when the client leaves."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Coroutine
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import msgspec
+from fastapi import Request
+from starlette.responses import Response
+
+from dashinfer_vlm.engine.request import TokenLogprob
+from dashinfer_vlm.frontend.generation import Delta, Generation, Usage
+from dashinfer_vlm.server.body import unless_gone
+from dashinfer_vlm.server.stream import EventStream
+
+
+@dataclass(slots=True)
+class Answer:
+    """One choice, complete."""
+
+    text: str = ""
+    logprobs: list[TokenLogprob] = field(default_factory=list)
+    finish_reason: str = ""
+
+
+class Writer(Protocol):
+    """The form of one route's answers."""
+
+    def whole(self, answers: list[Answer], usage: Usage) -> msgspec.Struct: ...
+
+    def news(self, delta: Delta) -> list[msgspec.Struct]:
+        """The events that tell `delta`; may be none."""
+        ...
+
+    def last(self, usage: Usage) -> list[msgspec.Struct]:
+        """The events after all deltas."""
+        ...
+
+
+async def respond(
+    request: Request, begin: Coroutine[Any, Any, Generation], writer: Writer, *, stream: bool
+) -> Response:
+    """Await `begin` and answer. Raises what went wrong before the first token, so that the status can say it."""
+    if not stream:
+        return await unless_gone(request, _whole(begin, writer), lambda _: None)
+    generation, first = await unless_gone(request, _open(begin), lambda opened: opened[0].close())
+    return EventStream(_events(generation, first, writer), generation.close)
+
+
+async def _whole(begin: Coroutine[Any, Any, Generation], writer: Writer) -> Response:
+    generation = await begin
+    answers = [Answer() for _ in generation.choices]
+    try:
+        async for delta in generation:
+            answer = answers[delta.index]
+            answer.text += delta.text
+            answer.logprobs += delta.logprobs
+            answer.finish_reason = delta.finish_reason or ""
+    finally:
+        generation.close()
+    body = msgspec.json.encode(writer.whole(answers, generation.usage))
+    return Response(body, media_type="application/json")
+
+
+async def _open(begin: Coroutine[Any, Any, Generation]) -> tuple[Generation, Delta]:
+    generation = await begin
+    try:
+        return generation, await anext(generation)
+    except BaseException:
+        generation.close()
+        raise
+
+
+async def _events(generation: Generation, first: Delta, writer: Writer) -> AsyncIterator[msgspec.Struct]:
+    for event in writer.news(first):
+        yield event
+    async for delta in generation:
+        for event in writer.news(delta):
+            yield event
+    for event in writer.last(generation.usage):
+        yield event

@@ -1,0 +1,82 @@
+"""Serving the application on a socket, until a signal ends it in good order."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import uvicorn
+from fastapi import FastAPI
+
+from dashinfer_vlm.config import ServerConfig
+from dashinfer_vlm.frontend.service import Service
+from dashinfer_vlm.server.app import create_app
+
+_GRACE_S = 3.0
+"""What uvicorn waits longer than the service, so that the last answers can leave."""
+
+
+@dataclass(frozen=True, slots=True)
+class TlsFiles:
+    key: str
+    certificate: str
+
+
+class HttpServer(uvicorn.Server):
+    """uvicorn that drains the service at SIGINT or SIGTERM and then returns; a second SIGINT does not wait."""
+
+    def __init__(self, app: FastAPI, service: Service, config: ServerConfig, tls: TlsFiles | None = None) -> None:
+        super().__init__(
+            uvicorn.Config(
+                app,
+                host=config.host,
+                port=config.port,
+                log_level=config.log_level,
+                ssl_keyfile=tls.key if tls else None,
+                ssl_certfile=tls.certificate if tls else None,
+                lifespan="on",  # "Application startup complete" tells that the server is ready
+                ws="none",
+                timeout_graceful_shutdown=int(config.shutdown_timeout_s + _GRACE_S),
+            )
+        )
+        self._service = service
+        self._drain_s = config.shutdown_timeout_s
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """uvicorn announces itself only on sockets that it has bound; people and scripts wait for that line."""
+        await super().startup(sockets)
+        if sockets and self.started:
+            self._log_started_message(sockets)
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Refuse new requests, let the running ones end for the configured time, abort the rest."""
+        drain = asyncio.create_task(self._service.drain(0 if self.force_exit else self._drain_s))
+        await super().shutdown(sockets)
+        if self.force_exit:
+            drain.cancel()
+            await self.lifespan.shutdown()  # uvicorn skips it, and its task would end with a traceback
+        else:
+            await drain
+
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """A server that has drained has done what the signal asked, so it is not raised again: the status is 0."""
+        with super().capture_signals():
+            yield
+            self._captured_signals.clear()
+
+
+async def serve(
+    service: Service,
+    config: ServerConfig,
+    tls: TlsFiles | None = None,
+    sockets: list[socket.socket] | None = None,
+) -> None:
+    """Serve until a signal, on `sockets` when the address is bound already.
+
+    Raises ConfigError before, SystemExit when the address cannot be had.
+    """
+    await HttpServer(create_app(service, config), service, config, tls).serve(sockets)

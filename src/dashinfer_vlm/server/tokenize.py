@@ -1,0 +1,78 @@
+"""`POST /tokenize` and `POST /detokenize`, as in vLLM: what a prompt costs, and what ids say."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import msgspec
+from fastapi import APIRouter, Request
+from pydantic import Field
+from starlette.responses import Response
+
+from dashinfer_vlm.errors import InvalidRequestError
+from dashinfer_vlm.server.body import read_body, unless_gone
+from dashinfer_vlm.server.context import Context
+from dashinfer_vlm.server.protocol import MessageBody, conversation
+from dashinfer_vlm.server.schema import Body, only
+from dashinfer_vlm.server.status import json_response
+
+
+class TokenizeBody(Body):
+    """Either `prompt`, which is plain text, or `messages`, whose images are fetched and counted."""
+
+    model: str | None = None
+    prompt: str | None = None
+    messages: list[MessageBody] | None = None
+    return_token_strs: bool | None = None
+    add_special_tokens: bool | None = None
+    """No effect: these tokenizers add none of their own to a text."""
+    add_generation_prompt: Annotated[Any, only(True)] = None
+
+
+class DetokenizeBody(Body):
+    model: str | None = None
+    tokens: list[Annotated[int, Field(ge=0)]]
+
+
+class Tokens(msgspec.Struct, frozen=True):
+    count: int
+    max_model_len: int
+    tokens: list[int]
+    token_strs: list[str] | None
+
+
+class Text(msgspec.Struct, frozen=True):
+    prompt: str
+
+
+def tokenize_routes(context: Context) -> APIRouter:
+    router = APIRouter()
+    service = context.service
+
+    @router.post("/tokenize")
+    async def tokenize(request: Request) -> Response:
+        body = await read_body(request, TokenizeBody, context.max_body_bytes)
+        context.model_name(body.model)
+        ids = await unless_gone(request, _ids(context, body), lambda _: None)
+        texts = [service.tokenizer.decode((id,), skip_special=False) for id in ids] if body.return_token_strs else None
+        return json_response(Tokens(len(ids), service.engine.info.max_model_len, ids, texts))
+
+    @router.post("/detokenize")
+    async def detokenize(request: Request) -> Response:
+        body = await read_body(request, DetokenizeBody, context.max_body_bytes)
+        context.model_name(body.model)
+        vocab_size = service.engine.info.vocab_size
+        if max(body.tokens, default=0) >= vocab_size:
+            raise InvalidRequestError(f"tokens holds id {max(body.tokens)}; ids are below {vocab_size}", param="tokens")
+        return json_response(Text(service.tokenizer.decode(body.tokens, skip_special=False)))
+
+    return router
+
+
+async def _ids(context: Context, body: TokenizeBody) -> list[int]:
+    service = context.service
+    if body.messages is not None and body.prompt is None:
+        return await service.count(conversation(body.messages, service.prompts.loader.pixel_bounds))
+    if body.prompt is not None and body.messages is None:
+        return service.tokenizer.encode_text(body.prompt)
+    raise InvalidRequestError("send either prompt or messages", param="prompt")

@@ -1,0 +1,133 @@
+"""Config fields as flags, variables and documentation."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import rich_click as click
+
+from dashinfer_vlm.cli import flags
+from dashinfer_vlm.cli.command import CONTEXT, execute
+from dashinfer_vlm.config import EngineConfig, MediaConfig, ServerConfig
+
+DOCS = Path(__file__).resolve().parents[2] / "docs" / "flags.md"
+
+
+class Parsed:
+    """A command with every flag; remembers what it was called with."""
+
+    def __init__(self) -> None:
+        self.values: dict[str, Any] = {}
+
+        @click.command("serve", context_settings=CONTEXT)
+        @flags.options(*flags.FACES)
+        def command(**values: Any) -> None:
+            self.values = values
+
+        self.command: click.Command = command
+
+    def __call__(self, *args: str) -> int:
+        return execute(self.command, args)
+
+    def config(self, *args: str) -> tuple[EngineConfig, MediaConfig, ServerConfig]:
+        assert self(*args) == 0
+        engine, media, server = (flags.build(face, self.values) for face in flags.FACES)
+        return engine, media, server
+
+
+@pytest.fixture
+def parsed(monkeypatch: pytest.MonkeyPatch) -> Parsed:
+    for face in flags.FACES:
+        for item in flags.flags_of(face):
+            monkeypatch.delenv(item.env, raising=False)
+    return Parsed()
+
+
+def test_no_flags_give_the_defaults_of_the_fields(parsed: Parsed) -> None:
+    assert parsed.config() == (EngineConfig(), MediaConfig(), ServerConfig())
+
+
+@pytest.mark.parametrize(
+    ("spelling", "field"),
+    [
+        ("--max-model-len", "max_model_len"),
+        ("--max_length", "max_model_len"),
+        ("--max-length", "max_model_len"),
+        ("--max_batch", "max_num_seqs"),
+        ("--max-batch", "max_num_seqs"),
+        ("--parallel_size", "parallel_size"),
+        ("--min_pixels", "min_pixels"),
+        ("--max-pixels", "max_pixels"),
+    ],
+)
+def test_documented_spellings_are_alike(parsed: Parsed, spelling: str, field: str) -> None:
+    engine, _, _ = parsed.config(spelling, "77")
+    assert getattr(engine, field) == 77
+
+
+def test_booleans_can_be_said_and_unsaid(parsed: Parsed) -> None:
+    assert parsed.config("--no-prefix-cache")[0].prefix_cache is False
+    assert parsed.config("--no_prefix_cache", "--enable-prefix-cache")[0].prefix_cache is True
+
+
+def test_lists_are_comma_separated_or_json(parsed: Parsed) -> None:
+    assert parsed.config("--api-keys", "a, b")[2].api_keys == ("a", "b")
+    assert parsed.config("--allowed-origins", '["https://a", "https://b"]')[2].allowed_origins == (
+        "https://a",
+        "https://b",
+    )
+
+
+def test_tables_are_json(parsed: Parsed) -> None:
+    assert parsed.config("--limit-mm-per-prompt", '{"image": 3}')[1].limit_mm_per_prompt == {"image": 3}
+    guesses = {"method": "ngram", "num_speculative_tokens": 4}
+    assert parsed.config("--speculative-config", json.dumps(guesses))[0].speculative_config == guesses
+
+
+@pytest.mark.parametrize("value", ['{"image: 3}', '{"image": "three"}', "[1]"])
+def test_a_broken_table_is_refused(parsed: Parsed, value: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert parsed("--limit-mm-per-prompt", value) == 2
+    assert "--limit-mm-per-prompt" in capsys.readouterr().err
+
+
+def test_variables_stand_in_for_flags_and_flags_win(parsed: Parsed, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DASHINFER_PORT", "1234")
+    monkeypatch.setenv("DASHINFER_PREFIX_CACHE", "false")
+    engine, _, server = parsed.config()
+    assert (engine.prefix_cache, server.port) == (False, 1234)
+    assert parsed.config("--port", "5")[2].port == 5
+
+
+def test_an_unknown_flag_is_refused_with_its_nearest_kin(parsed: Parsed, capsys: pytest.CaptureFixture[str]) -> None:
+    assert parsed("--modle", "x") == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert "--modle" in error
+    assert "--model" in error.split("mean")[1]
+
+
+def test_help_lists_every_flag(parsed: Parsed, capsys: pytest.CaptureFixture[str]) -> None:
+    assert parsed("-h") == 0
+    text = capsys.readouterr().out
+    for face in flags.FACES:
+        for field in dataclasses.fields(face):
+            assert "--" + field.name.replace("_", "-") in text
+
+
+def test_every_flag_has_a_help_that_is_a_sentence() -> None:
+    for face in flags.FACES:
+        for item in flags.flags_of(face):
+            assert item.help.endswith("."), item.field
+
+
+def test_no_two_flags_share_a_spelling() -> None:
+    spellings = [name for face in flags.FACES for item in flags.flags_of(face) for name in item.spellings]
+    assert len(spellings) == len(set(spellings))
+
+
+def test_the_page_of_flags_is_current() -> None:
+    assert DOCS.read_text() == flags.reference_page(), "run `make docs`"

@@ -1,0 +1,98 @@
+"""`dashinfer-vlm run` with a real model: answers as the server gives them, and nothing lost by a kill."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from tests.conftest import CheckpointMaker
+
+COMMAND = [sys.executable, "-c", "from dashinfer_vlm.cli.tool import main; main()", "run"]
+NUM_LINES = 16
+
+
+def picture() -> str:
+    buffer = io.BytesIO()
+    Image.new("RGB", (56, 56), "red").save(buffer, "PNG")
+    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
+def chat(name: str, *content: Any, **body: Any) -> str:
+    body = {"model": "model", "messages": [{"role": "user", "content": list(content)}], "max_tokens": 5, **body}
+    return json.dumps({"custom_id": name, "method": "POST", "url": "/v1/chat/completions", "body": body})
+
+
+def text(value: str) -> dict[str, str]:
+    return {"type": "text", "text": value}
+
+
+@pytest.fixture
+def arguments(checkpoint: CheckpointMaker, tmp_path: Path) -> list[str]:
+    flags = ["--dtype", "float32", "--device", "cpu", "--kv-cache-gib", "0.1", "--max-length", "512", "--threads", "1"]
+    return [str(tmp_path / "in.jsonl"), "-o", str(tmp_path / "out.jsonl"), "--model", str(checkpoint()), *flags]
+
+
+def records(tmp_path: Path) -> dict[str, dict[str, Any]]:
+    lines = [json.loads(line) for line in (tmp_path / "out.jsonl").read_bytes().splitlines()]
+    assert max(Counter(line["id"] for line in lines).values()) == 1
+    return {line["custom_id"]: line for line in lines}
+
+
+def test_a_file_of_requests_is_answered_with_errors_in_their_lines(arguments: list[str], tmp_path: Path) -> None:
+    image = {"type": "image_url", "image_url": {"url": picture()}}
+    lines = [
+        chat("text", text("Hello")),
+        chat("image", image, text("What?")),
+        chat("broken image", {"type": "image_url", "image_url": {"url": "data:image/png;base64,AAAA"}}),
+        chat("wrong", text("Hello"), temperature=-1),
+        "no json",
+        chat("long", text("word " * 3000)),
+    ]
+    (tmp_path / "in.jsonl").write_text("\n".join(lines))
+    done = subprocess.run([*COMMAND, *arguments], capture_output=True, text=True, check=False)
+    assert done.returncode == 1, done.stderr
+    assert "2 lines answered, 4 failed" in done.stderr
+    found = records(tmp_path)
+    statuses = {name: (r["response"] or {}).get("status_code") for name, r in found.items()}
+    assert statuses == {"text": 200, "image": 200, "broken image": 422, "wrong": 400, "long": 400, None: None}
+    assert found["image"]["response"]["body"]["usage"]["completion_tokens"] == 5
+    assert found["long"]["response"]["body"]["error"]["code"] == "context_length_exceeded"
+    again = subprocess.run([*COMMAND, *arguments], capture_output=True, text=True, check=False)
+    assert again.returncode == 0
+    assert "all 6 lines are answered" in again.stderr
+
+
+def test_a_killed_run_goes_on_without_losing_or_repeating_a_line(arguments: list[str], tmp_path: Path) -> None:
+    names = [f"r{i}" for i in range(NUM_LINES)]
+    (tmp_path / "in.jsonl").write_text("\n".join(chat(name, text(name), max_tokens=12, seed=1) for name in names))
+    output = tmp_path / "out.jsonl"
+    slow = [*arguments, "--max-batch", "1"]
+    with subprocess.Popen([*COMMAND, *slow], stderr=subprocess.DEVNULL) as first:
+        while not (output.exists() and output.stat().st_size):
+            os.sched_yield()
+        first.send_signal(signal.SIGKILL)
+    before = output.read_bytes().count(b"\n")
+    assert 0 < before < NUM_LINES
+    done = subprocess.run([*COMMAND, *arguments], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert f"{NUM_LINES - before} lines answered, 0 failed, {before} were there before" in done.stderr
+    found = records(tmp_path)
+    assert sorted(found) == sorted(names)
+    assert all(record["response"]["status_code"] == 200 for record in found.values())
+
+
+def test_what_is_wrong_is_said_before_the_model_is_loaded(arguments: list[str], tmp_path: Path) -> None:
+    done = subprocess.run([*COMMAND, *arguments], capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "in.jsonl cannot be read" in done.stderr

@@ -1,0 +1,162 @@
+"""Stand-ins for the engine and the media room, so that the front end is tested without a model.
+
+`ScriptedEngine` is a real `EngineClient` that emits the tokens it was told; `ScriptedLoader` loads nothing and counts
+who holds what.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, Callable, Sequence
+from dataclasses import dataclass, field
+
+from dashinfer_vlm.engine.client import EngineInfo
+from dashinfer_vlm.engine.request import Finish, Output, Request, TokenLogprob
+from dashinfer_vlm.engine.stats import EngineStats
+from dashinfer_vlm.errors import EngineDeadError
+from dashinfer_vlm.media.loader import MediaCounters
+from dashinfer_vlm.media.types import LoadedMedia, MediaRef
+from dashinfer_vlm.shared_array import SharedArray
+
+EOS = 151645
+Answer = Callable[[Request], Sequence[int]]
+
+
+def info(*, max_model_len: int = 4096, max_num_seqs: int = 8) -> EngineInfo:
+    return EngineInfo(
+        model="models/scripted",
+        max_model_len=max_model_len,
+        vocab_size=151936,
+        hidden_size=128,
+        eos_token_ids=(EOS,),
+        device="none",
+        dtype="none",
+        kv_dtype="none",
+        block_size=16,
+        num_blocks=256,
+        max_num_seqs=max_num_seqs,
+        max_item_patches=10_000,
+    )
+
+
+@dataclass
+class ScriptedEngine:
+    """Emits `answer(request)` token by token, then ends as a model would; a stand-in without weights."""
+
+    answer: Answer
+    info: EngineInfo = field(default_factory=info)
+    error: BaseException | None = None
+    """Raised instead of the first output."""
+    failure: str | None = None
+    """Message of a final output with reason "error" after `fails_after` tokens."""
+    fails_after: int = 1
+    pauses_after: int | None = None
+    """Wait for `resume` after so many tokens."""
+    num_cached_tokens: int = 0
+    stop_token: int = EOS
+    """What ends an answer that is not cut by max_tokens."""
+    requests: list[Request] = field(default_factory=list)
+    running: set[str] = field(default_factory=set)
+    aborted: list[str] = field(default_factory=list)
+    paused: asyncio.Event = field(default_factory=asyncio.Event)
+    """Set whenever a request has come to its pause."""
+    resume: asyncio.Event = field(default_factory=asyncio.Event)
+    idle: asyncio.Event = field(default_factory=asyncio.Event)
+    """Set whenever the last running request has ended."""
+    is_alive: bool = True
+
+    async def generate(self, request: Request) -> AsyncGenerator[Output, None]:
+        self.requests.append(request)
+        self.running.add(request.id)
+        self.idle.clear()
+        ended = False
+        try:
+            if self.error is not None:
+                raise self.error
+            async for output in self._outputs(request):
+                ended = output.finish is not None
+                yield output
+        finally:
+            if not ended:
+                self.aborted.append(request.id)
+            self.running.discard(request.id)
+            if not self.running:
+                self.idle.set()
+
+    async def stats(self) -> EngineStats:
+        if not self.is_alive:
+            raise EngineDeadError("the scripted engine is dead")
+        return EngineStats(num_running=len(self.running))
+
+    def alive(self) -> bool:
+        return self.is_alive
+
+    async def close(self) -> None:
+        self.is_alive = False
+
+    async def _outputs(self, request: Request) -> AsyncGenerator[Output, None]:
+        limit = request.params.max_tokens
+        tokens = list(self.answer(request))
+        for i, token in enumerate(tokens if limit is None else tokens[:limit]):
+            if i == self.pauses_after:
+                self.paused.set()
+                await self.resume.wait()
+            if self.failure is not None and i == self.fails_after:
+                yield Output(request.id, finish=Finish("error", message=self.failure))
+                return
+            await asyncio.sleep(0)  # other requests take their turns between two steps
+            yield self._output(request, token)
+        full = limit is not None and len(tokens) >= limit
+        yield Output(request.id, finish=Finish("length") if full else Finish("stop", stop_token=self.stop_token))
+
+    def _output(self, request: Request, token: int) -> Output:
+        top = request.params.logprobs
+        row = TokenLogprob(token, -0.5, 1, ((token, -0.5), (0, float("-inf")))[:top])
+        logprobs = () if top is None else (row,)
+        return Output(request.id, (token,), logprobs, None, len(request.prompt_ids), self.num_cached_tokens)
+
+
+@dataclass
+class ScriptedLoader:
+    """Makes media of `num_tokens` tokens out of nothing and counts what is held; a stand-in for the media room."""
+
+    num_tokens: int = 4
+    pixel_bounds: tuple[int, int] = (1000, 1_000_000)
+    fails: dict[str, Exception] = field(default_factory=dict)
+    """Errors by URL."""
+    hangs: set[str] = field(default_factory=set)
+    """URLs that never come."""
+    loaded: list[MediaRef] = field(default_factory=list)
+    num_held: int = 0
+    hanging: asyncio.Event = field(default_factory=asyncio.Event)
+    """Set once somebody waits for a URL that never comes."""
+
+    @property
+    def counters(self) -> MediaCounters:
+        return MediaCounters(fetches=len(self.loaded))
+
+    async def load(self, ref: MediaRef) -> LoadedMedia:
+        source = ref.source if isinstance(ref.source, str) else "frames"
+        if source in self.fails:
+            raise self.fails[source]
+        if source in self.hangs:
+            self.hanging.set()
+            await asyncio.Event().wait()
+        self.loaded.append(ref)
+        self.num_held += 1
+        released = False
+
+        def release() -> None:
+            nonlocal released
+            assert not released, "released twice"
+            released = True
+            self.num_held -= 1
+
+        return LoadedMedia(
+            kind=ref.kind,
+            grid=(1, 2, 2 * self.num_tokens),
+            num_tokens=self.num_tokens,
+            content_hash=source.encode().ljust(32)[:32],
+            patches=SharedArray("nowhere", (4 * self.num_tokens, 1176), "|u1"),
+            release=release,
+        )

@@ -1,0 +1,142 @@
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+
+from dashinfer_vlm.engine.request import ItemKind
+from dashinfer_vlm.errors import ContextLengthError, InvalidRequestError, MediaFetchError
+from dashinfer_vlm.frontend.messages import MediaPart, Message, TextPart
+from dashinfer_vlm.frontend.prompt import PromptBuilder
+from dashinfer_vlm.frontend.template import ChatTemplate
+from dashinfer_vlm.frontend.tokenizer import Tokenizer
+from dashinfer_vlm.media.types import MediaRef
+from tests.frontend.scripted import ScriptedLoader
+
+IMAGE, VIDEO = 151655, 151656
+IDS: dict[ItemKind, int] = {"image": IMAGE, "video": VIDEO}
+
+
+def medium(source: str, kind: ItemKind = "image") -> MediaPart:
+    return MediaPart(MediaRef(kind=kind, source=source))
+
+
+def user(*parts: str | MediaPart) -> Message:
+    return Message(role="user", content=tuple(TextPart(p) if isinstance(p, str) else p for p in parts))
+
+
+def builder(template: ChatTemplate, tokenizer: Tokenizer, loader: ScriptedLoader, **options: object) -> PromptBuilder:
+    fields = {"placeholder_ids": IDS, "max_model_len": 100, "vocab_size": 151936} | options
+    return PromptBuilder(tokenizer=tokenizer, template=template, loader=loader, **fields)  # type: ignore[arg-type]
+
+
+async def test_each_placeholder_becomes_as_many_tokens_as_its_item_has(
+    template: ChatTemplate, tokenizer: Tokenizer
+) -> None:
+    prompts = builder(template, tokenizer, ScriptedLoader(num_tokens=3))
+    prompt = await prompts.chat([user("a", medium("one"), medium("film", "video")), user(medium("two"))])
+    assert [item.kind for item in prompt.items] == ["image", "video", "image"]
+    assert [item.content_hash.strip() for item in prompt.items] == [b"one", b"film", b"two"]
+    for item in prompt.items:
+        assert prompt.ids[item.start : item.start + item.num_tokens] == [IDS[item.kind]] * 3
+        assert {prompt.ids[item.start - 1], prompt.ids[item.start + 3]} == {151652, 151653}
+
+
+async def test_release_gives_every_medium_back(template: ChatTemplate, tokenizer: Tokenizer) -> None:
+    loader = ScriptedLoader()
+    prompt = await builder(template, tokenizer, loader).chat([user(medium("one"), medium("two"))])
+    assert loader.num_held == 2
+    prompt.release()
+    assert loader.num_held == 0
+
+
+async def test_one_failing_medium_gives_the_others_back(template: ChatTemplate, tokenizer: Tokenizer) -> None:
+    loader = ScriptedLoader(fails={"bad": MediaFetchError("no such host")}, hangs={"slow"})
+    with pytest.raises(MediaFetchError, match="no such host"):
+        await builder(template, tokenizer, loader).chat([user(medium("good"), medium("slow"), medium("bad"))])
+    assert [ref.source for ref in loader.loaded] == ["good"]
+    assert loader.num_held == 0
+
+
+async def test_a_caller_that_leaves_gives_every_medium_back(template: ChatTemplate, tokenizer: Tokenizer) -> None:
+    loader = ScriptedLoader(hangs={"slow"})
+    task = asyncio.ensure_future(builder(template, tokenizer, loader).chat([user(medium("good"), medium("slow"))]))
+    await loader.hanging.wait()
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert loader.loaded
+    assert loader.num_held == 0
+
+
+async def test_a_template_without_placeholders_is_told_with_both_numbers(tokenizer: Tokenizer) -> None:
+    loader = ScriptedLoader()
+    silent = ChatTemplate("{{ messages[0].role }}", tokenizer)
+    with pytest.raises(InvalidRequestError, match="0 image placeholders for 2 images"):
+        await builder(silent, tokenizer, loader).chat([user(medium("one"), medium("two"))])
+    assert loader.num_held == 0
+
+
+async def test_a_prompt_longer_than_the_context_is_refused_before_anything_is_fetched(
+    template: ChatTemplate, tokenizer: Tokenizer
+) -> None:
+    loader = ScriptedLoader()
+    with pytest.raises(
+        ContextLengthError, match=r"prompt has \d+ tokens, the model's context is 100; shorten it or st"
+    ):
+        await builder(template, tokenizer, loader).chat([user("a" * 500, medium("one"))])
+    assert not loader.loaded
+
+
+async def test_images_count_towards_the_context(template: ChatTemplate, tokenizer: Tokenizer) -> None:
+    loader = ScriptedLoader(num_tokens=90)
+    with pytest.raises(ContextLengthError, match="the model's context is 100"):
+        await builder(template, tokenizer, loader).chat([user(medium("one"))])
+    assert loader.num_held == 0
+
+
+async def test_outputs_that_cannot_fit_are_refused_with_their_sum(template: ChatTemplate, tokenizer: Tokenizer) -> None:
+    prompts = builder(template, tokenizer, ScriptedLoader())
+    await prompts.text([1] * 60, max_tokens=40)
+    with pytest.raises(ContextLengthError, match="max_tokens is 41, together 101"):
+        await prompts.text([1] * 60, max_tokens=41)
+
+
+async def test_more_items_than_the_limit_are_refused_with_both_numbers(
+    template: ChatTemplate, tokenizer: Tokenizer
+) -> None:
+    prompts = builder(template, tokenizer, ScriptedLoader(), max_items={"image": 2})
+    with pytest.raises(InvalidRequestError, match="hold 3 images, the limit is 2"):
+        await prompts.chat([user(medium("a"), medium("b")), user(medium("c"))])
+    await prompts.chat([user(medium("a"), medium("b"), medium("c", "video"))])
+
+
+async def test_a_kind_that_the_model_does_not_know_is_refused(template: ChatTemplate, tokenizer: Tokenizer) -> None:
+    prompts = builder(template, tokenizer, ScriptedLoader(), placeholder_ids={"image": IMAGE})
+    with pytest.raises(InvalidRequestError, match="takes no video"):
+        await prompts.chat([user(medium("film", "video"))])
+
+
+async def test_placeholder_ids_without_items_are_refused(template: ChatTemplate, tokenizer: Tokenizer) -> None:
+    with pytest.raises(InvalidRequestError, match="1 image placeholders for 0 images"):
+        await builder(template, tokenizer, ScriptedLoader()).text([1, IMAGE, 2])
+
+
+async def test_an_empty_prompt_is_refused(template: ChatTemplate, tokenizer: Tokenizer) -> None:
+    with pytest.raises(InvalidRequestError, match="empty"):
+        await builder(template, tokenizer, ScriptedLoader()).text("")
+
+
+@pytest.mark.parametrize(
+    ("messages", "told"),
+    [
+        ([], "messages is empty"),
+        ([Message(role="robot", content="x")], r"messages\[0\].role is 'robot'; it must be one of system, user"),
+        ([Message(role="system", content=(medium("one"),))], "system message with an image"),
+    ],
+)
+async def test_conversations_that_cannot_be_are_refused(
+    template: ChatTemplate, tokenizer: Tokenizer, messages: list[Message], told: str
+) -> None:
+    with pytest.raises(InvalidRequestError, match=told):
+        await builder(template, tokenizer, ScriptedLoader()).chat(messages)

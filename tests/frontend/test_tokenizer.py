@@ -1,0 +1,81 @@
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from transformers import AutoTokenizer
+
+from dashinfer_vlm.errors import CheckpointError
+from dashinfer_vlm.frontend.tokenizer import Tokenizer
+
+
+@pytest.fixture(scope="session")
+def reference(folder: Path) -> Any:
+    return AutoTokenizer.from_pretrained(folder)
+
+
+@settings(deadline=None)
+@given(text=st.text())
+@example(text="\uf900 e\u0301 \u212b")  # NFC changes all three
+def test_plain_text_is_encoded_as_the_reference_does(tokenizer: Tokenizer, reference: Any, text: str) -> None:
+    assert tokenizer.encode_text(text) == reference(text, add_special_tokens=False)["input_ids"]
+
+
+def test_the_text_of_a_special_token_stays_text(tokenizer: Tokenizer) -> None:
+    for text, special in tokenizer.added.items():
+        ids = tokenizer.encode_text(f"a{text}b")
+        assert special not in ids
+        assert tokenizer.decode(ids) == f"a{text}b"
+
+
+@settings(deadline=None)
+@given(ids=st.lists(st.integers(0, 300) | st.integers(151640, 151935)))
+def test_ids_are_decoded_as_the_reference_does(tokenizer: Tokenizer, reference: Any, ids: list[int]) -> None:
+    assert tokenizer.decode(ids) == reference.decode(ids, skip_special_tokens=True)
+    assert tokenizer.decode(ids, skip_special=False) == reference.decode(ids, skip_special_tokens=False)
+
+
+def test_a_folder_without_tokenizer_json_is_read_from_vocabulary_and_merges(folder: Path, tmp_path: Path) -> None:
+    for name in ("vocab.json", "merges.txt", "tokenizer_config.json", "config.json"):
+        shutil.copy(folder / name, tmp_path)
+    config = json.loads((folder / "tokenizer.json").read_text())
+    settings = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    settings["added_tokens_decoder"] = {str(t["id"]): t for t in config["added_tokens"]}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    tokenizer = Tokenizer.from_folder(tmp_path)
+    assert tokenizer.added["<|im_end|>"] == 151645
+    ids = tokenizer.encode_text("describe the picture<|im_end|>")
+    assert tokenizer.decode(ids) == "describe the picture<|im_end|>"
+    assert max(ids) < 151643
+
+
+def test_an_empty_folder_is_refused_by_name(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"neither tokenizer\.json nor vocab\.json"):
+        Tokenizer.from_folder(tmp_path)
+
+
+def test_a_damaged_tokenizer_is_refused_by_name(tmp_path: Path) -> None:
+    (tmp_path / "tokenizer.json").write_text("{not json")
+    with pytest.raises(CheckpointError, match=r"tokenizer\.json"):
+        Tokenizer.from_folder(tmp_path)
+
+
+def test_a_tokenizer_that_is_not_byte_level_is_refused(folder: Path, tmp_path: Path) -> None:
+    config = json.loads((folder / "tokenizer.json").read_text())
+    config["decoder"] = {"type": "Metaspace", "replacement": "_", "prepend_scheme": "always", "split": True}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match="Metaspace"):
+        Tokenizer.from_folder(tmp_path)
+
+
+def test_a_vocabulary_that_spells_a_special_token_is_refused(folder: Path, tmp_path: Path) -> None:
+    config = json.loads((folder / "tokenizer.json").read_text())
+    config["added_tokens"][0] |= {"content": "the", "id": config["model"]["vocab"]["the"]}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match="forge"):
+        Tokenizer.from_folder(tmp_path)

@@ -1,0 +1,179 @@
+"""A real uvicorn on a loopback socket over a scripted engine, and the real OpenAI client to call it."""
+
+from __future__ import annotations
+
+import asyncio
+import queue
+import socket
+import threading
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import AsyncExitStack, asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from openai import AsyncOpenAI
+
+from dashinfer_vlm.config import ServerConfig
+from dashinfer_vlm.frontend.prompt import PromptBuilder
+from dashinfer_vlm.frontend.service import Service
+from dashinfer_vlm.frontend.template import ChatTemplate
+from dashinfer_vlm.frontend.tokenizer import Tokenizer
+from dashinfer_vlm.server.app import create_app
+from dashinfer_vlm.server.run import HttpServer
+from tests.conftest import CheckpointMaker
+from tests.frontend.scripted import ScriptedEngine, ScriptedLoader
+
+Serve = Callable[..., Any]
+
+
+class Running:
+    """A server that listens, with everything that a test wants to look at."""
+
+    def __init__(self, server: HttpServer, engine: ScriptedEngine, loader: ScriptedLoader, service: Service) -> None:
+        self.server, self.engine, self.loader, self.service = server, engine, loader, service
+        self.port: int = server.servers[0].sockets[0].getsockname()[1]
+        self.url = f"http://127.0.0.1:{self.port}"
+
+    async def post(self, path: str, json: Any = None, **options: Any) -> httpx.Response:
+        async with httpx.AsyncClient(base_url=self.url, timeout=60) as client:
+            return await client.post(path, json=json, **options)
+
+    async def get(self, path: str, **options: Any) -> httpx.Response:
+        async with httpx.AsyncClient(base_url=self.url, timeout=60) as client:
+            return await client.get(path, **options)
+
+
+@pytest.fixture(scope="session")
+def folder(checkpoint: CheckpointMaker) -> Path:
+    return checkpoint("qwen2_vl")
+
+
+@pytest.fixture(scope="session")
+def tokenizer(folder: Path) -> Tokenizer:
+    return Tokenizer.from_folder(folder)
+
+
+@pytest.fixture(scope="session")
+def template(folder: Path, tokenizer: Tokenizer) -> ChatTemplate:
+    return ChatTemplate.from_folder(folder, tokenizer)
+
+
+@pytest.fixture(scope="session")
+def parts(tokenizer: Tokenizer, template: ChatTemplate) -> Parts:
+    return Parts(tokenizer, template)
+
+
+@pytest.fixture
+async def serve(parts: Parts) -> AsyncIterator[Serve]:
+    """`await serve("hello", engine={}, config={}, ...)` starts a server that says "hello" and ends with the test."""
+    async with AsyncExitStack() as stack:
+
+        async def start(text: str = "hello", **options: Any) -> Running:
+            return await stack.enter_async_context(parts.running(text, **options))
+
+        yield start
+
+
+@pytest.fixture(scope="session")
+def shared(parts: Parts) -> Iterator[httpx.Client]:
+    """A client of one server for all tests that need no other; it runs in a thread."""
+    ready: queue.SimpleQueue[tuple[Running, asyncio.AbstractEventLoop, asyncio.Event]] = queue.SimpleQueue()
+
+    async def run() -> None:
+        async with parts.running() as running:
+            end = asyncio.Event()
+            ready.put((running, asyncio.get_running_loop(), end))
+            await end.wait()
+
+    thread = threading.Thread(target=asyncio.run, args=(run(),))
+    thread.start()
+    running, loop, end = ready.get(timeout=60)
+    with httpx.Client(base_url=running.url, timeout=60) as client:
+        yield client
+    loop.call_soon_threadsafe(end.set)
+    thread.join()
+
+
+class Parts:
+    """What all servers of a test run have in common."""
+
+    def __init__(self, tokenizer: Tokenizer, template: ChatTemplate) -> None:
+        self.tokenizer, self.template = tokenizer, template
+
+    @asynccontextmanager
+    async def running(
+        self,
+        text: str = "hello",
+        *,
+        config: dict[str, Any] | None = None,
+        engine: dict[str, Any] | None = None,
+        loader: ScriptedLoader | None = None,
+        max_body_bytes: int = 2**20,
+        defaults: dict[str, float | int] | None = None,
+        max_items: dict[str, int] | None = None,
+    ) -> AsyncIterator[Running]:
+        scripted = ScriptedEngine(lambda _: self.tokenizer.encode_text(text), **(engine or {}))
+        media = loader or ScriptedLoader()
+        prompts = PromptBuilder(
+            tokenizer=self.tokenizer,
+            template=self.template,
+            loader=media,
+            placeholder_ids={"image": 151655, "video": 151656},
+            max_model_len=scripted.info.max_model_len,
+            vocab_size=scripted.info.vocab_size,
+            max_items=max_items or {},
+        )
+        options: dict[str, Any] = {"host": "127.0.0.1", "port": 0, "log_level": "warning", **(config or {})}
+        settings = ServerConfig(**options)
+        service = Service(
+            scripted, prompts, sampling_defaults=defaults, max_queued_requests=settings.max_queued_requests
+        )
+        app = create_app(service, settings, max_body_bytes=max_body_bytes)
+        server = TestedServer(app, service, settings)
+        async with listening(server):
+            yield Running(server, scripted, media, service)
+
+
+@asynccontextmanager
+async def listening(server: TestedServer) -> AsyncIterator[None]:
+    """Run `server` until the block ends."""
+    listener = socket.create_server(("127.0.0.1", 0))
+    task = asyncio.create_task(server.serve(sockets=[listener]))
+    listens = asyncio.create_task(server.listens.wait())
+    await asyncio.wait((task, listens), return_when=asyncio.FIRST_COMPLETED)
+    assert listens.done(), task
+    try:
+        yield
+    finally:
+        server.should_exit = True
+        await task
+
+
+class TestedServer(HttpServer):
+    """Says when it listens."""
+
+    __test__ = False
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.listens = asyncio.Event()
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        self.listens.set()
+
+
+@pytest.fixture
+async def openai_client() -> AsyncIterator[Callable[[Running], AsyncOpenAI]]:
+    """`openai_client(running)` is a client that does not try again."""
+    clients: list[AsyncOpenAI] = []
+
+    def make(running: Running, api_key: str = "EMPTY") -> AsyncOpenAI:
+        clients.append(AsyncOpenAI(base_url=f"{running.url}/v1", api_key=api_key, max_retries=0))
+        return clients[-1]
+
+    yield make
+    for client in clients:
+        await client.close()
