@@ -1,0 +1,84 @@
+"""An event loop in a thread, for asynchronous rooms behind a synchronous face."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import AsyncGenerator, Coroutine, Iterator, Sequence
+from concurrent.futures import Future
+from typing import Any, TypeVar
+
+from dashinfer_vlm.errors import EngineDeadError
+
+T = TypeVar("T")
+
+
+class BackgroundLoop:
+    """Runs coroutines for callers in other threads. An interrupted caller cancels its coroutine."""
+
+    def __init__(self) -> None:
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="offline", daemon=True)
+        self._thread.start()
+
+    def run(self, coroutine: Coroutine[Any, Any, T]) -> T:
+        future = self._submit(coroutine)
+        try:
+            return future.result()
+        except BaseException:  # Ctrl-C above all: whoever stops waiting stops the work
+            future.cancel()
+            raise
+
+    async def arun(self, coroutine: Coroutine[Any, Any, T]) -> T:
+        """`run` for a caller that has an event loop of its own."""
+        return await asyncio.wrap_future(self._submit(coroutine))
+
+    def iterate(self, stream: AsyncGenerator[T, None]) -> Iterator[T]:
+        """The items of `stream`, each made when it is asked for; leaving early closes the stream."""
+        try:
+            while (item := self.run(_next(stream))) is not _END:
+                yield item
+        finally:
+            self.run(stream.aclose())
+
+    async def aiterate(self, stream: AsyncGenerator[T, None]) -> AsyncGenerator[T, None]:
+        """`iterate` for a caller that has an event loop of its own."""
+        try:
+            while (item := await self.arun(_next(stream))) is not _END:
+                yield item
+        finally:
+            await self.arun(stream.aclose())
+
+    def close(self) -> None:
+        """Idempotent; coroutines that still run are left where they are."""
+        if self._loop.is_closed():
+            return
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()
+
+    def _submit(self, coroutine: Coroutine[Any, Any, T]) -> Future[T]:
+        if self._loop.is_closed():
+            coroutine.close()
+            raise EngineDeadError("this object was closed")
+        return asyncio.run_coroutine_threadsafe(coroutine, self._loop)
+
+
+_END: Any = object()
+
+
+async def _next(stream: AsyncGenerator[T, None]) -> T:
+    """StopAsyncIteration cannot leave a task, so the end is an object."""
+    return await anext(stream, _END)
+
+
+async def gather(coroutines: Sequence[Coroutine[Any, Any, T]]) -> list[T]:
+    """Run all side by side; when one fails, or the caller is cancelled, the others are cancelled and awaited."""
+    tasks = [asyncio.create_task(coroutine) for coroutine in coroutines]
+    try:
+        return await asyncio.gather(*tasks)
+    except BaseException:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        raise

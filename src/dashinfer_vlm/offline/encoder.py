@@ -1,0 +1,178 @@
+"""The vision encoder alone: one machine turns conversations into ids and embeddings, another one answers them.
+
+    with Encoder("Qwen/Qwen2-VL-2B-Instruct") as encoder:
+        prompt = encoder.encode([{"role": "user", "content": [Image.open("cat.jpg"), "What is this?"]}])
+
+`prompt` then goes to wherever the language model runs, into `allspark.MultiMediaInfo`, for example.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+
+from dashinfer_vlm.config import MediaConfig
+from dashinfer_vlm.engine.messages import map_tensor
+from dashinfer_vlm.engine.request import Grid, Item
+from dashinfer_vlm.engine.threads import engine_cores, engine_threads, set_threads, stay_on
+from dashinfer_vlm.frontend.checkpoint import FrontendConfig
+from dashinfer_vlm.frontend.prompt import Prompt, PromptBuilder
+from dashinfer_vlm.frontend.template import ChatTemplate
+from dashinfer_vlm.frontend.tokenizer import Tokenizer
+from dashinfer_vlm.hub import resolve_model
+from dashinfer_vlm.media.loader import MediaLoader
+from dashinfer_vlm.models.base import VisionEncoder
+from dashinfer_vlm.models.config import CheckpointConfig, read_config
+from dashinfer_vlm.models.loading import load_encoder
+from dashinfer_vlm.models.mrope import mrope_positions
+from dashinfer_vlm.offline.background import BackgroundLoop
+from dashinfer_vlm.offline.inputs import Conversation, to_messages
+from dashinfer_vlm.offline.options import configs
+from dashinfer_vlm.shared_array import SharedArray
+from dashinfer_vlm.vision.processor import ProcessorConfig
+
+__all__ = ["EncodedPrompt", "Encoder"]
+
+_SLICES = 1 << 30
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EncodedPrompt:
+    """All that a language model needs of a conversation."""
+
+    ids: list[int]
+    """The prompt, with every item's placeholders in place."""
+    placeholders: list[int]
+    """Per item the token that stands for it; its run in `ids` is as long as its embedding."""
+    embeddings: list[torch.Tensor]
+    """Per item [tokens, hidden], in the order of the prompt, on the encoder's device."""
+    grids: list[Grid]
+    """Per item frames, rows and columns, in patches before merging."""
+    positions: torch.Tensor
+    """int32 [3, 1, S]: M-RoPE positions of `ids`."""
+
+
+class Encoder:
+    """A loaded vision encoder. Close it, or use it as a context manager."""
+
+    def __init__(self, model: str | Path = "", *, chat_template: str | None = None, **options: Any) -> None:
+        """Load the ViT of `model`, and nothing of its language model; arguments and errors are those of `VLM`."""
+        engine_config, media_config = configs({"model": str(model), **options})
+        folder = resolve_model(engine_config)
+        engine_config = dataclasses.replace(engine_config, model=str(folder))
+        cores = engine_cores(engine_config)
+        set_threads(engine_threads(engine_config), cores)
+        stay_on(cores)
+        self._checkpoint = read_config(folder)
+        self._encoder = load_encoder(engine_config)
+        processor = ProcessorConfig.from_checkpoint(
+            folder, min_pixels=engine_config.min_pixels, max_pixels=engine_config.max_pixels
+        )
+        with ExitStack() as stack:
+            self._loop = BackgroundLoop()
+            stack.callback(self._loop.close)
+            self._prompts = self._loop.run(
+                _open_prompts(folder, self._checkpoint, media_config, processor, chat_template, stack, self._loop)
+            )
+            self._resources = stack.pop_all()
+
+    def encode(self, messages: Conversation) -> EncodedPrompt:
+        """Render, fetch, cut and encode one conversation; raises what `VLM.chat` raises for it."""
+        return self._loop.run(self._encode(messages))
+
+    async def aencode(self, messages: Conversation) -> EncodedPrompt:
+        """`encode` for callers with an event loop."""
+        return await self._loop.arun(self._encode(messages))
+
+    def close(self) -> None:
+        """End the decoding processes and free the encoder; idempotent."""
+        self._resources.close()
+
+    def __enter__(self) -> Encoder:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    async def _encode(self, conversation: Conversation) -> EncodedPrompt:
+        messages = await asyncio.to_thread(to_messages, conversation)
+        prompt = await self._prompts.chat(messages)
+        try:
+            return await asyncio.to_thread(self._run, prompt)
+        finally:
+            prompt.release()
+
+    def _run(self, prompt: Prompt) -> EncodedPrompt:
+        grids = [_grid(item) for item in prompt.items]
+        patches = [_patches(item) for item in prompt.items]
+        return EncodedPrompt(
+            ids=prompt.ids,
+            placeholders=[prompt.ids[item.start] for item in prompt.items],
+            embeddings=_embed(self._encoder, patches, grids) if grids else [],
+            grids=grids,
+            positions=_positions(len(prompt.ids), prompt.items, self._checkpoint),
+        )
+
+
+async def _open_prompts(
+    folder: Path,
+    checkpoint: CheckpointConfig,
+    media: MediaConfig,
+    processor: ProcessorConfig,
+    chat_template: str | None,
+    stack: ExitStack,
+    loop: BackgroundLoop,
+) -> PromptBuilder:
+    """In the loop that the loader will belong to."""
+    tokenizer = Tokenizer.from_folder(folder)
+    template = ChatTemplate.from_folder(folder, tokenizer, chat_template)
+    placeholder_ids = FrontendConfig.from_folder(folder).placeholder_ids
+    loader = MediaLoader(media, processor)
+    stack.callback(lambda: loop.run(loader.close()))
+    return PromptBuilder(
+        tokenizer=tokenizer,
+        template=template,
+        loader=loader,
+        placeholder_ids=placeholder_ids,
+        vocab_size=checkpoint.text.vocab_size,
+        max_model_len=checkpoint.text.max_position_embeddings,
+        max_items=media.limit_mm_per_prompt or {},
+    )
+
+
+def _embed(encoder: VisionEncoder, patches: Sequence[torch.Tensor], grids: Sequence[Grid]) -> list[torch.Tensor]:
+    """All slices at once: nobody else wants the device meanwhile."""
+    with torch.inference_mode():
+        state = encoder.begin(patches, grids)
+        while not state.done:
+            encoder.run(state, _SLICES)
+        return encoder.finish(state)
+
+
+def _grid(item: Item) -> Grid:
+    assert item.grid is not None, item
+    return item.grid
+
+
+def _patches(item: Item) -> torch.Tensor:
+    assert isinstance(item.patches, SharedArray), item
+    return map_tensor(item.patches)
+
+
+def _positions(num_tokens: int, items: Sequence[Item], checkpoint: CheckpointConfig) -> torch.Tensor:
+    section = checkpoint.vision.section
+    tokens_per_second = section.number("tokens_per_second") if section.has("tokens_per_second") else None
+    positions, _ = mrope_positions(
+        num_tokens, items, merge_size=checkpoint.vision.merge_size, tokens_per_second=tokens_per_second
+    )
+    return positions.to(torch.int32).reshape(3, 1, -1)

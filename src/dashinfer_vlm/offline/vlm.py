@@ -1,0 +1,265 @@
+"""`VLM`: a model in this process that answers conversations, one or thousands at a time.
+
+    with VLM("Qwen/Qwen2-VL-2B-Instruct") as vlm:
+        print(vlm.chat([{"role": "user", "content": [Image.open("cat.jpg"), "What is this?"]}]).text)
+
+The caller's thread waits; the front end runs in a loop of its own, the engine in a thread of its own.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import atexit
+import dataclasses
+import sys
+import weakref
+from collections.abc import AsyncGenerator, Callable, Coroutine, Iterator, Sequence
+from contextlib import ExitStack
+from functools import partial
+from pathlib import Path
+from types import TracebackType
+from typing import Any, TypeAlias, cast, overload
+
+import msgspec
+
+from dashinfer_vlm.cli.progress import LoadingProgress
+from dashinfer_vlm.config import EngineConfig, MediaConfig
+from dashinfer_vlm.engine.client import EngineInfo, LocalEngine
+from dashinfer_vlm.engine.request import SamplingParams
+from dashinfer_vlm.engine.stats import EngineStats
+from dashinfer_vlm.errors import DashInferError, InvalidRequestError
+from dashinfer_vlm.frontend.generation import Delta, Generation
+from dashinfer_vlm.frontend.params import GenerationParams
+from dashinfer_vlm.frontend.service import Service
+from dashinfer_vlm.hub import resolve_model
+from dashinfer_vlm.media.loader import MediaLoader
+from dashinfer_vlm.offline.background import BackgroundLoop, gather
+from dashinfer_vlm.offline.inputs import Conversation, is_conversation, to_messages
+from dashinfer_vlm.offline.options import configs
+from dashinfer_vlm.offline.progress import AnswerProgress
+from dashinfer_vlm.offline.results import Result, collect
+from dashinfer_vlm.vision.processor import ProcessorConfig
+
+Params: TypeAlias = SamplingParams | GenerationParams | None
+Prompt: TypeAlias = str | list[int]
+Begin: TypeAlias = Callable[[], Coroutine[Any, Any, Generation]]
+
+_UNLIMITED = 1 << 30
+_LOOKAHEAD = 8
+"""Prompts that are prepared while all sequences of the engine run; more would only fill memory with patches."""
+
+
+class VLM:
+    """A loaded model. Close it, or use it as a context manager: everything is freed then.
+
+    All methods may be called from any thread; calls at the same time share the engine's batches.
+    """
+
+    def __init__(
+        self, model: str | Path = "", *, chat_template: str | None = None, progress: bool | None = None, **options: Any
+    ) -> None:
+        """Load `model`: a folder, a ModelScope or Hugging Face id, or the bundled demo model when absent.
+
+        `options` are the fields of EngineConfig and MediaConfig (docs/flags.md; the flags' other names too), such as
+        `dtype="float32"` or `allowed_media_domains=("example.org",)`. `chat_template` is a file with a Jinja template.
+        `progress` shows bars, or hides them; when absent, they are shown on a terminal.
+
+        Raises ConfigError for an unknown option or a wrong value, CheckpointError for a model that cannot be used.
+        """
+        engine_config, media_config = configs({"model": str(model), **options})
+        self._progress = sys.stderr.isatty() if progress is None else progress
+        folder = resolve_model(engine_config)
+        processor = ProcessorConfig.from_checkpoint(
+            folder, min_pixels=engine_config.min_pixels, max_pixels=engine_config.max_pixels
+        )
+        with ExitStack() as stack:
+            self._loop = BackgroundLoop()
+            stack.callback(self._loop.close)
+            self._engine = self._load(dataclasses.replace(engine_config, model=str(folder)))
+            stack.callback(self._engine.shutdown)
+            self._service, loader = self._loop.run(
+                _open_front_end(folder, self._engine, media_config, processor, chat_template)
+            )
+            stack.callback(lambda: self._loop.run(loader.close()))
+            stack.callback(lambda: self._loop.run(self._service.drain(0)))
+            self._resources = stack.pop_all()
+        atexit.register(_close, weakref.ref(self))
+
+    @property
+    def info(self) -> EngineInfo:
+        """Facts about the loaded model."""
+        return self._engine.info
+
+    def stats(self) -> EngineStats:
+        """Counters of the engine since it was loaded; raises EngineDeadError."""
+        return self._engine.read_stats()
+
+    @property
+    def default_params(self) -> SamplingParams:
+        """What is used when no params are given: the checkpoint's own recommendation."""
+        return msgspec.convert(self._service.sampling_defaults, SamplingParams)
+
+    @overload
+    def chat(self, messages: Conversation, params: Params = None) -> Result: ...  # type: ignore[overload-overlap]
+    @overload
+    def chat(self, messages: Sequence[Conversation], params: Params | Sequence[Params] = None) -> list[Result]: ...
+    def chat(
+        self, messages: Conversation | Sequence[Conversation], params: Params | Sequence[Params] = None
+    ) -> Result | list[Result]:
+        """Answer one conversation, or a list of them side by side; answers come in the order of the questions.
+
+        One conversation raises what is wrong with it (InvalidRequestError, MediaError, EngineError). In a list the
+        others go on, and the Result carries the error. `params` is one for all or one for each.
+        """
+        return self._loop.run(self._chat(messages, params))
+
+    @overload
+    async def achat(self, messages: Conversation, params: Params = None) -> Result: ...  # type: ignore[overload-overlap]
+    @overload
+    async def achat(
+        self, messages: Sequence[Conversation], params: Params | Sequence[Params] = None
+    ) -> list[Result]: ...
+    async def achat(
+        self, messages: Conversation | Sequence[Conversation], params: Params | Sequence[Params] = None
+    ) -> Result | list[Result]:
+        """`chat` for callers with an event loop; cancelling it aborts what runs."""
+        return await self._loop.arun(self._chat(messages, params))
+
+    @overload
+    def generate(self, prompts: Prompt, params: Params = None) -> Result: ...  # type: ignore[overload-overlap]
+    @overload
+    def generate(self, prompts: Sequence[Prompt], params: Params | Sequence[Params] = None) -> list[Result]: ...
+    def generate(
+        self, prompts: Prompt | Sequence[Prompt], params: Params | Sequence[Params] = None
+    ) -> Result | list[Result]:
+        """Continue a text or token ids, without a chat template; else as `chat`."""
+        return self._loop.run(self._generate(prompts, params))
+
+    @overload
+    async def agenerate(self, prompts: Prompt, params: Params = None) -> Result: ...  # type: ignore[overload-overlap]
+    @overload
+    async def agenerate(self, prompts: Sequence[Prompt], params: Params | Sequence[Params] = None) -> list[Result]: ...
+    async def agenerate(
+        self, prompts: Prompt | Sequence[Prompt], params: Params | Sequence[Params] = None
+    ) -> Result | list[Result]:
+        """`generate` for callers with an event loop; cancelling it aborts what runs."""
+        return await self._loop.arun(self._generate(prompts, params))
+
+    def stream(self, messages: Conversation, params: Params = None) -> Iterator[Delta]:
+        """The answer to one conversation as it is made; closing the iterator early aborts it."""
+        return self._loop.iterate(self._stream(messages, params))
+
+    def astream(self, messages: Conversation, params: Params = None) -> AsyncGenerator[Delta, None]:
+        """`stream` for callers with an event loop. Use with `contextlib.aclosing` when leaving early."""
+        return self._loop.aiterate(self._stream(messages, params))
+
+    def close(self) -> None:
+        """Abort what runs and free model, caches, threads and processes; idempotent."""
+        self._resources.close()
+
+    def __enter__(self) -> VLM:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    async def _chat(
+        self, messages: Conversation | Sequence[Conversation], params: Params | Sequence[Params]
+    ) -> Result | list[Result]:
+        if is_conversation(messages):
+            return await self._collected(self._begin_chat(cast(Conversation, messages), _one(params)))
+        conversations = cast("Sequence[Conversation]", messages)
+        jobs = zip(conversations, _each(params, len(conversations)), strict=True)
+        return await self._collect_all([partial(self._begin_chat, *job) for job in jobs])
+
+    async def _generate(
+        self, prompts: Prompt | Sequence[Prompt], params: Params | Sequence[Params]
+    ) -> Result | list[Result]:
+        if isinstance(prompts, str) or (prompts and isinstance(prompts[0], int)):
+            return await self._collected(self._begin_generate(cast(Prompt, prompts), _one(params)))
+        many = cast("Sequence[Prompt]", prompts)
+        jobs = zip(many, _each(params, len(many)), strict=True)
+        return await self._collect_all([partial(self._begin_generate, *job) for job in jobs])
+
+    async def _stream(self, messages: Conversation, params: Params) -> AsyncGenerator[Delta, None]:
+        generation = await self._begin_chat(messages, params)
+        try:
+            async for delta in generation:
+                yield delta
+        finally:
+            generation.close()
+
+    async def _begin_chat(self, conversation: Conversation, params: Params) -> Generation:
+        messages = await asyncio.to_thread(to_messages, conversation)
+        return await self._service.chat(messages, self._generation_params(params))
+
+    async def _begin_generate(self, prompt: Prompt, params: Params) -> Generation:
+        return await self._service.complete([prompt], self._generation_params(params))
+
+    def _generation_params(self, params: Params) -> GenerationParams:
+        if isinstance(params, GenerationParams):
+            return params
+        return GenerationParams(sampling=self.default_params if params is None else params)
+
+    async def _collected(self, begin: Coroutine[Any, Any, Generation]) -> Result:
+        return await collect(await begin)
+
+    async def _collect_all(self, begins: Sequence[Begin]) -> list[Result]:
+        gate = asyncio.Semaphore(self.info.max_num_seqs + _LOOKAHEAD)
+        with AnswerProgress(len(begins), enabled=self._progress) as progress:
+
+            async def one(begin: Begin) -> Result:
+                async with gate:
+                    try:
+                        result = await self._collected(begin())
+                    except DashInferError as error:
+                        result = Result(error=error)
+                progress.advance(result.usage.num_output_tokens)
+                return result
+
+            return await gather([one(begin) for begin in begins])
+
+    def _load(self, config: EngineConfig) -> LocalEngine:
+        if not self._progress:
+            return LocalEngine.start(config)
+        with LoadingProgress() as progress:
+            return LocalEngine.start(config, progress=progress)
+
+
+def _close(reference: weakref.ref[VLM]) -> None:
+    """At the interpreter's exit: threads in the middle of a computation would crash it."""
+    if (vlm := reference()) is not None:
+        vlm.close()
+
+
+async def _open_front_end(
+    folder: Path, engine: LocalEngine, media: MediaConfig, processor: ProcessorConfig, chat_template: str | None
+) -> tuple[Service, MediaLoader]:
+    """In the loop that both will belong to."""
+    loader = MediaLoader(media, processor)
+    loader.max_patches = engine.info.max_item_patches
+    service = Service.from_folder(
+        folder,
+        engine,
+        loader,
+        chat_template=chat_template,
+        max_items=media.limit_mm_per_prompt,
+        max_queued_requests=_UNLIMITED,
+    )
+    return service, loader
+
+
+def _one(params: Params | Sequence[Params]) -> Params:
+    if isinstance(params, Sequence):
+        raise InvalidRequestError("params is a list, but there is one prompt", param="params")
+    return params
+
+
+def _each(params: Params | Sequence[Params], num_prompts: int) -> Sequence[Params]:
+    if not isinstance(params, Sequence):
+        return [params] * num_prompts
+    if len(params) != num_prompts:
+        raise InvalidRequestError(f"there are {num_prompts} prompts and {len(params)} params", param="params")
+    return params
