@@ -1,0 +1,5 @@
+"""Home of the documented import `from dashinfer import allspark`."""
+
+from dashinfer import allspark as allspark
+
+__all__ = ["allspark"]
