@@ -1,0 +1,112 @@
+"""Measurements as tables of the documentation, between markers, so that a new run replaces the old figures."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeAlias
+
+__all__ = ["put", "serve_section"]
+
+Run: TypeAlias = Mapping[str, Any]
+"""A JSON object of `bench serve` (see `report.as_json`)."""
+
+_BATCH_HEAD = (
+    "| work | clients | server | requests/s | | tokens/s | first token, s | per token, ms | gap, ms | failed | GiB |\n"
+    "|---|---|---|---|---|---|---|---|---|---|---|"
+)
+_WINDOW_HEAD = (
+    "| clients | server | gap alone, ms | gap with pictures, ms | p99 ratio | text tokens alone | with pictures | kept "
+    "| picture's first token, s | failed |\n|---|---|---|---|---|---|---|---|---|---|"
+)
+
+
+def put(page: str, name: str, text: str) -> str:
+    """`page` with `text` between `<!-- name -->` and `<!-- /name -->`; raises ValueError without these markers."""
+    begin, end = f"<!-- {name} -->\n", f"<!-- /{name} -->"
+    before, found, rest = page.partition(begin)
+    _, found_end, after = rest.partition(end)
+    if not (found and found_end):
+        raise ValueError(f"the page has no place called {name!r}; it needs the lines {begin.strip()} and {end}")
+    return f"{before}{begin}{text.strip()}\n{end}{after}"
+
+
+def serve_section(runs: Sequence[Run], facts: Sequence[str]) -> str:
+    """Tables of `runs`, which were made on one machine; `facts` are lines above them."""
+    batches = [run for run in runs if run["settings"]["workload"] != "mixed"]
+    windows = [run for run in runs if run["settings"]["workload"] == "mixed"]
+    lines = [*facts, ""]
+    if batches:
+        lines += [_BATCH_HEAD, *(row for run in batches for row in _batch_rows(run)), ""]
+    for run in windows:
+        settings = run["settings"]
+        lines += [
+            f"Streams of words for {settings['seconds']:g} s, then as long again while a new picture of "
+            f"{_size(settings['image_sizes'][0])} pixels arrives every {settings['every']:g} s:",
+            "",
+            _WINDOW_HEAD,
+            *_window_rows(run),
+            "",
+        ]
+    return "\n".join(lines)
+
+
+def _batch_rows(run: Run) -> list[str]:
+    settings, last = run["settings"], run["results"][-1]["name"]
+    rows = []
+    for one in run["results"]:
+        ratio = run["ratios"].get(one["name"], {}).get(last)
+        memory = one["peak_memory_bytes"]
+        cells = (
+            settings["workload"],
+            settings["clients"],
+            one["name"],
+            _spread(one["requests_per_s"], 3),
+            f"**{ratio:.2f}x**" if ratio else "",
+            _spread(one["output_tokens_per_s"], 1),
+            _percentiles(one["first_token_s"], 1, 2),
+            _percentiles(one["per_token_s"], 1000, 0),
+            _percentiles(one["gap_s"], 1000, 0),
+            one["failures"]["num"],
+            f"{memory / 2**30:.1f}" if memory else "",
+        )
+        rows.append(_row(cells))
+    return rows
+
+
+def _window_rows(run: Run) -> list[str]:
+    return [
+        _row(
+            (
+                run["settings"]["clients"],
+                one["name"],
+                _percentiles(one["gap_plain_s"], 1000, 0),
+                _percentiles(one["gap_pictures_s"], 1000, 0),
+                f"{one['gap_ratio']:.2f}" if one["gap_ratio"] else "-",
+                _spread(one["tokens_plain"], 0),
+                _spread(one["tokens_pictures"], 0),
+                f"{one['tokens_kept']:.0%}",
+                _percentiles(one["picture_first_token_s"], 1, 2),
+                one["failures"]["num"],
+            )
+        )
+        for one in run["results"]
+    ]
+
+
+def _row(cells: Sequence[object]) -> str:
+    return "| " + " | ".join(str(cell) for cell in cells) + " |"
+
+
+def _spread(spread: Mapping[str, float], digits: int) -> str:
+    middle, least, most = (f"{spread[name]:.{digits}f}" for name in ("median", "least", "most"))
+    return middle if least == most else f"{middle} ({least} to {most})"
+
+
+def _percentiles(found: Mapping[str, float] | None, factor: float, digits: int) -> str:
+    if found is None:
+        return "-"
+    return " / ".join(f"{factor * found[name]:.{digits}f}" for name in ("p50", "p90", "p99"))
+
+
+def _size(size: Sequence[int]) -> str:
+    return f"{size[0]}x{size[1]}"
