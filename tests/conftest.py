@@ -1,0 +1,65 @@
+"""Fixtures that every room shares: random checkpoints in the published format, made once and kept."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+MAKER = ROOT / "tools" / "make_checkpoint.py"
+
+CheckpointMaker = Callable[..., Path]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA card"))
+
+
+@pytest.fixture(autouse=True)
+def level_of_the_log() -> Iterator[None]:
+    """Commands that run inside a test set it for their whole process."""
+    package = logging.getLogger("dashinfer_vlm")
+    level = package.level
+    yield
+    package.setLevel(level)
+
+
+@pytest.fixture(scope="session")
+def checkpoint() -> CheckpointMaker:
+    """`checkpoint("qwen2_vl", size="tiny", dtype="float32", seed=0)` gives the folder of a random checkpoint."""
+    version = hashlib.sha256(MAKER.read_bytes()).hexdigest()[:12]
+    store = ROOT / "build" / "test-checkpoints" / version
+    store.mkdir(parents=True, exist_ok=True)
+
+    def make(arch: str = "qwen2_vl", *, size: str = "tiny", dtype: str = "float32", seed: int = 0) -> Path:
+        folder = store / f"{arch}-{size}-{dtype}-{seed}"
+        if not folder.is_dir():
+            _write(folder, "--arch", arch, "--size", size, "--dtype", dtype, "--seed", str(seed))
+        return folder
+
+    return make
+
+
+def _write(folder: Path, *flags: str) -> None:
+    """Appear at once or not at all: another run of the tests may look at the same moment."""
+    unfinished = Path(tempfile.mkdtemp(dir=folder.parent))
+    done = subprocess.run([sys.executable, str(MAKER), str(unfinished), *flags], capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"{MAKER.name} failed:\n{done.stderr}")
+    try:
+        unfinished.rename(folder)
+    except OSError:  # the other run was faster
+        shutil.rmtree(unfinished)

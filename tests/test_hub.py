@@ -1,0 +1,117 @@
+"""From `--model` to a folder, with the hubs' real clients against stand-ins on loopback."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from dashinfer_vlm import hub
+from dashinfer_vlm.config import EngineConfig
+from dashinfer_vlm.errors import ConfigError
+from tests.loopback import Hub, running
+
+NAME = "qwen/Qwen2-VL-2B-Instruct"
+RESOLVE = """
+import sys
+from dashinfer_vlm.config import EngineConfig
+from dashinfer_vlm.errors import ConfigError
+from dashinfer_vlm.hub import resolve_model
+try:
+    print("folder:", resolve_model(EngineConfig(model=sys.argv[1], hub=sys.argv[2])))
+except ConfigError as error:
+    print("error:", error)
+"""
+
+
+class Resolver:
+    """`resolve_model` in a process of its own, since the clients read their variables when they are imported."""
+
+    def __init__(self, home: Path, modelscope: str, huggingface: str) -> None:
+        self._env = {
+            "PATH": os.environ["PATH"],
+            "PYTHONPATH": os.pathsep.join(sys.path),
+            "HOME": str(home),
+            "MODELSCOPE_ENDPOINT": modelscope,
+            "HF_ENDPOINT": huggingface,
+            "HF_HUB_DISABLE_XET": "1",
+            "HF_HUB_DISABLE_TELEMETRY": "1",
+            "NO_PROXY": "*",
+        }
+
+    def __call__(self, model: str, hub: str = "auto", **env: str) -> str:
+        command = [sys.executable, "-c", RESOLVE, model, hub]
+        done = subprocess.run(command, env=self._env | env, capture_output=True, text=True, check=True, timeout=120)
+        return done.stdout.splitlines()[-1]
+
+
+@pytest.fixture(scope="module")
+def published(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("published")
+    (folder / "config.json").write_text("{}")
+    (folder / "model.safetensors").write_bytes(bytes(range(256)) * 4096)
+    (folder / "merges.txt").write_text("a b")
+    (folder / "pytorch_model.bin").write_bytes(b"pickle")
+    (folder / "modeling.py").write_text("print('code')")
+    return folder
+
+
+@pytest.fixture
+def site(published: Path) -> Iterator[tuple[Hub, str]]:
+    site = Hub(NAME, published)
+    with running(site) as address:
+        yield site, address
+
+
+@pytest.fixture
+def empty() -> Iterator[str]:
+    with running(Hub("nobody/nothing", Path())) as address:
+        yield address
+
+
+def _folder(line: str) -> Path:
+    assert line.startswith("folder: "), line
+    return Path(line.removeprefix("folder: "))
+
+
+def _names(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir() if path.is_file() and not path.name.startswith(".")}
+
+
+def test_a_folder_is_taken_as_it_is(tmp_path: Path) -> None:
+    assert hub.resolve_model(EngineConfig(model=str(tmp_path))) == tmp_path
+
+
+@pytest.mark.parametrize("model", ["/no/such/folder", "./missing", "missing", "a/b/c"])
+def test_what_is_neither_folder_nor_id_is_refused(model: str) -> None:
+    with pytest.raises(ConfigError, match="no such folder, and it is no id"):
+        hub.resolve_model(EngineConfig(model=model))
+
+
+@pytest.mark.parametrize("hub", ["modelscope", "huggingface"])
+def test_an_id_comes_from_the_hub_that_has_it_without_code_and_pickles(
+    tmp_path: Path, site: tuple[Hub, str], empty: str, published: Path, hub: str
+) -> None:
+    addresses = {"modelscope": empty, "huggingface": empty} | {hub: site[1]}
+    folder = _folder(Resolver(tmp_path, **addresses)(NAME))
+    assert _names(folder) == {"config.json", "model.safetensors", "merges.txt"}
+    assert (folder / "model.safetensors").read_bytes() == (published / "model.safetensors").read_bytes()
+    assert not any(name in url for url in site[0].asked for name in ("pytorch_model", "modeling"))
+
+
+def test_a_cached_copy_serves_without_a_network(tmp_path: Path, site: tuple[Hub, str], empty: str) -> None:
+    resolve = Resolver(tmp_path, modelscope=empty, huggingface=site[1])
+    folder = _folder(resolve(NAME, "huggingface"))
+    num_asked = len(site[0].asked)
+    assert _folder(resolve(NAME, HF_HUB_OFFLINE="1")) == folder
+    assert len(site[0].asked) == num_asked
+
+
+def test_an_id_that_no_hub_has_is_an_error_that_says_what_each_hub_said(tmp_path: Path, empty: str) -> None:
+    line = Resolver(tmp_path, modelscope=empty, huggingface=empty)(NAME)
+    assert line.startswith(f"error: --model {NAME}: there is no such folder, and no hub delivered it. ModelScope: ")
+    assert "Hugging Face: " in line

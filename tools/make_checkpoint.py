@@ -1,0 +1,255 @@
+#!/usr/bin/env python3
+"""Write a random-weight Qwen-VL checkpoint in the published format: real tensor names, real config keys, a tokenizer.
+
+    make_checkpoint.py OUT --arch qwen2_vl|qwen2_5_vl --size tiny|small|2b|7b [--seed 0] [--dtype bfloat16|float32]
+
+`2b` and `7b` have the published shapes, so that speed and memory are the real ones; the text that comes out is noise.
+`tiny` and `small` are for parity tests against `transformers`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
+from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedTokenizerFast
+
+SPECIAL = """<|endoftext|> <|im_start|> <|im_end|> <|object_ref_start|> <|object_ref_end|> <|box_start|> <|box_end|>
+<|quad_start|> <|quad_end|> <|vision_start|> <|vision_end|> <|vision_pad|> <|image_pad|> <|video_pad|>""".split()
+FIRST_SPECIAL = 151643
+"""Id of <|endoftext|> in the published vocabulary; the other special tokens follow it in order."""
+IDS = {name: FIRST_SPECIAL + index for index, name in enumerate(SPECIAL)}
+WORDS = """the of and to in is you that it he was for on are as with his they at be this have from or one had by word but
+not what all were we when your can said there use an each which she do how their if will up other about out many then
+them these so some her would make like him into time has look two more write go see number no way could people my than
+first water been call who oil its now find long down day did get come made may part image describe picture different
+same""".split()
+SPLIT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+CHAT_TEMPLATE = (
+    "{% for m in messages %}"
+    "{% if loop.first and m['role'] != 'system' %}<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n{% endif %}"
+    "<|im_start|>{{ m['role'] }}\n"
+    "{% if m['content'] is string %}{{ m['content'] }}{% else %}{% for c in m['content'] %}"
+    "{% if c['type'] == 'image' or 'image' in c or 'image_url' in c %}<|vision_start|><|image_pad|><|vision_end|>"
+    "{% elif c['type'] == 'video' or 'video' in c %}<|vision_start|><|video_pad|><|vision_end|>"
+    "{% elif 'text' in c %}{{ c['text'] }}{% endif %}"
+    "{% endfor %}{% endif %}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+TEXT: dict[str, dict[str, Any]] = {
+    "tiny": {
+        "hidden_size": 128,
+        "intermediate_size": 256,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "tie_word_embeddings": True,
+        "vocab_size": 151936,
+    },
+    "small": {
+        "hidden_size": 256,
+        "intermediate_size": 704,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 1,
+        "tie_word_embeddings": False,
+        "vocab_size": 151936,
+    },
+    "2b": {
+        "hidden_size": 1536,
+        "intermediate_size": 8960,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 12,
+        "num_key_value_heads": 2,
+        "tie_word_embeddings": True,
+        "vocab_size": 151936,
+    },
+    "7b": {
+        "hidden_size": 3584,
+        "intermediate_size": 18944,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 28,
+        "num_key_value_heads": 4,
+        "tie_word_embeddings": False,
+        "vocab_size": 152064,
+    },
+}
+MROPE_SECTION = {"tiny": [4, 6, 6], "small": [8, 12, 12], "2b": [16, 24, 24], "7b": [16, 24, 24]}
+VISION = {"tiny": (3, 64, 4), "small": (5, 160, 4), "2b": (32, 1280, 16), "7b": (32, 1280, 16)}
+"""Depth, width and heads of the vision encoder."""
+
+
+def write_checkpoint(out: Path, arch: str, size: str, *, seed: int, dtype: str) -> None:
+    """Write the whole model folder `out`; prints what it holds."""
+    out.mkdir(parents=True, exist_ok=True)
+    write_tokenizer(out)
+    write_json(out / "config.json", model_config(arch, size) | {"torch_dtype": dtype})
+    write_json(out / "chat_template.json", {"chat_template": CHAT_TEMPLATE})
+    write_json(out / "generation_config.json", generation_config())
+    write_json(out / "preprocessor_config.json", preprocessor_config(arch))
+    write_weights(out, seed=seed, dtype=dtype)
+
+
+def write_tokenizer(out: Path) -> None:
+    vocab, merges = vocabulary()
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=merges))
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(SPLIT), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([AddedToken(name, special=True, normalized=False) for name in SPECIAL])
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        eos_token="<|im_end|>",
+        pad_token="<|endoftext|>",
+        model_max_length=32768,
+        chat_template=CHAT_TEMPLATE,
+    ).save_pretrained(out)
+    settings = json.loads((out / "tokenizer_config.json").read_text())
+    write_json(out / "tokenizer_config.json", settings | {"tokenizer_class": "Qwen2Tokenizer"})
+    (out / "vocab.json").write_text(json.dumps(vocab, ensure_ascii=False))
+    (out / "merges.txt").write_text("#version: 0.2\n" + "\n".join(" ".join(pair) for pair in merges) + "\n")
+
+
+def vocabulary() -> tuple[dict[str, int], list[tuple[str, str]]]:
+    """Bytes, the common words with their merges, and fillers up to the published size."""
+    vocab = {char: index for index, char in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    merges: list[tuple[str, str]] = []
+    for word in WORDS:
+        for chars in (list(word), ["Ġ", *word]):
+            left = chars[0]
+            for right in chars[1:]:
+                if left + right not in vocab:
+                    vocab[left + right] = len(vocab)
+                    merges.append((left, right))
+                left += right
+    while len(vocab) < FIRST_SPECIAL:
+        vocab[f"<filler{len(vocab)}>"] = len(vocab)
+    return vocab, merges
+
+
+def model_config(arch: str, size: str) -> dict[str, Any]:
+    name = {"qwen2_vl": "Qwen2VLForConditionalGeneration", "qwen2_5_vl": "Qwen2_5_VLForConditionalGeneration"}[arch]
+    return {
+        "architectures": [name],
+        "model_type": arch,
+        "bos_token_id": IDS["<|endoftext|>"],
+        "eos_token_id": IDS["<|im_end|>"],
+        "vision_start_token_id": IDS["<|vision_start|>"],
+        "vision_end_token_id": IDS["<|vision_end|>"],
+        "vision_token_id": IDS["<|vision_pad|>"],
+        "image_token_id": IDS["<|image_pad|>"],
+        "video_token_id": IDS["<|video_pad|>"],
+        "hidden_act": "silu",
+        "initializer_range": 0.02,
+        "attention_dropout": 0.0,
+        "max_position_embeddings": 32768,
+        "rms_norm_eps": 1e-6,
+        "rope_theta": 1000000.0,
+        "rope_scaling": {"type": "mrope", "mrope_section": MROPE_SECTION[size]},
+        "sliding_window": 32768,
+        "use_sliding_window": False,
+        "max_window_layers": 28,
+        "use_cache": True,
+        "vision_config": vision_config(arch, size),
+        **TEXT[size],
+    }
+
+
+def vision_config(arch: str, size: str) -> dict[str, Any]:
+    depth, width, heads = VISION[size]
+    hidden_size = TEXT[size]["hidden_size"]
+    shared = {
+        "depth": depth,
+        "num_heads": heads,
+        "in_channels": 3,
+        "patch_size": 14,
+        "spatial_merge_size": 2,
+        "temporal_patch_size": 2,
+        "model_type": arch,
+    }
+    if arch == "qwen2_vl":
+        return shared | {"embed_dim": width, "hidden_size": hidden_size, "mlp_ratio": 4}
+    published = depth == 32
+    return shared | {
+        "hidden_size": width,
+        "out_hidden_size": hidden_size,
+        "intermediate_size": 3420 if published else width * 3,
+        "window_size": 112,
+        "fullatt_block_indexes": [7, 15, 23, 31] if published else [depth - 1],
+        "tokens_per_second": 2,
+        "hidden_act": "silu",
+    }
+
+
+def generation_config() -> dict[str, Any]:
+    return {
+        "bos_token_id": IDS["<|endoftext|>"],
+        "pad_token_id": IDS["<|endoftext|>"],
+        "eos_token_id": [IDS["<|im_end|>"], IDS["<|endoftext|>"]],
+        "do_sample": True,
+        "temperature": 0.01,
+        "top_k": 1,
+        "top_p": 0.001,
+        "repetition_penalty": 1.0,
+    }
+
+
+def preprocessor_config(arch: str) -> dict[str, Any]:
+    return {
+        "min_pixels": 4 * 28 * 28,
+        "max_pixels": 16384 * 28 * 28,
+        "patch_size": 14,
+        "temporal_patch_size": 2,
+        "merge_size": 2,
+        "image_mean": [0.48145466, 0.4578275, 0.40821073],
+        "image_std": [0.26862954, 0.26130258, 0.27577711],
+        "image_processor_type": "Qwen2VLImageProcessor",
+        "processor_class": "Qwen2VLProcessor" if arch == "qwen2_vl" else "Qwen2_5_VLProcessor",
+    }
+
+
+def write_weights(out: Path, *, seed: int, dtype: str) -> None:
+    """Random weights of the model that `out/config.json` describes, under the published tensor names."""
+    torch.manual_seed(seed)
+    torch.set_default_dtype(getattr(torch, dtype))
+    config = AutoConfig.from_pretrained(out)
+    weights = AutoModelForImageTextToText.from_config(config).state_dict()
+    tied = json.loads((out / "config.json").read_text())["tie_word_embeddings"]
+    tensors = {
+        name.replace("model.visual.", "visual.").replace("model.language_model.", "model."): weight.contiguous()
+        for name, weight in weights.items()
+        if not (tied and name == "lm_head.weight")
+    }
+    save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
+    num_parameters = sum(weight.numel() for weight in tensors.values())
+    print(f"{out}: {num_parameters / 1e9:.3f} B parameters, {len(tensors)} tensors")
+
+
+def write_json(path: Path, value: dict[str, Any]) -> None:
+    path.write_text(json.dumps(value, indent=1))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--arch", default="qwen2_vl", choices=["qwen2_vl", "qwen2_5_vl"])
+    parser.add_argument("--size", default="tiny", choices=list(TEXT))
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"])
+    args = parser.parse_args()
+    write_checkpoint(args.out, args.arch, args.size, seed=args.seed, dtype=args.dtype)
+
+
+if __name__ == "__main__":
+    main()
