@@ -204,9 +204,19 @@ class Batches(Dataset[Batch]):
     The batches of one step, one for each process, are of one kind.
     """
 
-    def __init__(self, seed: int, tokenizer: Tokenizer, batch: int, num_steps: int, num_processes: int) -> None:
+    def __init__(
+        self,
+        seed: int,
+        tokenizer: Tokenizer,
+        batch: int,
+        num_steps: int,
+        num_processes: int,
+        first_progress: float = 0.0,
+    ) -> None:
+        """`first_progress` in 0..1 skips that part of the curriculum."""
         self.seed, self.tokenizer, self.batch = seed, tokenizer, batch
         self.num_steps, self.num_processes = num_steps, num_processes
+        self.first_progress = first_progress
 
     def __len__(self) -> int:
         return self.num_steps * self.num_processes
@@ -214,7 +224,7 @@ class Batches(Dataset[Batch]):
     def __getitem__(self, index: int) -> Batch:
         step = index // self.num_processes
         shared = np.random.default_rng((self.seed, 1, step))
-        progress = min(1.0, step / CURRICULUM_STEPS)
+        progress = min(1.0, self.first_progress + step / CURRICULUM_STEPS)
         kind = kind_at(shared, progress)
         rng = np.random.default_rng((self.seed, 2, index))
         return draw_batch(rng, kind, self.tokenizer, self.batch, progress, 6)

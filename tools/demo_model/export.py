@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import save_file
 from tokenizers import Tokenizer
 from torch import Tensor
@@ -87,6 +89,19 @@ def published_tensors(state: dict[str, Tensor], dtype: torch.dtype) -> dict[str,
             value = torch.cat([half, half], 2)
         tensors[name] = value.to(dtype).contiguous()
     return tensors
+
+
+def read_published(folder: Path, names: Iterable[str]) -> dict[str, Tensor]:
+    """Our state out of a checkpoint folder, float32: those of `names` that are published."""
+    state = {}
+    with safe_open(folder / "model.safetensors", "pt") as file:
+        for ours in names:
+            name = published_name(ours)
+            if name is None:
+                continue
+            value = file.get_tensor(name).float()
+            state[ours] = value.sum(2).flatten(1) if name.startswith("visual.patch_embed") else value
+    return state
 
 
 def config(shape: Shape, tokenizer: Tokenizer, dtype: str) -> dict[str, Any]:

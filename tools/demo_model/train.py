@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import time
 from collections import defaultdict
 from pathlib import Path
@@ -22,6 +23,7 @@ from tqdm import tqdm  # type: ignore[import-untyped]
 
 from demo_model.batches import DIFFERENCES, NO_TARGET, Batch, Batches, draw_batch
 from demo_model.checkpoint import save_atomically
+from demo_model.export import read_published
 from demo_model.model import CellHeads, Shape, Text, TextBlock, Vision, initialise, rotate, text_rotary, vision_rotary
 from demo_model.optimiser import Optimiser
 from demo_model.parallel import average_gradients, keep_memory, launch
@@ -172,7 +174,8 @@ def work(rank: int, num_processes: int, args: argparse.Namespace) -> None:
     torch.manual_seed(args.seed)
     tokenizer = load_tokenizer(args.out)
     model = build_model(tokenizer)
-    data = Batches(args.seed, tokenizer, args.batch, args.steps, num_processes)
+    first_progress = 0.0 if args.start is None else 1.0
+    data = Batches(args.seed, tokenizer, args.batch, args.steps, num_processes, first_progress)
     named = list(model.named_parameters())
     optimiser = Optimiser([(name, value, share_of(name)) for name, value in named])
     first, path = 0, args.out / "train.pt"
@@ -181,8 +184,10 @@ def work(rank: int, num_processes: int, args: argparse.Namespace) -> None:
         model.load_state_dict(saved["model"])
         optimiser.load(saved["optimiser"])
         first = saved["step"]
-    else:
+    elif args.start is None:
         begin(model, tokenizer, args.out, data[0])
+    else:
+        model.load_state_dict(read_published(args.start, model.state_dict()), strict=False)
     checks = held_out_batches(tokenizer) if rank == 0 else []
     mine = range(first * num_processes + rank, args.steps * num_processes, num_processes)
     loader = DataLoader(data, batch_size=None, sampler=mine, num_workers=1, prefetch_factor=4)
@@ -197,7 +202,7 @@ def work(rank: int, num_processes: int, args: argparse.Namespace) -> None:
             torch.autograd.backward(loss)
             now = time.monotonic()
             stop = average_gradients([value for _, value in named], now - start > 60 * args.minutes)
-            optimiser.step(min(1.0, (step + 1) / 50, (1 - step / args.steps) / 0.75))
+            optimiser.step(args.rate * min(1.0, (step + 1) / 50, (1 - step / args.steps) / 0.75))
             bar.update()
             if rank > 0:
                 if stop:
@@ -227,8 +232,12 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=600, help="length of this piece")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument("--start", type=Path, help="checkpoint folder to go on from, with all kinds of data at once")
+    parser.add_argument("--rate", type=float, default=1.0, help="factor of the learning rates")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
+    if args.start is not None:  # its vocabulary, whatever the present phrasings would give
+        shutil.copy(args.start / "tokenizer.json", args.out)
     load_tokenizer(args.out)
     launch(work, args.processes, args)
 
