@@ -93,13 +93,14 @@ def build_model(tokenizer: Tokenizer) -> DemoModel:
     return DemoModel(Shape(), pads)
 
 
-def loss_of(model: DemoModel, batch: Batch) -> tuple[Tensor, dict[str, float]]:
+def loss_of(model: DemoModel, batch: Batch, *, with_heads: bool = True) -> tuple[Tensor, dict[str, float]]:
+    """`with_heads` adds what the extra heads say; a published checkpoint has none, and new ones would only disturb it."""
     hidden, halfway, tokens = model(batch)
     learned = batch.targets != NO_TARGET
     logits, targets = model.logits(hidden[learned]), batch.targets[learned]
     loss = F.cross_entropy(logits, targets)
     told = {"loss": loss.item(), "right": (logits.argmax(-1) == targets).float().mean().item()}
-    if batch.cells is not None:
+    if with_heads and batch.cells is not None:
         seen_loss, seen = model.heads.loss(tokens, *batch.cells)
         loss = loss + HEAD_WEIGHT * seen_loss
         told |= {"cells": seen_loss.item(), "char": seen["char"]}
@@ -107,7 +108,7 @@ def loss_of(model: DemoModel, batch: Batch) -> tuple[Tensor, dict[str, float]]:
         looks_loss = model.looks_loss(batch, halfway)
         loss = loss + HEAD_WEIGHT * looks_loss
         told["looks"] = looks_loss.item()
-    if batch.differs is not None:
+    if with_heads and batch.differs is not None:
         differs_loss = model.difference_loss(batch, halfway)
         loss = loss + HEAD_WEIGHT * differs_loss
         told["differs"] = differs_loss.item()
@@ -198,7 +199,7 @@ def work(rank: int, num_processes: int, args: argparse.Namespace) -> None:
         tqdm(total=args.steps, initial=first, mininterval=10, disable=rank > 0) as bar,
     ):
         for step, batch in enumerate(loader, first):
-            loss, told = loss_of(model, batch)
+            loss, told = loss_of(model, batch, with_heads=args.start is None)
             torch.autograd.backward(loss)
             now = time.monotonic()
             stop = average_gradients([value for _, value in named], now - start > 60 * args.minutes)

@@ -166,7 +166,8 @@ def pack_linear_int8(weight: Tensor, group_size: int = 0, *, gate_up: bool = Fal
     `group_size` (128) columns.
 
     Without groups (0) `linear` rounds every row of x to 8 bits too (scale `max |x| / 127`) and sums exactly in 32-bit
-    integers. With groups it treats x as `pack_linear_int4` says: the weight alone is rounded.
+    integers. With groups it rounds x to 16 bits per row and group, which loses less than the float32 sums of a wide
+    product do: the weight alone is rounded.
     """
     return _packed(_cpu().pack_linear_int8(weight, group_size, gate_up))
 
@@ -174,8 +175,9 @@ def pack_linear_int8(weight: Tensor, group_size: int = 0, *, gate_up: bool = Fal
 def pack_linear_int4(weight: Tensor, group_size: int = 128, *, gate_up: bool = False) -> PackedWeight:
     """Like `pack_linear`, rounded to 4 bits with one bfloat16 scale per row and `group_size` (32 or 128) columns.
 
-    The element of largest magnitude of a group is -8 scales. `linear` rounds x to 16 bits per row and group, which
-    loses less than the float32 sums of a wide product do, and sums each group exactly in 32-bit integers.
+    The element of largest magnitude of a group is -8 scales. `linear` sums exactly in 32-bit integers: at the AVX-512
+    levels blocks of 32 columns of x, each row and block rounded to 8 bits (scale `max |x| / 127`), which adds about a
+    hundredth to the error that 4-bit weights have anyway; at the others groups, x rounded to 16 bits per row and group.
     """
     return _packed(_cpu().pack_linear_int4(weight, group_size, gate_up))
 
@@ -268,16 +270,25 @@ def write_kv(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tens
 
 
 def varlen_attention(
-    q: Tensor, k: Tensor, v: Tensor, starts: Tensor, scale: float, first_query: int = 0, out: Tensor | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    starts: Tensor,
+    scale: float,
+    first_query: int = 0,
+    out: Tensor | None = None,
+    *,
+    bfloat16: bool = False,
 ) -> Tensor:
     """Attention of every position over its own segment, no mask within it; float32 [Q, H, D].
 
     k, v: float32 [P, H, D], any strides before D (views of one qkv are fine); q: the part [Q, H, D] of the P positions
-    that begins at `first_query`. starts: int32 [n + 1], segment i is `starts[i] .. starts[i + 1]`.
+    that begins at `first_query`. starts: int32 [n + 1], segment i is `starts[i] .. starts[i + 1]`. With `bfloat16` the
+    levels that multiply it round q, k, v and the softmax's weights to it and add in float32; to others it means nothing.
     """
     if out is None:
         out = torch.empty(q.shape, dtype=torch.float32)
-    _cpu().varlen_attention(q, k, v, starts, scale, first_query, out)
+    _cpu().varlen_attention(q, k, v, starts, scale, first_query, bfloat16, out)
     return out
 
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -21,7 +21,7 @@ from dashinfer_vlm.layers.memory import in_huge_pages
 from dashinfer_vlm.layers.patches import NativePatches, Patches, TorchPatches
 from dashinfer_vlm.layers.quantise import QUANT_TYPES, PackedStore, QuantisedLinears
 
-__all__ = ["NATIVE", "REFERENCE", "Backend", "LinearFactory", "Ops", "choose_backend"]
+__all__ = ["NATIVE", "NATIVE_BFLOAT16", "REFERENCE", "Backend", "LinearFactory", "Ops", "choose_backend"]
 
 logger = logging.getLogger(__name__)
 
@@ -58,6 +58,9 @@ NATIVE = Ops(
     paged_attention=cpu_ops.paged_attention,
     varlen_attention=cpu_ops.varlen_attention,
 )
+
+NATIVE_BFLOAT16 = replace(NATIVE, varlen_attention=partial(cpu_ops.varlen_attention, bfloat16=True))
+"""For models whose weights are bfloat16."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,7 +177,7 @@ def _native(device: torch.device, weight_dtype: torch.dtype, layers: LinearFacto
         device=device,
         weight_dtype=weight_dtype,
         activation_dtype=torch.float32,
-        ops=NATIVE,
+        ops=NATIVE_BFLOAT16 if weight_dtype == torch.bfloat16 else NATIVE,
         make_linear=layers,
         make_head=head,
         make_patches=NativePatches,

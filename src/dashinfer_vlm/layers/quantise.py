@@ -20,7 +20,7 @@ QUANT_TYPES: dict[str, tuple[PackedType, PackedType]] = {
     "a16w4": ("int4", "int8 in groups"),  # 4 bits are too few for the head: its rounding is the logits' own error
 }
 """How the linear layers and the head of the text model are rounded. `int8` rounds each row of the activations to 8 bits
-as well; with the others activations keep their precision."""
+as well; with the others activations keep what matters of their precision (`cpu_ops` says how much)."""
 
 
 class PackedStore(Protocol):

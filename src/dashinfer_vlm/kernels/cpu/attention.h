@@ -214,6 +214,10 @@ static void varlen_attention(const VarlenAttentionArgs& args) {
     const SegmentQueries queries(args, segment);
     const int n = queries.count(), parts = first[segment + 1] - first[segment];
     const int row0 = (int)((int64_t)n * index / parts), row1 = (int)((int64_t)n * (index + 1) / parts);
-    varlen_task(args, segment, head, queries.begin - args.first_query + row0, row1 - row0, thread);
+    const int first_row = queries.begin - args.first_query + row0;
+#ifdef DI_AVX512_BF16
+    if (args.bfloat16) return bfloat_varlen_task(args, segment, head, first_row, row1 - row0, thread);
+#endif
+    varlen_task(args, segment, head, first_row, row1 - row0, thread);
   });
 }

@@ -77,7 +77,7 @@ void paged_attention(nb::handle q_object, nb::handle k_object, nb::handle v_obje
 }
 
 void varlen_attention(nb::handle q_object, nb::handle k_object, nb::handle v_object, nb::handle starts_object,
-                      float scale, std::int64_t first_query, nb::handle out_object) {
+                      float scale, std::int64_t first_query, bool bfloat16, nb::handle out_object) {
   const TensorView q(q_object, "q"), k(k_object, "k"), v(v_object, "v"), out(out_object, "out");
   const TensorView starts(starts_object, "starts");
   q.require(DType::kF32, 3);
@@ -107,6 +107,7 @@ void varlen_attention(nb::handle q_object, nb::handle k_object, nb::handle v_obj
   args.first_query = static_cast<int>(first_query);
   args.queries = as_int(q.shape[0], q);
   args.scale = scale;
+  args.bfloat16 = bfloat16;
   const Running running;
   kernels().varlen_attention(args);
 }
@@ -117,7 +118,7 @@ void bind_attention(nb::module_& m) {
   m.def("paged_attention", paged_attention, nb::arg("q"), nb::arg("k_cache"), nb::arg("v_cache"),
         nb::arg("block_tables"), nb::arg("query_starts"), nb::arg("context_lens"), nb::arg("scale"), nb::arg("out"));
   m.def("varlen_attention", varlen_attention, nb::arg("q"), nb::arg("k"), nb::arg("v"), nb::arg("starts"),
-        nb::arg("scale"), nb::arg("first_query"), nb::arg("out"));
+        nb::arg("scale"), nb::arg("first_query"), nb::arg("bfloat16"), nb::arg("out"));
 }
 
 }  // namespace di

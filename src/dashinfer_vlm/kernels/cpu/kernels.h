@@ -9,7 +9,8 @@ struct bf16 {
   std::uint16_t bits;
 };
 
-// kInt8 multiplies activations of 8 bits, the types in groups multiply activations of 16 bits.
+// kInt8 multiplies activations of 8 bits, the types in groups multiply activations of 16 bits; kInt4 with Layout::kDots of
+// 8 bits in blocks of 32 columns.
 enum class WeightType { kF32, kBf16, kInt8, kInt8Groups, kInt4 };
 
 constexpr bool is_integer(WeightType type) { return type != WeightType::kF32 && type != WeightType::kBf16; }
@@ -120,6 +121,7 @@ struct VarlenAttentionArgs {
   int first_query;
   int queries;
   float scale;
+  bool bfloat16;  // products may be of bf16, where the level multiplies it
 };
 
 // Copies k and v of every token to its slot in the cache's type; with cos and sin, k gets its position on the way.

@@ -172,9 +172,11 @@ static void linear_block(const LinearArgs& args, const Activations& a, int row0,
 }
 
 // Enough groups for every thread to take several (they run at different speeds), each a long stretch of memory.
-DI_INLINE int panels_per_group(const LinearArgs& args, int row_unit) {
+DI_INLINE int panels_per_group(const LinearArgs& args) {
   int wanted = args.num_panels / (num_threads() * 8);
-  if (row_unit > 1) wanted += wanted % 2;  // tiles take panels in pairs
+#ifdef DI_AVX512
+  wanted += wanted % 2;  // products take panels in pairs
+#endif
   return wanted < 1 ? 1 : wanted > kBlockPanels ? kBlockPanels : wanted;
 }
 
@@ -182,7 +184,7 @@ static void linear(const LinearArgs& args) {
   const Activations a = prepare_activations(args);
   const int unit = row_unit(a), units = (args.rows + unit - 1) / unit;
   const int row_blocks = (args.rows + kBlockRows - 1) / kBlockRows;
-  const int group = row_blocks > 2 ? kBlockPanels : panels_per_group(args, unit);
+  const int group = row_blocks > 2 ? kBlockPanels : panels_per_group(args);
   const int groups = (args.num_panels + group - 1) / group;
   // Row blocks are the inner index: threads that run side by side share a group's weights in L3.
   parallel(row_blocks * groups, [&](int task, int thread) {

@@ -2,18 +2,23 @@
 // one dot-product instruction multiplies them with 4 bytes of a row of activations, which are prepared on entry:
 // bf16 weights: bf16, or floats where the level has no bf16 arithmetic
 // int8: bytes, one scale and sum per row; weights carry an offset of 128, as the instruction wants one unsigned factor
-// types in groups: 16-bit numbers as 4 high bytes (signed), then their 4 low bytes (unsigned); one scale and sum per row
+// int8 in groups: 16-bit numbers as 4 high bytes (signed), then their 4 low bytes (unsigned); one scale and sum per row
 // and group
+// int4: bytes, one scale per row and block of 32 columns, so that an outlier coarsens few others. Their rounding is far
+// below that of the weights; llama.cpp multiplies its 4-bit types with the same blocks (Q8_0).
 
-constexpr int kPieceRows = 128;  // 8 KiB of a panel stay in L1 while all rows of a block pass
+constexpr int kBlockColumns = 32;
+constexpr int kPieceRows = 128;  // 8 KiB of each of two panels stay in L1 while all rows of a block pass
 
 struct DotActivations {
   char* data;
   int64_t row_bytes;
   bool tiled;  // [rows / 16][row_bytes / 64][16][64] for linear_amx.h, otherwise [rows][row_bytes]
   int groups;
-  float* scales;  // [M][groups]
-  int32_t* sums;  // [M][groups], of the high bytes alone for 8-bit weights in groups
+  int blocks;      // scales of a row: of its groups, or of its blocks for 4-bit weights
+  float* scales;   // [M][blocks]
+  int32_t* sums;   // [M][groups], of the high bytes alone for 8-bit weights in groups
+  float* offsets;  // [M][groups], for 4-bit weights instead of sums: what their offset adds, negative
 
   DI_INLINE_MEMBER char* at(int64_t row, int64_t byte) const {
     if (!tiled) return data + row * row_bytes + byte;
@@ -21,7 +26,7 @@ struct DotActivations {
   }
 };
 
-enum class Form { kFloats, kBfloat16, kBytes, kTwoBytes };
+enum class Form { kFloats, kBfloat16, kBytes, kTwoBytes, kBlocks };
 
 DI_INLINE bool wants_tiles([[maybe_unused]] const LinearArgs& args) {
 #ifdef DI_AMX
@@ -34,7 +39,7 @@ DI_INLINE bool wants_tiles([[maybe_unused]] const LinearArgs& args) {
 
 DI_INLINE Form form_of(const LinearArgs& args, bool tiled) {
   if (args.type == WeightType::kInt8) return Form::kBytes;
-  if (args.group > 0 && !tiled) return Form::kTwoBytes;
+  if (args.group > 0 && !tiled) return args.type == WeightType::kInt4 ? Form::kBlocks : Form::kTwoBytes;
 #ifdef DI_AVX512_BF16
   return Form::kBfloat16;
 #else
@@ -88,28 +93,62 @@ DI_INLINE void quantise(const float* x, int n, int to, float levels, float* scal
   *total = all;
 }
 
+DI_INLINE int bytes_per_number(Form form) {
+  switch (form) {
+    case Form::kFloats: return 4;
+    case Form::kBfloat16:
+    case Form::kTwoBytes: return 2;
+    case Form::kBytes:
+    case Form::kBlocks: return 1;
+  }
+  __builtin_unreachable();
+}
+
+// Every group of a row in its blocks.
+static void prepare_blocks(const LinearArgs& args, const DotActivations& a, const float* x, int64_t row) {
+  for (int g = 0; g < a.groups; ++g) {
+    float offset = 0.f;
+    for (int k = g * args.group; k < (g + 1) * args.group; k += kBlockColumns) {
+      const int n = args.depth - k < kBlockColumns ? args.depth - k : kBlockColumns;
+      float* scale = a.scales + row * a.blocks + k / kBlockColumns;
+      int32_t total;
+      quantise(x + k, n, kBlockColumns, 127.f, scale, &total, [&](int c, I8 v) {
+        store_bytes(a.at(row, k + c), v);
+        return v;
+      });
+      offset -= 8.f * *scale * (float)total;
+    }
+    a.offsets[row * a.groups + g] = offset;
+  }
+}
+
 static void prepare_row(const LinearArgs& args, const DotActivations& a, Form form, int64_t row) {
   const float* x = args.x + row * args.x_stride;
-  const int columns = (int)(a.row_bytes / (form == Form::kFloats ? 4 : form == Form::kBytes ? 1 : 2));
-  if (form == Form::kFloats)
-    for (int c = 0; c < columns; c += 8) store(reinterpret_cast<float*>(a.at(row, c * 4)), columns_at(x, c, args.depth));
-  if (form == Form::kBfloat16)
-    for (int c = 0; c < columns; c += 8) store(reinterpret_cast<bf16*>(a.at(row, c * 2)), columns_at(x, c, args.depth));
-  if (form == Form::kBytes)
-    quantise(x, args.depth, columns, 127.f, a.scales + row, a.sums + row,
-             [&](int c, I8 v) {
-               store_bytes(a.at(row, c), v);
-               return v;
-             });
-  if (form == Form::kTwoBytes)
-    for (int g = 0; g < a.groups; ++g) {
-      const int k = g * args.group, n = args.depth - k < args.group ? args.depth - k : args.group;
-      const int64_t index = row * a.groups + g;
-      quantise(x + k, n, args.group, 32767.f, a.scales + index, a.sums + index, [&](int c, I8 v) {
-        store_two_bytes(a.at(row, (k + c) * 2), v);
-        return args.type == WeightType::kInt4 ? v : v >> 8;
+  const int columns = (int)(a.row_bytes / bytes_per_number(form));
+  switch (form) {
+    case Form::kFloats:
+      for (int c = 0; c < columns; c += 8) store(reinterpret_cast<float*>(a.at(row, c * 4)), columns_at(x, c, args.depth));
+      return;
+    case Form::kBfloat16:
+      for (int c = 0; c < columns; c += 8) store(reinterpret_cast<bf16*>(a.at(row, c * 2)), columns_at(x, c, args.depth));
+      return;
+    case Form::kBytes:
+      return quantise(x, args.depth, columns, 127.f, a.scales + row, a.sums + row, [&](int c, I8 v) {
+        store_bytes(a.at(row, c), v);
+        return v;
       });
-    }
+    case Form::kTwoBytes:
+      for (int g = 0; g < a.groups; ++g) {
+        const int k = g * args.group, n = args.depth - k < args.group ? args.depth - k : args.group;
+        const int64_t index = row * a.groups + g;
+        quantise(x + k, n, args.group, 32767.f, a.scales + index, a.sums + index, [&](int c, I8 v) {
+          store_two_bytes(a.at(row, (k + c) * 2), v);
+          return v >> 8;
+        });
+      }
+      return;
+    case Form::kBlocks: return prepare_blocks(args, a, x, row);
+  }
 }
 
 static DotActivations prepare_activations(const LinearArgs& args) {
@@ -117,13 +156,18 @@ static DotActivations prepare_activations(const LinearArgs& args) {
   if (args.type == WeightType::kF32) return a;
   a.tiled = wants_tiles(args);
   const Form form = form_of(args, a.tiled);
-  a.groups = form == Form::kTwoBytes ? (args.depth + args.group - 1) / args.group : 1;
+  const bool in_groups = form == Form::kTwoBytes || form == Form::kBlocks;
+  a.groups = in_groups ? (args.depth + args.group - 1) / args.group : 1;
+  a.blocks = form == Form::kBlocks ? a.groups * args.group / kBlockColumns : a.groups;
   const int depth = padded(args.depth, args.group > 0 ? args.group : args.type == WeightType::kInt8 ? 64 : 32);
-  a.row_bytes = (int64_t)depth * (form == Form::kFloats ? 4 : form == Form::kBytes ? 1 : 2);
-  const int64_t data = padded(args.rows, 16) * a.row_bytes, scales = (int64_t)args.rows * a.groups * 4;
-  a.data = static_cast<char*>(shared_scratch(data + 2 * scales));
+  a.row_bytes = padded(depth * bytes_per_number(form), 64);
+  if (!a.tiled && a.row_bytes / 64 % 2 == 0) a.row_bytes += 64;  // rows of a tile must not meet in few sets of the L1
+  const int64_t data = padded(args.rows, 16) * a.row_bytes;
+  const int64_t scales = (int64_t)args.rows * a.blocks * 4, sums = (int64_t)args.rows * a.groups * 4;
+  a.data = static_cast<char*>(shared_scratch(data + scales + sums));
   a.scales = reinterpret_cast<float*>(a.data + data);
   a.sums = reinterpret_cast<int32_t*>(a.data + data + scales);
+  a.offsets = reinterpret_cast<float*>(a.sums);
   for_rows(args.rows, args.depth, [&](int row) { prepare_row(args, a, form, row); });
   return a;
 }
@@ -147,44 +191,44 @@ DI_INLINE F16 column_scales(const char* panel, int g) {
   return join(first, second);
 }
 
-// How weights of one type are multiplied: rows of a tile, bytes of activations per 64 bytes of weights, one step;
-// whether groups of K are scaled on the way.
+enum class Scaling { kAtEnd, kGroups, kBlocks };
+
+// How weights of one type are multiplied. 64 bytes of weights are worked on in kParts parts; a part of a panel meets kBytes
+// bytes of a row of activations. kRows rows by two panels fill the registers with sums.
 struct BfloatWeights {
   static constexpr int kRows = 12;
-  static constexpr bool kGrouped = false;
+  static constexpr Scaling kScaling = Scaling::kAtEnd;
   typedef F16 Sum;
 #ifdef DI_AVX512_BF16
-  static constexpr int kBytes = 4;
-  typedef U16 Weights;
-  static DI_INLINE_MEMBER Weights unpack(const char* w) { return load_row<U16>(w); }
-  static DI_INLINE_MEMBER void add(Sum& sum, Weights w, const char* x) {
-    sum = (F16)_mm512_dpbf16_ps((__m512)sum, (__m512bh)w, (__m512bh)splat_word(x));
+  static constexpr int kParts = 1;
+  typedef U16 Weights, Factor;
+  static DI_INLINE_MEMBER Weights unpack(U16 words, int) { return words; }
+  static DI_INLINE_MEMBER Factor factor(const char* x) { return splat_word(x); }
+  static DI_INLINE_MEMBER void add(Sum& sum, Weights w, Factor x) {
+    sum = (F16)_mm512_dpbf16_ps((__m512)sum, (__m512bh)w, (__m512bh)x);
   }
 #else
-  static constexpr int kBytes = 8;
-  struct Weights {
-    F16 even, odd;
-  };
-  static DI_INLINE_MEMBER Weights unpack(const char* w) {
-    const U16 words = load_row<U16>(w);
-    return {(F16)(words << 16), (F16)(words & 0xFFFF0000u)};
+  static constexpr int kParts = 2;  // even, then odd K
+  typedef F16 Weights, Factor;
+  static DI_INLINE_MEMBER Weights unpack(U16 words, int part) {
+    return part == 0 ? (F16)(words << 16) : (F16)(words & 0xFFFF0000u);
   }
-  static DI_INLINE_MEMBER void add(Sum& sum, const Weights& w, const char* x) {
-    const auto* pair = reinterpret_cast<const float*>(x);
-    sum += pair[0] * w.even;
-    sum += pair[1] * w.odd;
-  }
+  static DI_INLINE_MEMBER Factor factor(const char* x) { return (F16)splat_word(x); }
+  static DI_INLINE_MEMBER void add(Sum& sum, Weights w, Factor x) { sum += w * x; }
 #endif
+  static constexpr int kBytes = 4;
 };
 
 struct ByteWeights {
   static constexpr int kRows = 12;
-  static constexpr bool kGrouped = false;
+  static constexpr Scaling kScaling = Scaling::kAtEnd;
+  static constexpr int kParts = 1;
   static constexpr int kBytes = 4;
   typedef I16 Sum;
-  typedef U16 Weights;
-  static DI_INLINE_MEMBER Weights unpack(const char* w) { return load_row<U16>(w); }
-  static DI_INLINE_MEMBER void add(Sum& sum, Weights w, const char* x) { sum = dot_bytes(sum, w, splat_word(x)); }
+  typedef U16 Weights, Factor;
+  static DI_INLINE_MEMBER Weights unpack(U16 words, int) { return words; }
+  static DI_INLINE_MEMBER Factor factor(const char* x) { return splat_word(x); }
+  static DI_INLINE_MEMBER void add(Sum& sum, Weights w, Factor x) { sum = dot_bytes(sum, w, x); }
 };
 
 // Products with the high and with the low bytes of activations.
@@ -196,130 +240,200 @@ struct TwoSums {
   }
 };
 
+// A word of high bytes, and one of low bytes.
+struct TwoFactors {
+  U16 high, low;
+  static DI_INLINE_MEMBER TwoFactors at(const char* x) { return {splat_word(x), splat_word(x + 4)}; }
+};
+
 // 8-bit weights in groups; the offset is in the products of the high bytes only.
 struct WideByteWeights {
-  static constexpr int kRows = 8;
-  static constexpr bool kGrouped = true;
+  static constexpr int kRows = 6;
+  static constexpr Scaling kScaling = Scaling::kGroups;
+  static constexpr int kParts = 1;
   static constexpr int kBytes = 8;
   static constexpr int kDepth = 4;  // of K per 64 bytes
   typedef TwoSums Sum;
+  typedef TwoFactors Factor;
   struct Weights {
     U16 with_offset, without;
   };
-  static DI_INLINE_MEMBER Weights unpack(const char* w) {
-    const U16 bytes = load_row<U16>(w);
-    return {bytes, bytes ^ 0x80808080u};
-  }
-  static DI_INLINE_MEMBER void add(Sum& sum, const Weights& w, const char* x) {
-    sum.high = dot_bytes(sum.high, w.with_offset, splat_word(x));
-    sum.low = dot_bytes(sum.low, splat_word(x + 4), w.without);
+  static DI_INLINE_MEMBER Weights unpack(U16 words, int) { return {words, words ^ 0x80808080u}; }
+  static DI_INLINE_MEMBER Factor factor(const char* x) { return TwoFactors::at(x); }
+  static DI_INLINE_MEMBER void add(Sum& sum, const Weights& w, Factor x) {
+    sum.high = dot_bytes(sum.high, w.with_offset, x.high);
+    sum.low = dot_bytes(sum.low, x.low, w.without);
   }
   static DI_INLINE_MEMBER Sum start(int32_t sum_of_high) { return {-128 * sum_of_high - I16{}, I16{}}; }
 };
 
-// 4-bit weights; small enough to pass for unsigned and for signed bytes.
+// 4-bit weights with an offset of 8.
 struct NibbleWeights {
-  static constexpr int kRows = 8;
-  static constexpr bool kGrouped = true;
-  static constexpr int kBytes = 16;
+  static constexpr int kRows = 6;
+  static constexpr Scaling kScaling = Scaling::kBlocks;
+  static constexpr int kParts = 2;
+  static constexpr int kBytes = 4;
   static constexpr int kDepth = 8;
-  typedef TwoSums Sum;
-  struct Weights {
-    U16 first, second;
-  };
-  static DI_INLINE_MEMBER Weights unpack(const char* w) {
-    const U16 words = load_row<U16>(w);
-    return {words & 0x0F0F0F0Fu, (words >> 4) & 0x0F0F0F0Fu};
-  }
-  static DI_INLINE_MEMBER void add(Sum& sum, const Weights& w, const char* x) {
-    sum.high = dot_bytes(sum.high, w.first, splat_word(x));
-    sum.low = dot_bytes(sum.low, splat_word(x + 4), w.first);
-    sum.high = dot_bytes(sum.high, w.second, splat_word(x + 8));
-    sum.low = dot_bytes(sum.low, splat_word(x + 12), w.second);
-  }
-  static DI_INLINE_MEMBER Sum start(int32_t sum) { return {I16{}, -8 * sum - I16{}}; }
+  typedef I16 Sum;
+  typedef U16 Weights, Factor;
+  static DI_INLINE_MEMBER Weights unpack(U16 words, int part) { return (words >> (4 * part)) & 0x0F0F0F0Fu; }
+  static DI_INLINE_MEMBER Factor factor(const char* x) { return splat_word(x); }
+  static DI_INLINE_MEMBER void add(Sum& sum, Weights w, Factor x) { sum = dot_bytes(sum, w, x); }
 };
 
-// sums[R] += a[R] * n rows of weights.
-template <class Kind, int R>
-DI_INLINE void add_rows(const char* a, int64_t stride, const char* w, int n, int64_t ahead,
-                        typename Kind::Sum (&sums)[R]) {
-  constexpr int kUnroll = unroll_of(R);
-  typename Kind::Sum acc[kUnroll][R];
-  DI_UNROLL for (int r = 0; r < R; ++r) {
-    acc[0][r] = sums[r];
-    DI_UNROLL for (int u = 1; u < kUnroll; ++u) acc[u][r] = typename Kind::Sum{};
+// Memory that is needed later: `step` bytes of it are fetched per 64 bytes of weights.
+struct Later {
+  const char* at;
+  int64_t step;
+};
+
+// sums[p][R] += a[R] * n rows of the weights of panel p.
+template <class Kind, int R, int P>
+DI_INLINE void add_rows(const char* a, int64_t stride, const char* const (&w)[P], int n, const Later (&later)[P],
+                        typename Kind::Sum (&sums)[P][R]) {
+  constexpr int kUnroll = unroll_of(R * P);
+  typename Kind::Sum acc[kUnroll][P][R];
+  DI_UNROLL for (int p = 0; p < P; ++p) DI_UNROLL for (int r = 0; r < R; ++r) {
+    acc[0][p][r] = sums[p][r];
+    DI_UNROLL for (int u = 1; u < kUnroll; ++u) acc[u][p][r] = typename Kind::Sum{};
   }
-  const auto step = [&](int i, typename Kind::Sum(&to)[R]) __attribute__((always_inline)) {
-    __builtin_prefetch(w + i * 64 + ahead, 0, 3);
-    const auto weights = Kind::unpack(w + i * 64);
-    DI_UNROLL for (int r = 0; r < R; ++r) Kind::add(to[r], weights, a + r * stride + i * Kind::kBytes);
+  const auto step = [&](int i, typename Kind::Sum(&to)[P][R]) __attribute__((always_inline)) {
+    U16 words[P];
+    DI_UNROLL for (int p = 0; p < P; ++p) {
+      __builtin_prefetch(later[p].at + i * later[p].step, 0, 3);
+      words[p] = load_row<U16>(w[p] + i * 64);
+    }
+    DI_UNROLL for (int part = 0; part < Kind::kParts; ++part) {
+      typename Kind::Weights weights[P];
+      DI_UNROLL for (int p = 0; p < P; ++p) weights[p] = Kind::unpack(words[p], part);
+      DI_UNROLL for (int r = 0; r < R; ++r) {
+        const auto x = Kind::factor(a + r * stride + (i * Kind::kParts + part) * Kind::kBytes);
+        DI_UNROLL for (int p = 0; p < P; ++p) Kind::add(to[p][r], weights[p], x);
+      }
+    }
   };
   int i = 0;
   for (; i + kUnroll <= n; i += kUnroll) DI_UNROLL for (int u = 0; u < kUnroll; ++u) step(i + u, acc[u]);
   for (; i < n; ++i) step(i, acc[0]);
-  DI_UNROLL for (int r = 0; r < R; ++r) {
-    DI_UNROLL for (int u = 1; u < kUnroll; ++u) acc[0][r] += acc[u][r];
-    sums[r] = acc[0][r];
+  DI_UNROLL for (int p = 0; p < P; ++p) DI_UNROLL for (int r = 0; r < R; ++r) {
+    DI_UNROLL for (int u = 1; u < kUnroll; ++u) acc[0][p][r] += acc[u][p][r];
+    sums[p][r] = acc[0][p][r];
   }
 }
 
-// Rows [first, first + count) of a panel's weights.
+// Rows [first, first + count) of the weights of one panel or two, `panel_bytes` apart, and where their sums go.
 struct DotPiece {
   const LinearArgs& args;
   const DotActivations& a;
   const char* panel;
   int first;
   int count;
-  int64_t ahead;
-  const char* weights() const { return panel + args.header_bytes + (int64_t)first * 64; }
+  int64_t sums_size;  // floats from one panel's sums to the next one's
+  const char* weights(int p) const {
+    return panel + p * args.panel_bytes + args.header_bytes + (int64_t)first * 64;
+  }
 };
 
-// c[R][16] += every group's exact sum, scaled.
-template <class Kind, int R>
-static void group_rows(const DotPiece& p, int row, float* c) {
-  const int rows_per_group = p.args.group / Kind::kDepth;
-  F16 total[R];
-  DI_UNROLL for (int r = 0; r < R; ++r) total[r] = p.first > 0 ? load_row<F16>(c + r * kPanel) : F16{};
-  for (int i = 0; i < p.count; i += rows_per_group) {
-    const int g = (p.first + i) / rows_per_group;
-    const int64_t index = (int64_t)row * p.a.groups + g;
-    TwoSums sums[R];
-    DI_UNROLL for (int r = 0; r < R; ++r) sums[r] = Kind::start(p.a.sums[index + r * p.a.groups]);
-    add_rows<Kind, R>(p.a.at(row, (int64_t)(p.first + i) * Kind::kBytes), p.a.row_bytes, p.weights() + (int64_t)i * 64,
-                      rows_per_group, p.ahead, sums);
-    const F16 scale = column_scales(p.panel, g);
-    DI_UNROLL for (int r = 0; r < R; ++r) {
-      const I16 exact = (sums[r].high << 8) + sums[r].low;
-      total[r] += __builtin_convertvector(exact, F16) * (scale * p.a.scales[index + r * p.a.groups]);
+// c[R][16] of each panel += every group's exact sum, scaled.
+template <class Kind, int R, int P>
+static void group_rows(const DotPiece& piece, int row, float* c, const Later (&later)[P]) {
+  const int rows_per_group = piece.args.group / Kind::kDepth;
+  for (int i = 0; i < piece.count; i += rows_per_group) {
+    const int g = (piece.first + i) / rows_per_group;
+    const int64_t index = (int64_t)row * piece.a.groups + g;
+    typename Kind::Sum sums[P][R];
+    const char* w[P];
+    Later next[P];
+    DI_UNROLL for (int p = 0; p < P; ++p) {
+      w[p] = piece.weights(p) + (int64_t)i * 64;
+      next[p] = {later[p].at + i * later[p].step, later[p].step};
+      DI_UNROLL for (int r = 0; r < R; ++r) sums[p][r] = Kind::start(piece.a.sums[index + r * piece.a.groups]);
+    }
+    const char* a = piece.a.at(row, (int64_t)(piece.first + i) * Kind::kParts * Kind::kBytes);
+    add_rows<Kind, R, P>(a, piece.a.row_bytes, w, rows_per_group, next, sums);
+    DI_UNROLL for (int p = 0; p < P; ++p) {
+      const F16 scale = column_scales(piece.panel + p * piece.args.panel_bytes, g);
+      DI_UNROLL for (int r = 0; r < R; ++r) {
+        float* total = c + p * piece.sums_size + r * kPanel;
+        const I16 exact = (sums[p][r].high << 8) + sums[p][r].low;
+        const F16 product = __builtin_convertvector(exact, F16) * (scale * piece.a.scales[index + r * piece.a.groups]);
+        store_row(total, g > 0 ? load_row<F16>(total) + product : product);
+      }
     }
   }
-  DI_UNROLL for (int r = 0; r < R; ++r) store_row(c + r * kPanel, total[r]);
 }
 
-// c[R][16] holds exact 32-bit sums until finish_bytes.
-template <class Kind, int R>
-static void piece_rows(const DotPiece& p, int row, float* c) {
+// c[R][16] of each panel += every group's sum: exact within a block, scaled as floats.
+template <class Kind, int R, int P>
+static void block_rows(const DotPiece& piece, int row, float* c, const Later (&later)[P]) {
+  constexpr int kRowsPerBlock = kBlockColumns / Kind::kDepth;
+  const DotActivations& a = piece.a;
+  const int rows_per_group = piece.args.group / Kind::kDepth;
+  const float* scales = a.scales + (int64_t)row * a.blocks + piece.first / kRowsPerBlock;
+  for (int i = 0; i < piece.count; i += rows_per_group) {
+    const int g = (piece.first + i) / rows_per_group;
+    F16 totals[P][R];
+    DI_UNROLL for (int r = 0; r < R; ++r) {
+      const float offset = a.offsets[((int64_t)row + r) * a.groups + g];
+      DI_UNROLL for (int p = 0; p < P; ++p) totals[p][r] = offset - F16{};
+    }
+    for (int j = i; j < i + rows_per_group; j += kRowsPerBlock, ++scales) {
+      typename Kind::Sum sums[P][R];
+      const char* w[P];
+      Later next[P];
+      DI_UNROLL for (int p = 0; p < P; ++p) {
+        w[p] = piece.weights(p) + (int64_t)j * 64;
+        next[p] = {later[p].at + j * later[p].step, later[p].step};
+        DI_UNROLL for (int r = 0; r < R; ++r) sums[p][r] = typename Kind::Sum{};
+      }
+      add_rows<Kind, R, P>(a.at(row, (int64_t)(piece.first + j) * Kind::kDepth), a.row_bytes, w, kRowsPerBlock, next, sums);
+      DI_UNROLL for (int r = 0; r < R; ++r) DI_UNROLL for (int p = 0; p < P; ++p)
+        totals[p][r] += __builtin_convertvector(sums[p][r], F16) * scales[(int64_t)r * a.blocks];
+    }
+    DI_UNROLL for (int p = 0; p < P; ++p) {
+      const F16 scale = column_scales(piece.panel + p * piece.args.panel_bytes, g);
+      DI_UNROLL for (int r = 0; r < R; ++r) {
+        float* sum = c + p * piece.sums_size + r * kPanel;
+        store_row(sum, g > 0 ? load_row<F16>(sum) + totals[p][r] * scale : totals[p][r] * scale);
+      }
+    }
+  }
+}
+
+// c[R][16] of each panel holds exact 32-bit sums until finish_bytes.
+template <class Kind, int R, int P>
+static void piece_rows(const DotPiece& piece, int row, float* c, const Later (&later)[P]) {
   typedef typename Kind::Sum Sum;
-  Sum sums[R];
-  DI_UNROLL for (int r = 0; r < R; ++r) sums[r] = p.first > 0 ? load_row<Sum>(c + r * kPanel) : Sum{};
-  add_rows<Kind, R>(p.a.at(row, (int64_t)p.first * Kind::kBytes), p.a.row_bytes, p.weights(), p.count, p.ahead, sums);
-  DI_UNROLL for (int r = 0; r < R; ++r) store_row(c + r * kPanel, sums[r]);
+  Sum sums[P][R];
+  const char* w[P];
+  DI_UNROLL for (int p = 0; p < P; ++p) {
+    w[p] = piece.weights(p);
+    DI_UNROLL for (int r = 0; r < R; ++r)
+      sums[p][r] = piece.first > 0 ? load_row<Sum>(c + p * piece.sums_size + r * kPanel) : Sum{};
+  }
+  const char* a = piece.a.at(row, (int64_t)piece.first * Kind::kParts * Kind::kBytes);
+  add_rows<Kind, R, P>(a, piece.a.row_bytes, w, piece.count, later, sums);
+  DI_UNROLL for (int p = 0; p < P; ++p)
+    DI_UNROLL for (int r = 0; r < R; ++r) store_row(c + p * piece.sums_size + r * kPanel, sums[p][r]);
 }
 
-template <class Kind, int R>
+template <class Kind, int R, int P>
 constexpr auto tile_of_piece() {
-  if constexpr (Kind::kGrouped)
-    return &group_rows<Kind, R>;
+  if constexpr (Kind::kScaling == Scaling::kGroups)
+    return &group_rows<Kind, R, P>;
+  else if constexpr (Kind::kScaling == Scaling::kBlocks)
+    return &block_rows<Kind, R, P>;
   else
-    return &piece_rows<Kind, R>;
+    return &piece_rows<Kind, R, P>;
 }
 
 // 1 to Kind::kRows rows.
-template <class Kind, int... R>
-DI_INLINE void run_piece(int rows, const DotPiece& p, int row, float* c, std::integer_sequence<int, R...>) {
-  static constexpr void (*kTiles[])(const DotPiece&, int, float*) = {tile_of_piece<Kind, R + 1>()...};
-  kTiles[rows - 1](p, row, c);
+template <class Kind, int P, int... R>
+DI_INLINE void run_piece(int rows, const DotPiece& piece, int row, float* c, const Later (&later)[P],
+                         std::integer_sequence<int, R...>) {
+  static constexpr void (*kTiles[])(const DotPiece&, int, float*, const Later(&)[P]) = {
+      tile_of_piece<Kind, R + 1, P>()...};
+  kTiles[rows - 1](piece, row, c, later);
 }
 
 // Exact sums of one panel to floats.
@@ -331,23 +445,39 @@ DI_INLINE void finish_bytes(const DotActivations& a, int row0, int rows, const c
   }
 }
 
+// All rows of a block through one piece. One tile streams the weights, and fetches a page ahead; of several, each fetches
+// its share of the next piece.
+template <class Kind, int P>
+static void dot_piece(const DotPiece& piece, const char* next, int row0, int rows, float* c) {
+  const int tiles = (rows + Kind::kRows - 1) / Kind::kRows;
+  const int64_t step = (64 + tiles - 1) / tiles;
+  for (int t = 0, row = 0; t < tiles; ++t) {
+    const int height = (rows - row + tiles - t - 1) / (tiles - t);
+    Later later[P];
+    for (int p = 0; p < P; ++p)
+      later[p] = tiles == 1 ? Later{piece.weights(p) + kStreamAhead, 64}
+                            : Later{next + p * piece.args.panel_bytes + t * step * piece.count, step};
+    run_piece<Kind>(height, piece, row0 + row, c + row * kPanel, later,
+                    std::make_integer_sequence<int, Kind::kRows>{});
+    row += height;
+  }
+}
+
 template <class Kind>
 static void dot_block(const LinearArgs& args, const DotActivations& a, int row0, int rows, int panel0, int panels,
                       int weight_rows, float* c) {
   const char* first_panel = static_cast<const char*>(args.panels) + panel0 * args.panel_bytes;
-  const int tiles = (rows + Kind::kRows - 1) / Kind::kRows, step = tiles == 1 ? weight_rows : kPieceRows;
-  const int64_t ahead = tiles == 1 ? kStreamAhead : args.panel_bytes;
+  const int step = rows <= Kind::kRows ? weight_rows : kPieceRows;
   for (int i = 0; i < weight_rows; i += step)
-    for (int p = 0; p < panels; ++p) {
+    for (int p = 0; p < panels; p += 2) {
       const int count = weight_rows - i < step ? weight_rows - i : step;
-      const DotPiece piece{args, a, first_panel + p * args.panel_bytes, i, count, ahead};
-      float* sums = c + (int64_t)p * rows * kPanel;
-      for (int t = 0, row = 0; t < tiles; ++t) {
-        const int height = (rows - row + tiles - t - 1) / (tiles - t);
-        run_piece<Kind>(height, piece, row0 + row, sums + row * kPanel,
-                        std::make_integer_sequence<int, Kind::kRows>{});
-        row += height;
-      }
+      const DotPiece piece{args, a, first_panel + p * args.panel_bytes, i, count, (int64_t)rows * kPanel};
+      const char* next = p + 2 < panels ? piece.weights(2) : first_panel + args.header_bytes + (int64_t)(i + step) * 64;
+      float* sums = c + p * piece.sums_size;
+      if (p + 1 < panels)
+        dot_piece<Kind, 2>(piece, next, row0, rows, sums);
+      else
+        dot_piece<Kind, 1>(piece, next, row0, rows, sums);
     }
 }
 

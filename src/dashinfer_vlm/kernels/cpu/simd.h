@@ -88,8 +88,12 @@ DI_INLINE void load_pair(const float* p, F8& first, F8& second) {
 
 DI_INLINE void store(float* p, F8 v) { __builtin_memcpy(p, &v, sizeof v); }
 
-// Round to nearest even; a NaN keeps its sign and stays a NaN.
+// Round to nearest even; a NaN keeps its sign and stays a NaN. With bf16 instructions denormal numbers become zero.
 DI_INLINE void store(bf16* p, F8 v) {
+#if defined(__AVX512BF16__) && defined(__AVX512VL__)
+  const __m128bh b = _mm256_cvtneps_pbh((__m256)v);
+  __builtin_memcpy(p, &b, sizeof b);
+#else
   U8 u = (U8)v;
   U8 rounded = (u + 0x7FFFu + ((u >> 16) & 1u)) >> 16;
   U8 nan = (u >> 16) | 0x40u;
@@ -100,6 +104,7 @@ DI_INLINE void store(bf16* p, F8 v) {
 #else
   H8 h = __builtin_convertvector(r, H8);
   __builtin_memcpy(p, &h, sizeof h);
+#endif
 #endif
 }
 
