@@ -36,18 +36,21 @@ static void attend_paged_range(const PagedPlan& plan, AttentionTile& t, int s, i
                                bool in_place) {
   const PagedCache& cache = plan.args.cache;
   const int32_t* table = plan.args.block_tables + s * plan.args.table_stride;
-  const T *key_rows[kKeyTile], *value_rows[kKeyTile];
+  const T *key_rows[2 * kKeyTile], *value_rows[2 * kKeyTile];
   for (int key0 = key_begin; key0 < key_end; key0 += kKeyTile) {
-    const int count = key_end - key0 < kKeyTile ? key_end - key0 : kKeyTile;
-    for (int k = 0; k < count; ++k) {
+    const int left = key_end - key0, count = left < kKeyTile ? left : kKeyTile;
+    const int known = in_place && left > kKeyTile ? (left < 2 * kKeyTile ? left : 2 * kKeyTile) : count;
+    for (int k = 0; k < known; ++k) {
       const int64_t block = table[(key0 + k) / cache.block_size], slot = (key0 + k) % cache.block_size;
       key_rows[k] = static_cast<const T*>(cache.k) + block * cache.k_strides[0] + slot * cache.k_strides[1] +
                     head * cache.k_strides[2];
       value_rows[k] = static_cast<const T*>(cache.v) + block * cache.v_strides[0] + slot * cache.v_strides[1] +
                       head * cache.v_strides[2];
     }
+    if (in_place && key0 == key_begin)
+      for (int k = 0; k < kRowsAhead; ++k) prefetch_row<3>(key_rows, k, known, t.head_dim);
     if (in_place)
-      attend_in_place(t, key_rows, value_rows, key0, count);
+      attend_in_place(t, key_rows, value_rows, key0, count, known);
     else
       attend_packed(t, key_rows, value_rows, key0, count);
   }

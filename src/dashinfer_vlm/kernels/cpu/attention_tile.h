@@ -93,18 +93,18 @@ static void softmax_tile(AttentionTile& t, int key0, int count) {
 // Rows lie far apart, each on a page of its own: no hardware prefetcher follows them.
 constexpr int kRowsAhead = 8;
 
-template <class T>
+template <int kLocality, class T>
 DI_INLINE void prefetch_row(const T* const* rows, int k, int count, int head_dim) {
   if (k >= count) return;
   const int end = sizeof(T) == 1 ? head_dim + 64 : head_dim;  // an 8-bit row begins anywhere in a line
-  for (int d = 0; d < end; d += 64 / (int)sizeof(T)) __builtin_prefetch(rows[k] + d, 0, 3);
+  for (int d = 0; d < end; d += 64 / (int)sizeof(T)) __builtin_prefetch(rows[k] + d, 0, kLocality);
 }
 
 // keys[panel][d][16] from rows in memory; rows at and past count are zero.
 template <class T>
 static void pack_keys(AttentionTile& t, const T* const* rows, int count) {
   for (int k0 = 0; k0 < count; k0 += 8) {
-    for (int i = k0 + kRowsAhead; i < k0 + kRowsAhead + 8; ++i) prefetch_row(rows, i, count, t.head_dim);
+    for (int i = k0 + kRowsAhead; i < k0 + kRowsAhead + 8; ++i) prefetch_row<3>(rows, i, count, t.head_dim);
     float* dst = t.keys + k0 / kPanel * t.head_dim * kPanel + k0 % kPanel;
     for (int d = 0; d < t.head_dim; d += 8) {
       const int n = t.head_dim - d < 8 ? t.head_dim - d : 8;
@@ -120,7 +120,7 @@ static void pack_keys(AttentionTile& t, const T* const* rows, int count) {
 template <class T>
 static void pack_values(AttentionTile& t, const T* const* rows, int count) {
   for (int k = 0; k < count; ++k) {
-    prefetch_row(rows, k + kRowsAhead, count, t.head_dim);
+    prefetch_row<3>(rows, k + kRowsAhead, count, t.head_dim);
     for (int d = 0; d < t.width; d += 8) {
       const int n = t.head_dim - d < 8 ? t.head_dim - d : 8;
       store(t.values + (d / kPanel * kKeyTile + k) * kPanel + d % kPanel, load_row(rows[k], d, n, t.head_dim));
@@ -189,14 +189,16 @@ DI_INLINE void scale_columns(AttentionTile& t, const int8_t* const* rows, int co
 template <class T>
 DI_INLINE void scale_columns(AttentionTile&, const T* const*, int) {}
 
-// Few rows (decode): keys and values are read where they lie, straight into registers. head_dim is a multiple of 16.
+// Few rows (decode): keys and values are read where they lie, straight into registers. head_dim is a multiple of 16. The
+// first kRowsAhead keys have been fetched already. Rows from count to `known` are the next tile's: its keys are fetched
+// while the values are multiplied, as these are meanwhile, so that memory is never waited for and never idle.
 template <class T>
-static void attend_in_place(AttentionTile& t, const T* const* key_rows, const T* const* value_rows, int key0,
-                            int count) {
+static void attend_in_place(AttentionTile& t, const T* const* key_rows, const T* const* value_rows, int key0, int count,
+                            int known) {
   for (int k = 0; k < count; k += 2) {
     for (int i = k; i < k + 2; ++i) {
-      prefetch_row(key_rows, i + kRowsAhead, count, t.head_dim);
-      prefetch_row(value_rows, i, count, t.head_dim);
+      prefetch_row<3>(key_rows, i + kRowsAhead, known, t.head_dim);
+      prefetch_row<2>(value_rows, i, count, t.head_dim);
     }
     const T* second = key_rows[k + 1 < count ? k + 1 : k];
     for (int row = 0; row < t.rows; row += 6)
@@ -206,8 +208,11 @@ static void attend_in_place(AttentionTile& t, const T* const* key_rows, const T*
   scale_columns(t, key_rows, count);
   softmax_tile(t, key0, count);
   scale_columns(t, value_rows, count);
-  for (int d = 0; d < t.width; d += kPanel)
-    tile_all<true>(t.rows, t.scores, kKeyTile, Gathered<T>{value_rows, d}, count, t.out + d, t.width);
+  const int panels = t.width / kPanel, share = (known - count + panels - 1) / panels;
+  for (int p = 0; p < panels; ++p) {
+    for (int k = count + p * share; k < count + (p + 1) * share; ++k) prefetch_row<2>(key_rows, k, known, t.head_dim);
+    tile_all<true>(t.rows, t.scores, kKeyTile, Gathered<T>{value_rows, p * kPanel}, count, t.out + p * kPanel, t.width);
+  }
 }
 
 DI_INLINE void write_row(const AttentionTile& t, int row, float* out) {
