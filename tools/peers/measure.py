@@ -3,7 +3,7 @@
 
     measure.py                                        ours alone
     measure.py --peer build/peers/vllm                ours beside vLLM's CPU build, which stands there
-    measure.py --label a8w8 --serve-flags "--quant-type a8w8" ...
+    measure.py --ours bf16 --ours "a8w8 --quant-type a8w8 --vision-quant-type a8w8" ...    several of ours in one run
 
 All servers are up at once, but whoever is not being measured (or started) is stopped, so it costs memory and no time.
 Everything is kept in build/bench/ as JSON after every workload. A full run beside a peer takes an hour or more; --quick
@@ -76,16 +76,22 @@ def main() -> None:
             results.write_text(json.dumps(runs, indent=1))
         facts = said_above(servers, args, checkpoint)
     write(serve_section(runs, facts), args, place(args))
-    if args.latency:
-        result = run_latency(args, checkpoint)
+    for label, flags in ours(args) if args.latency else ():
+        result = run_latency(flags, checkpoint)
         limits = cast("dict[str, float]", result["limits"])
         scale = f"For scale, torch reads {limits['read_gb_s']:.1f} GB/s and multiplies {limits['multiply_gflop_s']:.0f} GFLOP/s."
-        write(latency_section(result, [facts[0], scale]), args, f"latency-{place(args)}")
+        write(latency_section(result, [facts[0], scale]), args, f"latency-{place(args)}-{label}")
+
+
+def ours(args: argparse.Namespace) -> list[tuple[str, list[str]]]:
+    """Label and flags of each of our servers."""
+    given = [shlex.split(text) for text in args.ours or ["bf16"]]
+    return [(label, flags) for label, *flags in given]
 
 
 def place(args: argparse.Namespace) -> str:
     """Name of the markers in the page, and of the JSON file."""
-    return args.place or f"{args.size}-{args.label}"
+    return args.place or args.size
 
 
 def write(section: str, args: argparse.Namespace, name: str) -> None:
@@ -94,10 +100,10 @@ def write(section: str, args: argparse.Namespace, name: str) -> None:
         args.page.write_text(put(args.page.read_text(), name, section))
 
 
-def run_latency(args: argparse.Namespace, checkpoint: Path) -> dict[str, object]:
+def run_latency(flags: Sequence[str], checkpoint: Path) -> dict[str, object]:
     """Where the time of a step goes; in a process of its own, when the servers are gone."""
     command = [str(Path(sys.executable).parent / "dashinfer-vlm"), "bench", "latency", "--model", str(checkpoint)]
-    command += ["--breakdown", "--image", *shlex.split(args.serve_flags)]
+    command += ["--breakdown", "--image", *flags]
     done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
     result: dict[str, object] = json.loads(done.stdout.splitlines()[-1])
     return result
@@ -108,8 +114,13 @@ def parse() -> argparse.Namespace:
     p.add_argument("--peer", type=Path, help="virtual environment with vLLM (see vllm_cpu.sh)")
     p.add_argument("--checkpoint", type=Path, help="model folder; a random one of --size when absent")
     p.add_argument("--size", default="2b", choices=["tiny", "small", "2b", "7b"])
-    p.add_argument("--label", default="bf16", help="what the tables call our precision")
-    p.add_argument("--serve-flags", default="", help="more flags for our server")
+    p.add_argument(
+        "--ours",
+        action="append",
+        metavar='"LABEL FLAGS"',
+        help="a server of ours: its name in the tables, more flags for it",
+    )
+    p.add_argument("--kv-cache-gib", type=float, default=4.0, help="of each server")
     p.add_argument("--peer-flags", default="", help="more flags for the peer: --dtype float32 on old processors")
     p.add_argument("--only", nargs="*", metavar="WORK:CLIENTS:REQUESTS", help=f"instead of {' '.join(WORKS)}")
     p.add_argument("--rounds", type=int, default=2)
@@ -121,7 +132,7 @@ def parse() -> argparse.Namespace:
     p.add_argument("--quick", action="store_true", help="one round, one request per client: to see that it works")
     p.add_argument("--latency", action="store_true", help="afterwards also the breakdown of a step")
     p.add_argument("--page", type=Path, help="page to write the tables into")
-    p.add_argument("--place", help="name of the markers there; SIZE-LABEL when absent")
+    p.add_argument("--place", help="name of the markers there; SIZE when absent")
     return p.parse_args()
 
 
@@ -134,16 +145,21 @@ def make_checkpoint(size: str) -> Path:
 
 
 def planned(args: argparse.Namespace, checkpoint: Path) -> Sequence[AbstractContextManager[Server]]:
-    """Our server and the peer, not yet started."""
-    port, peer_port = free_port(), free_port()
-    ours = [str(Path(sys.executable).parent / "dashinfer_vlm_serve"), "--model", str(checkpoint)]
-    ours += ["--host", "127.0.0.1", "--port", str(port), "--max-model-len", "8192", "--kv-cache-gib", "4"]
-    servers = [started(f"ours {args.label}", [*ours, *shlex.split(args.serve_flags)], port, checkpoint)]
+    """Our servers and the peer, not yet started."""
+    servers = []
+    for label, flags in ours(args):
+        port = free_port()
+        command = [str(Path(sys.executable).parent / "dashinfer_vlm_serve"), "--model", str(checkpoint)]
+        command += ["--host", "127.0.0.1", "--port", str(port), "--max-model-len", "8192"]
+        command += ["--kv-cache-gib", str(args.kv_cache_gib), *flags]
+        servers.append(started(f"ours {label}", command, port, checkpoint))
     if args.peer:
+        port = free_port()
         script = str(Path(__file__).with_name("vllm_cpu.sh"))
-        peer = [script, "serve", str(args.peer.resolve()), str(checkpoint), str(peer_port)]
-        peer += shlex.split(args.peer_flags)
-        servers.append(started("vLLM", peer, peer_port, checkpoint))
+        command = [script, "serve", str(args.peer.resolve()), str(checkpoint), str(port)]
+        command += shlex.split(args.peer_flags)
+        os.environ["VLLM_CPU_KVCACHE_SPACE"] = f"{args.kv_cache_gib:g}"
+        servers.append(started("vLLM", command, port, checkpoint))
     return servers
 
 
@@ -152,7 +168,7 @@ def started(name: str, command: list[str], port: int, checkpoint: Path) -> Itera
     """A server that answers, from files in the page cache; stopped when the block begins, ended after it."""
     for file in checkpoint.iterdir():
         file.read_bytes()
-    log = ROOT / "build" / "bench" / f"{name.split()[0]}.log"
+    log = ROOT / "build" / "bench" / f"{name.replace(' ', '-')}.log"
     url = f"http://127.0.0.1:{port}/v1"
     begin_s = time.perf_counter()
     with log.open("wb") as out, subprocess.Popen(command, stdout=out, stderr=out, start_new_session=True) as process:
