@@ -193,7 +193,7 @@ def kind_at(rng: np.random.Generator, progress: float) -> str:
     """Single pictures first; then pairs, histories, frames, videos and figures join."""
     later = float(np.clip((progress - 0.15) / 0.15, 0.0, 1.0))
     first = np.array([0.72, 0.28, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0])
-    last = np.array([0.34, 0.17, 0.22, 0.07, 0.04, 0.05, 0.04, 0.07])
+    last = np.array([0.34, 0.15, 0.16, 0.07, 0.04, 0.05, 0.04, 0.15])
     weights = (1 - later) * first + later * last
     return KINDS[int(rng.choice(len(KINDS), p=weights / weights.sum()))]
 

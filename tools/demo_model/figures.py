@@ -49,6 +49,14 @@ def draw_receipt(rng: Rng, width: int, height: int, font: str) -> tuple[Image.Im
     return large.reduce(OVERSAMPLE), int(total)
 
 
+def squeezed(rng: Rng, receipt: Image.Image) -> Image.Image:
+    """The receipt narrower or wider, its right edge in place: figures of other fonts fall elsewhere into the cells."""
+    width = round(receipt.width * rng.uniform(0.86, 1.1))
+    shown = Image.new("RGB", receipt.size, PAPER)
+    shown.paste(receipt.resize((width, receipt.height), Image.Resampling.BICUBIC), (receipt.width - width, 0))
+    return shown
+
+
 def draw_total(draw: ImageDraw.ImageDraw, total: str, width: int, height: int, font: str, rng: Rng) -> None:
     """The total in the last row, at its right end."""
     _, top, _, bottom = text_box(font, total)

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from demo_model.figures import draw_chart, draw_receipt
+from demo_model.figures import draw_chart, draw_receipt, squeezed
 from demo_model.questions import Asker, Question, description, name, sentence
 from demo_model.scenes import (
     CELL,
@@ -95,6 +95,8 @@ class Studio:
         else:
             picture, total = draw_receipt(self.rng, *size, str(self.rng.choice(self.fonts)))
             questions = [self.asker.ask("receipt", "", str(total))]
+            if not self.held_out:
+                picture = squeezed(self.rng, picture)
         shown = np.asarray(damage(self.rng, picture, self.hardness))
         return Sample((self.opening(), 0), (shown,), (Scene(*size, ()),), tuple(questions))
 

@@ -11,6 +11,8 @@ constexpr int kBlockPanels = 16;
 constexpr int64_t kStreamAhead = 4096;  // bytes; a page: hardware prefetchers stop at page ends
 
 #ifdef DI_AVX512
+#include "dot_activations.h"
+#include "dot_weights.h"
 #include "linear_dots.h"
 #ifdef DI_AMX
 #include "linear_amx.h"
