@@ -8,7 +8,7 @@ import torch
 from dashinfer_vlm.engine.blocks import BlockPool
 from dashinfer_vlm.engine.cost import StepCost
 from dashinfer_vlm.engine.request import Item, Request, SamplingParams
-from dashinfer_vlm.engine.scheduler import DECODE_SLACK, IDLE_STEP_S, Plan, Scheduler
+from dashinfer_vlm.engine.scheduler import CROWDED_SLACK, DECODE_SLACK, IDLE_STEP_S, Plan, Scheduler, extra_share
 from dashinfer_vlm.engine.sequence import Sequence
 from dashinfer_vlm.vision.cache import EmbeddingCache
 from dashinfer_vlm.vision.encoder import InStepEncoder
@@ -107,6 +107,16 @@ def test_prefill_and_encoder_take_turns_with_the_extra_time_and_no_step_pays_for
         assert plan.num_tokens == 6
         assert plan.encoder_s == pytest.approx(share_s)
         carry_out(scheduler, plan)
+
+
+def test_the_share_is_small_beside_many_streams_and_rises_steeply_when_as_many_wait() -> None:
+    assert extra_share(0, 4) == extra_share(1, 4) == DECODE_SLACK
+    assert extra_share(2, 4) == 0.5
+    assert extra_share(4, 4) == 4.0
+    assert extra_share(8, 4) == CROWDED_SLACK
+    assert extra_share(7, 1) == 7.0
+    shares = [extra_share(behind, 8) for behind in range(64)]
+    assert shares == sorted(shares)
 
 
 def test_the_share_grows_when_more_wait_than_run() -> None:

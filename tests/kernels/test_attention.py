@@ -75,6 +75,19 @@ def assert_close(got: Tensor, want: Tensor) -> None:
     torch.testing.assert_close(got.double(), want, rtol=0, atol=5e-6)
 
 
+def assert_loses_what_rounding_loses(got: Tensor, want: Tensor) -> None:
+    """torch's own attention in bfloat16 loses 3.5e-3 to 4.5e-3 of the norm on the shapes of these tests."""
+    torch.testing.assert_close(got.double(), want, rtol=2e-2, atol=2e-2)
+    assert (got - want).norm() <= 4.5e-3 * want.norm()
+
+
+def assert_right(batch: Batch) -> None:
+    if cpu_ops.multiplies_bfloat16() and batch.k_cache.dtype == torch.bfloat16:
+        assert_loses_what_rounding_loses(batch.run(), expected(batch))
+    else:
+        assert_close(batch.run(), expected(batch))
+
+
 SHAPES = [
     (12, 2, 128, 16),
     (4, 2, 16, 8),
@@ -95,14 +108,12 @@ def test_a_mixed_batch_attends_to_its_own_context(
     heads: int, kv_heads: int, dim: int, block_size: int, dtype: torch.dtype
 ) -> None:
     queries, contexts = [1, 40, 1, 0, 3, 33, 1, 1], [1, 300, 700, 5, 30, 33, 128, 129]
-    batch = make_batch(queries, contexts, heads, kv_heads, dim, block_size, dtype)
-    assert_close(batch.run(), expected(batch))
+    assert_right(make_batch(queries, contexts, heads, kv_heads, dim, block_size, dtype))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.int8], ids=str)
 def test_a_long_context_is_cut_between_threads_without_a_trace(num_threads: int, dtype: torch.dtype) -> None:
-    batch = make_batch([1, 2], [3000, 2000], 6, 1, 64, 16, dtype)
-    assert_close(batch.run(), expected(batch))
+    assert_right(make_batch([1, 2], [3000, 2000], 6, 1, 64, 16, dtype))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.int8], ids=str)
@@ -182,9 +193,7 @@ def test_packed_segments_in_bfloat16_lose_what_rounding_loses(heads: int, dim: i
     got = cpu_ops.varlen_attention(q, k, v, torch.tensor(starts).int(), dim**-0.5, bfloat16=True)
     want = packed_expected(q, k, v, starts, dim**-0.5)
     if cpu_ops.multiplies_bfloat16():
-        # torch's own attention in bfloat16 loses 3.5e-3 to 4.5e-3 of the norm on these shapes
-        torch.testing.assert_close(got.double(), want, rtol=2e-2, atol=2e-2)
-        assert (got - want).norm() <= 4.5e-3 * want.norm()
+        assert_loses_what_rounding_loses(got, want)
     else:
         assert_close(got, want)
 

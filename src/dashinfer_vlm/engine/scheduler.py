@@ -10,9 +10,9 @@ Order of side effects in `schedule()`:
    extra time does: no step pays for both, and neither waits for the end of the other's queue.
 
 While anything decodes, the extra work of a step is limited to a share of what the decode itself costs: every stream's
-gap between tokens grows by that share at most. The share grows when more requests wait than run (each request, waiting
-or running, has an equal claim on the machine), so a burst of arrivals does not crawl in behind one stream. Guesses are
-not part of that share: each is expected to shorten the time per token of all streams together.
+gap between tokens grows by that share at most. The share grows with the requests that wait for each stream (`extra_share`),
+so that a burst of arrivals does not crawl in behind one stream. Guesses are not part of that share: each is expected to
+shorten the time per token of all streams together.
 """
 
 from __future__ import annotations
@@ -29,8 +29,21 @@ from dashinfer_vlm.vision.encoder import EncoderStage
 DECODE_SLACK = 0.4
 """Extra work of a step, as a share of its decode, when few requests wait. Keeps the 99th percentile gap between
 tokens below 1.5 times its undisturbed value, with room for error in the estimates."""
+CROWDED_SLACK = 5.0
+"""The same when about as many wait as decode, or more: a step is six times as long as its decode then."""
 IDLE_STEP_S = 0.5
 """Encoder time of a step in which nothing decodes: long enough to be efficient, short enough to notice arrivals."""
+
+
+def extra_share(num_behind: int, num_decoding: int) -> float:
+    """Extra work of a step, as a share of its decode, when `num_behind` requests are not decoding yet.
+
+    Each request, waiting or running, has an equal claim on the machine: that is the ratio of both. Where that is near 1,
+    the machine spends its time on reading weights for few streams at once, and everybody, those who decode included, is
+    done sooner if the others catch up first: the share then rises steeply, up to CROWDED_SLACK. Below one half it does not.
+    """
+    ratio = num_behind / num_decoding
+    return max(DECODE_SLACK, ratio, min(4 * ratio**3, CROWDED_SLACK))
 
 
 @dataclass(frozen=True, slots=True)
@@ -264,7 +277,7 @@ class Scheduler:
         if not num_decoding:
             return None
         num_behind = len(self.running) - num_decoding + len(self.waiting)
-        return max(DECODE_SLACK, num_behind / num_decoding) * self.cost.of(num_decoding)
+        return extra_share(num_behind, num_decoding) * self.cost.of(num_decoding)
 
     def _prefill_chunks(self, max_tokens: int, extra_s: float | None) -> list[Chunk]:
         budget = max_tokens if extra_s is None else min(max_tokens, max(1, self.cost.tokens_in(extra_s)))

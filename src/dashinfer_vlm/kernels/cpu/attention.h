@@ -1,7 +1,5 @@
 // Attention over the paged cache and over packed segments.
 
-constexpr int kInPlaceRows = 12;  // up to here packing a key tile costs more than it saves
-
 // Index of the sequence that a task belongs to: the last s with first[s] <= task.
 DI_INLINE int find_owner(const int* first, int n, int task) {
   int low = 0, high = n;
@@ -31,6 +29,17 @@ struct PagedPlan {
   }
 };
 
+// Where keys or values [key0, key0 + n) of a head lie.
+template <class T>
+static void find_rows(const void* cache, const int64_t* strides, int block_size, const int32_t* table, int head, int key0,
+                      int n, const T** rows) {
+  int block = key0 / block_size, slot = key0 % block_size;
+  for (int k = 0; k < n; ++block, slot = 0) {
+    const T* row = static_cast<const T*>(cache) + table[block] * strides[0] + slot * strides[1] + head * strides[2];
+    for (; slot < block_size && k < n; ++slot, ++k, row += strides[1]) rows[k] = row;
+  }
+}
+
 template <class T>
 static void attend_paged_range(const PagedPlan& plan, AttentionTile& t, int s, int head, int key_begin, int key_end,
                                bool in_place) {
@@ -40,15 +49,17 @@ static void attend_paged_range(const PagedPlan& plan, AttentionTile& t, int s, i
   for (int key0 = key_begin; key0 < key_end; key0 += kKeyTile) {
     const int left = key_end - key0, count = left < kKeyTile ? left : kKeyTile;
     const int known = in_place && left > kKeyTile ? (left < 2 * kKeyTile ? left : 2 * kKeyTile) : count;
-    for (int k = 0; k < known; ++k) {
-      const int64_t block = table[(key0 + k) / cache.block_size], slot = (key0 + k) % cache.block_size;
-      key_rows[k] = static_cast<const T*>(cache.k) + block * cache.k_strides[0] + slot * cache.k_strides[1] +
-                    head * cache.k_strides[2];
-      value_rows[k] = static_cast<const T*>(cache.v) + block * cache.v_strides[0] + slot * cache.v_strides[1] +
-                      head * cache.v_strides[2];
-    }
+    find_rows(cache.k, cache.k_strides, cache.block_size, table, head, key0, known, key_rows);
+    find_rows(cache.v, cache.v_strides, cache.block_size, table, head, key0, known, value_rows);
     if (in_place && key0 == key_begin)
       for (int k = 0; k < kRowsAhead; ++k) prefetch_row<3>(key_rows, k, known, t.head_dim);
+#ifdef DI_AVX512_BF16
+    if constexpr (std::is_same_v<T, bf16>)
+      if (t.q_bf16) {
+        attend_in_place_bfloat(t, key_rows, value_rows, key0, count, known);
+        continue;
+      }
+#endif
     if (in_place)
       attend_in_place(t, key_rows, value_rows, key0, count, known);
     else
@@ -97,6 +108,13 @@ static void paged_task(const PagedPlan& plan, int task, int thread) {
     return;
   }
   load_paged_queries(plan, t, s, head, 0, plan.queries(s));
+#ifdef DI_AVX512_BF16
+  alignas(64) bf16 q_bf16[kInPlaceRows * kMaxHeadDim];
+  if (decodes_in_bfloat(args.cache.type, t.head_dim)) {
+    round_row(t.q, q_bf16, t.rows * t.head_dim);
+    t.q_bf16 = q_bf16;
+  }
+#endif
   const int key0 = index * plan.split_keys, key1 = key0 + plan.split_keys;
   attend_paged_range<T>(plan, t, s, head, key0, key1 < context ? key1 : context, true);
   for (int r = 0; r < t.rows; ++r) {

@@ -3,6 +3,7 @@
 
 constexpr int kQueryRows = 192;  // with kKeyTile and head_dim 128 all buffers of a thread still fit in a 512 KiB L2
 constexpr int kKeyTile = 128;
+constexpr int kInPlaceRows = 12;  // up to here packing a key tile costs more than it saves
 static_assert(kMaxGroup <= kQueryRows);
 
 struct AttentionTile {
@@ -10,6 +11,7 @@ struct AttentionTile {
   int head_dim;
   int width;       // head_dim padded to whole panels: the row length of out
   float* q;        // [rows][head_dim], scaled
+  bf16* q_bf16;    // the same, where attend_in_place_bfloat reads it; else null
   float* scores;   // [rows][kKeyTile]
   float* keys;     // [kKeyTile / 16][head_dim][16]
   float* values;   // [width / 16][kKeyTile][16]
