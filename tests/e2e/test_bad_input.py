@@ -121,9 +121,10 @@ def test_a_picture_of_one_pixel_is_answered(server: Server, bystander: list[str]
 
 
 def engine_figures(server: Server) -> dict[str, float]:
-    lines = httpx.get(f"{server.address}/metrics", timeout=WAIT_S).text.splitlines()
     prefix = "dashinfer_engine_num_"
-    return {name.removeprefix(prefix): float(n) for name, n in map(str.split, lines) if name.startswith(prefix)}
+    lines = httpx.get(f"{server.address}/metrics", timeout=WAIT_S).text.splitlines()
+    found = (line.removeprefix(prefix).split() for line in lines if line.startswith(prefix))
+    return {name: float(value) for name, value in found}
 
 
 def wait_until_all_is_free(server: Server) -> None:
