@@ -39,7 +39,7 @@ def test_levels_of_one_layout_share_their_weights(emulated: ModuleType) -> None:
         (cpu_ops.pack_linear(weight.bfloat16()), 0.2),
         (cpu_ops.pack_linear_int8(weight), 0.0),
         (cpu_ops.pack_linear_int8(weight, 128), 0.2),
-        (cpu_ops.pack_linear_int4(weight, 128), 0.2),
+        (cpu_ops.pack_linear_int4(weight, 128), 0.6),  # tiles multiply bfloat16, the others 8 bits in blocks of 32
     ):
         emulated.set_isa("avx512")
         want = cpu_ops.linear(x, packed)
