@@ -39,8 +39,8 @@ def extra_share(num_behind: int, num_decoding: int) -> float:
     """Extra work of a step, as a share of its decode, when `num_behind` requests are not decoding yet.
 
     Each request, waiting or running, has an equal claim on the machine: that is the ratio of both. Where that is near 1,
-    the machine spends its time on reading weights for few streams at once, and everybody, those who decode included, is
-    done sooner if the others catch up first: the share then rises steeply, up to CROWDED_SLACK. Below one half it does not.
+    the machine spends its time on reading weights for few streams at once, and by arithmetic everybody is done
+    sooner if the others catch up first (docs/log.md has what was measured): the share then rises steeply, up to CROWDED_SLACK. Below one half it does not.
     """
     ratio = num_behind / num_decoding
     return max(DECODE_SLACK, ratio, min(4 * ratio**3, CROWDED_SLACK))
