@@ -251,8 +251,8 @@ def paged_attention(
 
     q: float32 [T, H, D], any strides before D. Sequence s owns rows `query_starts[s] .. query_starts[s + 1]` (int32
     [S + 1]), the last tokens of its `context_lens[s]` (int32 [S]). The context lies in the blocks `block_tables[s]`
-    (int32 [S, B]) of the caches that `write_kv` filled, which are read in place. The levels that multiply bfloat16 round q
-    and the softmax's weights to it in decode (few queries of a sequence) over a bfloat16 cache; sums are float32.
+    (int32 [S, B]) of the caches that `write_kv` filled, which are read in place. Over a bfloat16 cache the levels that
+    multiply bfloat16 round q and the softmax's weights to it; sums are float32.
     """
     if out is None:
         out = torch.empty(q.shape, dtype=torch.float32)

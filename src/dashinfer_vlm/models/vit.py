@@ -201,8 +201,9 @@ class PackedVit(ABC):
 
     @property
     def bytes_per_patch(self) -> int:
-        """Rows of hidden states, projected heads and attention, and where slices are whole phases, of an MLP."""
-        num_rows = 6 if self.backend.device.type == "cpu" else 16
+        """Rows of hidden states, projected heads, attention and its packed keys, and where slices are whole phases, of an
+        MLP."""
+        num_rows = 7 if self.backend.device.type == "cpu" else 16
         return num_rows * self.width * self.backend.activation_dtype.itemsize
 
     @abstractmethod

@@ -21,6 +21,16 @@ struct AttentionTile {
   int* visible;
 };
 
+// Index of the sequence or segment that a task belongs to: the last one with first[i] <= task.
+DI_INLINE int find_owner(const int* first, int n, int task) {
+  int low = 0, high = n;
+  while (high - low > 1) {
+    const int middle = (low + high) / 2;
+    (first[middle] <= task ? low : high) = middle;
+  }
+  return low;
+}
+
 template <bool kAccumulate, class B>
 DI_INLINE void tile_all(int rows, const float* a, int64_t lda, B b, int depth, float* c, int64_t ldc) {
   tile_column<kAccumulate>(rows, a, lda, [&](int, int) { return b; }, depth, c, ldc);

@@ -46,7 +46,8 @@ DI_INLINE Form form_of(const LinearArgs& args, bool tiled) {
 }
 
 // Eight columns; zeros behind the last.
-DI_INLINE F8 columns_at(const float* x, int column, int depth) {
+template <class T>
+DI_INLINE F8 columns_at(const T* x, int column, int depth) {
   const int n = depth - column;
   return n >= 8 ? load(x + column) : n > 0 ? load_first(x + column, n) : splat(0.f);
 }

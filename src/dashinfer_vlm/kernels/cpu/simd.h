@@ -41,6 +41,9 @@ DI_INLINE void store_row(void* p, V v) {
 DI_INLINE F16 join(F8 first, F8 second) {
   return __builtin_shufflevector(first, second, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
 }
+
+DI_INLINE F8 lower(F16 v) { return __builtin_shufflevector(v, v, 0, 1, 2, 3, 4, 5, 6, 7); }
+DI_INLINE F8 upper(F16 v) { return __builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15); }
 #endif
 
 DI_INLINE F8 splat(float x) { return F8{x, x, x, x, x, x, x, x}; }
@@ -107,6 +110,18 @@ DI_INLINE void store(bf16* p, F8 v) {
 #endif
 #endif
 }
+
+#ifdef DI_AVX512
+DI_INLINE void store(bf16* p, F16 v) {
+#ifdef __AVX512BF16__
+  const __m256bh b = _mm512_cvtneps_pbh((__m512)v);
+  __builtin_memcpy(p, &b, sizeof b);
+#else
+  store(p, lower(v));
+  store(p + 8, upper(v));
+#endif
+}
+#endif
 
 DI_INLINE float to_float(float x) { return x; }
 DI_INLINE float to_float(bf16 x) {

@@ -1,14 +1,4 @@
-// Attention over the paged cache and over packed segments.
-
-// Index of the sequence that a task belongs to: the last s with first[s] <= task.
-DI_INLINE int find_owner(const int* first, int n, int task) {
-  int low = 0, high = n;
-  while (high - low > 1) {
-    const int middle = (low + high) / 2;
-    (first[middle] <= task ? low : high) = middle;
-  }
-  return low;
-}
+// Causal attention over the paged cache, for decode and for chunks of prompts.
 
 // How paged attention is cut: a sequence with few query rows by keys, another one by queries.
 struct PagedPlan {
@@ -45,12 +35,12 @@ static void attend_paged_range(const PagedPlan& plan, AttentionTile& t, int s, i
                                bool in_place) {
   const PagedCache& cache = plan.args.cache;
   const int32_t* table = plan.args.block_tables + s * plan.args.table_stride;
-  const T *key_rows[2 * kKeyTile], *value_rows[2 * kKeyTile];
+  const T *key_rows[2 * kKeyTile], *value_rows[kKeyTile];
   for (int key0 = key_begin; key0 < key_end; key0 += kKeyTile) {
     const int left = key_end - key0, count = left < kKeyTile ? left : kKeyTile;
     const int known = in_place && left > kKeyTile ? (left < 2 * kKeyTile ? left : 2 * kKeyTile) : count;
     find_rows(cache.k, cache.k_strides, cache.block_size, table, head, key0, known, key_rows);
-    find_rows(cache.v, cache.v_strides, cache.block_size, table, head, key0, known, value_rows);
+    find_rows(cache.v, cache.v_strides, cache.block_size, table, head, key0, count, value_rows);
     if (in_place && key0 == key_begin)
       for (int k = 0; k < kRowsAhead; ++k) prefetch_row<3>(key_rows, k, known, t.head_dim);
 #ifdef DI_AVX512_BF16
@@ -67,21 +57,28 @@ static void attend_paged_range(const PagedPlan& plan, AttentionTile& t, int s, i
   }
 }
 
-// Rows of the tile: queries [query0, query0 + n) of sequence s, the group's heads next to each other.
-static void load_paged_queries(const PagedPlan& plan, AttentionTile& t, int s, int head, int query0, int n) {
+// put(row, q, visible keys) for the rows of a tile: queries [query0, query0 + n) of sequence s, the group's heads next to
+// each other.
+template <class Put>
+DI_INLINE void for_paged_queries(const PagedPlan& plan, int s, int head, int query0, int n, const Put& put) {
   const PagedAttentionArgs& args = plan.args;
   const int first_position = args.context_lens[s] - plan.queries(s);
+  for (int i = 0; i < n; ++i)
+    for (int g = 0; g < plan.group; ++g)
+      put(i * plan.group + g,
+          args.q + (args.query_starts[s] + query0 + i) * args.q_strides[0] + (head * plan.group + g) * args.q_strides[1],
+          first_position + query0 + i + 1);
+}
+
+static void load_paged_queries(const PagedPlan& plan, AttentionTile& t, int s, int head, int query0, int n) {
+  const PagedAttentionArgs& args = plan.args;
   t.rows = n * plan.group;
   const bool rotated = args.cache.type == CacheType::kInt8;
   const float scale = rotated ? args.scale / hadamard_size(t.head_dim) : args.scale;
-  for (int i = 0; i < n; ++i)
-    for (int g = 0; g < plan.group; ++g) {
-      const float* q = args.q + (args.query_starts[s] + query0 + i) * args.q_strides[0] +
-                       (head * plan.group + g) * args.q_strides[1];
-      const int row = i * plan.group + g;
-      set_query(t, row, q, scale, first_position + query0 + i + 1);
-      if (rotated) hadamard(t.q + row * t.head_dim, t.head_dim);
-    }
+  for_paged_queries(plan, s, head, query0, n, [&](int row, const float* q, int visible) {
+    set_query(t, row, q, scale, visible);
+    if (rotated) hadamard(t.q + row * t.head_dim, t.head_dim);
+  });
   begin_rows(t);
 }
 
@@ -90,6 +87,31 @@ DI_INLINE float* paged_out(const PagedPlan& plan, int s, int head, int query0, i
   return args.out + (args.query_starts[s] + query0 + row / plan.group) * args.out_strides[0] +
          (head * plan.group + row % plan.group) * args.out_strides[1];
 }
+
+#ifdef DI_AVX512_BF16
+// Many rows over a bf16 cache.
+static void attend_paged_bfloat(const PagedPlan& plan, int s, int head, int query0, int n, int thread) {
+  const PagedCache& cache = plan.args.cache;
+  const int32_t* table = plan.args.block_tables + s * plan.args.table_stride;
+  const int key_end = plan.args.context_lens[s] - plan.queries(s) + query0 + n;
+  BfloatTile t = make_bfloat_tile(thread, cache.head_dim);
+  begin_rows(t, n * plan.group);
+  for_paged_queries(plan, s, head, query0, n, [&](int row, const float* q, int visible) {
+    set_query(t, row, q, plan.args.scale, visible);
+  });
+  const bf16* rows[kKeyTile];
+  for (int key0 = 0; key0 < key_end; key0 += kKeyTile) {
+    t.own.count = key_end - key0 < kKeyTile ? key_end - key0 : kKeyTile;
+    const auto row = [&](int k) { return rows[k]; };
+    find_rows(cache.k, cache.k_strides, cache.block_size, table, head, key0, t.own.count, rows);
+    pack_bfloat_keys(t.own, cache.head_dim, row);
+    find_rows(cache.v, cache.v_strides, cache.block_size, table, head, key0, t.own.count, rows);
+    pack_bfloat_values(t.own, cache.head_dim, row);
+    attend_bfloat(t, t.own, key0);
+  }
+  for (int r = 0; r < t.rows; ++r) write_row(t, r, paged_out(plan, s, head, query0, r));
+}
+#endif
 
 template <class T>
 static void paged_task(const PagedPlan& plan, int task, int thread) {
@@ -102,6 +124,9 @@ static void paged_task(const PagedPlan& plan, int task, int thread) {
     // The last queries see most keys: they go first, so that no thread ends alone on a long one.
     const int query0 = (parts - 1 - index) * plan.tile_queries, left = plan.queries(s) - query0;
     const int n = left < plan.tile_queries ? left : plan.tile_queries;
+#ifdef DI_AVX512_BF16
+    if (std::is_same_v<T, bf16>) return attend_paged_bfloat(plan, s, head, query0, n, thread);
+#endif
     load_paged_queries(plan, t, s, head, query0, n);
     attend_paged_range<T>(plan, t, s, head, 0, context - left + n, false);
     for (int r = 0; r < t.rows; ++r) write_row(t, r, paged_out(plan, s, head, query0, r));
@@ -186,59 +211,5 @@ static void paged_attention(const PagedAttentionArgs& args) {
   parallel(args.sequences * kv_heads, [&](int task, int) {
     const int s = task / kv_heads;
     if (plan.in_place(s) && plan.parts(s) > 1) join_parts(plan, s, task % kv_heads);
-  });
-}
-
-// The positions of a segment that are asked for.
-struct SegmentQueries {
-  int begin, end;
-  SegmentQueries(const VarlenAttentionArgs& args, int segment) {
-    const int start = args.starts[segment], stop = args.starts[segment + 1], last = args.first_query + args.queries;
-    begin = start > args.first_query ? start : args.first_query;
-    end = stop < last ? stop : last;
-    if (end < begin) end = begin;
-  }
-  int count() const { return end - begin; }
-};
-
-// Rows row0 .. row0 + rows of args.q and args.out, which all belong to the segment.
-static void varlen_task(const VarlenAttentionArgs& args, int segment, int head, int row0, int rows, int thread) {
-  AttentionTile t = make_tile(thread, args.head_dim);
-  const int start = args.starts[segment], keys = args.starts[segment + 1] - start;
-  t.rows = rows;
-  for (int r = 0; r < rows; ++r)
-    set_query(t, r, args.q + (int64_t)(row0 + r) * args.q_strides[0] + head * args.q_strides[1], args.scale, keys);
-  begin_rows(t);
-  const float *key_rows[kKeyTile], *value_rows[kKeyTile];
-  for (int key0 = 0; key0 < keys; key0 += kKeyTile) {
-    const int count = keys - key0 < kKeyTile ? keys - key0 : kKeyTile;
-    for (int k = 0; k < count; ++k) {
-      key_rows[k] = args.k + (int64_t)(start + key0 + k) * args.k_strides[0] + head * args.k_strides[1];
-      value_rows[k] = args.v + (int64_t)(start + key0 + k) * args.v_strides[0] + head * args.v_strides[1];
-    }
-    attend_packed(t, key_rows, value_rows, key0, count);
-  }
-  for (int r = 0; r < rows; ++r)
-    write_row(t, r, args.out + (int64_t)(row0 + r) * args.out_strides[0] + head * args.out_strides[1]);
-}
-
-static void varlen_attention(const VarlenAttentionArgs& args) {
-  int* first = static_cast<int*>(shared_scratch((args.segments + 1) * sizeof(int)));
-  first[0] = 0;
-  for (int i = 0; i < args.segments; ++i)
-    first[i + 1] = first[i] + (SegmentQueries(args, i).count() + kQueryRows - 1) / kQueryRows;
-  const int tiles = first[args.segments];
-  parallel(tiles * args.heads, [&](int task, int thread) {
-    // Tiles of one head follow each other: their keys and values stay in the cache.
-    const int head = task / tiles, tile_index = task % tiles;
-    const int segment = find_owner(first, args.segments, tile_index), index = tile_index - first[segment];
-    const SegmentQueries queries(args, segment);
-    const int n = queries.count(), parts = first[segment + 1] - first[segment];
-    const int row0 = (int)((int64_t)n * index / parts), row1 = (int)((int64_t)n * (index + 1) / parts);
-    const int first_row = queries.begin - args.first_query + row0;
-#ifdef DI_AVX512_BF16
-    if (args.bfloat16) return bfloat_varlen_task(args, segment, head, first_row, row1 - row0, thread);
-#endif
-    varlen_task(args, segment, head, first_row, row1 - row0, thread);
   });
 }
