@@ -109,24 +109,39 @@ def test_prefill_and_encoder_take_turns_with_the_extra_time_and_no_step_pays_for
         carry_out(scheduler, plan)
 
 
-def test_the_share_is_small_beside_many_streams_and_rises_steeply_when_as_many_wait() -> None:
-    assert extra_share(0, 4) == extra_share(1, 4) == DECODE_SLACK
-    assert extra_share(2, 4) == 0.5
-    assert extra_share(4, 4) == 4.0
-    assert extra_share(8, 4) == CROWDED_SLACK
-    assert extra_share(7, 1) == 7.0
-    shares = [extra_share(behind, 8) for behind in range(64)]
+def test_the_share_is_small_beside_many_streams_and_rises_steeply_when_as_many_are_far() -> None:
+    assert extra_share(0, 0, 4) == extra_share(1, 0, 4) == DECODE_SLACK
+    assert extra_share(2, 0, 4) == 0.5
+    assert extra_share(4, 0, 4) == 4.0
+    assert extra_share(8, 0, 4) == CROWDED_SLACK
+    assert extra_share(7, 0, 1) == 7.0
+    shares = [extra_share(far, 0, 8) for far in range(64)]
     assert shares == sorted(shares)
 
 
-def test_the_share_grows_when_more_wait_than_run() -> None:
+def test_requests_that_are_near_get_an_equal_share_and_make_no_crowd_of_the_far_ones() -> None:
+    assert extra_share(0, 7, 1) == 7.0
+    assert extra_share(0, 3, 3) == 1.0
+    assert extra_share(2, 0, 4) == extra_share(2, 1, 3) == 0.5
+
+
+def extra_of_prompts(num_streams: int, *lengths: int) -> float:
+    """Share of a step's decode that prompts of these lengths get beside streams."""
     scheduler = make_scheduler(max_num_batched_tokens=512)
-    stream(scheduler, "s")
-    for i in range(7):
-        arrive(scheduler, f"w{i}", 20)
-    extra = (scheduler.schedule().num_tokens - 1) * TOKEN_S
-    assert extra > DECODE_SLACK * scheduler.cost.of(1)
-    assert extra <= 7 * scheduler.cost.of(1)
+    for i in range(num_streams):
+        stream(scheduler, f"s{i}")
+    for i, length in enumerate(lengths):
+        arrive(scheduler, f"w{i}", length)
+    return (scheduler.schedule().num_tokens - num_streams) * TOKEN_S / scheduler.cost.of(num_streams)
+
+
+def test_a_prompt_that_is_done_in_no_time_is_near_and_a_long_one_is_far() -> None:
+    assert extra_of_prompts(2, 5, 5) <= 1.0  # near: two for two streams
+    assert extra_of_prompts(2, 100, 100) > 2.0  # far: a crowd
+
+
+def test_the_share_grows_when_more_wait_than_run() -> None:
+    assert DECODE_SLACK < extra_of_prompts(1, *[20] * 7) <= 7
 
 
 def test_without_streams_the_encoder_gets_a_long_slice() -> None:

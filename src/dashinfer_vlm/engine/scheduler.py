@@ -31,19 +31,23 @@ DECODE_SLACK = 0.4
 tokens below 1.5 times its undisturbed value, with room for error in the estimates."""
 CROWDED_SLACK = 5.0
 """The same when about as many wait as decode, or more: a step is six times as long as its decode then."""
+FAR_S = 1.0
+"""Prefill of this many seconds, or an item to be encoded, makes a request a far one; less makes it partly a near one."""
 IDLE_STEP_S = 0.5
 """Encoder time of a step in which nothing decodes: long enough to be efficient, short enough to notice arrivals."""
 
 
-def extra_share(num_behind: int, num_decoding: int) -> float:
-    """Extra work of a step, as a share of its decode, when `num_behind` requests are not decoding yet.
+def extra_share(num_far: float, num_near: float, num_decoding: int) -> float:
+    """Extra work of a step, as a share of its decode, when so many requests are far from decoding, or near.
 
-    Each request, waiting or running, has an equal claim on the machine: that is the ratio of both. Where that is near 1,
-    the machine spends its time on reading weights for few streams at once, and by arithmetic everybody is done
-    sooner if the others catch up first (docs/log.md has what was measured): the share then rises steeply, up to CROWDED_SLACK. Below one half it does not.
+    Each has an equal claim on the machine: that is the ratio of those who wait to those who decode. Near ones are as good
+    as decoding for the far ones: they come and go all the time, and the streams' gaps would jump with each of them. Where
+    far ones are about as many as others, the machine spends its time on reading weights for few streams at once, and
+    everybody is done sooner if the far ones catch up first (docs/log.md has what was measured): the share then rises
+    steeply, up to CROWDED_SLACK. Below one half it does not.
     """
-    ratio = num_behind / num_decoding
-    return max(DECODE_SLACK, ratio, min(4 * ratio**3, CROWDED_SLACK))
+    crowd = num_far / (num_decoding + num_near)
+    return max(DECODE_SLACK, num_near / num_decoding, crowd, min(4 * crowd**3, CROWDED_SLACK))
 
 
 @dataclass(frozen=True, slots=True)
@@ -276,8 +280,14 @@ class Scheduler:
         """Seconds that prefill and encoding may add to this step; None is no limit, since no stream is waiting."""
         if not num_decoding:
             return None
-        num_behind = len(self.running) - num_decoding + len(self.waiting)
-        return extra_share(num_behind, num_decoding) * self.cost.of(num_decoding)
+        distances = [self._distance(sequence) for sequence in self.running if not sequence.is_decoding]
+        num_far = sum(distances) + len(self.waiting)
+        return extra_share(num_far, len(distances) - sum(distances), num_decoding) * self.cost.of(num_decoding)
+
+    def _distance(self, sequence: Sequence) -> float:
+        """How far a running sequence is from decoding: from 0, near, to 1."""
+        num_ready = self._num_ready(sequence)
+        return 1.0 if num_ready < sequence.num_uncomputed else min(1.0, num_ready * self.cost.token_s / FAR_S)
 
     def _prefill_chunks(self, max_tokens: int, extra_s: float | None) -> list[Chunk]:
         budget = max_tokens if extra_s is None else min(max_tokens, max(1, self.cost.tokens_in(extra_s)))
