@@ -57,6 +57,15 @@ def test_every_linear_layer_gives_the_numbers_of_the_definition(
         before = residual.clone()
         torch.testing.assert_close(layer(x, residual=residual), expected + residual, atol=1e-4, rtol=1e-4)
         assert torch.equal(residual, before)
+        wide = torch.full((rows, expected.shape[1] + 3), 7.0)
+        given = wide[:, : expected.shape[1]]
+        for added in (None, residual):
+            assert layer(x, residual=added, out=given).data_ptr() == given.data_ptr()
+            assert torch.equal(given, layer(x, residual=added))
+        assert (wide[:, expected.shape[1] :] == 7.0).all()
+        given.copy_(residual)
+        layer(x, residual=given, out=given)
+        torch.testing.assert_close(given, expected + residual, atol=1e-4, rtol=1e-4)
 
 
 def without_native_kernels(patch: pytest.MonkeyPatch) -> None:

@@ -100,9 +100,11 @@ class _TimedLinear:
         self.num_bytes = num_bytes
         self.num_flops = 2 * weight.num_rows * weight.depth
 
-    def __call__(self, x: torch.Tensor, *, residual: torch.Tensor | None = None) -> torch.Tensor:
+    def __call__(
+        self, x: torch.Tensor, *, residual: torch.Tensor | None = None, out: torch.Tensor | None = None
+    ) -> torch.Tensor:
         with self.spans.span(self.name, self.num_bytes, self.num_flops * len(x)):
-            return self.linear(x, residual=residual)
+            return self.linear(x, residual=residual, out=out)
 
 
 def _timed_op(name: str, op: Callable[..., Any], spans: Spans) -> Callable[..., Any]:

@@ -35,14 +35,22 @@ class Matrix:
 
 
 class Linear(Protocol):
-    """[T, K] -> [T, N] of x's dtype (N / 2 after `silu_mul`); `residual` [T, N] is added and not changed."""
+    """[T, K] -> [T, N] of x's dtype (N / 2 after `silu_mul`); `residual` [T, N] is added and not changed.
 
-    def __call__(self, x: torch.Tensor, *, residual: torch.Tensor | None = None) -> torch.Tensor: ...
+    The result is written to `out` [T, N] where one is given: not x's memory, but it may be the residual's."""
+
+    def __call__(
+        self, x: torch.Tensor, *, residual: torch.Tensor | None = None, out: torch.Tensor | None = None
+    ) -> torch.Tensor: ...
 
 
-def _finish(y: torch.Tensor, epilogue: Epilogue, residual: torch.Tensor | None) -> torch.Tensor:
+def _finish(
+    y: torch.Tensor, epilogue: Epilogue, residual: torch.Tensor | None, out: torch.Tensor | None
+) -> torch.Tensor:
     y = EPILOGUES[epilogue](y)
-    return y if residual is None else y.add_(residual)
+    if residual is not None:
+        y.add_(residual)
+    return y if out is None else out.copy_(y)
 
 
 class TorchLinear:
@@ -53,10 +61,12 @@ class TorchLinear:
         self.bias = bias
         self.epilogue = epilogue
 
-    def __call__(self, x: torch.Tensor, *, residual: torch.Tensor | None = None) -> torch.Tensor:
+    def __call__(
+        self, x: torch.Tensor, *, residual: torch.Tensor | None = None, out: torch.Tensor | None = None
+    ) -> torch.Tensor:
         if residual is not None and self.bias is None and self.epilogue == "none":
-            return torch.addmm(residual, x, self.weight.t())
-        return _finish(F.linear(x, self.weight, self.bias), self.epilogue, residual)
+            return torch.addmm(residual, x, self.weight.t(), out=out)
+        return _finish(F.linear(x, self.weight, self.bias), self.epilogue, residual, out)
 
 
 class ExpandingLinear:
@@ -75,7 +85,9 @@ class ExpandingLinear:
         if ExpandingLinear._scratch.numel() < num_elements:
             ExpandingLinear._scratch = torch.empty(num_elements)
 
-    def __call__(self, x: torch.Tensor, *, residual: torch.Tensor | None = None) -> torch.Tensor:
+    def __call__(
+        self, x: torch.Tensor, *, residual: torch.Tensor | None = None, out: torch.Tensor | None = None
+    ) -> torch.Tensor:
         num_rows, width = self.weight.shape
         y = torch.empty(len(x), num_rows)
         for start in range(0, num_rows, SCRATCH_ROWS):
@@ -84,7 +96,7 @@ class ExpandingLinear:
             torch.mm(x, wide.t(), out=y[:, start : start + len(piece)])
         if self.bias is not None:
             y += self.bias
-        return _finish(y, self.epilogue, residual)
+        return _finish(y, self.epilogue, residual, out)
 
 
 class NativeLinear:
@@ -96,11 +108,15 @@ class NativeLinear:
         self.bias = bias
         self.epilogue = epilogue
 
-    def __call__(self, x: torch.Tensor, *, residual: torch.Tensor | None = None) -> torch.Tensor:
+    def __call__(
+        self, x: torch.Tensor, *, residual: torch.Tensor | None = None, out: torch.Tensor | None = None
+    ) -> torch.Tensor:
         if residual is not None and self.epilogue == "none":
-            return cpu_ops.linear(x, self.packed, self.bias, epilogue="residual", residual=residual)
-        y = cpu_ops.linear(x, self.packed, self.bias, epilogue=self.epilogue)
-        return y if residual is None else y.add_(residual)
+            return cpu_ops.linear(x, self.packed, self.bias, epilogue="residual", residual=residual, out=out)
+        if residual is None:
+            return cpu_ops.linear(x, self.packed, self.bias, epilogue=self.epilogue, out=out)
+        y = cpu_ops.linear(x, self.packed, self.bias, epilogue=self.epilogue).add_(residual)
+        return y if out is None else out.copy_(y)
 
 
 class OneDnnLinear:
@@ -111,10 +127,12 @@ class OneDnnLinear:
         self.bias = bias
         self.epilogue = epilogue
 
-    def __call__(self, x: torch.Tensor, *, residual: torch.Tensor | None = None) -> torch.Tensor:
+    def __call__(
+        self, x: torch.Tensor, *, residual: torch.Tensor | None = None, out: torch.Tensor | None = None
+    ) -> torch.Tensor:
         y: torch.Tensor
         if residual is not None and self.epilogue == "none":
             y = torch.ops.mkldnn._linear_pointwise.binary(x, residual, self.packed, self.bias, "add")
-            return y
+            return y if out is None else out.copy_(y)
         y = torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, "none", [], "")
-        return _finish(y, self.epilogue, residual)
+        return _finish(y, self.epilogue, residual, out)

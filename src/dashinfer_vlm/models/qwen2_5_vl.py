@@ -117,5 +117,5 @@ class _Block(VitBlock):
     def norm1(self, x: torch.Tensor) -> torch.Tensor:
         return self.ops.rms_norm(x, self.before_attention, NORM_EPS)
 
-    def mlp(self, x: torch.Tensor) -> torch.Tensor:
-        return self.down(self.gate_up(self.ops.rms_norm(x, self.before_mlp, NORM_EPS)), residual=x)
+    def mlp(self, x: torch.Tensor, out: torch.Tensor) -> None:
+        self.down(self.gate_up(self.ops.rms_norm(x, self.before_mlp, NORM_EPS)), residual=x, out=out)

@@ -77,8 +77,8 @@ class _Block(VitBlock):
     def norm1(self, x: torch.Tensor) -> torch.Tensor:
         return self.before_attention(x)
 
-    def mlp(self, x: torch.Tensor) -> torch.Tensor:
-        return self.down(self.up(self.before_mlp(x)), residual=x)
+    def mlp(self, x: torch.Tensor, out: torch.Tensor) -> None:
+        self.down(self.up(self.before_mlp(x)), residual=x, out=out)
 
 
 class _LayerNorm:

@@ -87,8 +87,8 @@ class VitBlock(ABC):
         """[P, width] -> [P, width], before the attention."""
 
     @abstractmethod
-    def mlp(self, x: torch.Tensor) -> torch.Tensor:
-        """[P, width] -> [P, width]: second norm, MLP and residual."""
+    def mlp(self, x: torch.Tensor, out: torch.Tensor) -> None:
+        """Second norm, MLP and residual of x [P, width], into `out` [P, width]."""
 
     def slices(self, state: VitState) -> Iterator[None]:
         """Advance `state.hidden` by this block, one slice per `next`: rows through the projection, heads through the
@@ -97,7 +97,7 @@ class VitBlock(ABC):
         num_rows = len(state.hidden)
         heads = state.hidden.new_empty(num_rows, 3 * self.num_heads, self.head_dim)
         for rows in pieces(num_rows, 2 * 3 * self.width**2, MIN_SLICE_ROWS, state.slice_flops):
-            heads[rows] = self.qkv(self.norm1(state.hidden[rows])).view(-1, 3 * self.num_heads, self.head_dim)
+            self.qkv(self.norm1(state.hidden[rows]), out=heads[rows].view(-1, 3 * self.width))
             self.ops.rope(heads[rows, : 2 * self.num_heads], state.cos[rows], state.sin[rows])
             yield
         q, k, v = torch.split(heads, self.num_heads, dim=1)
@@ -109,7 +109,7 @@ class VitBlock(ABC):
             yield
         flat = attended.flatten(1)
         for rows in pieces(num_rows, 2 * (self.width**2 + self.mlp_size), MIN_SLICE_ROWS, state.slice_flops):
-            state.hidden[rows] = self.mlp(self.proj(flat[rows], residual=state.hidden[rows]))
+            self.mlp(self.proj(flat[rows], residual=state.hidden[rows]), out=state.hidden[rows])
             yield
 
     def _attention_pieces(
