@@ -106,7 +106,7 @@ DI_INLINE void bfloat_rows_of(int rows, const char* a, int64_t a_bytes, const ch
   kTiles[rows - 1](a, a_bytes, b, panel_bytes, steps, c, ldc, accumulate);
 }
 
-// Panels are the inner loop: all of them stay in L1.
+// Panels are the inner loop: all of them stay in L1, or nearly so with the largest heads.
 static void bfloat_product(int rows, const char* a, int64_t a_bytes, const char* b, int64_t panel_bytes, int panels,
                            int steps, float* c, int64_t ldc, bool accumulate) {
   const auto heights = std::make_integer_sequence<int, BfloatWeights::kRows>{};

@@ -113,25 +113,30 @@ static void attend_paged_bfloat(const PagedPlan& plan, int s, int head, int quer
 }
 #endif
 
+// Queries [query0, query0 + n) of a sequence that is cut by queries.
+template <class T>
+static void attend_many(const PagedPlan& plan, int s, int head, int query0, int n, int thread) {
+#ifdef DI_AVX512_BF16
+  if constexpr (std::is_same_v<T, bf16>) return attend_paged_bfloat(plan, s, head, query0, n, thread);
+#endif
+  AttentionTile t = make_tile(thread, plan.args.cache.head_dim);
+  load_paged_queries(plan, t, s, head, query0, n);
+  attend_paged_range<T>(plan, t, s, head, 0, plan.args.context_lens[s] - plan.queries(s) + query0 + n, false);
+  for (int r = 0; r < t.rows; ++r) write_row(t, r, paged_out(plan, s, head, query0, r));
+}
+
 template <class T>
 static void paged_task(const PagedPlan& plan, int task, int thread) {
   const PagedAttentionArgs& args = plan.args;
   const int part = task / args.cache.kv_heads, head = task % args.cache.kv_heads;
   const int s = find_owner(plan.first, args.sequences, part), index = part - plan.first[s];
   const int parts = plan.first[s + 1] - plan.first[s], context = args.context_lens[s];
-  AttentionTile t = make_tile(thread, args.cache.head_dim);
   if (!plan.in_place(s)) {
     // The last queries see most keys: they go first, so that no thread ends alone on a long one.
     const int query0 = (parts - 1 - index) * plan.tile_queries, left = plan.queries(s) - query0;
-    const int n = left < plan.tile_queries ? left : plan.tile_queries;
-#ifdef DI_AVX512_BF16
-    if (std::is_same_v<T, bf16>) return attend_paged_bfloat(plan, s, head, query0, n, thread);
-#endif
-    load_paged_queries(plan, t, s, head, query0, n);
-    attend_paged_range<T>(plan, t, s, head, 0, context - left + n, false);
-    for (int r = 0; r < t.rows; ++r) write_row(t, r, paged_out(plan, s, head, query0, r));
-    return;
+    return attend_many<T>(plan, s, head, query0, left < plan.tile_queries ? left : plan.tile_queries, thread);
   }
+  AttentionTile t = make_tile(thread, args.cache.head_dim);
   load_paged_queries(plan, t, s, head, 0, plan.queries(s));
 #ifdef DI_AVX512_BF16
   alignas(64) bf16 q_bf16[kInPlaceRows * kMaxHeadDim];
