@@ -23,6 +23,8 @@ VisionQuantTypeName = Literal["none", "a8w8", "a16w8"]
 _MOST_SPECULATIVE = 32
 """Beyond this no guess is right often enough to pay."""
 
+_MAX_ITEMS = {"image": 128, "video": 16}
+
 
 def option(
     default: Any,
@@ -232,7 +234,9 @@ class MediaConfig:
         None, "Folder that file:// URLs may read from; none when absent.", group="Media"
     )
     limit_mm_per_prompt: dict[str, int] | None = option(
-        None, 'Items of one prompt at most, as JSON: {"image": 16}.', group="Media"
+        None,
+        'Items of one prompt at most, as JSON: {"image": 16}; 128 images and 16 videos when absent.',
+        group="Media",
     )
     max_image_mib: int = option(64, "Bytes of one image at most, in MiB.", group="Media", least=1)
     max_image_mpx: int = option(
@@ -243,6 +247,11 @@ class MediaConfig:
     media_cache_mib: int = option(
         256, "Memory for decoded media that may be sent again, in MiB; 0 is off.", group="Media", least=0
     )
+
+    @property
+    def max_items(self) -> dict[str, int]:
+        """Items of each kind in one prompt at most; what the flag does not name keeps its default."""
+        return {**_MAX_ITEMS, **(self.limit_mm_per_prompt or {})}
 
     def validate(self) -> None:
         """Raise ConfigError for the first value that is out of range."""

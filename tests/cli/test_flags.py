@@ -13,6 +13,7 @@ import rich_click as click
 from dashinfer_vlm.cli import flags
 from dashinfer_vlm.cli.command import CONTEXT, execute
 from dashinfer_vlm.config import EngineConfig, MediaConfig, ServerConfig
+from dashinfer_vlm.errors import ConfigError
 
 DOCS = Path(__file__).resolve().parents[2] / "docs" / "flags.md"
 
@@ -42,8 +43,8 @@ class Parsed:
 @pytest.fixture
 def parsed(monkeypatch: pytest.MonkeyPatch) -> Parsed:
     for face in flags.FACES:
-        for item in flags.flags_of(face):
-            monkeypatch.delenv(item.env, raising=False)
+        for name in (name for item in flags.flags_of(face) for name in item.envs):
+            monkeypatch.delenv(name, raising=False)
     return Parsed()
 
 
@@ -80,6 +81,30 @@ def test_lists_are_comma_separated_or_json(parsed: Parsed) -> None:
         "https://a",
         "https://b",
     )
+
+
+@pytest.mark.parametrize("flag", ["--api-keys", "--api-key", "--allowed-media-domains", "--allowed-origins"])
+@pytest.mark.parametrize("value", ["", ",", "[]", " , ", '[""]'])
+def test_a_list_that_names_nothing_is_refused(
+    parsed: Parsed, flag: str, value: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """No keys would mean no authentication, no domains every host."""
+    assert parsed(flag, value) == 2
+    assert "the list is empty" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["DASHINFER_API_KEYS", "DASHINFER_API_KEY", "DASHINFER_ALLOWED_MEDIA_DOMAINS"])
+def test_a_variable_that_is_set_to_nothing_is_refused(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(name, "")
+    with pytest.raises(ConfigError, match=f"{name} is set but empty"):
+        flags.check_variables(*flags.FACES)
+
+
+def test_variables_of_aliases_count(parsed: Parsed, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DASHINFER_API_KEY", "secret")
+    monkeypatch.setenv("DASHINFER_MAX_BATCH", "7")
+    engine, _, server = parsed.config()
+    assert (engine.max_num_seqs, server.api_keys) == (7, ("secret",))
 
 
 def test_tables_are_json(parsed: Parsed) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import socket
 
 import pytest
@@ -42,3 +43,23 @@ def test_an_address_of_another_machine_is_refused() -> None:
 def test_a_host_without_an_address_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"--host no\.such\.host\.invalid"):
         listen("no.such.host.invalid", 8000)
+
+
+def test_accepted_connections_send_small_pieces_at_once() -> None:
+    """asyncio turns Nagle's algorithm off where the listening socket names its protocol, and nowhere else."""
+
+    async def option_of_an_accepted_connection() -> int:
+        (bound,) = listen("127.0.0.1", 0)
+        options: asyncio.Queue[int] = asyncio.Queue()
+
+        def connected(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            accepted = writer.get_extra_info("socket")
+            options.put_nowait(accepted.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY))
+            writer.close()
+
+        async with await asyncio.start_server(connected, sock=bound):
+            _, writer = await asyncio.open_connection(*bound.getsockname())
+            writer.close()
+            return await options.get()
+
+    assert asyncio.run(option_of_an_accepted_connection()) == 1

@@ -187,3 +187,25 @@ def test_equal_seeds_draw_equal_tokens_and_others_differ() -> None:
 
     assert several(4) == several(4)
     assert several(4) != several(5)
+
+
+@pytest.mark.parametrize(
+    "params",
+    [
+        SamplingParams(min_tokens=5, stop_token_ids=tuple(range(VOCAB))),
+        SamplingParams(min_tokens=5, stop_token_ids=tuple(range(VOCAB)), temperature=0),
+        SamplingParams(min_tokens=5, stop_token_ids=tuple(range(VOCAB)), top_k=3, top_p=0.5, min_p=0.1),
+    ],
+)
+def test_a_row_of_which_everything_is_forbidden_is_a_problem_of_its_own(params: SamplingParams) -> None:
+    free = sequence([1], [], SamplingParams(temperature=0))
+    rows = logits(3, 2)
+    stuck, well = sample(rows, [sequence([1], [], params), free], EOS)
+    assert stuck.token == -1
+    assert "forbid every token" in (stuck.problem or "")
+    assert (well.token, well.problem) == (int(rows[1].argmax()), None)
+
+
+def test_forbidden_ngrams_may_leave_nothing() -> None:
+    stuck = sequence([1], list(range(VOCAB)), SamplingParams(no_repeat_ngram_size=1))
+    assert "forbid every token" in (sample(logits(3), [stuck], EOS)[0].problem or "")

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import types
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
@@ -17,8 +18,9 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_
 import rich_click as click
 
 from dashinfer_vlm.config import EngineConfig, MediaConfig, ServerConfig, flag
+from dashinfer_vlm.errors import ConfigError
 
-__all__ = ["ENV_PREFIX", "FACES", "Flag", "build", "flags_of", "options", "reference_page"]
+__all__ = ["ENV_PREFIX", "FACES", "Flag", "build", "check_variables", "flags_of", "options", "reference_page"]
 
 ENV_PREFIX = "DASHINFER_"
 FACES: tuple[type[Any], ...] = (EngineConfig, MediaConfig, ServerConfig)
@@ -29,15 +31,19 @@ Command = TypeVar("Command", bound=Callable[..., Any])
 
 
 def string_list(value: str | tuple[str, ...]) -> tuple[str, ...]:
-    """`a,b` or `["a", "b"]` as a tuple of strings."""
+    """`a,b` or `["a", "b"]` as a tuple of strings, none of them empty.
+
+    A list that names nothing is refused: an empty list of keys or hosts would mean "everybody".
+    """
     if isinstance(value, tuple):
         return value
-    if not value.startswith("["):
-        return tuple(part.strip() for part in value.split(",") if part.strip())
-    items = _parse_json(value)
+    items = _parse_json(value) if value.startswith("[") else value.split(",")
     if not all(isinstance(item, str) for item in items):
         raise click.BadParameter("a list of strings is wanted")
-    return tuple(items)
+    named = tuple(item.strip() for item in items if item.strip())
+    if not named:
+        raise click.BadParameter("the list is empty; name something or leave the flag out")
+    return named
 
 
 def count_table(value: str) -> dict[str, int]:
@@ -81,6 +87,11 @@ class Flag:
         return ENV_PREFIX + self.field.upper()
 
     @property
+    def envs(self) -> list[str]:
+        """The variable of the field, then those of its aliases."""
+        return [self.env, *(ENV_PREFIX + alias.upper().replace("-", "_") for alias in self.aliases)]
+
+    @property
     def spellings(self) -> list[str]:
         """What click declares the flag by; `token_normalize_func` of the command makes `_` and `-` alike."""
         name = flag(self.field)
@@ -90,15 +101,15 @@ class Flag:
     def option(self) -> Callable[[Command], Command]:
         """The click option; its default is the field's own."""
         values = get_args(self.type) if get_origin(self.type) is Literal else ()
-        default = ",".join(self.default) if isinstance(self.default, tuple) else self.default
+        shown = ",".join(self.default) if isinstance(self.default, tuple) else self.default
         details: dict[str, Any] = {} if self.type is bool else {"type": _param_type(self.type), "metavar": self.metavar}
         return click.option(
             *self.spellings,
             self.field,
-            default=default,
+            default=self.default,
             help=f"{self.help} One of {', '.join(values)}." if values else self.help,
-            envvar=self.env,
-            show_default=not self.secret and default not in (None, "", False),
+            envvar=self.envs,
+            show_default=False if self.secret or shown in (None, "", False) else str(shown),
             **details,
         )
 
@@ -146,6 +157,15 @@ def options(*faces: type[Any], only: Collection[str] | None = None) -> Callable[
         return command
 
     return decorate
+
+
+def check_variables(*faces: type[Any]) -> None:
+    """Raise ConfigError for a variable that is set to nothing where a list is wanted: click takes it for unset, and an
+    operator whose keys did not arrive would run an open server."""
+    for item in (item for face in faces for item in flags_of(face)):
+        for name in item.envs if get_origin(item.type) is tuple else ():
+            if os.environ.get(name, "unset").strip() == "":
+                raise ConfigError(f"{name} is set but empty; name something or unset it")
 
 
 def build(face: type[Config], values: Mapping[str, Any]) -> Config:

@@ -85,7 +85,7 @@ async def _run(
             engine,
             loader,
             chat_template=chat_template,
-            max_items=media.limit_mm_per_prompt,
+            max_items=media.max_items,
             max_queued_requests=_UNLIMITED,
         )
         names = ServerConfig(served_model_name=(engine_config.model or DEMO_NAME,))

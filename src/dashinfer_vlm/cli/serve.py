@@ -44,11 +44,12 @@ def command(**values: Any) -> None:
 
     dashinfer_vlm_serve --model qwen/Qwen2-VL-2B-Instruct
     """
+    flags.check_variables(*flags.FACES)
     engine, media, server = (flags.build(face, values) for face in flags.FACES)
     for config in (engine, media, server):
         config.validate()
     set_up_logging(server.log_level)
-    for name in envs.unknown([item.env for face in flags.FACES for item in flags.flags_of(face)]):
+    for name in envs.unknown([env for face in flags.FACES for item in flags.flags_of(face) for env in item.envs]):
         logger.warning("%s is no variable of this server and means nothing; see docs/flags.md", name)
     with ExitStack() as stack:
         tls = envs.tls_files() if server.ssl else None
@@ -92,7 +93,7 @@ async def _serve(
             engine,
             loader,
             chat_template=server_config.chat_template,
-            max_items=media_config.limit_mm_per_prompt,
+            max_items=media_config.max_items,
             max_queued_requests=server_config.max_queued_requests,
         )
         await serve(service, server_config, TlsFiles(*tls) if tls else None, sockets)

@@ -163,7 +163,7 @@ class Engine:
             self._counters["num_cached_tokens_total"] += sequence.num_cached
         logprobs = []
         for row, guess in enumerate((*chunk.draft, None), first_row):
-            sampled = logits.sample(row, sequence, self.model.eos_token_ids)
+            sampled = self._sample(row, sequence, logits)
             finish = self._accept(sequence, sampled)
             logprobs.append(sampled.logprob)
             if finish is not None or sampled.token != guess:
@@ -175,11 +175,19 @@ class Engine:
         self._counters["num_output_tokens_total"] += len(tokens)
         return self._output(sequence, tokens, logprobs[: len(tokens)], finish)
 
+    def _sample(self, row: int, sequence: Sequence, logits: LogitRows) -> Sampled:
+        """Whatever one request's parameters bring about ends that request alone, never the step of all."""
+        try:
+            return logits.sample(row, sequence, self.model.eos_token_ids)
+        except Exception:
+            log.exception("no token could be chosen for request %s", sequence.id)
+            return Sampled(-1, None, "no token could be chosen with these sampling parameters; the server's log says more")
+
     def _accept(self, sequence: Sequence, sampled: Sampled) -> Finish | None:
         """Append the token, or end the sequence by it, or both."""
         params = sequence.request.params
-        if sampled.token < 0:
-            return Finish("error", message="the model produced a value that is not a number")
+        if sampled.problem is not None:
+            return Finish("error", message=sampled.problem)
         stops = params.stop_token_ids if params.ignore_eos else (*params.stop_token_ids, *self.model.eos_token_ids)
         if sampled.token in stops and sequence.num_output >= params.min_tokens:
             return Finish("stop", stop_token=sampled.token)

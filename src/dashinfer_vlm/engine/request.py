@@ -17,6 +17,8 @@ Grid = tuple[int, int, int]
 """Frames (pairs of frames), rows and columns of an item, counted in patches before merging."""
 
 ItemKind = Literal["image", "video"]
+_MOST = 2**31 - 1
+"""Of whole numbers: none of them means more when it is larger, and larger ones do not fit the arrays and messages."""
 FinishReason = Literal["stop", "length", "abort", "error"]
 
 
@@ -56,21 +58,21 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     def validate(self, vocab_size: int) -> None:
         """Raise InvalidRequestError unless every field is finite and in range for a vocabulary of `vocab_size`."""
         limits: tuple[tuple[str, float | None, float, float], ...] = (
-            ("max_tokens", self.max_tokens, 1, math.inf),
-            ("min_tokens", self.min_tokens, 0, math.inf),
+            ("max_tokens", self.max_tokens, 1, _MOST),
+            ("min_tokens", self.min_tokens, 0, _MOST),
             ("temperature", self.temperature, 0, 100),
-            ("top_k", self.top_k, 0, math.inf),
+            ("top_k", self.top_k, 0, _MOST),
             ("top_p", self.top_p, 0, 1),
             ("min_p", self.min_p, 0, 1),
             ("repetition_penalty", self.repetition_penalty, 1e-3, 100),
             ("presence_penalty", self.presence_penalty, -2, 2),
             ("frequency_penalty", self.frequency_penalty, -2, 2),
-            ("no_repeat_ngram_size", self.no_repeat_ngram_size, 0, math.inf),
+            ("no_repeat_ngram_size", self.no_repeat_ngram_size, 0, _MOST),
             ("logprobs", self.logprobs, 0, 20),
         )
         for name, value, low, high in limits:
             if value is not None and not low <= value <= high:  # also false for NaN
-                raise InvalidRequestError(f"{name} is {value}; it must be from {low:g} to {high:g}", param=name)
+                raise InvalidRequestError(f"{name} is {value}; it must be from {low} to {high}", param=name)
         for name, value in (("temperature", self.temperature), ("repetition_penalty", self.repetition_penalty)):
             if not math.isfinite(value):
                 raise InvalidRequestError(f"{name} is {value}; it must be finite", param=name)

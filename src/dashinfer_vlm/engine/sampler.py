@@ -21,6 +21,10 @@ from dashinfer_vlm.engine.sequence import Sequence
 Row = NDArray[np.float32]
 Ids = NDArray[np.int64]
 
+_NOTHING_LEFT = (
+    "min_tokens, no_repeat_ngram_size and the stop tokens forbid every token that could come next; ask for fewer tokens "
+    "or relax one of them"
+)
 _LEAST_TEMPERATURE = float(np.finfo(np.float32).tiny)
 
 
@@ -28,6 +32,8 @@ _LEAST_TEMPERATURE = float(np.finfo(np.float32).tiny)
 class Sampled:
     token: int
     logprob: TokenLogprob | None
+    problem: str | None = None
+    """Why there is no token, fit for the client's eyes; `token` is -1 then."""
 
 
 class LogitRows:
@@ -52,16 +58,19 @@ class LogitRows:
     def sample(self, row: int, sequence: Sequence, eos_token_ids: tuple[int, ...]) -> Sampled:
         """Choose the next token of `sequence`, whose tokens are those that the row was computed after.
 
-        A row that holds NaN gives token -1: the caller fails that sequence alone.
+        A row that holds NaN, or of which everything is forbidden, gives a problem: the caller fails that sequence alone.
         """
         params, token = sequence.request.params, self._greedy[row]
         if not self._finite[row]:
-            return Sampled(-1, None)
+            return Sampled(-1, None, "the model produced a value that is not a number")
         if params.temperature == 0 and params.logprobs is None and not _changes_logits(sequence):
             return Sampled(token, None)
         logits: Row = self._logits[row].cpu().numpy()
         if params.temperature != 0 or _changes_logits(sequence):
-            token = _choose(_shaped(logits, sequence, eos_token_ids), sequence)
+            shaped = _shaped(logits, sequence, eos_token_ids)
+            if shaped.max() == -np.inf:
+                return Sampled(-1, None, _NOTHING_LEFT)
+            token = _choose(shaped, sequence)
         return Sampled(token, None if params.logprobs is None else _logprob(logits, token, params.logprobs))
 
 

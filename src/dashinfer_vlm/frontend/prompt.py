@@ -19,6 +19,8 @@ T = TypeVar("T")
 
 _SHORT_CHARS = 4000
 """About 3 ms of template and tokenizer."""
+_LOADS_AT_ONCE = 8
+"""Media of one request that are on their way together, so that its neighbours' media get their turn too."""
 
 
 class Loader(Protocol):
@@ -178,8 +180,14 @@ def _item(medium: LoadedMedia, start: int) -> Item:
 
 
 async def _load_all(loader: Loader, refs: Sequence[MediaRef]) -> tuple[LoadedMedia, ...]:
-    """Load side by side; when one fails, or the caller leaves, the others are stopped and given back."""
-    tasks = [asyncio.ensure_future(loader.load(ref)) for ref in refs]
+    """Load a few at a time; when one fails, or the caller leaves, the others are stopped and given back."""
+    places = asyncio.Semaphore(_LOADS_AT_ONCE)
+
+    async def load(ref: MediaRef) -> LoadedMedia:
+        async with places:
+            return await loader.load(ref)
+
+    tasks = [asyncio.ensure_future(load(ref)) for ref in refs]
     try:
         return tuple(await asyncio.gather(*tasks))
     except BaseException:

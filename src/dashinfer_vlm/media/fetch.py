@@ -59,6 +59,8 @@ class Fetcher:
         self._policy = policy
         self._threads = ThreadPoolExecutor(32, thread_name_prefix="resolve")  # slow names hold up only other names
         self._resolve = resolve or self._getaddrinfo
+        # httpx's pool looks at all who wait whenever one comes or goes; who waits here costs nothing
+        self._places = asyncio.Semaphore(MAX_CONNECTIONS)
         # A transport, not a client: it has no cookies, redirects or memory of its own. Connections are not kept: one
         # that was verified for a host must not serve another host of the same address.
         self._transport = httpx.AsyncHTTPTransport(
@@ -70,10 +72,14 @@ class Fetcher:
     async def fetch(self, url: str, *, max_bytes: int, timeout_s: float, reserve: Reserve | None = None) -> bytes:
         """GET `url`, following at most three redirects, each of which is judged anew.
 
-        `timeout_s` covers everything but the wait in `reserve`. Raises MediaError and its kinds.
+        `timeout_s` covers everything but the waits for a connection and in `reserve`. Raises MediaError and its kinds.
         """
-        clock = asyncio.get_running_loop().time
         target = self._policy.check_url(url)
+        async with self._places:
+            return await self._fetch(target, max_bytes, timeout_s, reserve)
+
+    async def _fetch(self, target: Target, max_bytes: int, timeout_s: float, reserve: Reserve | None) -> bytes:
+        clock = asyncio.get_running_loop().time
         started = clock()
         response = await _within(timeout_s, self._open(target, timeout_s), target)
         try:

@@ -146,7 +146,7 @@ async def _open_prompts(
         placeholder_ids=placeholder_ids,
         vocab_size=checkpoint.text.vocab_size,
         max_model_len=checkpoint.text.max_position_embeddings,
-        max_items=media.limit_mm_per_prompt or {},
+        max_items=media.max_items,
     )
 
 

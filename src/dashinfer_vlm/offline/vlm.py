@@ -245,7 +245,7 @@ async def _open_front_end(
         engine,
         loader,
         chat_template=chat_template,
-        max_items=media.limit_mm_per_prompt,
+        max_items=media.max_items,
         max_queued_requests=_UNLIMITED,
     )
     return service, loader
