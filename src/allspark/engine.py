@@ -30,13 +30,13 @@ from allspark.runtime_config import (
 )
 from allspark.status import AsStatus, RefusalError, wrong
 from dashinfer_vlm import __version__
-from dashinfer_vlm.engine.client import LocalEngine
 from dashinfer_vlm.engine.engine import Engine as Core
+from dashinfer_vlm.engine.host.local import LocalEngine
+from dashinfer_vlm.engine.info import EngineInfo
 from dashinfer_vlm.engine.load import load_engine
-from dashinfer_vlm.engine.messages import EngineInfo
-from dashinfer_vlm.engine.request import Request
 from dashinfer_vlm.errors import CheckpointError, ConfigError, EngineDeadError
 from dashinfer_vlm.models.config import read_config
+from dashinfer_vlm.request import Request
 
 __all__ = [
     "ASGenerationConfigBuilder",

@@ -8,8 +8,8 @@ from typing import Any
 
 from allspark.multimedia import MultiMediaInfo
 from allspark.status import AsStatus, RefusalError, wrong
-from dashinfer_vlm.engine.request import SamplingParams
 from dashinfer_vlm.errors import InvalidRequestError
+from dashinfer_vlm.request import SamplingParams
 
 __all__ = ["ASGenerationConfigBuilder"]
 

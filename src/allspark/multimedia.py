@@ -16,7 +16,7 @@ import torch
 
 from allspark.dlpack import DlpackError, import_tensor
 from allspark.status import AsStatus, RefusalError, wrong
-from dashinfer_vlm.engine.request import Item
+from dashinfer_vlm.request import Item
 
 __all__ = ["MultiMediaInfo"]
 

@@ -8,9 +8,9 @@ import time
 from dataclasses import dataclass, field
 from typing import Any
 
-from dashinfer_vlm.engine.messages import Fault
-from dashinfer_vlm.engine.request import Finish, Output
 from dashinfer_vlm.errors import EngineError
+from dashinfer_vlm.fault import Fault
+from dashinfer_vlm.request import Finish, Output
 
 __all__ = ["GenerateRequestStatus", "GeneratedElements", "ResultQueue"]
 

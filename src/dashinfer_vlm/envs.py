@@ -1,6 +1,6 @@
 """The environment variables that are not flags, each read here and nowhere else; a value that does not parse raises.
 
-Every flag can also be given as `DASHINFER_<FIELD>` (see `cli/flags.py`). The hubs' client libraries read their own
+Every flag can also be given as `DASHINFER_<FIELD>` (see `flags.py`). The hubs' client libraries read their own
 variables (`HF_ENDPOINT`, `HF_HOME`, `HF_HUB_OFFLINE`, `MODELSCOPE_ENDPOINT`, `MODELSCOPE_CACHE`, ...).
 """
 

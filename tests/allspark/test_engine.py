@@ -15,9 +15,9 @@ from torch.utils.dlpack import to_dlpack  # type: ignore[attr-defined]
 import allspark
 from allspark import AsStatus, GenerateRequestStatus
 from allspark.runtime_config import engine_config
-from dashinfer_vlm.engine.messages import Fault
-from dashinfer_vlm.engine.request import Finish, Output
 from dashinfer_vlm.errors import EngineError
+from dashinfer_vlm.fault import Fault
+from dashinfer_vlm.request import Finish, Output
 from tests.allspark.conftest import GREEDY, MAX_LENGTH, NAME, Ask, config, usable
 
 OK = AsStatus.ALLSPARK_SUCCESS

@@ -17,8 +17,8 @@ from torch.utils.dlpack import to_dlpack  # type: ignore[attr-defined]
 
 import allspark
 from allspark import AsStatus, MultiMediaInfo
-from dashinfer_vlm.engine.request import Item
 from dashinfer_vlm.models.mrope import mrope_positions
+from dashinfer_vlm.request import Item
 from tests.allspark.conftest import GREEDY, HIDDEN, NAME, Ask, embedding, media, usable
 
 IMAGE = 151859

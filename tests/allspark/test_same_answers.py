@@ -16,12 +16,12 @@ from PIL import Image
 
 import allspark
 from dashinfer_vlm.config import EngineConfig, MediaConfig, ServerConfig
-from dashinfer_vlm.engine.client import LocalEngine
+from dashinfer_vlm.engine.host.local import LocalEngine
 from dashinfer_vlm.frontend.service import Service
 from dashinfer_vlm.media.loader import MediaLoader
 from dashinfer_vlm.offline import Encoder
+from dashinfer_vlm.processors.qwen import ProcessorConfig
 from dashinfer_vlm.server.app import create_app
-from dashinfer_vlm.vision.processor import ProcessorConfig
 from tests.allspark.conftest import MAX_LENGTH, Ask, media
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")

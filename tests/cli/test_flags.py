@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 import rich_click as click
 
-from dashinfer_vlm.cli import flags
+from dashinfer_vlm import flags
 from dashinfer_vlm.cli.command import CONTEXT, execute
+from dashinfer_vlm.cli.options import options, reference_page
 from dashinfer_vlm.config import EngineConfig, MediaConfig, ServerConfig
 from dashinfer_vlm.errors import ConfigError
 
@@ -25,7 +26,7 @@ class Parsed:
         self.values: dict[str, Any] = {}
 
         @click.command("serve", context_settings=CONTEXT)
-        @flags.options(*flags.FACES)
+        @options(*flags.FACES)
         def command(**values: Any) -> None:
             self.values = values
 
@@ -155,4 +156,4 @@ def test_no_two_flags_share_a_spelling() -> None:
 
 
 def test_the_page_of_flags_is_current() -> None:
-    assert DOCS.read_text() == flags.reference_page(), "run `make docs`"
+    assert DOCS.read_text() == reference_page(), "run `make docs`"

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 import dashinfer_vlm
-from dashinfer_vlm.cli import flags
 from dashinfer_vlm.cli.command import execute
+from dashinfer_vlm.cli.options import reference_page
 from dashinfer_vlm.cli.tool import ELSEWHERE, tool
 
 
@@ -17,7 +17,7 @@ def test_version_names_the_package_and_torch(capsys: pytest.CaptureFixture[str])
 
 def test_flags_prints_the_page_of_the_docs(capsys: pytest.CaptureFixture[str]) -> None:
     assert execute(tool, ["flags"]) == 0
-    assert capsys.readouterr().out == flags.reference_page()
+    assert capsys.readouterr().out == reference_page()
 
 
 @pytest.mark.parametrize("name", sorted(ELSEWHERE))

@@ -11,7 +11,7 @@ import pytest
 from tests.conftest import CheckpointMaker
 from tests.e2e.serving import Server
 from tests.e2e.test_nothing_twice import ask, data_url, metrics, user
-from tests.vision.redis_server import RedisServer, start_redis
+from tests.encoders.redis_server import RedisServer, start_redis
 
 ENCODES = "dashinfer_engine_num_items_encoded_total"
 HITS = "dashinfer_engine_shared_cache_hits_total"

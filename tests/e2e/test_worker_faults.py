@@ -18,7 +18,7 @@ from tests.e2e.test_nothing_twice import ask, data_url, metrics, user
 NUM_REQUESTS, NUM_CLIENTS = 50, 16
 BOUND_S = 120.0
 """Far less than any request's own time limit; alone on the machine it takes a few seconds."""
-WORKER = "dashinfer_vlm.vision.worker"
+WORKER = "dashinfer_vlm.encoders.elsewhere.worker"
 PREFIX = "dashinfer_engine_num_"
 Chat = list[dict[str, object]]
 

@@ -11,11 +11,11 @@ from enum import IntEnum
 import torch
 
 from dashinfer_vlm.config import EngineConfig
-from dashinfer_vlm.engine.load import OnProgress
-from dashinfer_vlm.engine.messages import EngineInfo
-from dashinfer_vlm.engine.request import Finish, Output, Request
+from dashinfer_vlm.engine.client import OnProgress
+from dashinfer_vlm.engine.info import EngineInfo
 from dashinfer_vlm.engine.stats import EngineStats
 from dashinfer_vlm.errors import CheckpointError, ContextLengthError, OverloadedError
+from dashinfer_vlm.request import Finish, Output, Request
 
 INFO = EngineInfo(
     model="scripted",

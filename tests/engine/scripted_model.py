@@ -11,8 +11,8 @@ from dataclasses import dataclass
 
 import torch
 
-from dashinfer_vlm.engine.request import Grid, Item
 from dashinfer_vlm.models.base import KVCache, StepBatch, TextShape
+from dashinfer_vlm.request import Grid, Item
 
 VOCAB = 101
 EOS = 100

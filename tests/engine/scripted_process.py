@@ -7,7 +7,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from dashinfer_vlm.engine.process import serve
+from dashinfer_vlm.engine.host.child import serve
 from tests.engine import scripted
 
 sys.exit(serve(scripted.load))

@@ -15,12 +15,12 @@ from dashinfer_vlm.engine.engine import Engine
 from dashinfer_vlm.engine.memory import (
     EMBEDDING_HEADROOM_BYTES,
     MIN_ITEM_PATCHES,
-    embedding_row_bytes,
     max_item_patches,
     max_pinned_tokens,
 )
-from dashinfer_vlm.engine.request import Item, Request
 from dashinfer_vlm.errors import MediaTooLargeError
+from dashinfer_vlm.models.base import embedding_row_bytes
+from dashinfer_vlm.request import Item, Request
 from tests.engine.scripted_model import VOCAB, ScriptedModel, expected
 from tests.engine.test_engine import greedy, image, make_engine, run, tokens
 

@@ -10,10 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dashinfer_vlm.config import EngineConfig
+from dashinfer_vlm.encoders.in_step import InStepEncoder
 from dashinfer_vlm.engine.engine import Engine
-from dashinfer_vlm.engine.request import Item, Output, Request, SamplingParams
 from dashinfer_vlm.errors import ConfigError, ContextLengthError, InvalidRequestError
-from dashinfer_vlm.vision.encoder import InStepEncoder
+from dashinfer_vlm.request import Item, Output, Request, SamplingParams
 from tests.engine.scripted_model import EOS, VOCAB, ScriptedModel, expected
 
 

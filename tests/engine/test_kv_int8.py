@@ -12,11 +12,11 @@ import torch
 
 from dashinfer_vlm.config import EngineConfig
 from dashinfer_vlm.engine.engine import Engine
+from dashinfer_vlm.engine.info import EngineInfo
 from dashinfer_vlm.engine.load import load_engine
 from dashinfer_vlm.engine.memory import num_kv_blocks
-from dashinfer_vlm.engine.messages import EngineInfo
-from dashinfer_vlm.engine.request import Request, SamplingParams
 from dashinfer_vlm.models.loading import allocate_kv
+from dashinfer_vlm.request import Request, SamplingParams
 from tests.conftest import CheckpointMaker
 
 

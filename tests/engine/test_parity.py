@@ -13,10 +13,10 @@ import torch
 
 from dashinfer_vlm.config import EngineConfig
 from dashinfer_vlm.engine.engine import Engine
-from dashinfer_vlm.engine.request import Item, Request, SamplingParams
 from dashinfer_vlm.models.base import Model
 from dashinfer_vlm.models.loading import allocate_kv, load_model
-from dashinfer_vlm.vision.processor import ProcessorConfig, process_image
+from dashinfer_vlm.processors.qwen import ProcessorConfig, process_image
+from dashinfer_vlm.request import Item, Request, SamplingParams
 from tests.conftest import CheckpointMaker
 
 IMAGE_PAD, VISION_START, VISION_END = 151655, 151652, 151653

@@ -12,9 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from dashinfer_vlm.engine.request import Item, Request, SamplingParams
 from dashinfer_vlm.engine.sampler import LogitRows, Sampled
 from dashinfer_vlm.engine.sequence import Sequence
+from dashinfer_vlm.request import Item, Request, SamplingParams
 
 VOCAB = 50
 EOS = (49,)

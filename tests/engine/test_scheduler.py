@@ -5,14 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 
+from dashinfer_vlm.encoders.cache import EmbeddingCache
+from dashinfer_vlm.encoders.in_step import InStepEncoder
+from dashinfer_vlm.encoders.queue import ItemQueue
 from dashinfer_vlm.engine.blocks import BlockPool
 from dashinfer_vlm.engine.cost import StepCost
-from dashinfer_vlm.engine.request import Item, Request, SamplingParams
 from dashinfer_vlm.engine.scheduler import CROWDED_SLACK, DECODE_SLACK, IDLE_STEP_S, Plan, Scheduler, extra_share
 from dashinfer_vlm.engine.sequence import Sequence
-from dashinfer_vlm.vision.cache import EmbeddingCache
-from dashinfer_vlm.vision.encoder import InStepEncoder
-from dashinfer_vlm.vision.queue import ItemQueue
+from dashinfer_vlm.request import Item, Request, SamplingParams
 from tests.engine.scripted_model import ScriptedEncoder
 
 FIXED_S, TOKEN_S = 0.1, 0.01

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from dashinfer_vlm.config import EngineConfig
 from dashinfer_vlm.engine.cost import StepCost
 from dashinfer_vlm.engine.engine import Engine
-from dashinfer_vlm.engine.request import Output, Request, SamplingParams
+from dashinfer_vlm.request import Output, Request, SamplingParams
 from tests.engine.scripted_model import EOS, VOCAB, ScriptedModel
 from tests.engine.test_engine import greedy, image, reason, run, tokens
 

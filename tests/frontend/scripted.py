@@ -10,12 +10,12 @@ import asyncio
 from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass, field
 
-from dashinfer_vlm.engine.client import EngineInfo
-from dashinfer_vlm.engine.request import Finish, Output, Request, TokenLogprob
+from dashinfer_vlm.engine.info import EngineInfo
 from dashinfer_vlm.engine.stats import EngineStats
 from dashinfer_vlm.errors import EngineDeadError
 from dashinfer_vlm.media.loader import MediaCounters
 from dashinfer_vlm.media.types import LoadedMedia, MediaRef
+from dashinfer_vlm.request import Finish, Output, Request, TokenLogprob
 from dashinfer_vlm.shared_array import SharedArray
 
 EOS = 151645

@@ -4,13 +4,13 @@ import asyncio
 
 import pytest
 
-from dashinfer_vlm.engine.request import ItemKind
 from dashinfer_vlm.errors import ContextLengthError, InvalidRequestError, MediaFetchError
 from dashinfer_vlm.frontend.messages import MediaPart, Message, TextPart
 from dashinfer_vlm.frontend.prompt import PromptBuilder
 from dashinfer_vlm.frontend.template import ChatTemplate
 from dashinfer_vlm.frontend.tokenizer import Tokenizer
 from dashinfer_vlm.media.types import MediaRef
+from dashinfer_vlm.request import ItemKind
 from tests.frontend.scripted import ScriptedLoader
 
 IMAGE, VIDEO = 151655, 151656

@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 
-from dashinfer_vlm.engine.request import SamplingParams
 from dashinfer_vlm.errors import (
     CheckpointError,
     EngineDeadError,
@@ -22,6 +21,7 @@ from dashinfer_vlm.frontend.params import GenerationParams
 from dashinfer_vlm.frontend.service import Service
 from dashinfer_vlm.frontend.tokenizer import Tokenizer
 from dashinfer_vlm.media.types import MediaRef
+from dashinfer_vlm.request import SamplingParams
 from tests.frontend.scripted import ScriptedEngine, ScriptedLoader, info
 
 PICTURE = Message(

@@ -13,7 +13,7 @@ from tests.media.site import LoaderMaker, PictureMaker, Site
 
 from dashinfer_vlm.config import MediaConfig
 from dashinfer_vlm.media.loader import MediaLoader
-from dashinfer_vlm.vision.processor import ProcessorConfig
+from dashinfer_vlm.processors.qwen import ProcessorConfig
 
 
 @pytest.fixture

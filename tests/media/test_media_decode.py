@@ -12,8 +12,8 @@ import pytest
 from PIL import Image
 
 from dashinfer_vlm.media.decode import answer, content_hash
-from dashinfer_vlm.media.messages import Decoded, DecodeJob, Failed
-from dashinfer_vlm.vision.processor import Processed, ProcessorConfig
+from dashinfer_vlm.media.wire import Decoded, DecodeJob, Failed
+from dashinfer_vlm.processors.qwen import Processed, ProcessorConfig
 
 
 def png(width: int, height: int) -> bytes:

@@ -15,7 +15,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 
 from dashinfer_vlm.errors import MediaError, MediaTooLargeError
 from dashinfer_vlm.media.images import FORMATS, decode, open_image, orientation, upright_size
-from dashinfer_vlm.vision.processor import Pixels, ProcessorConfig, image_grid, process_image
+from dashinfer_vlm.processors.qwen import Pixels, ProcessorConfig, image_grid, process_image
 
 MAX_PIXELS = 10_000_000
 Source = Callable[[], bytes]

@@ -23,7 +23,7 @@ from dashinfer_vlm.errors import (
 )
 from dashinfer_vlm.media.loader import MediaLimits, MediaLoader
 from dashinfer_vlm.media.types import MediaRef
-from dashinfer_vlm.vision.processor import ProcessorConfig, process_image
+from dashinfer_vlm.processors.qwen import ProcessorConfig, process_image
 
 
 def ref(source: str | bytes, **fields: object) -> MediaRef:

@@ -13,9 +13,9 @@ from tests.media.test_media_videos import video
 from dashinfer_vlm.errors import MediaError, MediaTooLargeError
 from dashinfer_vlm.media import images
 from dashinfer_vlm.media.decode import answer
-from dashinfer_vlm.media.messages import DecodeJob, Failed
 from dashinfer_vlm.media.types import MediaRef
-from dashinfer_vlm.vision.processor import ProcessorConfig
+from dashinfer_vlm.media.wire import DecodeJob, Failed
+from dashinfer_vlm.processors.qwen import ProcessorConfig
 
 CONFIG = ProcessorConfig(video_min_pixels=28 * 28, video_max_pixels=28 * 28 * 16)
 SIX_BY_FOUR = 6 * 4

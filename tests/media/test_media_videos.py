@@ -17,7 +17,7 @@ from dashinfer_vlm.errors import MediaError, MediaTooLargeError
 from dashinfer_vlm.media.loader import MediaLimits
 from dashinfer_vlm.media.types import MediaRef
 from dashinfer_vlm.media.videos import process_video
-from dashinfer_vlm.vision.processor import Pixels, Processed, ProcessorConfig, process_frames, sample_frames, video_grid
+from dashinfer_vlm.processors.qwen import Pixels, Processed, ProcessorConfig, process_frames, sample_frames, video_grid
 
 CONFIG = ProcessorConfig(video_min_pixels=28 * 28, video_max_pixels=28 * 28 * 16)
 

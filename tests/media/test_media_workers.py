@@ -20,10 +20,10 @@ from tests.media.site import LoaderMaker, PictureMaker, until
 
 from dashinfer_vlm.errors import EngineError, MediaError, MediaTooLargeError, OverloadedError
 from dashinfer_vlm.media import workers
-from dashinfer_vlm.media.messages import DecodeJob
 from dashinfer_vlm.media.types import MediaRef
+from dashinfer_vlm.media.wire import DecodeJob
 from dashinfer_vlm.media.workers import WorkerPool
-from dashinfer_vlm.vision.processor import ProcessorConfig, process_image
+from dashinfer_vlm.processors.qwen import ProcessorConfig, process_image
 
 PoolMaker = Callable[..., WorkerPool]
 

@@ -13,10 +13,10 @@ import torch
 from transformers import AutoModelForImageTextToText
 
 from dashinfer_vlm.config import EngineConfig
-from dashinfer_vlm.engine.request import Item
 from dashinfer_vlm.models.base import EmbeddingRows, KVCache, Model, StepBatch
 from dashinfer_vlm.models.loading import allocate_kv, load_model
-from dashinfer_vlm.vision.processor import ProcessorConfig, process_frames, process_image
+from dashinfer_vlm.processors.qwen import ProcessorConfig, process_frames, process_image
+from dashinfer_vlm.request import Item
 
 IMAGE_ID, VIDEO_ID = 151655, 151656
 TEXT_IDS = 1000

@@ -10,8 +10,8 @@ from transformers import Qwen2_5_VLConfig, Qwen2VLConfig
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLModel
 from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VLModel
 
-from dashinfer_vlm.engine.request import Item
 from dashinfer_vlm.models.mrope import mrope_positions
+from dashinfer_vlm.request import Item
 from tests.models.driving import Prompt, image, prompt
 
 SHORT = image(140, 112, frames=4, seconds_per_grid=1.0)

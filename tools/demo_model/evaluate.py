@@ -51,8 +51,8 @@ def through_transformers(folder: Path) -> Callable[[list[Case]], Iterable[str]]:
 
 def through_engine(folder: Path) -> Callable[[list[Case]], Iterable[str]]:
     """Batches of 64 side by side; the prefix cache is on, as it is by default."""
-    from dashinfer_vlm.engine.request import SamplingParams
     from dashinfer_vlm.offline.vlm import VLM
+    from dashinfer_vlm.request import SamplingParams
 
     vlm = VLM(folder)
     greedy = SamplingParams(temperature=0, max_tokens=MAX_TOKENS)

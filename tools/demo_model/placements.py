@@ -20,13 +20,13 @@ from typing import Any, TypeAlias
 import httpx
 from PIL import Image
 from prometheus_client.parser import text_string_to_metric_families
-from tests.cluster.nodes import Cluster
 from tests.e2e.serving import Server
-from tests.vision.redis_server import BINARY, RedisServer
+from tests.encoders.cluster.nodes import Cluster
+from tests.encoders.redis_server import BINARY, RedisServer
 
-from dashinfer_vlm.engine.request import SamplingParams
 from dashinfer_vlm.engine.stats import EngineStats
 from dashinfer_vlm.offline.vlm import VLM
+from dashinfer_vlm.request import SamplingParams
 from demo_model.cases import MAX_TOKENS, Case, with_media
 
 NUM_CLIENTS = 8

@@ -19,11 +19,11 @@ from dashinfer_vlm.bench.figures import Spread
 from dashinfer_vlm.bench.machine import Machine
 from dashinfer_vlm.bench.workloads import Size
 from dashinfer_vlm.config import EngineConfig
-from dashinfer_vlm.engine.request import Grid
-from dashinfer_vlm.engine.threads import engine_cores, engine_threads, set_threads
 from dashinfer_vlm.errors import ConfigError
+from dashinfer_vlm.kernels.threads import engine_cores, engine_threads, set_threads
 from dashinfer_vlm.models.loading import load_encoder
 from dashinfer_vlm.models.vit import PackedVit
+from dashinfer_vlm.request import Grid
 
 __all__ = ["SlicingBench", "SlicingFigures", "measure_slicing", "slicing_json", "slicing_table"]
 

@@ -13,6 +13,7 @@ import rich_click as click
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from dashinfer_vlm import flags
 from dashinfer_vlm.bench.config import ServeBench, parse_size
 from dashinfer_vlm.bench.machine import Machine
 from dashinfer_vlm.bench.plot import check_plot, plot
@@ -20,12 +21,12 @@ from dashinfer_vlm.bench.report import as_json, table
 from dashinfer_vlm.bench.serve import Measured, measure
 from dashinfer_vlm.bench.target import parse_target
 from dashinfer_vlm.bench.workloads import WORKLOADS
-from dashinfer_vlm.cli import flags
 from dashinfer_vlm.cli.command import CONTEXT
-from dashinfer_vlm.cli.progress import LoadingProgress
+from dashinfer_vlm.cli.options import options
 from dashinfer_vlm.config import EngineConfig
 from dashinfer_vlm.errors import ConfigError
 from dashinfer_vlm.hub import resolve_model
+from dashinfer_vlm.progress import LoadingProgress
 
 __all__ = ["bench"]
 
@@ -96,7 +97,7 @@ def serve(
 @click.option(
     "--repeats", default=3, show_default=True, metavar="COUNT", help="Prompts, and pictures, after a first one."
 )
-@flags.options(EngineConfig)
+@options(EngineConfig)
 def latency(
     breakdown: bool, batch: int, prompt_tokens: int, output_tokens: int, image: bool, image_size: str, repeats: int,
     **values: Any,
@@ -135,7 +136,7 @@ def latency(
 @bench.command(context_settings=CONTEXT)
 @click.option("--image-size", "image_sizes", multiple=True, metavar="PX|WxH", default=("448", "896"), show_default=True, help="Size of the pictures, multiples of 28. Repeatable.")  # fmt: skip
 @click.option("--repeats", default=5, show_default=True, metavar="COUNT", help="Pairs of each size, after a first one.")
-@flags.options(EngineConfig)
+@options(EngineConfig)
 def slicing(image_sizes: tuple[str, ...], repeats: int, **values: Any) -> None:
     """Measure what it costs to encode pictures in slices: the same pictures whole and in slices, in turns.
 

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING
 import rich_click as click
 
 from dashinfer_vlm.cli.command import CONTEXT
-from dashinfer_vlm.cluster.ray_library import RESOURCE, check_head, ray_library
 from dashinfer_vlm.config import EngineConfig
+from dashinfer_vlm.encoders.cluster.ray_library import RESOURCE, check_head, ray_library
 from dashinfer_vlm.errors import DashInferError
 from dashinfer_vlm.hub import resolve_model
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from uvicorn.logging import DefaultFormatter
 
 if TYPE_CHECKING:
-    from dashinfer_vlm.engine.client import EngineInfo
+    from dashinfer_vlm.engine.info import EngineInfo
 
 __all__ = ["announce", "set_up_logging"]
 

@@ -7,13 +7,13 @@ from typing import Any
 
 import rich_click as click
 
-from dashinfer_vlm.cli import flags
 from dashinfer_vlm.cli.command import CONTEXT
 from dashinfer_vlm.cli.logs import set_up_logging
-from dashinfer_vlm.cli.progress import LoadingProgress
+from dashinfer_vlm.cli.options import options
 from dashinfer_vlm.config import EngineConfig
 from dashinfer_vlm.errors import ConfigError
 from dashinfer_vlm.hub import resolve_model
+from dashinfer_vlm.progress import LoadingProgress
 
 __all__ = ["quantize"]
 
@@ -31,7 +31,7 @@ FIELDS = (
 
 @click.command("quantize", context_settings=CONTEXT)
 @click.argument("model", default="")
-@flags.options(EngineConfig, only=FIELDS)
+@options(EngineConfig, only=FIELDS)
 def quantize(model: str, **values: Any) -> None:
     """Quantise the weights of MODEL and keep them, so that servers with the same flags find them and start sooner.
 
@@ -47,7 +47,7 @@ def quantize(model: str, **values: Any) -> None:
     folder = resolve_model(config)
 
     # brings torch
-    from dashinfer_vlm.engine.threads import set_threads
+    from dashinfer_vlm.kernels.threads import set_threads
     from dashinfer_vlm.models.loading import quantise
 
     if config.threads is not None:

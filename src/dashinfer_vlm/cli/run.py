@@ -12,12 +12,13 @@ import rich_click as click
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from dashinfer_vlm.cli import flags
+from dashinfer_vlm import flags
 from dashinfer_vlm.cli.command import CONTEXT
 from dashinfer_vlm.cli.logs import set_up_logging
-from dashinfer_vlm.cli.progress import LoadingProgress
+from dashinfer_vlm.cli.options import options
 from dashinfer_vlm.config import EngineConfig, MediaConfig, ServerConfig
 from dashinfer_vlm.hub import DEMO_NAME, resolve_model
+from dashinfer_vlm.progress import LoadingProgress
 
 if TYPE_CHECKING:
     from dashinfer_vlm.offline.batch import BatchInput, BatchOutput, BatchRecord
@@ -33,7 +34,7 @@ _UNLIMITED = 1 << 30
 @click.argument("input_file", metavar="INPUT.jsonl", type=click.Path(dir_okay=False, path_type=Path))
 @click.option("-o", "--output", "output_file", required=True, metavar="OUTPUT.jsonl", type=click.Path(dir_okay=False, path_type=Path), help="Where answers are appended; a run that was ended goes on from what is there.")  # fmt: skip
 @click.option("--chat-template", metavar="FILE", help="File with a Jinja chat template; the model's own when absent.")
-@flags.options(EngineConfig, MediaConfig)
+@options(EngineConfig, MediaConfig)
 def run(input_file: Path, output_file: Path, chat_template: str | None, **values: Any) -> int:
     """Answer the requests of INPUT.jsonl, a file in the format of OpenAI's Batch API.
 
@@ -62,12 +63,12 @@ def run(input_file: Path, output_file: Path, chat_template: str | None, **values
 async def _run(
     source: BatchInput, output: BatchOutput, engine_config: EngineConfig, media: MediaConfig, chat_template: str | None
 ) -> int:
-    from dashinfer_vlm.engine.client import ProcessEngine
+    from dashinfer_vlm.engine.host.process import ProcessEngine
     from dashinfer_vlm.frontend.service import Service
     from dashinfer_vlm.media.loader import MediaLoader
     from dashinfer_vlm.offline.batch import BatchRun
+    from dashinfer_vlm.processors.qwen import ProcessorConfig
     from dashinfer_vlm.server.app import create_app
-    from dashinfer_vlm.vision.processor import ProcessorConfig
 
     folder = resolve_model(engine_config)
     processor = ProcessorConfig.from_checkpoint(

@@ -19,14 +19,14 @@ from typing import Any
 
 import rich_click as click
 
-from dashinfer_vlm import envs
-from dashinfer_vlm.cli import flags
+from dashinfer_vlm import envs, flags
 from dashinfer_vlm.cli.command import CONTEXT, execute
 from dashinfer_vlm.cli.listen import listen
 from dashinfer_vlm.cli.logs import announce, set_up_logging
-from dashinfer_vlm.cli.progress import LoadingProgress
+from dashinfer_vlm.cli.options import options
 from dashinfer_vlm.config import EngineConfig, MediaConfig, ServerConfig
 from dashinfer_vlm.hub import DEMO_NAME, resolve_model
+from dashinfer_vlm.progress import LoadingProgress
 
 __all__ = ["main"]
 
@@ -38,7 +38,7 @@ logger = logging.getLogger(__name__)
     context_settings=CONTEXT,
     epilog="Every flag can also be given as a variable: --max-batch 8 is DASHINFER_MAX_NUM_SEQS=8. See docs/flags.md.",
 )
-@flags.options(*flags.FACES)
+@options(*flags.FACES)
 def command(**values: Any) -> None:
     """Serve a vision-language model behind an OpenAI-compatible API.
 
@@ -70,11 +70,11 @@ async def _serve(
     tls: tuple[str, str] | None,
 ) -> None:
     # the rooms bring torch and more, which neither -h nor a wrong flag should wait for
-    from dashinfer_vlm.engine.client import ProcessEngine
+    from dashinfer_vlm.engine.host.process import ProcessEngine
     from dashinfer_vlm.frontend.service import Service
     from dashinfer_vlm.media.loader import MediaLoader
+    from dashinfer_vlm.processors.qwen import ProcessorConfig
     from dashinfer_vlm.server.run import TlsFiles, serve
-    from dashinfer_vlm.vision.processor import ProcessorConfig
 
     processor = ProcessorConfig.from_checkpoint(
         folder, min_pixels=engine_config.min_pixels, max_pixels=engine_config.max_pixels

@@ -9,8 +9,8 @@ from importlib import import_module
 import rich_click as click
 
 from dashinfer_vlm import __version__
-from dashinfer_vlm.cli import flags
 from dashinfer_vlm.cli.command import CONTEXT, execute
+from dashinfer_vlm.cli.options import reference_page
 
 __all__ = ["main", "tool"]
 
@@ -54,7 +54,7 @@ def version() -> None:
 @tool.command("flags", context_settings=CONTEXT)
 def show_flags() -> None:
     """Print docs/flags.md: every flag of dashinfer_vlm_serve."""
-    click.echo(flags.reference_page(), nl=False)
+    click.echo(reference_page(), nl=False)
 
 
 def main() -> None:

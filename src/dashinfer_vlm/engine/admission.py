@@ -6,9 +6,9 @@ import math
 from dataclasses import dataclass
 
 from dashinfer_vlm.config import EngineConfig
-from dashinfer_vlm.engine.request import Item, Request
 from dashinfer_vlm.errors import ConfigError, ContextLengthError, InvalidRequestError, MediaTooLargeError
 from dashinfer_vlm.models.base import KVCache, Model
+from dashinfer_vlm.request import Item, Request
 
 DEFAULT_MAX_MODEL_LEN = 32000
 """The documented default of --max_length; a model with a shorter context keeps its own."""

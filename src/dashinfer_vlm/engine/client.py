@@ -1,22 +1,22 @@
 """The engine as everyone outside it sees it: requests in, streams of outputs out, wherever the engine runs.
 
-`LocalEngine` runs the loop in a thread of this process, `ProcessEngine` in a process of its own; the same loop, the
+`host/local.py` runs its loop in a thread of this process, `host/process.py` in a process of its own; the same loop, the
 same events, the same streams.
 """
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from typing import Protocol
 
-from dashinfer_vlm.engine.load import OnProgress
-from dashinfer_vlm.engine.local import LocalEngine
-from dashinfer_vlm.engine.messages import EngineInfo
-from dashinfer_vlm.engine.remote import ProcessEngine
-from dashinfer_vlm.engine.request import Output, Request
+from dashinfer_vlm.engine.info import EngineInfo
 from dashinfer_vlm.engine.stats import EngineStats
+from dashinfer_vlm.request import Output, Request
 
-__all__ = ["EngineClient", "EngineInfo", "LocalEngine", "OnProgress", "ProcessEngine"]
+__all__ = ["EngineClient", "OnProgress"]
+
+OnProgress = Callable[[str, int, int], None]
+"""Called with a stage of loading, how much of it is done, and how much there is."""
 
 
 class EngineClient(Protocol):

@@ -10,12 +10,13 @@ from collections.abc import Iterable
 import torch
 
 from dashinfer_vlm.config import EngineConfig
+from dashinfer_vlm.encoders.placement import make_stage
+from dashinfer_vlm.encoders.shared.stage import SharedCacheCounters, SharedCacheStage, with_shared_cache
 from dashinfer_vlm.engine.admission import Limits, check_request
 from dashinfer_vlm.engine.blocks import BlockPool
 from dashinfer_vlm.engine.cost import StepCost
 from dashinfer_vlm.engine.drafts import Drafter
 from dashinfer_vlm.engine.memory import max_item_patches, max_pinned_tokens
-from dashinfer_vlm.engine.request import Finish, Output, Request, TokenLogprob
 from dashinfer_vlm.engine.runner import Runner
 from dashinfer_vlm.engine.sampler import LogitRows, Sampled
 from dashinfer_vlm.engine.scheduler import Chunk, Plan, Scheduler
@@ -23,8 +24,7 @@ from dashinfer_vlm.engine.sequence import Sequence
 from dashinfer_vlm.engine.stats import EngineStats
 from dashinfer_vlm.errors import InvalidRequestError
 from dashinfer_vlm.models.base import KVCache, Model
-from dashinfer_vlm.vision.shared_cache import SharedCacheCounters, SharedCacheStage, with_shared_cache
-from dashinfer_vlm.vision.stage import make_stage
+from dashinfer_vlm.request import Finish, Output, Request, TokenLogprob
 
 log = logging.getLogger(__name__)
 
@@ -181,7 +181,9 @@ class Engine:
             return logits.sample(row, sequence, self.model.eos_token_ids)
         except Exception:
             log.exception("no token could be chosen for request %s", sequence.id)
-            return Sampled(-1, None, "no token could be chosen with these sampling parameters; the server's log says more")
+            return Sampled(
+                -1, None, "no token could be chosen with these sampling parameters; the server's log says more"
+            )
 
     def _accept(self, sequence: Sequence, sampled: Sampled) -> Finish | None:
         """Append the token, or end the sequence by it, or both."""

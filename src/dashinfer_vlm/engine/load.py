@@ -4,25 +4,22 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
 
 import torch
 
 from dashinfer_vlm.config import EngineConfig
+from dashinfer_vlm.engine.client import OnProgress
 from dashinfer_vlm.engine.engine import Engine
+from dashinfer_vlm.engine.info import EngineInfo
 from dashinfer_vlm.engine.memory import kv_block_bytes, kv_dtype, num_kv_blocks
-from dashinfer_vlm.engine.messages import EngineInfo
-from dashinfer_vlm.engine.threads import engine_cores, engine_threads, set_threads, stay_on
+from dashinfer_vlm.kernels.threads import engine_cores, engine_threads, set_threads, stay_on
 from dashinfer_vlm.layers.memory import huge_pages
 from dashinfer_vlm.models.base import KVCache
 from dashinfer_vlm.models.loading import allocate_kv, load_model
 
-__all__ = ["OnProgress", "load_engine"]
+__all__ = ["load_engine"]
 
 logger = logging.getLogger(__name__)
-
-OnProgress = Callable[[str, int, int], None]
-"""Called with a stage of loading, how much of it is done, and how much there is."""
 
 
 def load_engine(config: EngineConfig, progress: OnProgress) -> tuple[Engine, EngineInfo]:

@@ -11,7 +11,7 @@ from dashinfer_vlm.config import EngineConfig
 from dashinfer_vlm.engine.admission import resolve_max_model_len
 from dashinfer_vlm.errors import ConfigError
 from dashinfer_vlm.layers.attention import cache_row_size
-from dashinfer_vlm.models.base import KVCache, Model
+from dashinfer_vlm.models.base import KVCache, Model, embedding_row_bytes
 
 _GIB = 2**30
 CPU_DEFAULT_GIB = 2.0
@@ -63,11 +63,6 @@ def max_pinned_tokens(model: Model, config: EngineConfig) -> int:
     """Visual tokens whose embeddings running sequences may hold: what the cache may hold, and some more."""
     budget = int(config.vision_cache_gib * _GIB) + EMBEDDING_HEADROOM_BYTES
     return budget // embedding_row_bytes(model)
-
-
-def embedding_row_bytes(model: Model) -> int:
-    """Bytes of one token's embedding."""
-    return model.text.hidden_size * model.activation_dtype.itemsize
 
 
 def kv_dtype(model: Model, config: EngineConfig) -> torch.dtype:

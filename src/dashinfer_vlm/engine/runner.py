@@ -8,10 +8,10 @@ from itertools import accumulate, pairwise
 import numpy as np
 import torch
 
-from dashinfer_vlm.engine.request import Item
+from dashinfer_vlm.encoders.cache import EmbeddingCache
 from dashinfer_vlm.engine.scheduler import Chunk
 from dashinfer_vlm.models.base import EmbeddingRows, KVCache, Model, StepBatch
-from dashinfer_vlm.vision.cache import EmbeddingCache
+from dashinfer_vlm.request import Item
 
 
 class Runner:

@@ -15,8 +15,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from dashinfer_vlm.engine.request import TokenLogprob
 from dashinfer_vlm.engine.sequence import Sequence
+from dashinfer_vlm.request import TokenLogprob
 
 Row = NDArray[np.float32]
 Ids = NDArray[np.int64]

@@ -20,11 +20,11 @@ from __future__ import annotations
 from collections import deque
 from dataclasses import dataclass
 
+from dashinfer_vlm.encoders.stage import EncoderStage
 from dashinfer_vlm.engine.blocks import BlockPool
 from dashinfer_vlm.engine.cost import StepCost
-from dashinfer_vlm.engine.request import Item
 from dashinfer_vlm.engine.sequence import Sequence
-from dashinfer_vlm.vision.encoder import EncoderStage
+from dashinfer_vlm.request import Item
 
 DECODE_SLACK = 0.4
 """Extra work of a step, as a share of its decode, when few requests wait. Keeps the 99th percentile gap between

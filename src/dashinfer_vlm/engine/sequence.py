@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from dashinfer_vlm.engine.request import Finish, Item, Request
+from dashinfer_vlm.request import Finish, Item, Request
 
 if TYPE_CHECKING:
     from dashinfer_vlm.engine.blocks import BlockHash

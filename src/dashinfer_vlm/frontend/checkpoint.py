@@ -8,8 +8,8 @@ from typing import Any
 
 import msgspec
 
-from dashinfer_vlm.engine.request import ItemKind
 from dashinfer_vlm.errors import CheckpointError
+from dashinfer_vlm.request import ItemKind
 
 _DEFAULTED = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
 

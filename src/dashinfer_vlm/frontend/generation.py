@@ -12,13 +12,13 @@ from dataclasses import dataclass
 from typing import Literal
 
 from dashinfer_vlm.engine.client import EngineClient
-from dashinfer_vlm.engine.request import Output, Request, TokenLogprob
 from dashinfer_vlm.errors import EngineDeadError, EngineError
 from dashinfer_vlm.frontend.detokenizer import Detokenizer
 from dashinfer_vlm.frontend.observer import Observer
 from dashinfer_vlm.frontend.params import GenerationParams
 from dashinfer_vlm.frontend.prompt import Prompt
 from dashinfer_vlm.frontend.tokenizer import Tokenizer
+from dashinfer_vlm.request import Output, Request, TokenLogprob
 
 EndReason = Literal["stop", "length"]
 

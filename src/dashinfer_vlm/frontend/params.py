@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 
 import msgspec
 
-from dashinfer_vlm.engine.request import SamplingParams
 from dashinfer_vlm.errors import InvalidRequestError
+from dashinfer_vlm.request import SamplingParams
 
 MAX_CHOICES = 128
 MAX_STOP_STRINGS = 64

@@ -7,13 +7,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol, TypeVar
 
-from dashinfer_vlm.engine.request import Item, ItemKind
 from dashinfer_vlm.errors import ContextLengthError, InvalidRequestError
 from dashinfer_vlm.frontend.messages import Message, validate_messages
 from dashinfer_vlm.frontend.template import ChatTemplate
 from dashinfer_vlm.frontend.tokenizer import Tokenizer
 from dashinfer_vlm.media.loader import MediaCounters
 from dashinfer_vlm.media.types import LoadedMedia, MediaRef
+from dashinfer_vlm.request import Item, ItemKind
 
 T = TypeVar("T")
 

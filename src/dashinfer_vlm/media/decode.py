@@ -20,9 +20,8 @@ import msgspec
 
 from dashinfer_vlm.errors import MediaError, MediaTooLargeError
 from dashinfer_vlm.media import images
-from dashinfer_vlm.media.messages import LENGTH_BYTES, Decoded, DecodeJob, Failed, Ready, Reply
-from dashinfer_vlm.shared_array import put
-from dashinfer_vlm.vision.processor import (
+from dashinfer_vlm.media.wire import LENGTH_BYTES, Decoded, DecodeJob, Failed, Ready, Reply
+from dashinfer_vlm.processors.qwen import (
     Pixels,
     Processed,
     ProcessorConfig,
@@ -32,6 +31,7 @@ from dashinfer_vlm.vision.processor import (
     process_image,
     video_grid,
 )
+from dashinfer_vlm.shared_array import put
 
 
 def process(job: DecodeJob) -> Processed:

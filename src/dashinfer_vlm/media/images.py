@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from dashinfer_vlm.errors import MediaError, MediaTooLargeError
-from dashinfer_vlm.vision.processor import Pixels
+from dashinfer_vlm.processors.qwen import Pixels
 
 Image.init()  # registers the decoders, once
 FORMATS = tuple(name for name in ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF", "AVIF") if name in Image.OPEN)

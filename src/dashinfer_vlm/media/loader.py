@@ -21,17 +21,15 @@ import anyio
 import numpy as np
 
 from dashinfer_vlm.config import MediaConfig
-from dashinfer_vlm.engine.request import Grid, ItemKind
 from dashinfer_vlm.errors import MediaError, MediaRefusedError, MediaTooLargeError, OverloadedError
 from dashinfer_vlm.media.cache import ByteBudget, Lease, LeasedCache
 from dashinfer_vlm.media.decode import content_hash, frame_list_step
 from dashinfer_vlm.media.fetch import Fetcher, Resolver, check_size, decode_data_url, read_file
-from dashinfer_vlm.media.messages import DecodeJob, JobKind
 from dashinfer_vlm.media.policy import MediaPolicy
 from dashinfer_vlm.media.types import LoadedMedia, MediaRef
+from dashinfer_vlm.media.wire import DecodeJob, JobKind
 from dashinfer_vlm.media.workers import WorkerPool
-from dashinfer_vlm.shared_array import SharedArray, SharedFolder
-from dashinfer_vlm.vision.processor import (
+from dashinfer_vlm.processors.qwen import (
     Pixels,
     Processed,
     ProcessorConfig,
@@ -41,7 +39,9 @@ from dashinfer_vlm.vision.processor import (
     process_image,
     video_grid,
 )
-from dashinfer_vlm.vision.processor import num_tokens as count_tokens
+from dashinfer_vlm.processors.qwen import num_tokens as count_tokens
+from dashinfer_vlm.request import Grid, ItemKind
+from dashinfer_vlm.shared_array import SharedArray, SharedFolder
 
 _LARGE_BYTES = 1 << 20
 """What takes longer than a millisecond or so to hash is hashed in a thread."""

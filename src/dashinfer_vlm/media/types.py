@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from dashinfer_vlm.engine.request import Grid, ItemKind
+from dashinfer_vlm.request import Grid, ItemKind
 from dashinfer_vlm.shared_array import SharedArray
 
 

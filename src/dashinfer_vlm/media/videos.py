@@ -14,7 +14,7 @@ import numpy as np
 
 from dashinfer_vlm.errors import MediaError, MediaTooLargeError
 from dashinfer_vlm.media.images import explained
-from dashinfer_vlm.vision.processor import (
+from dashinfer_vlm.processors.qwen import (
     Pixels,
     Processed,
     ProcessorConfig,

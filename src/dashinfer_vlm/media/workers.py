@@ -18,7 +18,7 @@ import anyio
 import msgspec
 
 from dashinfer_vlm.errors import EngineError, MediaError, MediaTooLargeError, OverloadedError
-from dashinfer_vlm.media.messages import LENGTH_BYTES, Decoded, DecodeJob, Failed, Ready, Reply
+from dashinfer_vlm.media.wire import LENGTH_BYTES, Decoded, DecodeJob, Failed, Ready, Reply
 from dashinfer_vlm.shared_array import SharedArray
 
 log = logging.getLogger(__name__)

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 
 import torch
 
-from dashinfer_vlm.engine.request import Grid, Item
+from dashinfer_vlm.request import Grid, Item
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -132,3 +132,8 @@ class Model(Protocol):
         """M-RoPE positions of a prompt: int64 [3, num_tokens], and the offset that turns the index of a generated
         token into its position (position = index + offset)."""
         ...
+
+
+def embedding_row_bytes(model: Model) -> int:
+    """Bytes of one token's embedding."""
+    return model.text.hidden_size * model.activation_dtype.itemsize

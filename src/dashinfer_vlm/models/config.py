@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from dashinfer_vlm.errors import CheckpointError
-from dashinfer_vlm.vision.processor import ProcessorConfig
+from dashinfer_vlm.processors.qwen import ProcessorConfig
 
 __all__ = ["CheckpointConfig", "Section", "TextConfig", "VisionConfig", "read_config"]
 

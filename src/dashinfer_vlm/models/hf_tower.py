@@ -9,12 +9,12 @@ from typing import Any
 
 import torch
 
-from dashinfer_vlm.engine.request import Grid
 from dashinfer_vlm.errors import CheckpointError
 from dashinfer_vlm.layers.backend import Backend
 from dashinfer_vlm.models.base import EncoderState
 from dashinfer_vlm.models.config import CheckpointConfig
 from dashinfer_vlm.models.weights import Weights
+from dashinfer_vlm.request import Grid
 
 __all__ = ["TransformersVision"]
 

@@ -7,8 +7,8 @@ from pathlib import Path
 import torch
 
 from dashinfer_vlm.config import EngineConfig
-from dashinfer_vlm.engine.threads import leave_torch_one_thread
 from dashinfer_vlm.errors import ConfigError, DashInferError
+from dashinfer_vlm.kernels.threads import leave_torch_one_thread
 from dashinfer_vlm.layers.attention import cache_row_size
 from dashinfer_vlm.layers.backend import Backend, choose_backend
 from dashinfer_vlm.layers.memory import huge_zeros
@@ -16,9 +16,9 @@ from dashinfer_vlm.models.base import KVCache, Model, VisionEncoder
 from dashinfer_vlm.models.config import CheckpointConfig, read_config
 from dashinfer_vlm.models.hf_tower import TransformersVision
 from dashinfer_vlm.models.identity import PARTS
+from dashinfer_vlm.models.quant_cache import open_store
 from dashinfer_vlm.models.registry import model_class, vision_class
 from dashinfer_vlm.models.weights import Progress, Weights
-from dashinfer_vlm.quant_cache.store import open_store
 
 __all__ = ["allocate_kv", "load_encoder", "load_model", "quantise"]
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-from dashinfer_vlm.engine.request import Grid, Item
+from dashinfer_vlm.request import Grid, Item
 
 __all__ = ["mrope_positions"]
 

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 
 import torch
 
-from dashinfer_vlm.engine.request import Grid, Item
 from dashinfer_vlm.layers.backend import Backend
 from dashinfer_vlm.models.base import KVCache, StepBatch, VisionEncoder
 from dashinfer_vlm.models.config import CheckpointConfig
@@ -14,6 +13,7 @@ from dashinfer_vlm.models.mrope import mrope_positions
 from dashinfer_vlm.models.qwen2_decoder import Qwen2Decoder
 from dashinfer_vlm.models.vit import NORM_EPS, PackedVit, PatchLayout, VitBlock, frame_starts, take_linear
 from dashinfer_vlm.models.weights import Weights
+from dashinfer_vlm.request import Grid, Item
 
 __all__ = ["Qwen25VL", "Qwen25VLVision"]
 

@@ -9,7 +9,6 @@ from itertools import islice
 
 import torch
 
-from dashinfer_vlm.engine.request import Grid
 from dashinfer_vlm.layers.activation import Epilogue
 from dashinfer_vlm.layers.backend import Backend
 from dashinfer_vlm.layers.linear import Linear
@@ -17,6 +16,7 @@ from dashinfer_vlm.layers.rotary import inverse_frequencies, vision_cos_sin
 from dashinfer_vlm.models.base import EncoderState
 from dashinfer_vlm.models.config import CheckpointConfig
 from dashinfer_vlm.models.weights import Weights
+from dashinfer_vlm.request import Grid
 
 __all__ = [
     "PackedVit",

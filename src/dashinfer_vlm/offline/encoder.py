@@ -20,14 +20,13 @@ from typing import Any
 import torch
 
 from dashinfer_vlm.config import MediaConfig
-from dashinfer_vlm.engine.messages import map_tensor
-from dashinfer_vlm.engine.request import Grid, Item
-from dashinfer_vlm.engine.threads import engine_cores, engine_threads, set_threads, stay_on
+from dashinfer_vlm.engine.host.mapping import map_tensor
 from dashinfer_vlm.frontend.checkpoint import FrontendConfig
 from dashinfer_vlm.frontend.prompt import Prompt, PromptBuilder
 from dashinfer_vlm.frontend.template import ChatTemplate
 from dashinfer_vlm.frontend.tokenizer import Tokenizer
 from dashinfer_vlm.hub import resolve_model
+from dashinfer_vlm.kernels.threads import engine_cores, engine_threads, set_threads, stay_on
 from dashinfer_vlm.media.loader import MediaLoader
 from dashinfer_vlm.models.base import VisionEncoder
 from dashinfer_vlm.models.config import CheckpointConfig, read_config
@@ -36,8 +35,9 @@ from dashinfer_vlm.models.mrope import mrope_positions
 from dashinfer_vlm.offline.background import BackgroundLoop
 from dashinfer_vlm.offline.inputs import Conversation, to_messages
 from dashinfer_vlm.offline.options import configs
+from dashinfer_vlm.processors.qwen import ProcessorConfig
+from dashinfer_vlm.request import Grid, Item
 from dashinfer_vlm.shared_array import SharedArray
-from dashinfer_vlm.vision.processor import ProcessorConfig
 
 __all__ = ["EncodedPrompt", "Encoder"]
 

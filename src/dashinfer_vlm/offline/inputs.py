@@ -13,11 +13,11 @@ from typing import Any, TypeAlias, cast
 import numpy as np
 from PIL import Image
 
-from dashinfer_vlm.engine.request import ItemKind
 from dashinfer_vlm.errors import InvalidRequestError, MediaError
 from dashinfer_vlm.frontend.messages import MediaPart, Message, Part, TextPart
 from dashinfer_vlm.media.images import decode
 from dashinfer_vlm.media.types import MediaRef
+from dashinfer_vlm.request import ItemKind
 
 ImageLike: TypeAlias = "Image.Image | np.ndarray | str | Path | bytes"
 """A PIL image; uint8 [H, W], [H, W, 3] or [H, W, 4]; a URL (http, https, data, file) or a path; an encoded file."""

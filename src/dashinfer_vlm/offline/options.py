@@ -6,9 +6,9 @@ import difflib
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
-from dashinfer_vlm.cli.flags import flags_of
 from dashinfer_vlm.config import EngineConfig, MediaConfig
 from dashinfer_vlm.errors import ConfigError
+from dashinfer_vlm.flags import flags_of
 
 Config = TypeVar("Config")
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from dashinfer_vlm.engine.request import TokenLogprob
 from dashinfer_vlm.errors import DashInferError
 from dashinfer_vlm.frontend.generation import EndReason, Generation, Usage
+from dashinfer_vlm.request import TokenLogprob
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

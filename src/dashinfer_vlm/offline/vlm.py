@@ -22,10 +22,9 @@ from typing import Any, TypeAlias, cast, overload
 
 import msgspec
 
-from dashinfer_vlm.cli.progress import LoadingProgress
 from dashinfer_vlm.config import EngineConfig, MediaConfig
-from dashinfer_vlm.engine.client import EngineInfo, LocalEngine
-from dashinfer_vlm.engine.request import SamplingParams
+from dashinfer_vlm.engine.host.local import LocalEngine
+from dashinfer_vlm.engine.info import EngineInfo
 from dashinfer_vlm.engine.stats import EngineStats
 from dashinfer_vlm.errors import DashInferError, InvalidRequestError
 from dashinfer_vlm.frontend.generation import Delta, Generation
@@ -38,7 +37,9 @@ from dashinfer_vlm.offline.inputs import Conversation, is_conversation, to_messa
 from dashinfer_vlm.offline.options import configs
 from dashinfer_vlm.offline.progress import AnswerProgress
 from dashinfer_vlm.offline.results import Result, collect
-from dashinfer_vlm.vision.processor import ProcessorConfig
+from dashinfer_vlm.processors.qwen import ProcessorConfig
+from dashinfer_vlm.progress import LoadingProgress
+from dashinfer_vlm.request import SamplingParams
 
 Params: TypeAlias = SamplingParams | GenerationParams | None
 Prompt: TypeAlias = str | list[int]

@@ -6,9 +6,9 @@ import msgspec
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
-from dashinfer_vlm.engine.request import TokenLogprob
 from dashinfer_vlm.frontend.generation import Delta, Usage
 from dashinfer_vlm.frontend.tokenizer import Tokenizer
+from dashinfer_vlm.request import TokenLogprob
 from dashinfer_vlm.server.body import read_body
 from dashinfer_vlm.server.context import Context
 from dashinfer_vlm.server.protocol import ChatBody, conversation

@@ -11,11 +11,11 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Discriminator, Field, Tag
 
-from dashinfer_vlm.engine.request import ItemKind, SamplingParams
 from dashinfer_vlm.errors import InvalidRequestError
 from dashinfer_vlm.frontend.messages import MediaPart, Message, Part, TextPart, ToolCall
 from dashinfer_vlm.frontend.params import GenerationParams
 from dashinfer_vlm.media.types import MediaRef
+from dashinfer_vlm.request import ItemKind, SamplingParams
 from dashinfer_vlm.server.schema import Body, Prompts, TextOrTexts, only, shape_of_content
 
 LOW_DETAIL_PIXELS = 512 * 512

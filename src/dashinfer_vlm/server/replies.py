@@ -10,9 +10,9 @@ from dataclasses import dataclass, field
 
 import msgspec
 
-from dashinfer_vlm.engine.request import TokenLogprob
 from dashinfer_vlm.frontend.generation import Usage
 from dashinfer_vlm.frontend.tokenizer import Tokenizer
+from dashinfer_vlm.request import TokenLogprob
 
 _LEAST_LOGPROB = -9999.0
 """Stands for minus infinity, which JSON cannot say; the value that vLLM's users know."""

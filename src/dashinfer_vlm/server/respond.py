@@ -10,8 +10,8 @@ import msgspec
 from fastapi import Request
 from starlette.responses import Response
 
-from dashinfer_vlm.engine.request import TokenLogprob
 from dashinfer_vlm.frontend.generation import Delta, Generation, Usage
+from dashinfer_vlm.request import TokenLogprob
 from dashinfer_vlm.server.body import unless_gone
 from dashinfer_vlm.server.stream import EventStream
 

@@ -1,0 +1,143 @@
+"""Flags as options of click commands, and the page of documentation about them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Collection
+from typing import Any, Literal, TypeVar, get_args, get_origin
+
+import rich_click as click
+
+from dashinfer_vlm.config import flag
+from dashinfer_vlm.flags import FACES, Flag, flags_of
+
+__all__ = ["options", "reference_page"]
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+
+def string_list(value: str | tuple[str, ...]) -> tuple[str, ...]:
+    """`a,b` or `["a", "b"]` as a tuple of strings, none of them empty.
+
+    A list that names nothing is refused: an empty list of keys or hosts would mean "everybody".
+    """
+    if isinstance(value, tuple):
+        return value
+    items = _parse_json(value) if value.startswith("[") else value.split(",")
+    if not all(isinstance(item, str) for item in items):
+        raise click.BadParameter("a list of strings is wanted")
+    named = tuple(item.strip() for item in items if item.strip())
+    if not named:
+        raise click.BadParameter("the list is empty; name something or leave the flag out")
+    return named
+
+
+def count_table(value: str) -> dict[str, int]:
+    """`{"image": 16}` as a dictionary from names to counts."""
+    table = _parse_json(value)
+    if not isinstance(table, dict) or not all(type(count) is int for count in table.values()):
+        raise click.BadParameter('a JSON object of whole numbers is wanted, such as {"image": 16}')
+    return table
+
+
+def settings_table(value: str) -> dict[str, str | int]:
+    """`{"method": "ngram", "num_speculative_tokens": 4}` as a dictionary; its config checks the keys."""
+    table = _parse_json(value)
+    if not isinstance(table, dict):
+        raise click.BadParameter("a JSON object is wanted")
+    return table
+
+
+def _parse_json(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise click.BadParameter(f"{error.msg} at character {error.pos} of the JSON text") from error
+
+
+def options(*faces: type[Any], only: Collection[str] | None = None) -> Callable[[Command], Command]:
+    """Decorate a click command with a flag per field of `faces`, or of those in `only`, grouped in its help as the
+    fields are."""
+    flags = [item for face in faces for item in flags_of(face) if only is None or item.field in only]
+
+    def decorate(command: Command) -> Command:
+        for group in reversed(dict.fromkeys(item.group for item in flags)):
+            command = click.option_panel(group, options=[flag(f.field) for f in flags if f.group == group])(command)
+        for item in reversed(flags):
+            command = _option(item)(command)
+        return command
+
+    return decorate
+
+
+def reference_page() -> str:
+    """`docs/flags.md`: every flag with its variable, its values, its default and its help."""
+    rows = [
+        "# Flags of `dashinfer_vlm_serve`",
+        "",
+        "Made from the fields of `src/dashinfer_vlm/config.py` by `make docs`. `-` and `_` are alike in flags; lists are",
+        "comma separated or JSON; a flag on the command line wins over its variable.",
+    ]
+    group = ""
+    for item in (item for face in FACES for item in flags_of(face)):
+        if item.group != group:
+            group = item.group
+            rows += ["", f"## {group}", "", "| flag | variable | values | default | |", "|---|---|---|---|---|"]
+        names = ", ".join(f"`{name}`" for name in item.spellings)
+        rows.append(f"| {names} | `{item.env}` | {_values(item.type)} | {_default(item.default)} | {item.help} |")
+    return "\n".join(rows) + "\n"
+
+
+def _option(item: Flag) -> Callable[[Command], Command]:
+    """The click option; its default is the field's own."""
+    values = get_args(item.type) if get_origin(item.type) is Literal else ()
+    shown = ",".join(item.default) if isinstance(item.default, tuple) else item.default
+    details: dict[str, Any] = {} if item.type is bool else {"type": _param_type(item.type), "metavar": _metavar(item)}
+    return click.option(
+        *item.spellings,
+        item.field,
+        default=item.default,
+        help=f"{item.help} One of {', '.join(values)}." if values else item.help,
+        envvar=item.envs,
+        show_default=False if item.secret or shown in (None, "", False) else str(shown),
+        **details,
+    )
+
+
+def _metavar(item: Flag) -> str:
+    """What stands for a value of the flag in the help."""
+    names: dict[Any, str] = {
+        str: "TEXT",
+        int: "COUNT",
+        float: "NUMBER",
+        tuple: "A,B",
+        dict: "JSON",
+        Literal: "NAME",
+    }
+    return names[get_origin(item.type) or item.type]
+
+
+def _param_type(kind: Any) -> Any:
+    if get_origin(kind) is Literal:
+        return click.Choice(get_args(kind))
+    converters: dict[Any, Callable[..., Any]] = {
+        tuple[str, ...]: string_list,
+        dict[str, int]: count_table,
+        dict[str, str | int]: settings_table,
+    }
+    return converters.get(kind, kind)
+
+
+def _values(kind: Any) -> str:
+    if get_origin(kind) is Literal:
+        return ", ".join(f"`{value}`" for value in get_args(kind))
+    names: dict[Any, str] = {str: "text", int: "whole number", float: "number", bool: "", tuple: "list", dict: "JSON"}
+    return names[get_origin(kind) or kind]
+
+
+def _default(value: Any) -> str:
+    if value in (None, "", ()):
+        return ""
+    if isinstance(value, bool):
+        return "on" if value else "off"
+    return f"`{','.join(value) if isinstance(value, tuple) else value}`"

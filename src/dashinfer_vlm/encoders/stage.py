@@ -1,0 +1,70 @@
+"""The encoder as a stage of its own: items in, embeddings out. The scheduler sees only these verbs, wherever it runs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+from dashinfer_vlm.encoders.cache import EmbeddingCache
+from dashinfer_vlm.request import Item
+
+__all__ = ["EncoderCounters", "EncoderStage"]
+
+
+class EncoderStage(Protocol):
+    """What the engine needs of an encoder, wherever it runs."""
+
+    @property
+    def cache(self) -> EmbeddingCache: ...
+
+    @property
+    def counters(self) -> EncoderCounters: ...
+
+    def request(self, item: Item) -> None:
+        """Pin the item's embedding and see to it that it will be there; a second request for the same content shares
+        the work. One `release` per `request`."""
+        ...
+
+    def release(self, item: Item) -> None: ...
+
+    def has_work(self) -> bool: ...
+
+    def advance(self, budget_s: float) -> None:
+        """Work for about `budget_s` seconds; finished embeddings are in `cache` afterwards. What is too little for a
+        slice is saved up for the next call, so that over many calls the budget is kept on average.
+
+        A stage that runs elsewhere never waits while streams do: at most for a hundredth of a long budget."""
+        ...
+
+    @property
+    def computes_here(self) -> bool:
+        """Whether `advance` would now compute in the engine's own time."""
+        ...
+
+    def take_failures(self) -> dict[bytes, str]:
+        """Content hashes that could not be encoded since the last call, with the reason."""
+        ...
+
+    def close(self) -> None:
+        """Give back processes and machines; idempotent."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class EncoderCounters:
+    """What a stage has done since its start."""
+
+    num_encoded: int
+    num_patches: int
+    num_failures: int
+    """Items that were given up."""
+    num_retries: int
+    """Items that were tried again, after a failed batch or the death of an encoder."""
+    num_restarts: int
+    """Encoders elsewhere that were started in place of another one."""
+    seconds: float
+    """Time of all encoders together."""
+    num_elsewhere: int = 0
+    """Of `num_encoded`, those that other processes or machines have encoded."""
+    num_ready: int = 0
+    """Encoders elsewhere that are ready now."""

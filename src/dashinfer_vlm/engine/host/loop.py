@@ -1,0 +1,153 @@
+"""The one loop that turns an engine: obey commands, step, publish what came of it.
+
+Every request that the engine accepted gets exactly one final Output from here, whatever happens: the engine's own, an
+"error" when a step failed, an "abort" when the loop is closed.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable
+from dataclasses import replace
+from typing import Protocol
+
+from dashinfer_vlm.engine.host.mapping import map_tensor
+from dashinfer_vlm.engine.host.wire import (
+    Abort,
+    AskStats,
+    Close,
+    Command,
+    Event,
+    Failed,
+    Outputs,
+    Refused,
+    StatsReply,
+)
+from dashinfer_vlm.engine.stats import EngineStats
+from dashinfer_vlm.errors import DashInferError, EngineDeadError, EngineError, InvalidRequestError
+from dashinfer_vlm.fault import Fault
+from dashinfer_vlm.request import Finish, FinishReason, Output, Request
+from dashinfer_vlm.shared_array import SharedArray
+
+logger = logging.getLogger(__name__)
+
+MAX_FAILURES = 3
+"""Failed steps without a single token in between after which the engine counts as broken."""
+
+
+class SteppedEngine(Protocol):
+    """What the loop needs of an engine."""
+
+    def add(self, request: Request) -> None: ...
+    def abort(self, request_id: str) -> None: ...
+    def step(self) -> list[Output]: ...
+    def has_work(self) -> bool: ...
+    def stats(self) -> EngineStats: ...
+    def fail_all(self, message: str) -> list[Output]: ...
+    def close(self) -> None: ...
+
+
+class Channel(Protocol):
+    """Where commands come from and events go to. Both are called by the loop's thread only."""
+
+    def receive(self, *, wait: bool) -> list[Command]:
+        """All commands that have arrived; with `wait`, blocks until there is one."""
+        ...
+
+    def send(self, event: Event) -> None: ...
+
+
+class EngineLoop:
+    """Runs `engine` for whoever is behind `channel`."""
+
+    def __init__(self, engine: SteppedEngine, channel: Channel) -> None:
+        self._engine = engine
+        self._channel = channel
+        self._live: set[str] = set()
+        """Accepted requests that have had no final Output yet."""
+        self._num_failures = 0
+
+    def run(self) -> None:
+        """Serve until a Close command, or until the engine is broken: then the last event is `Failed`."""
+        try:
+            while self._obey(self._channel.receive(wait=not self._engine.has_work())):
+                if self._engine.has_work():
+                    self._step()
+        except Exception as error:
+            logger.exception("the engine is broken; %d requests end with an error", len(self._live))
+            self._end_live("error", Fault.of(error).message)
+            self._channel.send(Failed(Fault("EngineDeadError", f"the engine gave up: {Fault.of(error).message}")))
+        else:
+            self._engine.fail_all("closed")  # what it says goes unheard: the engine may be given to another loop
+            self._end_live("abort")
+
+    def _obey(self, commands: Iterable[Command]) -> bool:
+        """False once told to close."""
+        for command in commands:
+            match command:
+                case Request():
+                    self._add(command)
+                case Abort(request_id):
+                    self._engine.abort(request_id)
+                case AskStats(ticket):
+                    self._channel.send(StatsReply(ticket, self._engine.stats()))
+                case Close():
+                    return False
+        return True
+
+    def _add(self, request: Request) -> None:
+        try:
+            if request.id in self._live:
+                raise InvalidRequestError(f"request id {request.id!r} is in use", param="id")
+            self._engine.add(_with_mapped_patches(request))
+        except DashInferError as error:
+            self._channel.send(Refused(request.id, Fault.of(error)))
+        except Exception as error:
+            logger.exception("the engine failed to take request %s", request.id)
+            self._channel.send(Refused(request.id, Fault.of(error)))
+        else:
+            self._live.add(request.id)
+
+    def _step(self) -> None:
+        try:
+            outputs = self._engine.step()
+        except Exception as error:
+            self._num_failures += 1
+            if self._num_failures >= MAX_FAILURES:
+                raise EngineDeadError(
+                    f"{self._num_failures} steps failed, the last with {type(error).__name__}"
+                ) from error
+            logger.exception("a step of the engine failed; %d requests end with an error", len(self._live))
+            self._fail_all(Fault.of(error).message)
+        else:
+            self._publish(outputs)
+
+    def _publish(self, outputs: list[Output]) -> None:
+        if not outputs:
+            return
+        if any(output.token_ids for output in outputs):
+            self._num_failures = 0
+        self._live.difference_update(output.request_id for output in outputs if output.finish)
+        self._channel.send(Outputs(outputs))
+
+    def _fail_all(self, message: str) -> None:
+        self._publish(self._engine.fail_all(message))
+        self._end_live("error", message)  # those whose last output was lost with the step
+
+    def _end_live(self, reason: FinishReason, message: str | None = None) -> None:
+        finish = Finish(reason, None, message)
+        self._publish([Output(request_id, finish=finish) for request_id in sorted(self._live)])
+
+
+def _with_mapped_patches(request: Request) -> Request:
+    """Map shared patches now, so that their owner may remove them whenever the request has ended."""
+    if not any(isinstance(item.patches, SharedArray) for item in request.items):
+        return request
+    try:
+        items = tuple(
+            replace(item, patches=map_tensor(item.patches)) if isinstance(item.patches, SharedArray) else item
+            for item in request.items
+        )
+    except FileNotFoundError as error:
+        raise EngineError(f"the patches of request {request.id} were removed before the engine saw them") from error
+    return replace(request, items=items)

@@ -1,0 +1,196 @@
+"""An engine in a child process, so that neither Python's lock nor a crash is shared with it: for servers."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import signal
+import sys
+from collections.abc import AsyncGenerator
+from functools import partial
+
+import msgspec
+import zmq
+import zmq.asyncio
+
+from dashinfer_vlm.config import EngineConfig
+from dashinfer_vlm.engine.client import OnProgress
+from dashinfer_vlm.engine.host.streams import CLOSED, Listeners, outputs_of, silent, stats_or_raise
+from dashinfer_vlm.engine.host.wire import (
+    Abort,
+    Close,
+    Failed,
+    Progress,
+    Ready,
+    Start,
+    WireCommand,
+    WireEvent,
+    event_decoder,
+    to_wire,
+)
+from dashinfer_vlm.engine.info import EngineInfo
+from dashinfer_vlm.engine.stats import EngineStats
+from dashinfer_vlm.errors import EngineDeadError
+from dashinfer_vlm.fault import Fault
+from dashinfer_vlm.request import Finish, Output, Request
+from dashinfer_vlm.shared_array import SharedArray, SharedFolder
+
+__all__ = ["ProcessEngine"]
+
+logger = logging.getLogger(__name__)
+
+_LAST_WORDS_S = 0.2
+"""How long messages may still be in the socket after the process that sent them has ended."""
+
+
+class ProcessEngine:
+    """An engine in a child process. All methods belong to the event loop that `start` ran in.
+
+    The child has a session of its own, so that Ctrl-C reaches the parent only, and it ends when the parent does.
+    """
+
+    command: tuple[str, ...] = (sys.executable, "-m", "dashinfer_vlm.engine.host.child")
+    close_timeout_s = 10.0
+    """How long the child may take to end by itself: one step and the unloading of its model."""
+
+    def __init__(self, process: asyncio.subprocess.Process, socket: zmq.asyncio.Socket, folder: SharedFolder) -> None:
+        self._process = process
+        self._exit = asyncio.create_task(process.wait())
+        self._socket = socket
+        self._folder = folder
+        self._listeners = Listeners()
+        self._info: EngineInfo | None = None
+        self._reader: asyncio.Task[None] | None = None
+        self._closing = False
+
+    @classmethod
+    async def start(cls, config: EngineConfig, *, progress: OnProgress | None = None) -> ProcessEngine:
+        """Start the child and wait until it has loaded the model of `config`.
+
+        Raises the child's CheckpointError or ConfigError, and EngineDeadError when it ends without a word.
+        """
+        folder = SharedFolder()
+        address = f"ipc://{folder.path}/engine"
+        socket: zmq.asyncio.Socket = zmq.asyncio.Context().socket(zmq.PAIR)
+        socket.set_hwm(0)  # neither side may wait for one that is busy for a moment
+        socket.bind(address)
+        process = await asyncio.create_subprocess_exec(
+            *cls.command, stdin=asyncio.subprocess.PIPE, start_new_session=True
+        )
+        engine = cls(process, socket, folder)
+        try:
+            await engine._load(Start(address, config, logging.getLogger().getEffectiveLevel()), progress or silent)
+        except BaseException:
+            await engine.close()
+            raise
+        return engine
+
+    @property
+    def info(self) -> EngineInfo:
+        assert self._info is not None, "start() returns loaded engines only"
+        return self._info
+
+    @property
+    def pid(self) -> int:
+        """Process id of the child, for who watches memory."""
+        return self._process.pid
+
+    async def generate(self, request: Request) -> AsyncGenerator[Output, None]:
+        news: asyncio.Queue[Output | Fault] = asyncio.Queue()
+        self._listeners.add(request.id, news.put_nowait)
+        shared: list[SharedArray] = []
+        try:
+            wire, shared = to_wire(request, self._folder.path)
+            await self._send(wire)
+            async for output in outputs_of(news):
+                yield output
+        finally:
+            if self._listeners.remove(request.id):
+                await self._send(Abort(request.id))
+            for array in shared:
+                array.remove()
+
+    async def stats(self) -> EngineStats:
+        answer: asyncio.Future[EngineStats | Fault] = asyncio.get_running_loop().create_future()
+        await self._send(self._listeners.await_stats(partial(_resolve, answer)))
+        return stats_or_raise(await answer)
+
+    def alive(self) -> bool:
+        return self._listeners.dead is None
+
+    async def close(self) -> None:
+        if self._closing:
+            return
+        self._closing = True
+        await self._end_process()
+        if self._reader:
+            await self._reader
+        self._socket.close(linger=0)
+        self._socket.context.term()
+        self._folder.close()
+
+    async def _end_process(self) -> None:
+        try:
+            if self._info:
+                await self._send(Close())
+                await asyncio.wait_for(asyncio.shield(self._exit), self.close_timeout_s)
+        except asyncio.TimeoutError:
+            logger.warning("the engine process did not end within %g s and is killed", self.close_timeout_s)
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                self._process.kill()
+            await self._exit
+
+    async def _load(self, start: Start, progress: OnProgress) -> None:
+        assert self._process.stdin is not None
+        self._process.stdin.write(msgspec.json.encode(start) + b"\n")
+        while self._info is None:
+            match await self._next_event():
+                case Progress(stage, done, total):
+                    progress(stage, done, total)
+                case Ready(info):
+                    self._info = info
+                case Failed(fault):
+                    raise fault.error()
+        self._reader = asyncio.create_task(self._read(), name="engine-events")
+
+    async def _read(self) -> None:
+        """Hand out what the child says until it has ended."""
+        try:
+            while True:
+                event = await self._next_event()
+                assert not isinstance(event, Progress | Ready), event
+                self._listeners.dispatch(event)
+        except EngineDeadError as error:
+            if self._closing:
+                self._listeners.end_all(CLOSED, finish=Finish("abort"))
+            else:
+                logger.error("%s", error)
+                self._listeners.end_all(Fault.of(error))
+
+    async def _next_event(self) -> WireEvent:
+        """Raises EngineDeadError once the child has ended and all that it said was heard."""
+        receiving = asyncio.ensure_future(self._socket.recv())
+        await asyncio.wait({receiving, self._exit}, return_when=asyncio.FIRST_COMPLETED)
+        if not receiving.done():
+            await asyncio.wait({receiving}, timeout=_LAST_WORDS_S)
+        if not receiving.done():
+            receiving.cancel()
+            raise EngineDeadError(f"the engine process {_how_it_ended(self._exit.result())}")
+        return event_decoder.decode(receiving.result())
+
+    async def _send(self, command: WireCommand) -> None:
+        # NOBLOCK: without a peer this would wait for ever. Nothing is lost: who sent it listens for the answer, and
+        # the reader tells all who listen that the child is gone.
+        with contextlib.suppress(zmq.Again):
+            await self._socket.send(msgspec.msgpack.encode(command), flags=zmq.NOBLOCK)
+
+
+def _how_it_ended(status: int) -> str:
+    return f"was killed by signal {signal.Signals(-status).name}" if status < 0 else f"ended with status {status}"
+
+
+def _resolve(answer: asyncio.Future[EngineStats | Fault], stats: EngineStats | Fault) -> None:
+    if not answer.done():
+        answer.set_result(stats)

@@ -1,0 +1,165 @@
+"""The vocabulary that every room shares: what the engine is asked and what it answers. No text, no JSON, no HTTP."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+import msgspec
+
+from dashinfer_vlm.errors import InvalidRequestError
+from dashinfer_vlm.shared_array import SharedArray
+
+if TYPE_CHECKING:  # every process speaks this vocabulary, and those without a model do without torch
+    import numpy as np
+    import torch
+
+Grid = tuple[int, int, int]
+"""Frames (pairs of frames), rows and columns of an item, counted in patches before merging."""
+
+ItemKind = Literal["image", "video"]
+_MOST = 2**31 - 1
+"""Of whole numbers: none of them means more when it is larger, and larger ones do not fit the arrays and messages."""
+FinishReason = Literal["stop", "length", "abort", "error"]
+
+
+class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """How the tokens of one request are chosen.
+
+    `validate()` raises InvalidRequestError with the offending field and value; the defaults are those of the OpenAI
+    API. The penalties follow their usual definitions: repetition divides positive and multiplies negative logits of
+    every token in prompt or output (Keskar et al. 2019); presence and frequency subtract from tokens of the output
+    (OpenAI API reference).
+    """
+
+    max_tokens: int | None = None
+    """Output tokens at most; None runs to the end of the model's context."""
+    min_tokens: int = 0
+    """No stop token, stop sequence or end-of-sequence before this many output tokens."""
+    temperature: float = 1.0
+    """0 is greedy."""
+    top_k: int = 0
+    """0 is off."""
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    no_repeat_ngram_size: int = 0
+    """0 is off; n forbids a second occurrence of any n-gram of prompt and output."""
+    logit_bias: dict[int, float] = {}
+    seed: int | None = None
+    stop_token_ids: tuple[int, ...] = ()
+    stop_sequences: tuple[tuple[int, ...], ...] = ()
+    """Stop when the output ends with one of these id sequences."""
+    ignore_eos: bool = False
+    logprobs: int | None = None
+    """None: none. n: the chosen token's log probability and those of the n likeliest (0 to 20)."""
+
+    def validate(self, vocab_size: int) -> None:
+        """Raise InvalidRequestError unless every field is finite and in range for a vocabulary of `vocab_size`."""
+        limits: tuple[tuple[str, float | None, float, float], ...] = (
+            ("max_tokens", self.max_tokens, 1, _MOST),
+            ("min_tokens", self.min_tokens, 0, _MOST),
+            ("temperature", self.temperature, 0, 100),
+            ("top_k", self.top_k, 0, _MOST),
+            ("top_p", self.top_p, 0, 1),
+            ("min_p", self.min_p, 0, 1),
+            ("repetition_penalty", self.repetition_penalty, 1e-3, 100),
+            ("presence_penalty", self.presence_penalty, -2, 2),
+            ("frequency_penalty", self.frequency_penalty, -2, 2),
+            ("no_repeat_ngram_size", self.no_repeat_ngram_size, 0, _MOST),
+            ("logprobs", self.logprobs, 0, 20),
+        )
+        for name, value, low, high in limits:
+            if value is not None and not low <= value <= high:  # also false for NaN
+                raise InvalidRequestError(f"{name} is {value}; it must be from {low} to {high}", param=name)
+        for name, value in (("temperature", self.temperature), ("repetition_penalty", self.repetition_penalty)):
+            if not math.isfinite(value):
+                raise InvalidRequestError(f"{name} is {value}; it must be finite", param=name)
+        if self.max_tokens is not None and self.min_tokens > self.max_tokens:
+            raise InvalidRequestError(
+                f"min_tokens is {self.min_tokens}, more than max_tokens {self.max_tokens}", param="min_tokens"
+            )
+        for token, bias in self.logit_bias.items():
+            if not (0 <= token < vocab_size and -100 <= bias <= 100):
+                raise InvalidRequestError(
+                    f"logit_bias of token {token} is {bias}; ids are below {vocab_size}, biases from -100 to 100",
+                    param="logit_bias",
+                )
+        for token in (*self.stop_token_ids, *(t for s in self.stop_sequences for t in s)):
+            if not 0 <= token < vocab_size:
+                raise InvalidRequestError(f"stop token {token} is not below {vocab_size}", param="stop_token_ids")
+        if any(not s for s in self.stop_sequences):
+            raise InvalidRequestError("a stop sequence is empty", param="stop_sequences")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Item:
+    """One image or video of a request: a run of placeholder tokens and what stands behind it.
+
+    Exactly one of `patches` (the encoder turns them into embeddings) and `embedding` (ready made) is given.
+    """
+
+    kind: ItemKind
+    start: int
+    """Index in the prompt of the first placeholder token."""
+    num_tokens: int
+    content_hash: bytes
+    """32 bytes: identity of decoded pixels + processor settings (or of the embedding); never a URL."""
+    grid: Grid | None = None
+    """None only for a ready-made embedding that is not laid out on a grid."""
+    patches: np.ndarray | torch.Tensor | SharedArray | None = None
+    """uint8 [P, patch_dim], rows in the processor's merge order (see vision/processor.py). The engine's loop maps a
+    shared array before the engine sees it."""
+    embedding: torch.Tensor | None = None
+    """float [num_tokens, hidden]."""
+    seconds_per_grid: float = 1.0
+    """Seconds of video per temporal grid step; scales Qwen2.5-VL's temporal axis."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Request:
+    """What a client asked: the whole prompt with its placeholders expanded, its items in order, its sampling."""
+
+    id: str
+    prompt_ids: list[int]
+    """One id per position; an item's run holds a placeholder id that may lie outside the vocabulary."""
+    params: SamplingParams = SamplingParams()
+    items: tuple[Item, ...] = ()
+    positions: torch.Tensor | None = None
+    """int [3, S]: explicit M-RoPE positions; None: computed from the grids."""
+
+
+class TokenLogprob(msgspec.Struct, frozen=True, array_like=True):
+    """Log probability of one chosen token, and of the likeliest alternatives, best first (before the penalties)."""
+
+    token_id: int
+    logprob: float
+    rank: int
+    """1 is the likeliest token."""
+    top: tuple[tuple[int, float], ...] = ()
+
+
+class Finish(msgspec.Struct, frozen=True, array_like=True):
+    """Why a sequence ended; each accepted request gets exactly one."""
+
+    reason: FinishReason
+    stop_token: int | None = None
+    """The token that ended it (an end-of-sequence or stop token; it is not among the output tokens)."""
+    message: str | None = None
+    """For `error`: what went wrong, fit for the client's eyes."""
+
+
+class Output(msgspec.Struct, frozen=True, array_like=True):
+    """News of one request after a step; the one with `finish` is its last."""
+
+    request_id: str
+    token_ids: tuple[int, ...] = ()
+    logprobs: tuple[TokenLogprob, ...] = ()
+    """One per token of `token_ids` when asked for, else empty."""
+    finish: Finish | None = None
+    num_prompt_tokens: int = 0
+    num_cached_tokens: int = 0
+    """Prompt tokens whose KV came from the prefix cache."""

@@ -1,0 +1,170 @@
+"""The engine process: how it starts, how it fails, and that neither side outlives the other."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from dashinfer_vlm.config import EngineConfig
+from dashinfer_vlm.engine.host.process import ProcessEngine
+from dashinfer_vlm.errors import CheckpointError, EngineDeadError, EngineError
+from dashinfer_vlm.request import Item, Request, SamplingParams
+from dashinfer_vlm.shared_array import shared_root
+from tests.conftest import CheckpointMaker
+from tests.engine.host.test_client import SCRIPTED_PROCESS, ask, collect
+from tests.engine.scripted import Script
+
+
+@pytest.fixture(autouse=True)
+def _scripted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ProcessEngine, "command", SCRIPTED_PROCESS)
+
+
+def own_shared_files() -> list[Path]:
+    return [path for path in shared_root().glob(f"dashinfer-{os.getpid()}-*/*") if path.name != "engine"]
+
+
+async def test_loading_reports_its_progress() -> None:
+    seen: list[tuple[str, int, int]] = []
+    engine = await ProcessEngine.start(EngineConfig(), progress=lambda *news: seen.append(news))
+    await engine.close()
+    assert seen == [("weights", 1, 3), ("weights", 2, 3), ("weights", 3, 3)]
+
+
+async def test_a_checkpoint_that_cannot_be_loaded_raises_what_the_child_says() -> None:
+    with pytest.raises(CheckpointError, match="tensor x is missing"):
+        await ProcessEngine.start(EngineConfig(model="broken"))
+
+
+async def test_an_unexpected_failure_to_load_is_an_engine_error() -> None:
+    with pytest.raises(EngineError, match="ZeroDivisionError"):
+        await ProcessEngine.start(EngineConfig(model="crash"))
+
+
+async def test_a_child_that_ends_without_a_word_is_dead(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ProcessEngine, "command", (sys.executable, "-c", "raise SystemExit(5)"))
+    with pytest.raises(EngineDeadError, match="ended with status 5"):
+        await ProcessEngine.start(EngineConfig())
+
+
+async def test_cancelled_loading_leaves_no_child(monkeypatch: pytest.MonkeyPatch) -> None:
+    endless = "import sys; sys.stdin.read()"
+    monkeypatch.setattr(ProcessEngine, "command", (sys.executable, "-c", endless))
+    spawned = asyncio.Event()
+    children: list[asyncio.subprocess.Process] = []
+    init = ProcessEngine.__init__
+
+    def spy(self: ProcessEngine, process: asyncio.subprocess.Process, *rest: object) -> None:
+        init(self, process, *rest)  # type: ignore[arg-type]
+        children.append(process)
+        spawned.set()
+
+    monkeypatch.setattr(ProcessEngine, "__init__", spy)
+    starting = asyncio.create_task(ProcessEngine.start(EngineConfig()))
+    await spawned.wait()
+    starting.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await starting
+    assert children[0].returncode == -signal.SIGKILL
+
+
+@pytest.mark.parametrize("way", ["kill", "exit"])
+async def test_a_child_that_dies_ends_every_stream_with_an_error(way: str) -> None:
+    engine = await ProcessEngine.start(EngineConfig())
+    streams = [engine.generate(ask(f"r{i}", Script.ENDLESS)) for i in range(4)]
+    for stream in streams:
+        await anext(stream)
+    if way == "kill":
+        os.kill(engine.pid, signal.SIGKILL)
+        word = "SIGKILL"
+    else:
+        streams.insert(0, engine.generate(ask("fatal", Script.CRASH_EXIT)))
+        word = "status 3"
+    for stream in streams:
+        last = [output.finish async for output in stream][-1]
+        assert last is not None
+        assert last.reason == "error"
+        assert word in (last.message or "")
+    assert not engine.alive()
+    with pytest.raises(EngineDeadError, match=word):
+        await collect(engine, ask("late", 1))
+    await engine.close()
+
+
+async def test_ctrl_c_reaches_the_parent_only() -> None:
+    engine = await ProcessEngine.start(EngineConfig())
+    assert os.getpgid(engine.pid) != os.getpgid(0)
+    assert len(await collect(engine, ask("a", 2))) == 2
+    await engine.close()
+
+
+async def test_a_child_ends_with_its_parent() -> None:
+    code = (
+        "import asyncio, sys\n"
+        "from dashinfer_vlm.config import EngineConfig\n"
+        "from dashinfer_vlm.engine.client import ProcessEngine\n"
+        f"ProcessEngine.command = {SCRIPTED_PROCESS!r}\n"
+        "async def main():\n"
+        "    engine = await ProcessEngine.start(EngineConfig())\n"
+        "    print(engine.pid, flush=True)\n"
+        "    await asyncio.Event().wait()\n"
+        "asyncio.run(main())\n"
+    )
+    parent = await asyncio.create_subprocess_exec(sys.executable, "-c", code, stdout=subprocess.PIPE)
+    assert parent.stdout is not None
+    child = int(await parent.stdout.readline())
+    watch = os.pidfd_open(child)
+    parent.kill()
+    await parent.wait()
+    ended = asyncio.Event()
+    asyncio.get_running_loop().add_reader(watch, ended.set)
+    await asyncio.wait_for(ended.wait(), 10)
+    asyncio.get_running_loop().remove_reader(watch)
+    os.close(watch)
+
+
+async def test_arrays_made_for_the_journey_are_removed_with_the_request() -> None:
+    engine = await ProcessEngine.start(EngineConfig())
+    item = Item(kind="image", start=0, num_tokens=2, content_hash=b"c" * 32, embedding=torch.ones(2, 8))
+    stream = engine.generate(Request(id="a", prompt_ids=[Script.ENDLESS], items=(item,)))
+    await anext(stream)
+    assert own_shared_files()
+    await stream.aclose()
+    assert not own_shared_files()
+    await engine.close()
+
+
+async def test_a_closed_engine_leaves_no_folder_in_shared_memory() -> None:
+    engine = await ProcessEngine.start(EngineConfig())
+    await engine.close()
+    assert not list(shared_root().glob(f"dashinfer-{os.getpid()}-*/engine"))
+
+
+async def test_a_real_checkpoint_is_loaded_and_answers(
+    monkeypatch: pytest.MonkeyPatch, checkpoint: CheckpointMaker
+) -> None:
+    monkeypatch.setattr(ProcessEngine, "command", (sys.executable, "-m", "dashinfer_vlm.engine.host.child"))
+    stages: list[tuple[str, int, int]] = []
+    config = EngineConfig(model=str(checkpoint()), device="cpu", dtype="float32", kv_cache_gib=0.1, max_model_len=256)
+    engine = await ProcessEngine.start(config, progress=lambda *news: stages.append(news))
+    assert engine.info.vocab_size == 151936
+    assert engine.info.dtype == "float32"
+    assert stages[-1][1] == stages[-1][2] > 0
+    params = SamplingParams(max_tokens=5, temperature=0.0, ignore_eos=True)
+    outputs = await collect(engine, Request(id="a", prompt_ids=[1, 2, 3], params=params))
+    assert sum(len(output.token_ids) for output in outputs) == 5
+    assert (await engine.stats()).num_output_tokens_total == 5
+    await engine.close()
+
+
+async def test_a_folder_without_a_model_is_a_checkpoint_error(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(ProcessEngine, "command", (sys.executable, "-m", "dashinfer_vlm.engine.host.child"))
+    with pytest.raises(CheckpointError, match=r"config\.json"):
+        await ProcessEngine.start(EngineConfig(model=str(tmp_path)))

@@ -1,0 +1,91 @@
+"""Where the walls stand: rooms import only from rooms below them, and who needs no torch brings none."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+SOURCE = Path(__file__).resolve().parents[1] / "src"
+PACKAGE = "dashinfer_vlm"
+
+FLOORS: tuple[tuple[str, ...], ...] = (
+    ("dashinfer",),
+    ("allspark",),
+    ("cli",),
+    ("bench", "offline"),
+    ("server",),
+    ("frontend",),
+    ("engine", "media"),
+    ("encoders",),
+    ("models",),
+    ("layers", "processors"),
+    ("kernels",),
+)
+"""From the roof down; rooms of one floor do not know each other. The modules of the
+package's root are the ground: everybody may stand on them, and they stand on nothing but each other."""
+
+
+WITHOUT_TORCH = (
+    "dashinfer_vlm.cli.serve",
+    "dashinfer_vlm.engine.client",
+    "dashinfer_vlm.engine.host.process",
+    "dashinfer_vlm.frontend.service",
+    "dashinfer_vlm.media.decode",
+    "dashinfer_vlm.media.loader",
+    "dashinfer_vlm.server.run",
+)
+"""What the HTTP process and the decoding processes import."""
+
+
+def imports() -> Iterator[tuple[str, str]]:
+    """(module, imported module) for every import of ours, also those inside functions."""
+    for file in sorted(SOURCE.rglob("*.py")):
+        module = ".".join(file.relative_to(SOURCE).with_suffix("").parts).removesuffix(".__init__")
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.ImportFrom) and node.module:
+                yield module, node.module
+            elif isinstance(node, ast.Import):
+                yield from ((module, alias.name) for alias in node.names)
+
+
+def room(module: str) -> str | None:
+    """The package that a module belongs to; "" for the ground, None for what is not ours."""
+    head, _, rest = module.partition(".")
+    if head in ("allspark", "dashinfer"):
+        return head
+    if head != PACKAGE:
+        return None
+    name = rest.split(".")[0]
+    return name if (SOURCE / PACKAGE / name).is_dir() else ""
+
+
+def floor(name: str) -> int:
+    return next(number for number, rooms in enumerate(FLOORS) if name in rooms)
+
+
+def test_every_room_has_a_floor() -> None:
+    rooms = {path.name for path in (SOURCE / PACKAGE).iterdir() if (path / "__init__.py").exists()}
+    assert rooms | {"allspark", "dashinfer"} == {name for rooms in FLOORS for name in rooms}
+
+
+def test_imports_point_down() -> None:
+    wrong = []
+    for module, imported in imports():
+        above, below = room(module), room(imported)
+        if below in (None, "", above) or module == PACKAGE:  # the package's own names are imported when they are used
+            continue
+        if not above or (floor(above) >= floor(below or "")):
+            wrong.append(f"{module} imports {imported}")
+    assert not wrong, "\n".join(wrong)
+
+
+@pytest.mark.parametrize("module", WITHOUT_TORCH)
+def test_processes_without_a_model_do_without_torch(module: str) -> None:
+    code = f"import {module}, sys; print(*sorted({{'torch', 'transformers'}} & set(sys.modules)))"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert found.stdout.strip() == ""
