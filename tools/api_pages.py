@@ -26,8 +26,9 @@ PAGES = {
         "under.",
         (
             ("dashinfer_vlm/offline/vlm.py", ("VLM",)),
-            ("dashinfer_vlm/offline/results.py", ("Result", "Answer")),
-            ("dashinfer_vlm/engine/request.py", ("SamplingParams", "TokenLogprob")),
+            ("dashinfer_vlm/offline/results.py", ("Result",)),
+            ("dashinfer_vlm/frontend/answers.py", ("Answer",)),
+            ("dashinfer_vlm/request.py", ("SamplingParams", "TokenLogprob")),
             ("dashinfer_vlm/frontend/params.py", ("GenerationParams",)),
             ("dashinfer_vlm/frontend/generation.py", ("Delta", "Usage")),
             ("dashinfer_vlm/offline/inputs.py", ("ImageLike", "VideoLike", "Conversation")),

@@ -27,6 +27,7 @@ from dashinfer_vlm.engine.host.local import LocalEngine
 from dashinfer_vlm.engine.info import EngineInfo
 from dashinfer_vlm.engine.stats import EngineStats
 from dashinfer_vlm.errors import DashInferError, InvalidRequestError
+from dashinfer_vlm.frontend.answers import collect
 from dashinfer_vlm.frontend.generation import Delta, Generation
 from dashinfer_vlm.frontend.params import GenerationParams
 from dashinfer_vlm.frontend.service import Service
@@ -36,7 +37,7 @@ from dashinfer_vlm.offline.background import BackgroundLoop, gather
 from dashinfer_vlm.offline.inputs import Conversation, is_conversation, to_messages
 from dashinfer_vlm.offline.options import configs
 from dashinfer_vlm.offline.progress import AnswerProgress
-from dashinfer_vlm.offline.results import Result, collect
+from dashinfer_vlm.offline.results import Result
 from dashinfer_vlm.processors.qwen import ProcessorConfig
 from dashinfer_vlm.progress import LoadingProgress
 from dashinfer_vlm.request import SamplingParams
@@ -205,7 +206,8 @@ class VLM:
         return GenerationParams(sampling=self.default_params if params is None else params)
 
     async def _collected(self, begin: Coroutine[Any, Any, Generation]) -> Result:
-        return await collect(await begin)
+        generation = await begin
+        return Result(answers=await collect(generation), usage=generation.usage)
 
     async def _collect_all(self, begins: Sequence[Begin]) -> list[Result]:
         gate = asyncio.Semaphore(self.info.max_num_seqs + _LOOKAHEAD)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import msgspec
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
+from dashinfer_vlm.frontend.answers import Answer
 from dashinfer_vlm.frontend.generation import Delta, Usage
 from dashinfer_vlm.frontend.tokenizer import Tokenizer
 from dashinfer_vlm.request import TokenLogprob
@@ -24,7 +27,7 @@ from dashinfer_vlm.server.replies import (
     UsageReply,
     chat_logprobs,
 )
-from dashinfer_vlm.server.respond import Answer, respond
+from dashinfer_vlm.server.respond import respond
 
 
 def chat_routes(context: Context) -> APIRouter:
@@ -55,7 +58,7 @@ class ChatWriter:
         self._include_usage = include_usage
         self._begun: set[int] = set()
 
-    def whole(self, answers: list[Answer], usage: Usage) -> ChatReply:
+    def whole(self, answers: Sequence[Answer], usage: Usage) -> ChatReply:
         choices = [
             ChatChoice(i, AnswerMessage("assistant", a.text), self._rows(a.logprobs), a.finish_reason)
             for i, a in enumerate(answers)
@@ -80,7 +83,7 @@ class ChatWriter:
     def last(self, usage: Usage) -> list[msgspec.Struct]:
         return [self._chunk(None, UsageReply.of(usage))] if self._include_usage else []
 
-    def _rows(self, logprobs: list[TokenLogprob] | tuple[TokenLogprob, ...]) -> ChatLogprobs | None:
+    def _rows(self, logprobs: tuple[TokenLogprob, ...]) -> ChatLogprobs | None:
         return chat_logprobs(logprobs, self._tokenizer) if self._logprobs else None
 
     def _chunk(self, choice: ChunkChoice | None, usage: UsageReply | None = None) -> Chunk:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import msgspec
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
+from dashinfer_vlm.frontend.answers import Answer
 from dashinfer_vlm.frontend.generation import Delta, Usage
 from dashinfer_vlm.frontend.tokenizer import Tokenizer
 from dashinfer_vlm.request import TokenLogprob
@@ -21,7 +24,7 @@ from dashinfer_vlm.server.replies import (
     UsageReply,
     text_logprobs,
 )
-from dashinfer_vlm.server.respond import Answer, respond
+from dashinfer_vlm.server.respond import respond
 
 
 def completion_routes(context: Context) -> APIRouter:
@@ -50,10 +53,8 @@ class CompletionWriter:
         self._include_usage = include_usage
         self._offsets: dict[int, int] = {}
 
-    def whole(self, answers: list[Answer], usage: Usage) -> TextReply:
-        choices = [
-            TextChoice(i, a.text, self._rows(i, tuple(a.logprobs)), a.finish_reason) for i, a in enumerate(answers)
-        ]
+    def whole(self, answers: Sequence[Answer], usage: Usage) -> TextReply:
+        choices = [TextChoice(i, a.text, self._rows(i, a.logprobs), a.finish_reason) for i, a in enumerate(answers)]
         head = self._head
         return TextReply(head.id, head.created, head.model, choices, UsageReply.of(usage))
 

@@ -2,33 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Coroutine
-from dataclasses import dataclass, field
+from collections.abc import AsyncIterator, Coroutine, Sequence
 from typing import Any, Protocol
 
 import msgspec
 from fastapi import Request
 from starlette.responses import Response
 
+from dashinfer_vlm.frontend.answers import Answer, collect
 from dashinfer_vlm.frontend.generation import Delta, Generation, Usage
-from dashinfer_vlm.request import TokenLogprob
 from dashinfer_vlm.server.body import unless_gone
 from dashinfer_vlm.server.stream import EventStream
-
-
-@dataclass(slots=True)
-class Answer:
-    """One choice, complete."""
-
-    text: str = ""
-    logprobs: list[TokenLogprob] = field(default_factory=list)
-    finish_reason: str = ""
 
 
 class Writer(Protocol):
     """The form of one route's answers."""
 
-    def whole(self, answers: list[Answer], usage: Usage) -> msgspec.Struct: ...
+    def whole(self, answers: Sequence[Answer], usage: Usage) -> msgspec.Struct: ...
 
     def news(self, delta: Delta) -> list[msgspec.Struct]:
         """The events that tell `delta`; may be none."""
@@ -51,15 +41,7 @@ async def respond(
 
 async def _whole(begin: Coroutine[Any, Any, Generation], writer: Writer) -> Response:
     generation = await begin
-    answers = [Answer() for _ in generation.choices]
-    try:
-        async for delta in generation:
-            answer = answers[delta.index]
-            answer.text += delta.text
-            answer.logprobs += delta.logprobs
-            answer.finish_reason = delta.finish_reason or ""
-    finally:
-        generation.close()
+    answers = await collect(generation)
     body = msgspec.json.encode(writer.whole(answers, generation.usage))
     return Response(body, media_type="application/json")
 

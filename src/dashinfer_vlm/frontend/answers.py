@@ -1,0 +1,54 @@
+"""Whole answers: a generation read to its end, for every caller who does not stream."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from dashinfer_vlm.frontend.generation import Delta, EndReason, Generation
+from dashinfer_vlm.request import TokenLogprob
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Answer:
+    """One answer to a prompt."""
+
+    text: str
+    token_ids: tuple[int, ...]
+    """Without the token that ended it."""
+    finish_reason: EndReason
+    logprobs: tuple[TokenLogprob, ...] = ()
+    """One per token when `SamplingParams.logprobs` asks for them."""
+
+
+async def collect(generation: Generation) -> tuple[Answer, ...]:
+    """Read `generation` to its end, one answer per choice; it is closed when it fails or the reader is cancelled."""
+    drafts = [_Draft() for _ in generation.choices]
+    try:
+        async for delta in generation:
+            drafts[delta.index].add(delta)
+    finally:
+        generation.close()
+    return tuple(draft.answer() for draft in drafts)
+
+
+@dataclass(slots=True)
+class _Draft:
+    texts: list[str] = field(default_factory=list)
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[TokenLogprob] = field(default_factory=list)
+    finish_reason: EndReason | None = None
+
+    def add(self, delta: Delta) -> None:
+        self.texts.append(delta.text)
+        self.token_ids += delta.token_ids
+        self.logprobs += delta.logprobs
+        self.finish_reason = delta.finish_reason
+
+    def answer(self) -> Answer:
+        assert self.finish_reason is not None, self
+        return Answer(
+            text="".join(self.texts),
+            token_ids=tuple(self.token_ids),
+            finish_reason=self.finish_reason,
+            logprobs=tuple(self.logprobs),
+        )
