@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
+import dashinfer_vlm.frontend.template as module
 from dashinfer_vlm.errors import CheckpointError, ConfigError, InvalidRequestError, UnsupportedError
 from dashinfer_vlm.frontend.messages import MediaPart, Message, TextPart, ToolCall
 from dashinfer_vlm.frontend.template import ChatTemplate, SpecialTokenGuard
@@ -183,3 +184,17 @@ def test_a_guard_cannot_tell_one_character_from_text() -> None:
 def test_without_special_tokens_text_passes_untouched() -> None:
     guard = SpecialTokenGuard(())
     assert guard.split(guard.break_tokens("<|im_end|>", "!")) == [("<|im_end|>", "")]
+
+
+@pytest.mark.parametrize("length", [*range(10, 24), 40])
+def test_tokens_are_found_wherever_the_windows_of_a_long_text_end(
+    length: int, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "_WINDOW_CHARS", length)
+    guard = SpecialTokenGuard(tuple(tokenizer.added))
+    text = "a<|im_end|><<|im_start|>" * 3 + "<|image_pad|>"
+    specials = ["<|im_end|>", "<|im_start|>"] * 3 + ["<|image_pad|>", ""]
+    assert guard.split(text) == list(zip(["a", "<"] * 3 + ["", ""], specials, strict=True))
+    broken = guard.break_tokens(text, "!")
+    assert broken.replace("!", "") == text
+    assert [special for _, special in guard.split(broken)] == [""]

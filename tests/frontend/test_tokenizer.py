@@ -10,7 +10,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
-from dashinfer_vlm.errors import CheckpointError
+import dashinfer_vlm.frontend.tokenizer as module
+from dashinfer_vlm.errors import CheckpointError, ContextLengthError, InvalidRequestError
 from dashinfer_vlm.frontend.tokenizer import Tokenizer
 
 
@@ -79,3 +80,49 @@ def test_a_vocabulary_that_spells_a_special_token_is_refused(folder: Path, tmp_p
     (tmp_path / "tokenizer.json").write_text(json.dumps(config))
     with pytest.raises(CheckpointError, match="forge"):
         Tokenizer.from_folder(tmp_path)
+
+
+@settings(deadline=None)
+@given(
+    text=st.text(st.sampled_from("ab1 \n\r\t'ls!.é日😀\u00a0\u0301"), max_size=200) | st.text(), size=st.integers(4, 40)
+)
+def test_a_text_has_the_same_ids_in_pieces(tokenizer: Tokenizer, text: str, size: int) -> None:
+    whole = tokenizer.encode_text(text)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "_PIECE_CHARS", size)
+        assert tokenizer.encode_text(text) == whole
+
+
+def test_a_long_text_is_encoded_in_small_pieces_and_no_further_than_the_limit(
+    tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What Python does with a result holds every other thread, so no result may be large."""
+    sizes: list[int] = []
+    encode = Tokenizer._encode
+
+    def watched(self: Tokenizer, text: str) -> Any:
+        sizes.append(len(text))
+        return encode(self, text)
+
+    monkeypatch.setattr(Tokenizer, "_encode", watched)
+    text = "the quick brown fox, " * 10_000
+    ids = tokenizer.encode_text(text)
+    assert tokenizer.decode(ids) == text
+    assert max(sizes) <= 1 << 14
+    sizes.clear()
+    with pytest.raises(ContextLengthError, match=f"maximum context length is 1000 tokens.* of {len(text)} characters"):
+        tokenizer.encode_text(text, most=1000)
+    assert len(sizes) == 1
+
+
+def test_a_word_without_end_is_refused(tokenizer: Tokenizer) -> None:
+    with pytest.raises(InvalidRequestError, match="without a break"):
+        tokenizer.encode_text("a" * 1_000_000)
+
+
+def test_no_token_stands_for_more_characters_than_the_bound_says(tokenizer: Tokenizer) -> None:
+    """The tests' tokenizer composes (NFC), which makes one character of up to four."""
+    longest = max(len(tokenizer.decode((id,), skip_special=False)) for id in range(151_936))
+    assert longest <= tokenizer.max_chars_per_token <= 4 * longest
+    decomposed = "\u03b1\u0313\u0301\u0345" * 50
+    assert len(decomposed) <= len(tokenizer.encode_text(decomposed)) * tokenizer.max_chars_per_token

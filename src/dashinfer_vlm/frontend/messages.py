@@ -57,6 +57,11 @@ class Message:
             return len(self.content)
         return sum(len(part.text) for part in self.content if isinstance(part, TextPart))
 
+    @property
+    def num_argument_chars(self) -> int:
+        """Characters of its tool calls' arguments, which are read as JSON and written anew."""
+        return sum(len(call.arguments) for call in self.tool_calls)
+
     def validate(self, where: str) -> None:
         """Raise InvalidRequestError for a role, a system image or tool arguments that cannot be; `where` names it."""
         if self.role not in ROLES:

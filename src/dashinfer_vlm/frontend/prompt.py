@@ -19,6 +19,8 @@ T = TypeVar("T")
 
 _SHORT_CHARS = 4000
 """About 3 ms of template and tokenizer."""
+_TURN_CHARS = 40
+"""A turn without text takes the template as long as so many characters."""
 _LOADS_AT_ONCE = 8
 """Media of one request that are on their way together, so that its neighbours' media get their turn too."""
 
@@ -76,7 +78,10 @@ class PromptBuilder:
         validate_messages(messages)
         refs = [ref for message in messages for ref in message.refs]
         self._check_items(refs)
-        ids = await _encode(sum(message.num_chars for message in messages), self.template.encode, messages)
+        num_chars = sum(message.num_chars for message in messages)
+        self._check_chars(num_chars, "messages", self.max_model_len)
+        effort = num_chars + sum(_TURN_CHARS + message.num_argument_chars for message in messages)
+        ids = await _encode(effort, self.template.encode, messages, self.max_model_len, "messages")
         self._check_length(len(ids), max_tokens, "messages")  # before anything is fetched
         if not refs:
             return self._finish(ids, (), max_tokens, "messages")
@@ -90,9 +95,7 @@ class PromptBuilder:
 
     async def text(self, prompt: str | Sequence[int], max_tokens: int | None = None) -> Prompt:
         """A prompt without template and items; text is plain text, ids may be any of the vocabulary."""
-        ids = (
-            await _encode(len(prompt), self.tokenizer.encode_text, prompt) if isinstance(prompt, str) else list(prompt)
-        )
+        ids = await self.text_ids(prompt, self.max_model_len) if isinstance(prompt, str) else list(prompt)
         if not ids:
             raise InvalidRequestError("the prompt is empty", param="prompt")
         for id in (min(ids), max(ids)):
@@ -101,6 +104,15 @@ class PromptBuilder:
                     f"the prompt holds id {id}; ids are from 0 to {self.vocab_size - 1}", param="prompt"
                 )
         return self._finish(ids, (), max_tokens, "prompt")
+
+    async def text_ids(self, text: str, most: int) -> list[int]:
+        """Ids of plain text; raises ContextLengthError for more than `most`."""
+        self._check_chars(len(text), "prompt", most)
+
+        def encode(text: str, most: int) -> list[int]:
+            return self.tokenizer.encode_text(text, most=most)
+
+        return await _encode(len(text), encode, text, most, "prompt")
 
     def _finish(self, ids: Sequence[int], media: Sequence[LoadedMedia], max_tokens: int | None, param: str) -> Prompt:
         full, items = expand(ids, media, self.placeholder_ids, param)
@@ -118,6 +130,16 @@ class PromptBuilder:
                     f"--limit-mm-per-prompt",
                     param="messages",
                 )
+
+    def _check_chars(self, num_chars: int, param: str, most_tokens: int) -> None:
+        """What cannot fit is refused before it costs anything."""
+        most = most_tokens * self.tokenizer.max_chars_per_token
+        if num_chars > most:
+            raise ContextLengthError(
+                f"the model's maximum context length is {self.max_model_len} tokens, and no text of more than {most} "
+                f"characters is taken; this one has {num_chars}; shorten it or start with --max-model-len",
+                param=param,
+            )
 
     def _check_length(self, num_tokens: int, max_tokens: int | None, param: str) -> None:
         limit = self.max_model_len
@@ -145,11 +167,13 @@ def expand(
     kind_of = {token: kind for kind, token in placeholder_ids.items()}
     queues = {kind: [medium for medium in media if medium.kind == kind] for kind in placeholder_ids}
     for kind, token in placeholder_ids.items():
-        found = sum(i == token for i in ids)
+        found = ids.count(token)
         if found != len(queues[kind]):
             raise InvalidRequestError(
                 f"the prompt has {found} {kind} placeholders for {len(queues[kind])} {kind}s", param=param
             )
+    if not media:
+        return list(ids), ()
     full: list[int] = []
     items: list[Item] = []
     for token in ids:
@@ -162,9 +186,15 @@ def expand(
     return full, tuple(items)
 
 
-async def _encode(num_chars: int, encode: Callable[[T], list[int]], text: T) -> list[int]:
+async def _encode(effort: int, encode: Callable[[T, int], list[int]], text: T, most: int, param: str) -> list[int]:
     """Long texts are encoded in a thread; for short ones the change of threads would cost more than it saves."""
-    return encode(text) if num_chars <= _SHORT_CHARS else await asyncio.to_thread(encode, text)
+    try:
+        if effort <= _SHORT_CHARS:
+            return encode(text, most)
+        return await asyncio.to_thread(encode, text, most)
+    except InvalidRequestError as error:
+        error.param = error.param or param
+        raise
 
 
 def _item(medium: LoadedMedia, start: int) -> Item:

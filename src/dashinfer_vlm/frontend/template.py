@@ -11,8 +11,9 @@ from __future__ import annotations
 import json
 import re
 import secrets
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from datetime import datetime
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,8 @@ from dashinfer_vlm.frontend.checkpoint import read_json
 from dashinfer_vlm.frontend.messages import Message
 from dashinfer_vlm.frontend.tokenizer import Tokenizer
 
+_WINDOW_CHARS = 1 << 14
+"""Characters that a pattern is looked for in at once: Python's lock is held until such a search is over."""
 _NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
 
@@ -50,10 +53,10 @@ class ChatTemplate:
         source = _read_override(override) if override else _find_template(folder)
         return cls(source, tokenizer, _named_tokens(folder))
 
-    def encode(self, messages: Sequence[Message]) -> list[int]:
+    def encode(self, messages: Sequence[Message], most: int | None = None) -> list[int]:
         """Prompt ids up to where the assistant speaks next, one placeholder per item.
 
-        Raises InvalidRequestError when the template refuses the messages.
+        Raises InvalidRequestError when the template refuses the messages, ContextLengthError for more than `most` ids.
         """
         self._check_tools(messages)
         sentinel = f"\ue000{secrets.token_hex(8)}\ue001"
@@ -65,13 +68,13 @@ class ChatTemplate:
             raise InvalidRequestError(
                 f"the chat template refuses these messages: {reason}", param="messages"
             ) from error
-        return self._encode(text, sentinel)
+        return self._encode(text, sentinel, most)
 
-    def _encode(self, text: str, sentinel: str) -> list[int]:
+    def _encode(self, text: str, sentinel: str, most: int | None) -> list[int]:
         ids: list[int] = []
         for plain, special in self._guard.split(text):
             if plain := plain.replace(sentinel, ""):
-                ids += self._tokenizer.encode_text(plain)
+                ids += self._tokenizer.encode_text(plain, most=most)
             if special:
                 ids.append(self._tokenizer.added[special])
         return ids
@@ -107,19 +110,36 @@ class SpecialTokenGuard:
 
     def split(self, text: str) -> list[tuple[str, str]]:
         """Pairs of plain text and the special token after it; the last one's is empty."""
-        pieces = self._any.split(text) if self._any else [text]
-        return list(zip(pieces[::2], [*pieces[1::2], ""], strict=True))
+        pieces: list[tuple[str, str]] = []
+        begin = 0
+        for match in self._matches(self._any, text) if self._any else ():
+            pieces.append((text[begin : match.start()], match[0]))
+            begin = match.end()
+        return [*pieces, (text[begin:], "")]
 
     def _break_text(self, text: str, sentinel: str) -> str:
         if self._starts is None:
             return text
-        text = self._starts.sub(lambda match: match[1] + sentinel, text)
+        cuts = [0, *(match.end() for match in self._matches(self._starts, text)), len(text)]
+        text = sentinel.join(text[a:b] for a, b in pairwise(cuts))
         # a template may trim the string before it joins it to the next one, so the blanks at its end do not count
         end = len(text.rstrip())
         lengths = range(1, min(self._longest, end + 1))
         if any(text[end - n : end] in self._prefixes for n in lengths):
             return text[:end] + sentinel + text[end:]
         return text
+
+    def _matches(self, pattern: re.Pattern[str], text: str) -> Iterator[re.Match[str]]:
+        """Like `finditer`, in windows that other threads run between."""
+        at = 0
+        while at < len(text):
+            end = at + _WINDOW_CHARS
+            for match in pattern.finditer(text, at, end + self._longest):
+                if match.start() >= end:
+                    break
+                yield match
+                at = match.end()
+            at = max(at, end)
 
 
 class _GenerationTag(Extension):

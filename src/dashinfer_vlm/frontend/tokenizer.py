@@ -15,10 +15,20 @@ from typing import Any
 import msgspec
 import tokenizers
 
-from dashinfer_vlm.errors import CheckpointError
+from dashinfer_vlm.errors import CheckpointError, ContextLengthError, InvalidRequestError
 from dashinfer_vlm.frontend.checkpoint import read_json
 
 logger = logging.getLogger(__name__)
+
+_PIECE_CHARS = 1 << 14
+"""Characters that are encoded at once: what Python does with the result, alone in its lock, takes about a millisecond."""
+_MAX_WORD_CHARS = 1 << 17
+"""Characters without any place to cut at; all of them must be encoded at once."""
+_UNSURE_WORDS = 3
+"""Words at the end of a piece that may look different with the text that follows: a run of blanks is two, of which the
+characters behind it decide."""
+_COMPOSED_CHARS = 4
+"""Characters that Unicode's composition (NFC) makes one of, at most: a letter and three marks."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +51,9 @@ class Tokenizer:
         self.special_ids = frozenset(token.id for token in added if token.special)
         """Ids that are left out of answers."""
         self._bytes: dict[int, bytes] = {}
+        longest = max(*map(_num_chars, plain.get_vocab()), *map(len, self.added), 1)
+        self.max_chars_per_token = longest if plain.normalizer is None else longest * _COMPOSED_CHARS
+        """No token stands for more characters of a text, so that longer texts cannot fit a context."""
         self._check_plain()
 
     @classmethod
@@ -58,9 +71,35 @@ class Tokenizer:
         except (msgspec.DecodeError, KeyError, ValueError) as error:
             raise CheckpointError(f"{path} is not a tokenizer that can be read: {error}") from error
 
-    def encode_text(self, text: str) -> list[int]:
-        """Ids of `text` as plain text: whatever it says, no added token comes out."""
-        return self._plain.encode(text, add_special_tokens=False).ids
+    def encode_text(self, text: str, *, most: int | None = None) -> list[int]:
+        """Ids of `text` as plain text: whatever it says, no added token comes out.
+
+        Long texts are encoded piece by piece, without Python's lock, with the ids that the whole would have. Raises
+        ContextLengthError as soon as there are more than `most` ids, and InvalidRequestError for a single word that is
+        too long to be encoded at once.
+        """
+        if len(text) <= _PIECE_CHARS:
+            return self._encode(text).ids
+        ids: list[int] = []
+        start, size = 0, _PIECE_CHARS
+        while start + size < len(text):
+            if size > _MAX_WORD_CHARS:
+                raise InvalidRequestError(
+                    f"the text has {size} characters without a break, {_MAX_WORD_CHARS} are the most; cut them in pieces"
+                )
+            piece = self._encode(text[start : start + size])
+            num_tokens, num_chars = _sure(piece)
+            if num_tokens == 0:
+                size *= 2
+                continue
+            ids += piece.ids[:num_tokens]
+            start, size = start + num_chars, _PIECE_CHARS
+            if most is not None and len(ids) > most:
+                raise ContextLengthError(
+                    f"the model's maximum context length is {most} tokens; the first {start} of {len(text)} characters "
+                    f"have {len(ids)} already; shorten the text or start with --max-model-len"
+                )
+        return ids + self._encode(text[start:]).ids
 
     def token_bytes(self, token: int) -> bytes:
         """What `token` writes; nothing for ids that only pad the vocabulary."""
@@ -72,6 +111,10 @@ class Tokenizer:
         """Text of `ids`; bytes that are no UTF-8 become U+FFFD."""
         kept = (i for i in ids if not (skip_special and i in self.special_ids))
         return b"".join(map(self.token_bytes, kept)).decode(errors="replace")
+
+    def _encode(self, text: str) -> tokenizers.Encoding:
+        """Of the tokenizer's two ways, the one that lets go of Python's lock while it works."""
+        return self._plain.encode_batch([text], add_special_tokens=False)[0]
 
     def _look_up(self, token: int) -> bytes:
         text = self._added_texts.get(token)
@@ -102,6 +145,19 @@ def _byte_alphabet() -> dict[str, int]:
 
 
 _BYTE_OF = _byte_alphabet()
+
+
+def _num_chars(piece: str) -> int:
+    """Characters that begin in a token, given in GPT-2's alphabet: bytes but for those that continue one."""
+    return sum(_BYTE_OF.get(c, 0) & 0xC0 != 0x80 for c in piece)
+
+
+def _sure(piece: tokenizers.Encoding) -> tuple[int, int]:
+    """Leading tokens, and their characters, that stay as they are whatever follows: words are cut from left to right."""
+    last = piece.token_to_word(len(piece) - 1)
+    unsure = None if last is None or last < _UNSURE_WORDS else piece.word_to_tokens(last - _UNSURE_WORDS + 1)
+    begin = None if unsure is None else piece.token_to_chars(unsure[0])
+    return (0, 0) if unsure is None or begin is None else (unsure[0], begin[0])
 
 
 def _convert(folder: Path) -> bytes:

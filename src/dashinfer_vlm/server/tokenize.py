@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import Annotated, Any
 
 import msgspec
@@ -10,11 +11,15 @@ from pydantic import Field
 from starlette.responses import Response
 
 from dashinfer_vlm.errors import InvalidRequestError
+from dashinfer_vlm.frontend.tokenizer import Tokenizer
 from dashinfer_vlm.server.body import read_body, unless_gone
 from dashinfer_vlm.server.context import Context
 from dashinfer_vlm.server.protocol import MessageBody, conversation
 from dashinfer_vlm.server.schema import Body, only
 from dashinfer_vlm.server.status import json_response
+
+_MOST_IDS = 1 << 18
+"""What a text that is only counted may have, where the model's context is shorter."""
 
 
 class TokenizeBody(Body):
@@ -54,7 +59,7 @@ def tokenize_routes(context: Context) -> APIRouter:
         body = await read_body(request, TokenizeBody, context.max_body_bytes)
         context.model_name(body.model)
         ids = await unless_gone(request, _ids(context, body), lambda _: None)
-        texts = [service.tokenizer.decode((id,), skip_special=False) for id in ids] if body.return_token_strs else None
+        texts = await asyncio.to_thread(_texts, service.tokenizer, ids) if body.return_token_strs else None
         return json_response(Tokens(len(ids), service.engine.info.max_model_len, ids, texts))
 
     @router.post("/detokenize")
@@ -64,9 +69,14 @@ def tokenize_routes(context: Context) -> APIRouter:
         vocab_size = service.engine.info.vocab_size
         if max(body.tokens, default=0) >= vocab_size:
             raise InvalidRequestError(f"tokens holds id {max(body.tokens)}; ids are below {vocab_size}", param="tokens")
-        return json_response(Text(service.tokenizer.decode(body.tokens, skip_special=False)))
+        text = await asyncio.to_thread(service.tokenizer.decode, body.tokens, skip_special=False)
+        return json_response(Text(text))
 
     return router
+
+
+def _texts(tokenizer: Tokenizer, ids: list[int]) -> list[str]:
+    return [tokenizer.decode((id,), skip_special=False) for id in ids]
 
 
 async def _ids(context: Context, body: TokenizeBody) -> list[int]:
@@ -74,5 +84,5 @@ async def _ids(context: Context, body: TokenizeBody) -> list[int]:
     if body.messages is not None and body.prompt is None:
         return await service.count(conversation(body.messages, service.prompts.loader.pixel_bounds))
     if body.prompt is not None and body.messages is None:
-        return service.tokenizer.encode_text(body.prompt)
+        return await service.prompts.text_ids(body.prompt, max(service.engine.info.max_model_len, _MOST_IDS))
     raise InvalidRequestError("send either prompt or messages", param="prompt")
