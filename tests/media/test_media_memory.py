@@ -16,8 +16,9 @@ from dashinfer_vlm.media.decode import answer
 from dashinfer_vlm.media.types import MediaRef
 from dashinfer_vlm.media.wire import DecodeJob, Failed
 from dashinfer_vlm.processors.qwen import ProcessorConfig
+from dashinfer_vlm.processors.videos import Qwen2Video
 
-CONFIG = ProcessorConfig(video_min_pixels=28 * 28, video_max_pixels=28 * 28 * 16)
+CONFIG = ProcessorConfig(video=Qwen2Video(min_pixels=28 * 28, max_pixels=28 * 28 * 16))
 SIX_BY_FOUR = 6 * 4
 """Patches of a picture of 84 x 56."""
 

@@ -8,6 +8,7 @@ from contextlib import suppress
 from fractions import Fraction
 
 import av
+import msgspec
 import numpy as np
 import pytest
 from PIL import Image
@@ -17,9 +18,11 @@ from dashinfer_vlm.errors import MediaError, MediaTooLargeError
 from dashinfer_vlm.media.loader import MediaLimits
 from dashinfer_vlm.media.types import MediaRef
 from dashinfer_vlm.media.videos import process_video
-from dashinfer_vlm.processors.qwen import Pixels, Processed, ProcessorConfig, process_frames, sample_frames, video_grid
+from dashinfer_vlm.processors.qwen import Pixels, Processed, ProcessorConfig, process_frames, video_grid
+from dashinfer_vlm.processors.videos import Qwen2Video, Sampling
 
-CONFIG = ProcessorConfig(video_min_pixels=28 * 28, video_max_pixels=28 * 28 * 16)
+RULE = Qwen2Video(min_pixels=28 * 28, max_pixels=28 * 28 * 16)
+CONFIG = ProcessorConfig(video=RULE)
 
 
 def video(
@@ -48,7 +51,7 @@ def process(data: bytes, config: ProcessorConfig = CONFIG, **limits: float | Non
     return process_video(
         data,
         config,
-        fps=limits.get("fps"),
+        sampling=Sampling(fps=limits.get("fps")),
         max_pixels=int(limits.get("max_pixels") or 10_000_000),
         max_video_s=limits.get("max_video_s") or 100.0,
     )
@@ -65,7 +68,7 @@ def shades(processed: Processed) -> list[float]:
 )
 def test_the_frames_of_every_container_are_sampled_evenly(container: str, codec: str) -> None:
     processed = process(video(container=container, codec=codec))
-    chosen = sample_frames(60, 30.0, CONFIG)
+    chosen = RULE.choose(60, 30.0, Sampling(), 2)
     assert len(chosen) == 4
     assert processed.grid == video_grid(112, 56, 4, CONFIG)
     assert processed.seconds_per_grid == pytest.approx(1.0)
@@ -79,13 +82,19 @@ def test_the_rate_of_the_request_decides_how_many_frames_are_seen() -> None:
     assert process(data, fps=4.0).grid[0] == 6
     assert process(data, fps=30.0).grid[0] == 45
     assert process(data, fps=0.001).grid[0] == 2, "never fewer than the processor's least"
-    config = ProcessorConfig(video_min_pixels=28 * 28, video_max_pixels=28 * 28 * 16, max_frames=10)
+    config = ProcessorConfig(video=msgspec.structs.replace(RULE, max_frames=10))
     assert process(data, config, fps=30.0).grid[0] == 5
 
 
 def test_seconds_per_grid_follow_from_what_was_sampled() -> None:
     processed = process(video(num_frames=90), fps=4.0)
     assert processed.seconds_per_grid == pytest.approx(0.5)
+
+
+def test_every_temporal_step_says_when_it_stands() -> None:
+    processed = process(video(num_frames=90), fps=4.0)
+    taken = [n * 90 // 12 / 30 for n in range(12)]
+    assert processed.timestamps == pytest.approx([(taken[n] + taken[n + 1]) / 2 for n in range(0, 12, 2)])
 
 
 def test_an_animated_gif_is_a_video_too() -> None:
@@ -203,10 +212,39 @@ async def test_a_list_of_pictures_or_an_array_is_a_video(site: Site, make_loader
         assert media.grid == (3, 4, 4)
         assert np.array_equal(media.patches.open(), expected.patches)
         assert media.seconds_per_grid == 1.0
+        assert media.timestamps == (0.25, 1.25, 2.0), "the last frame stands for two"
         media.release()
     media = await loader.load(MediaRef(kind="video", source=tuple(sources), fps=4.0))
     assert media.seconds_per_grid == 0.5
     assert loader.raw_bytes_free == MediaLimits().max_raw_bytes
+
+
+async def test_what_a_request_asks_of_a_video_is_done_or_refused_by_name(make_loader: LoaderMaker) -> None:
+    loader = make_loader(CONFIG)
+    data = video(num_frames=90)
+
+    async def grid(**fields: int | float) -> tuple[int, int, int]:
+        media = await loader.load(MediaRef(kind="video", source=data, **fields))  # type: ignore[arg-type]
+        media.release()
+        assert len(media.timestamps) == media.grid[0]
+        return media.grid
+
+    assert await grid() == (3, 4, 8)
+    assert await grid(num_frames=10) == (5, 4, 8)
+    assert await grid(max_frames=4, fps=30.0) == (2, 4, 8)
+    assert await grid(min_frames=12) == (6, 4, 8)
+    assert await grid(resized_height=112, resized_width=56) == (3, 8, 4)
+    assert await grid(total_pixels=3 * 28 * 28 * 2) == (3, 2, 4), "1568 pixels for each of three temporal steps"
+    for fields, message in (
+        ({"num_frames": 10, "fps": 2.0}, "fps and num_frames exclude each other"),
+        ({"max_frames": 769}, "max_frames is 769; this server takes 1 to 768"),
+        ({"min_frames": 8, "max_frames": 4}, "min_frames 8 is above max_frames 4"),
+        ({"resized_height": 56}, "go together"),
+        ({"total_pixels": 0}, "total_pixels is 0"),
+        ({"fps": float("nan")}, "fps is nan"),
+    ):
+        with pytest.raises(MediaError, match=message):
+            await grid(**fields)
 
 
 async def test_a_frame_that_cannot_be_used_is_named(make_loader: LoaderMaker, site: Site) -> None:
@@ -223,7 +261,7 @@ async def test_a_frame_that_cannot_be_used_is_named(make_loader: LoaderMaker, si
 
 async def test_too_many_or_too_heavy_frames_are_refused(make_loader: LoaderMaker) -> None:
     limits = MediaLimits(max_video_bytes=1000)
-    loader = make_loader(ProcessorConfig(max_frames=8), limits)
+    loader = make_loader(ProcessorConfig(video=Qwen2Video(max_frames=8)), limits)
     with pytest.raises(MediaTooLargeError, match="a list of 9 frames; a video has 1 to 8"):
         await loader.load(MediaRef(kind="video", source=(b"x",) * 9))
     with pytest.raises(MediaTooLargeError, match="list of 0 frames"):

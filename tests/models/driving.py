@@ -16,6 +16,7 @@ from dashinfer_vlm.config import EngineConfig
 from dashinfer_vlm.models.base import EmbeddingRows, KVCache, Model, StepBatch
 from dashinfer_vlm.models.loading import allocate_kv, load_model
 from dashinfer_vlm.processors.qwen import ProcessorConfig, process_frames, process_image
+from dashinfer_vlm.processors.videos import Qwen2Video
 from dashinfer_vlm.request import Item
 
 IMAGE_ID, VIDEO_ID = 151655, 151656
@@ -61,7 +62,7 @@ def normalised(patches: torch.Tensor, config: ProcessorConfig | None = None) -> 
 def image(width: int, height: int, seed: int = 0, frames: int = 0, seconds_per_grid: float = 1.0) -> Item:
     """Noise of `width` by `height` pixels (multiples of 28); a video of `frames` frames where that is given."""
     pixels = np.random.default_rng(seed).integers(0, 256, (max(frames, 1), height, width, 3), dtype=np.uint8)
-    config = ProcessorConfig(min_pixels=28 * 28, video_min_pixels=28 * 28)
+    config = ProcessorConfig(min_pixels=28 * 28, video=Qwen2Video(min_pixels=28 * 28))
     if frames:
         done = process_frames(pixels, config, num_frames=frames, seconds_per_grid=seconds_per_grid)
     else:

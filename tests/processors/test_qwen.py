@@ -26,11 +26,10 @@ from dashinfer_vlm.processors.qwen import (
     patchify,
     process_frames,
     process_image,
-    sample_frames,
-    seconds_per_grid,
-    smart_resize,
     video_grid,
 )
+from dashinfer_vlm.processors.sizes import smart_resize
+from dashinfer_vlm.processors.videos import Qwen2Video
 
 CONFIG = ProcessorConfig(max_pixels=12845056)
 MEAN = np.asarray(CONFIG.image_mean, np.float32)
@@ -143,37 +142,14 @@ def test_frames_are_cut_as_the_video_reference_cuts_them(num_frames: int) -> Non
     assert np.array_equal(patchify(frames, CONFIG), expected.numpy())
 
 
-@given(st.integers(2, 5000), st.floats(1, 120), st.floats(0.1, 30))
-def test_sampled_frames_follow_the_reference(total: int, video_fps: float, fps: float) -> None:
-    config = ProcessorConfig()
-    most = math.floor(min(config.max_frames, total) / 2) * 2
-    count = math.floor(min(max(total / video_fps * fps, config.min_frames), most, total) / 2) * 2
-    expected = torch.arange(0, total, total / count, dtype=torch.float64).int().tolist()[:count]
-    ours = sample_frames(total, video_fps, config, fps)
-    assert len(ours) == count
-    assert max(abs(a - b) for a, b in zip(ours, expected, strict=True)) <= 1, "rounding of the reference at most"
-    assert ours == sorted(set(ours))
-    assert ours[-1] < total
-
-
-def test_a_video_of_one_frame_is_used_whole() -> None:
-    assert sample_frames(1, 30.0, CONFIG) == [0]
-    assert sample_frames(0, 30.0, CONFIG) == []
-
-
-def test_seconds_per_grid_is_the_time_between_pairs_of_frames() -> None:
-    frames = sample_frames(300, 30.0, CONFIG)
-    assert len(frames) == 20
-    assert seconds_per_grid(len(frames), 300, 30.0, CONFIG) == pytest.approx(1.0)
-
-
 def test_many_frames_share_one_pixel_budget() -> None:
     few = frame_size(1920, 1080, 4, CONFIG)
     many = frame_size(1920, 1080, 768, CONFIG)
-    assert math.prod(few) <= CONFIG.video_max_pixels
+    assert isinstance(CONFIG.video, Qwen2Video)
+    assert math.prod(few) <= CONFIG.video.max_pixels
     assert math.prod(many) < math.prod(few)
     grid = video_grid(1920, 1080, 768, CONFIG)
-    assert num_tokens(grid) <= CONFIG.max_video_tokens
+    assert num_tokens(grid) <= CONFIG.video.max_tokens
 
 
 def test_frames_of_different_sizes_are_refused() -> None:
@@ -217,7 +193,7 @@ def test_whatever_bounds_are_accepted_are_in_order(
         return
     for config in (server, request):
         assert config.min_pixels <= config.max_pixels
-        assert config.video_min_pixels <= config.video_max_pixels
+        assert config.video.min_pixels <= config.video.max_pixels
     assert server.min_pixels <= request.min_pixels
     assert request.max_pixels <= server.max_pixels
     assert server.max_pixels == (server_max or max(ProcessorConfig().max_pixels, server_min or 0))
@@ -231,7 +207,7 @@ def test_the_older_spelling_of_the_settings_is_read(tmp_path: Path) -> None:
     write(tmp_path, "preprocessor_config.json", {"min_pixels": 3136, "max_pixels": 12845056, "patch_size": 16})
     config = ProcessorConfig.from_checkpoint(tmp_path)
     assert (config.min_pixels, config.max_pixels, config.patch_size) == (3136, 12845056, 16)
-    assert (config.video_min_pixels, config.video_max_pixels) == (3136, 768 * 28 * 28)
+    assert (config.video.min_pixels, config.video.max_pixels) == (3136, 768 * 28 * 28)
 
 
 def test_the_newer_spelling_of_the_settings_is_read(tmp_path: Path) -> None:
@@ -241,24 +217,24 @@ def test_the_newer_spelling_of_the_settings_is_read(tmp_path: Path) -> None:
     )
     config = ProcessorConfig.from_checkpoint(tmp_path)
     assert (config.min_pixels, config.max_pixels) == (4000, 90_000)
-    assert (config.video_min_pixels, config.video_max_pixels, config.fps) == (5000, 70_000, 1.0)
+    assert (config.video.min_pixels, config.video.max_pixels, config.video.fps) == (5000, 70_000, 1.0)
 
 
 def test_settings_nested_in_one_file_are_read(tmp_path: Path) -> None:
     image = {"size": {"shortest_edge": 4000, "longest_edge": 90_000}}
     write(tmp_path, "processor_config.json", {"image_processor": image, "video_processor": {"max_frames": 16}})
     config = ProcessorConfig.from_checkpoint(tmp_path)
-    assert (config.min_pixels, config.max_frames) == (4000, 16)
+    assert (config.min_pixels, config.video.max_frames) == (4000, 16)
 
 
 def test_the_operators_bounds_replace_the_models(tmp_path: Path) -> None:
     write(tmp_path, "preprocessor_config.json", {"min_pixels": 3136, "max_pixels": 12845056})
     config = ProcessorConfig.from_checkpoint(tmp_path, max_pixels=200_000)
-    assert (config.min_pixels, config.max_pixels, config.video_max_pixels) == (3136, 200_000, 200_000)
+    assert (config.min_pixels, config.max_pixels, config.video.max_pixels) == (3136, 200_000, 200_000)
     config = ProcessorConfig.from_checkpoint(tmp_path, max_pixels=2000)
-    assert (config.min_pixels, config.max_pixels, config.video_min_pixels) == (2000, 2000, 2000)
+    assert (config.min_pixels, config.max_pixels, config.video.min_pixels) == (2000, 2000, 2000)
     config = ProcessorConfig.from_checkpoint(tmp_path, min_pixels=10_000)
-    assert (config.min_pixels, config.video_min_pixels) == (10_000, 10_000)
+    assert (config.min_pixels, config.video.min_pixels) == (10_000, 10_000)
 
 
 @pytest.mark.parametrize(

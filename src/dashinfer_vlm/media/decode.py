@@ -42,20 +42,20 @@ def process(job: DecodeJob) -> Processed:
         return process_video(
             job.sources[0],
             job.config,
-            fps=job.fps,
+            sampling=job.sampling,
             max_pixels=job.max_pixels,
             max_video_s=job.max_video_s,
             max_patches=job.max_patches,
         )
     if job.kind == "frames":
-        step_s = frame_list_step(job.config, job.fps)
+        step_s = frame_list_step(job.config, job.sampling.fps)
         return process_frames(_frames(job), job.config, num_frames=len(job.sources), seconds_per_grid=step_s)
     return process_image(_picture(job.sources[0], job), job.config)
 
 
 def frame_list_step(config: ProcessorConfig, fps: float | None) -> float:
     """Seconds per temporal grid step of a list of frames, which were taken at `fps` (the config's without one)."""
-    return config.temporal_patch_size / (fps or config.fps)
+    return config.temporal_patch_size / (fps or config.video.fps)
 
 
 def content_hash(processed: Processed, config: ProcessorConfig) -> bytes:
@@ -113,6 +113,7 @@ def answer(job: DecodeJob) -> Reply:
         grid=processed.grid,
         content_hash=content_hash(processed, job.config),
         seconds_per_grid=processed.seconds_per_grid,
+        timestamps=processed.timestamps,
     )
 
 

@@ -14,7 +14,7 @@ import errno
 import hashlib
 import math
 from collections.abc import Hashable
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass
 from functools import partial
 
 import anyio
@@ -40,6 +40,7 @@ from dashinfer_vlm.processors.qwen import (
     video_grid,
 )
 from dashinfer_vlm.processors.qwen import num_tokens as count_tokens
+from dashinfer_vlm.processors.videos import Sampling
 from dashinfer_vlm.request import Grid, ItemKind
 from dashinfer_vlm.shared_array import SharedArray, SharedFolder
 
@@ -96,6 +97,7 @@ class _Patches:
     grid: Grid
     content_hash: bytes
     seconds_per_grid: float
+    timestamps: tuple[float, ...]
     array: SharedArray
 
 
@@ -174,8 +176,7 @@ class MediaLoader:
         Raises MediaError and its kinds, with `param` from the reference, and OverloadedError.
         """
         try:
-            config = self._processor.for_request(ref.min_pixels, ref.max_pixels, ref.param)
-            _check_fps(ref.fps)
+            config = self._config(ref)
             lease = await self._load(ref, config)
         except MediaError as error:
             self._failures += 1
@@ -190,6 +191,14 @@ class MediaLoader:
             patches=patches.array,
             release=lease.release,
             seconds_per_grid=patches.seconds_per_grid,
+            timestamps=patches.timestamps,
+        )
+
+    def _config(self, ref: MediaRef) -> ProcessorConfig:
+        """The settings under the reference's bounds; raises MediaError for those that cannot be."""
+        _sampling(ref).check(self._processor.video.max_frames)
+        return self._processor.for_request(
+            ref.min_pixels, ref.max_pixels, total_pixels=ref.total_pixels, resized=_resized(ref)
         )
 
     async def _load(self, ref: MediaRef, config: ProcessorConfig) -> Lease[_Patches]:
@@ -202,7 +211,7 @@ class MediaLoader:
         timeout_s = self._limits.video_fetch_timeout_s if video else self._image_fetch_timeout_s
         encoded = await self._encoded(ref.source, max_bytes, timeout_s)
         try:
-            return await self._decoded(ref.kind, (encoded.value,), config, ref.fps)
+            return await self._decoded(ref.kind, (encoded.value,), config, _sampling(ref))
         finally:
             encoded.release()
 
@@ -211,8 +220,8 @@ class MediaLoader:
     ) -> Lease[_Patches]:
         """The images of one video. Room for all of them is taken at once: taken one by one, two loads could each
         hold what the other waits for."""
-        if ref.kind != "video" or not 1 <= len(sources) <= config.max_frames:
-            raise MediaTooLargeError(f"a list of {len(sources)} frames; a video has 1 to {config.max_frames}")
+        if ref.kind != "video" or not 1 <= len(sources) <= config.video.max_frames:
+            raise MediaTooLargeError(f"a list of {len(sources)} frames; a video has 1 to {config.video.max_frames}")
         most = self._limits.max_video_bytes
         reserved = min(most, sum(_size_hint(source, self._max_image_bytes) for source in sources))
         await self._reserve(reserved)
@@ -227,7 +236,7 @@ class MediaLoader:
             frames = [lease.value for lease in await asyncio.gather(*tasks)]
             if sum(len(frame.data) for frame in frames) > most:
                 raise MediaTooLargeError(f"the frames are together larger than the limit of {most} bytes")
-            return await self._decoded("frames", tuple(frames), config, ref.fps)
+            return await self._decoded("frames", tuple(frames), config, _sampling(ref))
         finally:
             await _release_all(tasks)
             self._raw_bytes.release(reserved)
@@ -285,13 +294,13 @@ class MediaLoader:
         self._raw_bytes.release(encoded.reserved)
 
     async def _decoded(
-        self, kind: JobKind, sources: tuple[_Encoded, ...], config: ProcessorConfig, fps: float | None
+        self, kind: JobKind, sources: tuple[_Encoded, ...], config: ProcessorConfig, sampling: Sampling
     ) -> Lease[_Patches]:
-        key: Hashable = (kind, tuple(source.digest for source in sources), astuple(config), fps)
-        return await self._patches.lease(key, partial(self._decode, kind, sources, config, fps))
+        key: Hashable = (kind, tuple(source.digest for source in sources), config, sampling)
+        return await self._patches.lease(key, partial(self._decode, kind, sources, config, sampling))
 
     async def _decode(
-        self, kind: JobKind, sources: tuple[_Encoded, ...], config: ProcessorConfig, fps: float | None
+        self, kind: JobKind, sources: tuple[_Encoded, ...], config: ProcessorConfig, sampling: Sampling
     ) -> _Patches:
         self._decodes += 1
         job = DecodeJob(
@@ -302,13 +311,13 @@ class MediaLoader:
             name="",
             max_pixels=self._max_pixels,
             max_video_s=self._limits.max_video_s,
-            fps=fps,
+            sampling=sampling,
             max_patches=self.max_patches,
         )
         limits = self._limits
         timeout_s = limits.image_decode_timeout_s if kind == "image" else limits.video_decode_timeout_s
         decoded, array = await self._workers.run(job, timeout_s)
-        return _Patches(decoded.grid, decoded.content_hash, decoded.seconds_per_grid, array)
+        return _Patches(decoded.grid, decoded.content_hash, decoded.seconds_per_grid, decoded.timestamps, array)
 
     async def _load_array(self, ref: MediaRef, frames: np.ndarray, config: ProcessorConfig) -> Lease[_Patches]:
         """Decoded frames come from this process's own caller: they are cut here, in a thread."""
@@ -316,7 +325,7 @@ class MediaLoader:
         _check_grid(ref.kind, frames, config, self.max_patches)
         frames = np.ascontiguousarray(frames)
         digest = await asyncio.to_thread(lambda: hashlib.sha256(frames.data).digest())
-        key = ("array", ref.kind, frames.shape, digest, astuple(config), ref.fps)
+        key = ("array", ref.kind, frames.shape, digest, config, ref.fps)
         return await self._patches.lease(key, partial(self._cut, ref.kind, frames, config, ref.fps))
 
     async def _cut(self, kind: ItemKind, frames: Pixels, config: ProcessorConfig, fps: float | None) -> _Patches:
@@ -328,6 +337,7 @@ class MediaLoader:
                 processed.grid,
                 content_hash(processed, config),
                 processed.seconds_per_grid,
+                processed.timestamps,
                 self._folder.put(processed.patches),
             )
 
@@ -348,7 +358,7 @@ def _process_array(kind: ItemKind, frames: Pixels, config: ProcessorConfig, fps:
 def _check_array(kind: ItemKind, frames: np.ndarray, max_pixels: int, config: ProcessorConfig) -> None:
     if frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[3] != 3:
         raise MediaError(f"frames must be uint8 [F, H, W, 3], not {frames.dtype} {list(frames.shape)}")
-    most = 1 if kind == "image" else config.max_frames
+    most = 1 if kind == "image" else config.video.max_frames
     if not 1 <= len(frames) <= most:
         raise MediaTooLargeError(f"the array has {len(frames)} frames; this {kind} may have 1 to {most}")
     if math.prod(frames.shape[1:3]) > max_pixels:
@@ -363,9 +373,16 @@ def _check_grid(kind: ItemKind, frames: np.ndarray, config: ProcessorConfig, max
     check_num_patches(grid, max_patches, config, kind)
 
 
-def _check_fps(fps: float | None) -> None:
-    if fps is not None and not (math.isfinite(fps) and fps > 0):
-        raise MediaError(f"fps is {fps}; it must be above 0")
+def _sampling(ref: MediaRef) -> Sampling:
+    return Sampling(fps=ref.fps, num_frames=ref.num_frames, min_frames=ref.min_frames, max_frames=ref.max_frames)
+
+
+def _resized(ref: MediaRef) -> tuple[int, int] | None:
+    if ref.resized_width is None and ref.resized_height is None:
+        return None
+    if ref.resized_width is None or ref.resized_height is None:
+        raise MediaError("resized_height and resized_width go together; send both or neither")
+    return ref.resized_width, ref.resized_height
 
 
 def _size_hint(source: str | bytes, unknown: int) -> int:

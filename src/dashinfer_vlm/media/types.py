@@ -21,8 +21,18 @@ class MediaRef:
     min_pixels: int | None = None
     """Per-request bound; must lie within the server's own bounds."""
     max_pixels: int | None = None
+    resized_height: int | None = None
+    """With `resized_width`: sides to bring the image or the frames to, rounded and bounded like any other size."""
+    resized_width: int | None = None
+    total_pixels: int | None = None
+    """Of a video's temporal patches together, as `qwen_vl_utils` counts them; the server's own where it is tighter."""
     fps: float | None = None
-    """Frames per second to sample from a video; the processor's value when None."""
+    """Frames per second to sample from a video; the processor's value when None. Of a list of frames and of an array,
+    the rate at which they were taken."""
+    num_frames: int | None = None
+    """Frames at most to sample from a video, instead of `fps`."""
+    min_frames: int | None = None
+    max_frames: int | None = None
     param: str | None = None
     """Where in the request it stands ("messages[0].content[1]"), for error messages."""
 
@@ -42,3 +52,7 @@ class LoadedMedia:
     patches: SharedArray
     release: Callable[[], None]
     seconds_per_grid: float = 1.0
+    """Seconds of video per temporal grid step, by the rate at which frames were sampled."""
+    timestamps: tuple[float, ...] = ()
+    """Seconds from the start of a video, one per temporal grid step (`grid[0]`): midway between the step's first and
+    last frame, by the frames' own time stamps. Empty for an image."""

@@ -19,11 +19,10 @@ from dashinfer_vlm.processors.qwen import (
     Processed,
     ProcessorConfig,
     check_num_patches,
-    process_frames,
-    sample_frames,
-    seconds_per_grid,
+    process_timed_frames,
     video_grid,
 )
+from dashinfer_vlm.processors.videos import Sampling, seconds_per_grid
 
 CONTAINERS = ("mov", "mp4", "matroska", "webm", "avi", "mpegts", "mpeg", "flv", "ogg", "gif")
 """FFmpeg's names. Playlists (hls, dash, concat) stay out: they make the decoder open other files and hosts."""
@@ -39,7 +38,7 @@ def process_video(
     data: bytes,
     config: ProcessorConfig,
     *,
-    fps: float | None,
+    sampling: Sampling,
     max_pixels: int,
     max_video_s: float,
     max_patches: int | None = None,
@@ -50,13 +49,13 @@ def process_video(
     frames or `max_video_s`.
     """
     with explained("video"):
-        return _process(data, config, fps, max_pixels, max_video_s, max_patches)
+        return _process(data, config, sampling, max_pixels, max_video_s, max_patches)
 
 
 def _process(
     data: bytes,
     config: ProcessorConfig,
-    fps: float | None,
+    sampling: Sampling,
     max_pixels: int,
     max_video_s: float,
     max_patches: int | None,
@@ -64,12 +63,12 @@ def _process(
     total, rate, (width, height) = _probe(data, max_pixels)
     if total / rate > max_video_s:
         raise MediaTooLargeError(f"the video lasts {total / rate:.1f} s; the limit is {max_video_s:g} s")
-    chosen = sample_frames(total, rate, config, fps)
+    chosen = config.video.choose(total, rate, sampling, config.temporal_patch_size)
     if chosen and width and height:  # whichever way up: the number of patches is the same
         check_num_patches(video_grid(width, height, len(chosen), config), max_patches, config, "video")
-    step_s = seconds_per_grid(max(len(chosen), 1), max(total, 1), rate, config)
-    frames = _frames(data, frozenset(chosen), max_pixels)
-    return process_frames(frames, config, num_frames=max(len(chosen), 1), seconds_per_grid=step_s)
+    step_s = seconds_per_grid(max(len(chosen), 1), max(total, 1), rate, config.temporal_patch_size)
+    frames = ((index / rate, frame) for index, frame in _frames(data, frozenset(chosen), max_pixels))
+    return process_timed_frames(frames, config, num_frames=max(len(chosen), 1), seconds_per_grid=step_s)
 
 
 @contextmanager
@@ -112,8 +111,8 @@ def _packets(container: Any, stream: Any) -> Iterator[Any]:
         return  # a cut file ends here; what came before counts
 
 
-def _frames(data: bytes, wanted: frozenset[int], max_pixels: int) -> Iterator[Pixels]:
-    """The wanted frames in order, by their index among those that decode; damaged packets are skipped."""
+def _frames(data: bytes, wanted: frozenset[int], max_pixels: int) -> Iterator[tuple[int, Pixels]]:
+    """The wanted frames in order with their index among those that decode; damaged packets are skipped."""
     left = set(wanted)
     index = 0
     with _opened(data) as (container, stream):
@@ -122,7 +121,7 @@ def _frames(data: bytes, wanted: frozenset[int], max_pixels: int) -> Iterator[Pi
                 _check_pixels(frame.width, frame.height, max_pixels)
                 if index in left:
                     left.discard(index)
-                    yield _upright(frame)
+                    yield index, _upright(frame)
                 index += 1
             if not left:
                 return

@@ -7,6 +7,7 @@ from typing import Literal
 import msgspec
 
 from dashinfer_vlm.processors.qwen import ProcessorConfig
+from dashinfer_vlm.processors.videos import Sampling
 
 LENGTH_BYTES = 8
 """Every message is preceded by its length, big endian."""
@@ -28,7 +29,7 @@ class DecodeJob(msgspec.Struct, frozen=True, kw_only=True):
     max_pixels: int
     """Of one picture or frame, by its header."""
     max_video_s: float
-    fps: float | None = None
+    sampling: Sampling = Sampling()
     max_patches: int | None = None
     """Of the whole medium; None is no limit."""
 
@@ -43,6 +44,7 @@ class Decoded(msgspec.Struct, frozen=True, kw_only=True, tag="decoded"):
     grid: tuple[int, int, int]
     content_hash: bytes
     seconds_per_grid: float
+    timestamps: tuple[float, ...]
 
 
 class Failed(msgspec.Struct, frozen=True, tag="failed"):

@@ -1,8 +1,8 @@
-"""Qwen2-VL's image processor as plain arithmetic: smart resize, patches, grid and token count. No model, no network.
+"""Qwen's image and video processors as plain arithmetic: settings, patches, grid, token count. No model, no network.
 
 Patches stay uint8: rescaling and normalisation are folded into the model's patch embedding (`image_mean`, `image_std`).
 The grid and the token count follow from width and height alone, so they are known before anything is decoded.
-Source: Qwen2VLImageProcessor and Qwen2VLVideoProcessor of `transformers`; Qwen2.5-VL uses the same ones.
+Source: Qwen2VLImageProcessor of `transformers`, which all Qwen-VL models use; `videos.py` has the rules for videos.
 """
 
 from __future__ import annotations
@@ -10,23 +10,20 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
 from dashinfer_vlm.errors import CheckpointError, MediaError, MediaTooLargeError
-
-if TYPE_CHECKING:
-    from dashinfer_vlm.request import Grid  # only the name: media workers start without torch
+from dashinfer_vlm.processors.sizes import check_shape, pixel_bounds, smart_resize
+from dashinfer_vlm.processors.videos import Qwen2Video, VideoRule, grid_timestamps, read_rule
+from dashinfer_vlm.request import Grid
 
 Pixels = NDArray[np.uint8]
-
-MAX_ASPECT_RATIO = 200
-"""Longer side over shorter side at most; the reference implementation refuses more."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,16 +39,10 @@ class ProcessorConfig:
     image_mean: tuple[float, float, float] = (0.48145466, 0.4578275, 0.40821073)
     image_std: tuple[float, float, float] = (0.26862954, 0.26130258, 0.27577711)
     rescale_factor: float = 1 / 255
-    video_min_pixels: int = 128 * 28 * 28
-    """Of one frame."""
-    video_max_pixels: int = 768 * 28 * 28
-    """Of one frame."""
-    max_video_tokens: int = 115_200
-    """Merged tokens that all frames of a video share: 90 % of the 128,000 that the reference assumes."""
-    fps: float = 2.0
-    """Frames sampled from one second of video when the request names no rate."""
-    min_frames: int = 4
-    max_frames: int = 768
+    video: VideoRule = field(default_factory=Qwen2Video)
+    """Which frames of a video are used, and how large they become."""
+    resized: tuple[int, int] | None = None
+    """(width, height) that a request wants instead of those of its image or video; rounded and bounded like them."""
 
     @property
     def factor(self) -> int:
@@ -86,18 +77,25 @@ class ProcessorConfig:
         """The same settings under the operator's bounds; a bound that only one side got moves the other along."""
         low = min_pixels if min_pixels is not None else min(self.min_pixels, max_pixels or self.min_pixels)
         high = max_pixels if max_pixels is not None else max(self.max_pixels, low)
-        video_high = min(self.video_max_pixels, high)
-        video_low = min(max(self.video_min_pixels, min_pixels or 0), video_high)
-        bounded = replace(
-            self, min_pixels=low, max_pixels=high, video_min_pixels=video_low, video_max_pixels=video_high
-        )
+        video = self.video.for_server(min_pixels, max_pixels)
+        bounded = replace(self, min_pixels=low, max_pixels=high, video=video)
         bounded._check()
         return bounded
 
-    def for_request(self, min_pixels: int | None, max_pixels: int | None, param: str | None = None) -> ProcessorConfig:
+    def for_request(
+        self,
+        min_pixels: int | None,
+        max_pixels: int | None,
+        param: str | None = None,
+        *,
+        total_pixels: int | None = None,
+        resized: tuple[int, int] | None = None,
+    ) -> ProcessorConfig:
         """The same settings under one request's bounds, for its images and for the frames of its videos.
 
-        Raises MediaError unless they lie within the server's own bounds.
+        `total_pixels` is the budget of a video's temporal patches together, as `qwen_vl_utils` counts it; the server's
+        own holds where it is tighter. `resized` is a (width, height) to bring every image and frame to. Raises
+        MediaError unless the bounds of pixels lie within the server's own.
         """
         for name, value in (("min_pixels", min_pixels), ("max_pixels", max_pixels)):
             if value is not None and not self.min_pixels <= value <= self.max_pixels:
@@ -107,21 +105,24 @@ class ProcessorConfig:
         low, high = min_pixels or self.min_pixels, max_pixels or self.max_pixels
         if low > high:
             raise MediaError(f"min_pixels {low} is above max_pixels {high}", param=param)
-        video_high = max_pixels or max(self.video_max_pixels, min_pixels or 0)
-        video_low = min_pixels or min(self.video_min_pixels, video_high)
-        return replace(self, min_pixels=low, max_pixels=high, video_min_pixels=video_low, video_max_pixels=video_high)
+        if total_pixels is not None and total_pixels < 1:
+            raise MediaError(f"total_pixels is {total_pixels}; it must be at least 1", param=param)
+        if resized is not None:
+            check_shape(*resized)
+        video = self.video.for_request(min_pixels, max_pixels, total_pixels)
+        return replace(self, min_pixels=low, max_pixels=high, video=video, resized=resized)
 
     def _check(self) -> None:
-        counts = ("patch_size", "temporal_patch_size", "merge_size", "min_pixels", "min_frames", "max_frames")
-        for name in counts:
-            if getattr(self, name) < 1:
-                raise CheckpointError(f"the processor's {name} is {getattr(self, name)}; it must be at least 1")
+        for name in ("patch_size", "temporal_patch_size", "merge_size", "min_pixels"):
+            _check_count(name, getattr(self, name))
+        for name in ("min_frames", "max_frames", "min_pixels"):
+            _check_count(name, getattr(self.video, name))
         if self.min_pixels > self.max_pixels:
             raise CheckpointError(
                 f"the processor's min_pixels {self.min_pixels} are above its max_pixels {self.max_pixels}"
             )
-        if not (math.isfinite(self.fps) and self.fps > 0):
-            raise CheckpointError(f"the processor's fps is {self.fps}; it must be above 0")
+        if not (math.isfinite(self.video.fps) and self.video.fps > 0):
+            raise CheckpointError(f"the processor's fps is {self.video.fps}; it must be above 0")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -131,46 +132,20 @@ class Processed:
     patches: Pixels
     grid: Grid
     seconds_per_grid: float = 1.0
-
-
-def smart_resize(width: int, height: int, *, factor: int, min_pixels: int, max_pixels: int) -> tuple[int, int]:
-    """The (width, height) to resize to: multiples of `factor`, the area within the bounds, the ratio about kept.
-
-    A very long image can stay above `max_pixels`, since no side gets below `factor`. Raises MediaError for an aspect
-    ratio above 200. Source: `smart_resize` of Qwen2VLImageProcessor.
-    """
-    if min(width, height) < 1:
-        raise MediaError(f"the image is {width}x{height} pixels; both sides must be at least 1")
-    if max(width, height) / min(width, height) > MAX_ASPECT_RATIO:
-        raise MediaError(
-            f"the image is {width}x{height} pixels; the longer side may be at most {MAX_ASPECT_RATIO} times the shorter"
-        )
-    new_width, new_height = round(width / factor) * factor, round(height / factor) * factor
-    if new_width * new_height > max_pixels:
-        shrink = math.sqrt(width * height / max_pixels)
-        new_width = max(factor, math.floor(width / shrink / factor) * factor)
-        new_height = max(factor, math.floor(height / shrink / factor) * factor)
-    elif new_width * new_height < min_pixels:
-        grow = math.sqrt(min_pixels / (width * height))
-        new_width = math.ceil(width * grow / factor) * factor
-        new_height = math.ceil(height * grow / factor) * factor
-    return new_width, new_height
+    timestamps: tuple[float, ...] = ()
+    """Seconds from the start of a video, one per temporal grid step; none for an image."""
 
 
 def image_size(width: int, height: int, config: ProcessorConfig) -> tuple[int, int]:
     """The (width, height) that an image of these sides is resized to."""
+    width, height = config.resized or (width, height)
     return smart_resize(width, height, factor=config.factor, min_pixels=config.min_pixels, max_pixels=config.max_pixels)
 
 
 def frame_size(width: int, height: int, num_frames: int, config: ProcessorConfig) -> tuple[int, int]:
-    """The (width, height) that each of `num_frames` frames is resized to.
-
-    All frames share `max_video_tokens`; each gets an even part, but never less than 1.05 times `video_min_pixels`.
-    Source: `cap_pixels_per_frame` of Qwen2VLVideoProcessor, which is the rule of the reference client.
-    """
-    share = config.max_video_tokens * config.factor**2 * config.temporal_patch_size // num_frames
-    max_pixels = max(min(config.video_max_pixels, share), int(config.video_min_pixels * 1.05))
-    return smart_resize(width, height, factor=config.factor, min_pixels=config.video_min_pixels, max_pixels=max_pixels)
+    """The (width, height) that each of `num_frames` frames of a video is resized to."""
+    width, height = config.resized or (width, height)
+    return config.video.size(width, height, num_frames, factor=config.factor, step=config.temporal_patch_size)
 
 
 def image_grid(width: int, height: int, config: ProcessorConfig) -> Grid:
@@ -200,26 +175,6 @@ def check_num_patches(grid: Grid, max_patches: int | None, config: ProcessorConf
 def num_tokens(grid: Grid, merge_size: int = 2) -> int:
     """Placeholder tokens of an item: one per merge_size x merge_size patches."""
     return math.prod(grid) // merge_size**2
-
-
-def sample_frames(total_frames: int, video_fps: float, config: ProcessorConfig, fps: float | None = None) -> list[int]:
-    """Indices of the frames to use, evenly spread over a video of `total_frames` frames.
-
-    About `fps` (else the config's) per second, between `min_frames` and `max_frames`, a multiple of the temporal patch
-    size where the video has that many. Source: `sample_frames` of Qwen2VLVideoProcessor.
-    """
-    step = config.temporal_patch_size
-    if total_frames < step:
-        return list(range(total_frames))
-    wanted = total_frames / video_fps * (fps or config.fps)
-    most = min(config.max_frames, total_frames) // step * step
-    count = max(step, math.floor(min(max(wanted, config.min_frames), most) / step) * step)
-    return [i * total_frames // count for i in range(count)]
-
-
-def seconds_per_grid(num_frames: int, total_frames: int, video_fps: float, config: ProcessorConfig) -> float:
-    """Seconds of video behind one temporal grid step when `num_frames` of `total_frames` frames are used."""
-    return config.temporal_patch_size * total_frames / (num_frames * video_fps)
 
 
 def resize(image: Pixels, width: int, height: int, config: ProcessorConfig) -> Pixels:
@@ -262,15 +217,25 @@ def process_image(image: Pixels, config: ProcessorConfig) -> Processed:
 def process_frames(
     frames: Iterable[Pixels], config: ProcessorConfig, *, num_frames: int, seconds_per_grid: float
 ) -> Processed:
-    """Resize and cut the chosen frames of a video, each uint8 [H, W, 3] of one size.
+    """`process_timed_frames` for frames that follow each other evenly."""
+    step_s = seconds_per_grid / config.temporal_patch_size
+    timed = ((n * step_s, frame) for n, frame in enumerate(frames))
+    return process_timed_frames(timed, config, num_frames=num_frames, seconds_per_grid=seconds_per_grid)
+
+
+def process_timed_frames(
+    frames: Iterable[tuple[float, Pixels]], config: ProcessorConfig, *, num_frames: int, seconds_per_grid: float
+) -> Processed:
+    """Resize and cut the chosen frames of a video, each its time in seconds and uint8 [H, W, 3] of one size.
 
     `frames` may be lazy and yield fewer than the `num_frames` that were planned (a broken video); only resized frames
     are held. Raises MediaError when there is none, when sizes differ or the shape is impossible.
     """
     resized: list[Pixels] = []
+    times: list[float] = []
     shape: tuple[int, ...] = ()
     width = height = 0
-    for frame in frames:
+    for time, frame in frames:
         if not resized:
             shape = frame.shape
             width, height = frame_size(shape[1], shape[0], num_frames, config)
@@ -278,11 +243,21 @@ def process_frames(
             sizes = f"{shape[1]}x{shape[0]} and {frame.shape[1]}x{frame.shape[0]}"
             raise MediaError(f"the frames of a video must have one size; these have {sizes} pixels")
         resized.append(resize(frame, width, height, config))
+        times.append(time)
     if not resized:
         raise MediaError("the video has no frame that can be used")
-    pairs = -(-len(resized) // config.temporal_patch_size)
-    grid = pairs, height // config.patch_size, width // config.patch_size
-    return Processed(patches=patchify(np.stack(resized), config), grid=grid, seconds_per_grid=seconds_per_grid)
+    timestamps = grid_timestamps(times, config.temporal_patch_size)
+    return Processed(
+        patches=patchify(np.stack(resized), config),
+        grid=(len(timestamps), height // config.patch_size, width // config.patch_size),
+        seconds_per_grid=seconds_per_grid,
+        timestamps=timestamps,
+    )
+
+
+def _check_count(name: str, value: int) -> None:
+    if value < 1:
+        raise CheckpointError(f"the processor's {name} is {value}; it must be at least 1")
 
 
 def _read_json(path: Path) -> dict[str, Any] | None:
@@ -302,12 +277,7 @@ def _parse(image: Mapping[str, Any], video: Mapping[str, Any] | None) -> Process
         if image.get(name, True) is False:
             raise CheckpointError(f"the processor config sets {name} to false, which is not supported")
     base = ProcessorConfig()
-    min_pixels, max_pixels = _bounds(image, base.min_pixels, base.max_pixels)
-    if video is None:
-        video = image
-        video_min, video_max = min_pixels, min(max_pixels, max(base.video_max_pixels, min_pixels))
-    else:
-        video_min, video_max = _bounds(video, base.video_min_pixels, base.video_max_pixels)
+    min_pixels, max_pixels = pixel_bounds(image, base.min_pixels, base.max_pixels)
     try:
         config = ProcessorConfig(
             patch_size=int(image.get("patch_size", base.patch_size)),
@@ -319,25 +289,12 @@ def _parse(image: Mapping[str, Any], video: Mapping[str, Any] | None) -> Process
             image_mean=_three(image.get("image_mean", base.image_mean)),
             image_std=_three(image.get("image_std", base.image_std)),
             rescale_factor=float(image.get("rescale_factor", base.rescale_factor)),
-            video_min_pixels=video_min,
-            video_max_pixels=video_max,
-            fps=float(video.get("fps") or base.fps),
-            min_frames=int(video.get("min_frames") or base.min_frames),
-            max_frames=int(video.get("max_frames") or base.max_frames),
+            video=read_rule(image, video),
         )
     except (TypeError, ValueError) as error:
         raise CheckpointError(f"the processor config has a value that cannot be used: {error}") from error
     config._check()
     return config
-
-
-def _bounds(settings: Mapping[str, Any], low: int, high: int) -> tuple[int, int]:
-    """min and max pixels in either spelling; the older one wins where a file has both, as in the reference."""
-    size = settings.get("size")
-    size = size if isinstance(size, Mapping) else {}
-    low = settings.get("min_pixels") or size.get("shortest_edge") or size.get("min_pixels") or low
-    high = settings.get("max_pixels") or size.get("longest_edge") or size.get("max_pixels") or high
-    return int(low), int(high)
 
 
 def _three(values: Sequence[float]) -> tuple[float, float, float]:
