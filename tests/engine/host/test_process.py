@@ -109,7 +109,7 @@ async def test_a_child_ends_with_its_parent() -> None:
     code = (
         "import asyncio, sys\n"
         "from dashinfer_vlm.config import EngineConfig\n"
-        "from dashinfer_vlm.engine.client import ProcessEngine\n"
+        "from dashinfer_vlm.engine.host.process import ProcessEngine\n"
         f"ProcessEngine.command = {SCRIPTED_PROCESS!r}\n"
         "async def main():\n"
         "    engine = await ProcessEngine.start(EngineConfig())\n"
