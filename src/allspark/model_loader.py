@@ -16,6 +16,7 @@ from dashinfer_vlm.engine.admission import DEFAULT_MAX_MODEL_LEN
 from dashinfer_vlm.errors import CheckpointError, ConfigError, DashInferError
 from dashinfer_vlm.hub import resolve_model
 from dashinfer_vlm.models.config import read_config
+from dashinfer_vlm.optional import require
 
 __all__ = ["HuggingFaceModel", "ModelSerializerException"]
 
@@ -138,9 +139,8 @@ class HuggingFaceModel:
     def init_tokenizer(self, padding_side: str = "left") -> HuggingFaceModel:
         """Load the tokenizer, once."""
         if self._tokenizer is None:
-            from transformers import AutoTokenizer  # brings much, and only text requests need it
-
-            self._tokenizer = AutoTokenizer.from_pretrained(self._loaded(), padding_side=padding_side)
+            library = require("transformers", "transformers", "the tokenizer of a HuggingFaceModel")
+            self._tokenizer = library.AutoTokenizer.from_pretrained(self._loaded(), padding_side=padding_side)
         return self
 
     def get_tokenizer(self) -> Any:

@@ -111,7 +111,7 @@ class Item:
     grid: Grid | None = None
     """None only for a ready-made embedding that is not laid out on a grid."""
     patches: np.ndarray | torch.Tensor | SharedArray | None = None
-    """uint8 [P, patch_dim], rows in the processor's merge order (see vision/processor.py). The engine's loop maps a
+    """uint8 [P, patch_dim], rows in the processor's merge order (see processors/qwen.py). The engine's loop maps a
     shared array before the engine sees it."""
     embedding: torch.Tensor | None = None
     """float [num_tokens, hidden]."""

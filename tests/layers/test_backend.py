@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from dashinfer_vlm.kernels import cpu_ops
 from dashinfer_vlm.layers import backend as backends
+from dashinfer_vlm.layers import onednn
 from dashinfer_vlm.layers.activation import EPILOGUES, Epilogue
 from dashinfer_vlm.layers.backend import TensorLinear, choose_backend
 from dashinfer_vlm.layers.linear import ExpandingLinear, Linear, Matrix, NativeLinear, OneDnnLinear, TorchLinear
@@ -77,7 +78,7 @@ def test_a_cpu_without_kernels_computes_in_float32_and_says_why(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     without_native_kernels(monkeypatch)
-    monkeypatch.setattr(backends, "_multiplies_bfloat16", lambda: False)
+    monkeypatch.setattr(onednn, "available", lambda: False)
     with caplog.at_level(logging.WARNING):
         backend = choose_backend(CPU, torch.bfloat16)
     assert (backend.weight_dtype, backend.activation_dtype) == (torch.bfloat16, torch.float32)
@@ -93,7 +94,7 @@ def test_a_cpu_that_multiplies_bfloat16_gets_packed_weights_of_the_kernels_that_
 ) -> None:
     if native and not cpu_ops.available():
         pytest.skip(str(cpu_ops.why_unavailable()))
-    monkeypatch.setattr(backends, "_multiplies_bfloat16", lambda: True)
+    monkeypatch.setattr(onednn, "available", lambda: True)
     monkeypatch.setattr(backends, "_native_multiplies_bfloat16", lambda: native)
     backend = choose_backend(CPU, torch.bfloat16)
     assert (backend.name.split()[0], backend.activation_dtype) == (name, dtype)
@@ -108,7 +109,7 @@ def test_weights_in_float32_stay_so(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_a_layer_keeps_nothing_of_the_tensor_it_was_made_from(dtype: torch.dtype) -> None:
-    if dtype == torch.bfloat16 and backends._multiplies_bfloat16():
+    if dtype == torch.bfloat16 and onednn.available():
         pytest.skip("oneDNN rounds activations to bfloat16")
     source, bias = torch.randn(6, 8), torch.randn(6)
     x = torch.randn(3, 8).bfloat16().float()  # as some levels round it
@@ -124,3 +125,12 @@ def test_a_card_computes_in_the_weights_own_type() -> None:
     backend = choose_backend(torch.device("cuda"), torch.bfloat16)
     x = torch.randn(3, 8, device="cuda", dtype=torch.bfloat16)
     assert backend.linear(matrix(torch.randn(6, 8)))(x).dtype == torch.bfloat16
+
+
+def test_a_torch_that_has_renamed_a_private_function_costs_no_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "cpu", object())
+    onednn.available.cache_clear()
+    try:
+        assert not onednn.available()
+    finally:
+        onednn.available.cache_clear()

@@ -42,7 +42,7 @@ class ItemQueue:
         self._oldest_s = 0.0
 
     def request(self, item: Item) -> None:
-        """See `encoder.EncoderStage.request`."""
+        """See `stage.EncoderStage.request`."""
         key = item.content_hash
         self.cache.pin(key)
         if key in self.cache:
@@ -55,7 +55,7 @@ class ItemQueue:
             self.cache.hits += 1
 
     def release(self, item: Item) -> None:
-        """See `encoder.EncoderStage.release`. What is in flight is finished and cached all the same."""
+        """See `stage.EncoderStage.release`. What is in flight is finished and cached all the same."""
         key = item.content_hash
         self.cache.unpin(key)
         if not self.cache.is_pinned(key) and key in self._waiting:

@@ -69,13 +69,6 @@ class BlockPool:
             self._block_of[block_hash] = block
             self._hash_of[block] = block_hash
 
-    def clear_cache(self) -> None:
-        """Forget every prefix; held blocks stay held."""
-        self._blank.extend(self._cached)
-        self._cached.clear()
-        self._block_of.clear()
-        self._hash_of.clear()
-
     def check_integrity(self) -> None:
         """Every block is in exactly one state and both hash tables agree; for tests and idle moments."""
         blank, cached = set(self._blank), set(self._cached)

@@ -17,6 +17,7 @@ import tokenizers
 
 from dashinfer_vlm.errors import CheckpointError, ContextLengthError, InvalidRequestError
 from dashinfer_vlm.frontend.checkpoint import read_json
+from dashinfer_vlm.optional import require
 
 logger = logging.getLogger(__name__)
 
@@ -164,9 +165,8 @@ def _convert(folder: Path) -> bytes:
     if not (folder / "vocab.json").is_file() or not (folder / "merges.txt").is_file():
         raise CheckpointError(f"{folder} has neither tokenizer.json nor vocab.json with merges.txt")
     logger.info("%s has no tokenizer.json; it is made from vocab.json and merges.txt", folder)
-    from transformers import AutoTokenizer  # slow to import, and rarely needed
-
-    text: str = AutoTokenizer.from_pretrained(folder, local_files_only=True).backend_tokenizer.to_str()
+    library = require("transformers", "transformers", f"{folder}, which has no tokenizer.json,")
+    text: str = library.AutoTokenizer.from_pretrained(folder, local_files_only=True).backend_tokenizer.to_str()
     return text.encode()
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from dashinfer_vlm.errors import ConfigError
 from dashinfer_vlm.kernels import cpu_ops
-from dashinfer_vlm.layers import attention, norm, rotary
+from dashinfer_vlm.layers import attention, norm, onednn, rotary
 from dashinfer_vlm.layers.activation import Epilogue
 from dashinfer_vlm.layers.linear import ExpandingLinear, Linear, Matrix, NativeLinear, OneDnnLinear, TorchLinear
 from dashinfer_vlm.layers.memory import in_huge_pages
@@ -109,7 +109,8 @@ def choose_backend(
 ) -> Backend:
     """The fastest backend for `device` and weights stored as `weight_dtype`, or quantised; the choice is logged.
 
-    `store` is where quantised weights of former starts are looked for, and kept for the next. Raises ConfigError when quantised weights are asked for where nothing computes with them.
+    `store` is where quantised weights of former starts are looked for, and kept for the next. Raises ConfigError when
+    quantised weights are asked for where nothing computes with them.
     """
     backend = _choose(device, weight_dtype, quant_type, store)
     logger.info(
@@ -128,7 +129,7 @@ def _choose(device: torch.device, weight_dtype: torch.dtype, quant_type: str, st
     if device.type != "cpu":
         make = _of_own_copies(TorchLinear, device, weight_dtype)
         return Backend("torch", device, weight_dtype, weight_dtype, REFERENCE, make)
-    if weight_dtype == torch.bfloat16 and _multiplies_bfloat16() and not _native_multiplies_bfloat16():
+    if weight_dtype == torch.bfloat16 and onednn.available() and not _native_multiplies_bfloat16():
         return Backend("oneDNN", device, weight_dtype, weight_dtype, REFERENCE, _one_dnn)
     if weight_dtype in (torch.bfloat16, torch.float32):
         if cpu_ops.available():
@@ -187,9 +188,3 @@ def _native(device: torch.device, weight_dtype: torch.dtype, layers: LinearFacto
 
 def _native_multiplies_bfloat16() -> bool:
     return cpu_ops.available() and cpu_ops.multiplies_bfloat16()
-
-
-def _multiplies_bfloat16() -> bool:
-    """Whether this CPU has bfloat16 arithmetic that oneDNN uses; without it torch's 16-bit products crawl."""
-    has_units = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    return bool(has_units and torch.ops.mkldnn._is_mkldnn_bf16_supported())

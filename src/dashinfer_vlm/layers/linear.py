@@ -12,6 +12,7 @@ import torch
 from torch.nn import functional as F
 
 from dashinfer_vlm.kernels import cpu_ops
+from dashinfer_vlm.layers import onednn
 from dashinfer_vlm.layers.activation import EPILOGUES, Epilogue
 
 __all__ = ["ExpandingLinear", "Linear", "Matrix", "NativeLinear", "OneDnnLinear", "TorchLinear"]
@@ -123,16 +124,14 @@ class OneDnnLinear:
     """A weight in oneDNN's packed layout, for CPUs that multiply bfloat16 (AVX-512 or AMX)."""
 
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None, epilogue: Epilogue) -> None:
-        self.packed = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous())  # always a copy
+        self.packed = onednn.pack(weight)
         self.bias = bias
         self.epilogue = epilogue
 
     def __call__(
         self, x: torch.Tensor, *, residual: torch.Tensor | None = None, out: torch.Tensor | None = None
     ) -> torch.Tensor:
-        y: torch.Tensor
         if residual is not None and self.epilogue == "none":
-            y = torch.ops.mkldnn._linear_pointwise.binary(x, residual, self.packed, self.bias, "add")
+            y = onednn.linear_add(x, self.packed, self.bias, residual)
             return y if out is None else out.copy_(y)
-        y = torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, "none", [], "")
-        return _finish(y, self.epilogue, residual, out)
+        return _finish(onednn.linear(x, self.packed, self.bias), self.epilogue, residual, out)

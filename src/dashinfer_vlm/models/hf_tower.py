@@ -14,6 +14,7 @@ from dashinfer_vlm.layers.backend import Backend
 from dashinfer_vlm.models.base import EncoderState
 from dashinfer_vlm.models.config import CheckpointConfig
 from dashinfer_vlm.models.weights import Weights
+from dashinfer_vlm.optional import require
 from dashinfer_vlm.request import Grid
 
 __all__ = ["TransformersVision"]
@@ -76,11 +77,10 @@ class TransformersVision:
         return list(torch.split(merged, num_tokens))
 
     def _tower(self, weights: Weights) -> Any:
-        from transformers import AutoConfig
-
+        library = require("transformers", "transformers", "--vision-engine transformers")
         module, name = TOWERS[self.config.architecture]
         tower_class = getattr(import_module(f"transformers.models.{module}"), name)
-        settings = AutoConfig.from_pretrained(self.config.folder).vision_config
+        settings = library.AutoConfig.from_pretrained(self.config.folder).vision_config
         settings._attn_implementation = "sdpa"
         tower = tower_class(settings)
         for name, parameter in tower.named_parameters():
