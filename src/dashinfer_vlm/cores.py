@@ -11,6 +11,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from dashinfer_vlm.cgroups import cpu_quota
 from dashinfer_vlm.errors import ConfigError
 
 __all__ = ["claim", "memory_nodes", "parse_list", "usable_cores"]
@@ -25,7 +26,7 @@ def usable_cores(root: Path = Path("/")) -> list[int]:
     container's CPU quota pays for, since threads beyond it would stop all others when it is used up."""
     allowed = _allowed()
     cores = [cpu for cpu in allowed if cpu == min(_siblings(root, cpu) & set(allowed))]
-    quota = _quota(root)
+    quota = cpu_quota(root)
     return cores if quota is None else cores[: max(1, int(quota))]
 
 
@@ -80,38 +81,6 @@ def _siblings(root: Path, cpu: int) -> set[int]:
     """The logical processors of `cpu`'s physical core, itself included."""
     file = root / f"sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list"
     return {cpu, *parse_list(file.read_text())} if file.exists() else {cpu}
-
-
-def _quota(root: Path) -> float | None:
-    """Processors' worth of time that the narrowest control group around this process has; None is no limit."""
-    found = [q for q in (_quota_v1(root), *(_quota_v2(folder) for folder in _groups(root))) if q is not None]
-    return min(found, default=None)
-
-
-def _groups(root: Path) -> list[Path]:
-    """Folders of this process's control group and of those around it, as far as the container shows them."""
-    top, listing = root / "sys/fs/cgroup", root / "proc/self/cgroup"
-    lines = listing.read_text().splitlines() if listing.exists() else []
-    own = next((line.removeprefix("0::").strip("/") for line in lines if line.startswith("0::")), "")
-    folder = top / own
-    return [folder, *(parent for parent in folder.parents if parent == top or top in parent.parents)]
-
-
-def _quota_v2(folder: Path) -> float | None:
-    file = folder / "cpu.max"
-    if not file.exists():
-        return None
-    quota, period = file.read_text().split()
-    return None if quota == "max" else int(quota) / int(period)
-
-
-def _quota_v1(root: Path) -> float | None:
-    folder = root / "sys/fs/cgroup/cpu"
-    files = (folder / "cpu.cfs_quota_us", folder / "cpu.cfs_period_us")
-    if not all(file.exists() for file in files):
-        return None
-    quota, period = (int(file.read_text()) for file in files)
-    return None if quota < 0 else quota / period
 
 
 def _ranges(numbers: Sequence[int]) -> str:

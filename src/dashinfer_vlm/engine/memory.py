@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from dashinfer_vlm.cgroups import free_memory
 from dashinfer_vlm.config import EngineConfig
 from dashinfer_vlm.engine.admission import resolve_max_model_len
 from dashinfer_vlm.errors import ConfigError
@@ -85,14 +86,8 @@ def free_bytes(device: torch.device) -> int:
     if not meminfo.exists():
         return 8 * _GIB  # no Linux: no cheap way to ask; the default cache is below this anyway
     available = next(line for line in meminfo.read_text().splitlines() if line.startswith("MemAvailable:"))
-    return min(int(available.split()[1]) * 1024, _container_free_bytes())
-
-
-def _container_free_bytes() -> int:
-    limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
-    if not (limit.exists() and used.exists()) or limit.read_text().strip() == "max":
-        return 1 << 62
-    return int(limit.read_text()) - int(used.read_text())
+    of_the_machine, of_the_container = int(available.split()[1]) * 1024, free_memory()
+    return of_the_machine if of_the_container is None else min(of_the_machine, of_the_container)
 
 
 def keep_freed_memory() -> None:
