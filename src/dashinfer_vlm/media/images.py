@@ -12,6 +12,7 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from dashinfer_vlm.errors import MediaError, MediaTooLargeError
+from dashinfer_vlm.media.png import without_descriptions
 from dashinfer_vlm.processors.qwen import Pixels
 
 Image.init()  # registers the decoders, once
@@ -49,7 +50,7 @@ def explained(noun: str = "image") -> Iterator[None]:
 def open_image(data: bytes, max_pixels: int) -> Image.Image:
     """Read the header only. Raises MediaError for an unknown format, MediaTooLargeError for too many pixels."""
     with explained():
-        image = Image.open(io.BytesIO(data), formats=FORMATS)
+        image = Image.open(io.BytesIO(without_descriptions(data)), formats=FORMATS)
     if math.prod(image.size) > max_pixels:
         raise MediaTooLargeError(
             f"the image has {image.width}x{image.height} pixels; the limit is {max_pixels / 1e6:g} million"

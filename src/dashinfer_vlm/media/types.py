@@ -30,7 +30,7 @@ class MediaRef:
     """Frames per second to sample from a video; the processor's value when None. Of a list of frames and of an array,
     the rate at which they were taken."""
     num_frames: int | None = None
-    """Frames at most to sample from a video, instead of `fps`."""
+    """Frames to sample from a video, instead of `fps`; a shorter one is used whole."""
     min_frames: int | None = None
     max_frames: int | None = None
     param: str | None = None

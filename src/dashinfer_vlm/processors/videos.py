@@ -25,7 +25,7 @@ class Sampling:
     fps: float | None = None
     """Frames taken from one second."""
     num_frames: int | None = None
-    """Frames at most, instead of a rate; a shorter video is used whole."""
+    """Frames to take, instead of a rate; Qwen2-VL rounds them to whole pairs, and a shorter video is used whole."""
     min_frames: int | None = None
     max_frames: int | None = None
 
