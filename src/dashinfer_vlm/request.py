@@ -21,6 +21,11 @@ Grid = tuple[int, int, int]
 ItemKind = Literal["image", "video"]
 _MOST = 2**31 - 1
 """Of whole numbers: none of them means more when it is larger, and larger ones do not fit the arrays and messages."""
+_SEEDS = 2**63
+MAX_LISTED_TOKENS = 1024
+"""Of `logit_bias` and of `stop_token_ids`."""
+MAX_STOP_SEQUENCES = 64
+MAX_STOP_SEQUENCE_TOKENS = 1024
 FinishReason = Literal["stop", "length", "abort", "error"]
 
 
@@ -78,10 +83,29 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
         for name, value in (("temperature", self.temperature), ("repetition_penalty", self.repetition_penalty)):
             if not math.isfinite(value):
                 raise InvalidRequestError(f"{name} is {value}; it must be finite", param=name)
+        if self.seed is not None and not -_SEEDS <= self.seed < _SEEDS:
+            raise InvalidRequestError(f"seed is {self.seed}; it must fit 64 bits", param="seed")
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
             raise InvalidRequestError(
                 f"min_tokens is {self.min_tokens}, more than max_tokens {self.max_tokens}", param="min_tokens"
             )
+        self._validate_lists(vocab_size)
+
+    def _validate_lists(self, vocab_size: int) -> None:
+        lengths: tuple[tuple[str, str, int, int], ...] = (
+            ("logit_bias", "tokens", len(self.logit_bias), MAX_LISTED_TOKENS),
+            ("stop_token_ids", "tokens", len(self.stop_token_ids), MAX_LISTED_TOKENS),
+            ("stop_sequences", "sequences", len(self.stop_sequences), MAX_STOP_SEQUENCES),
+            (
+                "stop_sequences",
+                "tokens in one of them",
+                max(map(len, self.stop_sequences), default=0),
+                MAX_STOP_SEQUENCE_TOKENS,
+            ),
+        )
+        for name, what, length, most in lengths:
+            if length > most:
+                raise InvalidRequestError(f"{name} has {length} {what}; {most} is the most", param=name)
         for token, bias in self.logit_bias.items():
             if not (0 <= token < vocab_size and -100 <= bias <= 100):
                 raise InvalidRequestError(

@@ -1,9 +1,10 @@
-"""Sampling against a float64 reference written out in numpy, and its statistics."""
+"""Sampling against a float64 reference written out in numpy, and its statistics, in the kernels and in the reference."""
 
 from __future__ import annotations
 
 import math
 from collections import Counter
+from collections.abc import Iterator
 
 import numpy as np
 import pytest
@@ -12,12 +13,25 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from dashinfer_vlm.engine.sampler import LogitRows, Sampled
+from dashinfer_vlm.engine import sampler
+from dashinfer_vlm.engine.sampler import Sampled, Sampler
 from dashinfer_vlm.engine.sequence import Sequence
+from dashinfer_vlm.kernels import cpu_ops
+from dashinfer_vlm.layers.sampling import NATIVE, REFERENCE, uniform
 from dashinfer_vlm.request import Item, Request, SamplingParams
 
 VOCAB = 50
 EOS = (49,)
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True, params=["native", "reference"], scope="module")
+def ops(request: pytest.FixtureRequest) -> Iterator[None]:
+    if request.param == "native" and not cpu_ops.available():
+        pytest.skip(f"no native kernels: {cpu_ops.why_unavailable()}")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sampler, "sampling_ops", lambda device: NATIVE if request.param == "native" else REFERENCE)
+        yield
 
 
 def sequence(prompt: list[int], output: list[int], params: SamplingParams, seed: int = 0) -> Sequence:
@@ -32,8 +46,8 @@ def sequence(prompt: list[int], output: list[int], params: SamplingParams, seed:
 
 def sample(rows: torch.Tensor, sequences: list[Sequence], eos_token_ids: tuple[int, ...]) -> list[Sampled]:
     """One token for each sequence, whose row is the one of its index."""
-    made = LogitRows(rows)
-    return [made.sample(row, sequence, eos_token_ids) for row, sequence in enumerate(sequences)]
+    groups = Sampler(eos_token_ids, CPU).sample(rows, [(sequence, ()) for sequence in sequences])
+    return [sampled for (sampled,) in groups]
 
 
 def logits(seed: int, rows: int = 1) -> torch.Tensor:
@@ -41,9 +55,9 @@ def logits(seed: int, rows: int = 1) -> torch.Tensor:
 
 
 def draws(row: torch.Tensor, params: SamplingParams, count: int = 4000) -> Counter[int]:
-    """Tokens of `count` draws by one sequence, whose generator moves on with each."""
-    one = sequence([1], [], params)
-    return Counter(sample(row, [one], EOS)[0].token for _ in range(count))
+    """Tokens of `count` draws, each by a seed of its own."""
+    sequences = [sequence([1], [], params, seed) for seed in range(count)]
+    return Counter(sampled.token for sampled in sample(row.expand(count, -1), sequences, EOS))
 
 
 def reference(row: NDArray[np.float64], params: SamplingParams) -> NDArray[np.float64]:
@@ -182,8 +196,7 @@ def test_equal_seeds_draw_equal_tokens_and_others_differ() -> None:
     params = SamplingParams(temperature=3)
 
     def several(seed: int) -> list[int]:
-        one = sequence([1], [], params, seed)
-        return [sample(logits(i), [one], EOS)[0].token for i in range(20)]
+        return [sample(logits(i), [sequence([1], [0] * i, params, seed)], EOS)[0].token for i in range(20)]
 
     assert several(4) == several(4)
     assert several(4) != several(5)
@@ -209,3 +222,81 @@ def test_a_row_of_which_everything_is_forbidden_is_a_problem_of_its_own(params: 
 def test_forbidden_ngrams_may_leave_nothing() -> None:
     stuck = sequence([1], list(range(VOCAB)), SamplingParams(no_repeat_ngram_size=1))
     assert "forbid every token" in (sample(logits(3), [stuck], EOS)[0].problem or "")
+
+
+def test_random_numbers_are_those_of_splitmix64() -> None:
+    # the first outputs of the published generator that begins at 1234567
+    published = [6457827717110365317, 3203168211198807973, 9817491932198370423, 4593380528125082431]
+    assert uniform([1234567] * 4, range(4)).tolist() == [(value >> 40) / 2**24 for value in published]
+
+
+def test_seeds_beyond_64_bits_wrap_around_and_numbers_stay_below_one() -> None:
+    assert uniform([-1], [3]) == uniform([2**64 - 1], [3])
+    numbers = uniform(range(100_000), [0] * 100_000)
+    assert 0 <= numbers.min() <= numbers.max() < 1
+    assert abs(float(numbers.mean()) - 0.5) < 5 * (12 * 100_000) ** -0.5
+
+
+KINDS = [
+    SamplingParams(temperature=0),
+    SamplingParams(temperature=0.7, top_p=0.8, top_k=20, repetition_penalty=1.05),
+    SamplingParams(temperature=1),
+    SamplingParams(temperature=1.5, top_p=0.9, logprobs=2),
+    SamplingParams(temperature=2, min_p=0.1, presence_penalty=0.5, frequency_penalty=0.2),
+    SamplingParams(temperature=1, logit_bias={3: 5.0}, no_repeat_ngram_size=2, min_tokens=20, logprobs=0),
+]
+
+
+def test_a_row_gets_the_same_alone_and_in_any_batch() -> None:
+    rows = logits(8, 60)
+    sequences = [sequence([1, 2, 3], [4, 1, 2, i % 9], KINDS[i % len(KINDS)], seed=i) for i in range(60)]
+    together = sample(rows, sequences, EOS)
+    assert together == [sample(rows[i : i + 1], [sequences[i]], EOS)[0] for i in range(60)]
+    assert together == sample(rows.flip(0), sequences[::-1], EOS)[::-1]
+
+
+@pytest.mark.parametrize("params", KINDS, ids=str)
+def test_rows_behind_guesses_get_what_the_guesses_as_tokens_would_give(params: SamplingParams) -> None:
+    rows, guesses = logits(9, 4), (7, 7, 2)
+    guessing = sequence([1, 2, 7], [7, 1], params, seed=3)
+    (found,) = Sampler(EOS, CPU).sample(rows, [(guessing, guesses)])
+    for place, sampled in enumerate(found):
+        known = sequence([1, 2, 7], [7, 1, *guesses[:place]], params, seed=3)
+        assert [sampled] == sample(rows[place : place + 1], [known], EOS)
+    assert sample(rows[:1], [guessing], EOS) == found[:1], "the guesses were not forgotten"
+
+
+def bit_mask(rows: list[set[int]], vocab: int = VOCAB) -> torch.Tensor:
+    words = np.zeros((len(rows), -(-vocab // 32)), np.uint32)
+    for row, allowed in enumerate(rows):
+        for token in allowed:
+            words[row, token // 32] |= np.uint32(1 << token % 32)
+    return torch.from_numpy(words.view(np.int32))
+
+
+@pytest.mark.parametrize("params", [*KINDS, SamplingParams(temperature=5)], ids=str)
+def test_a_mask_lets_only_its_tokens_through(params: SamplingParams) -> None:
+    allowed = [{31, 49}, {0}, set(range(VOCAB)), {32, 33, 5}]
+    sequences = [sequence([1], [4], params, seed) for seed in range(4)]
+    sampler = Sampler((), CPU)
+    for seed in range(20):
+        groups = sampler.sample(logits(seed, 4), [(s, ()) for s in sequences], bit_mask(allowed))
+        assert all(sampled.token in tokens for (sampled,), tokens in zip(groups, allowed, strict=True))
+        unmasked = sample(logits(seed, 4), sequences, ())
+        assert groups[2] == [unmasked[2]]
+
+
+def test_a_mask_that_allows_nothing_is_a_problem_of_its_own_row() -> None:
+    rows, greedy = logits(1, 2), SamplingParams(temperature=0)
+    stuck, free = Sampler(EOS, CPU).sample(rows, [(sequence([1], [], greedy), ())] * 2, bit_mask([set(), {4}]))
+    assert "forbid every token" in (stuck[0].problem or "")
+    assert free[0].token == 4
+
+
+def test_parameters_that_raise_fail_their_own_sequence() -> None:
+    broken, well = sequence([1], [], SamplingParams()), sequence([1], [], SamplingParams(temperature=0))
+    del broken.shaping
+    rows = logits(1, 3)
+    failed, fine = Sampler(EOS, CPU).sample(rows, [(broken, (5,)), (well, ())])
+    assert [bool(sampled.problem) for sampled in failed] == [True, True]
+    assert fine[0].token == int(rows[2].argmax())

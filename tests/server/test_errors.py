@@ -60,6 +60,16 @@ BAD_BODIES: list[tuple[dict[str, Any], str, str]] = [
     ({"messages": ASK, "n": 10**30}, "n", ""),
     ({"messages": ASK, "stop": [""]}, "stop", "empty"),
     ({"messages": ASK, "seed": 2**64}, "seed", "64 bits"),
+    *(
+        ({"messages": ASK, name: 2**64}, name, name)
+        for name in ("top_k", "max_tokens", "min_tokens", "no_repeat_ngram_size")
+    ),
+    ({"messages": ASK, "logprobs": True, "top_logprobs": 2**64}, "logprobs", "from 0 to 20"),
+    ({"messages": ASK, "seed": 10**30}, "seed", "64 bits"),
+    ({"messages": ASK, "stop_token_ids": [2**64]}, "stop_token_ids", "18446744073709551616"),
+    ({"messages": ASK, "stop_token_ids": [5] * 1025}, "stop_token_ids", "1024 is the most"),
+    ({"messages": ASK, "logit_bias": {str(2**64): 1}}, "logit_bias", "18446744073709551616"),
+    ({"messages": ASK, "logit_bias": dict.fromkeys(map(str, range(1025)), 1)}, "logit_bias", "1024 is the most"),
     ({"messages": ASK, "logit_bias": {"999999": 1}}, "logit_bias", "999999"),
     ({"messages": ASK, "logit_bias": {"x": 1}}, "logit_bias.x", "valid integer"),
     ({"messages": ASK, "top_logprobs": 2}, "top_logprobs", "needs logprobs"),

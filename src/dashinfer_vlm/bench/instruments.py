@@ -12,7 +12,6 @@ import torch
 
 from dashinfer_vlm.bench.spans import Spans, replaced
 from dashinfer_vlm.engine.engine import Engine
-from dashinfer_vlm.engine.sampler import LogitRows
 from dashinfer_vlm.kernels.cpu_ops import PackedWeight
 from dashinfer_vlm.layers.activation import Epilogue
 from dashinfer_vlm.layers.backend import Backend, LinearFactory, Ops
@@ -57,8 +56,7 @@ def instrument(engine: Engine, spans: Spans) -> Iterator[None]:
             (engine.scheduler, "schedule", "scheduling"),
             (engine.runner, "run", "batch of the step"),
             (engine.model, "forward", "model, other"),
-            (LogitRows, "__init__", "sampling"),
-            (LogitRows, "sample", "sampling"),
+            (engine.sampler, "sample", "sampling"),
             *((encoder, verb, "encoder, other") for verb in ("begin", "run", "finish")),
         ):
             stack.enter_context(replaced(owner, name, spans.timed(part, getattr(owner, name))))

@@ -18,7 +18,7 @@ from dashinfer_vlm.engine.cost import StepCost
 from dashinfer_vlm.engine.drafts import Drafter
 from dashinfer_vlm.engine.memory import max_item_patches, max_pinned_tokens
 from dashinfer_vlm.engine.runner import Runner
-from dashinfer_vlm.engine.sampler import LogitRows, Sampled
+from dashinfer_vlm.engine.sampler import Sampled, Sampler
 from dashinfer_vlm.engine.scheduler import Chunk, Plan, Scheduler
 from dashinfer_vlm.engine.sequence import Sequence
 from dashinfer_vlm.engine.stats import EngineStats
@@ -50,6 +50,7 @@ class Engine:
             max_pinned_tokens=max_pinned_tokens(model, config),
         )
         self.runner = Runner(model, kv, self.stage.cache)
+        self.sampler = Sampler(model.eos_token_ids, model.device)
         self._speculation = config.speculation
         self._sequences: dict[str, Sequence] = {}
         self._ended: list[Output] = []  # final outputs that no step has delivered yet
@@ -91,8 +92,7 @@ class Engine:
         """Advance every sequence that the step's budget reaches; what there is to tell of each."""
         plan = self.scheduler.schedule()
         start = time.perf_counter()
-        logits = self._run(plan)
-        outputs = self._sample_and_update(plan, logits)
+        outputs = self._update(plan, self._run(plan))
         self._count(plan, time.perf_counter() - start)
         self._encode(plan)
         return self._take_ended() + outputs
@@ -137,33 +137,30 @@ class Engine:
             **{name: int(self._counters[name]) for name in _COUNTERS if name.startswith("num_")},
         )
 
-    def _run(self, plan: Plan) -> LogitRows | None:
-        """None when the step has no chunk, or none of them ends in a row whose logits are wanted."""
+    def _run(self, plan: Plan) -> list[list[Sampled]]:
+        """What was sampled for each chunk that ends in rows whose logits are wanted."""
         if not plan.chunks:
-            return None
+            return []
         logits = self.runner.run(plan.chunks)
-        return LogitRows(logits) if len(logits) else None
+        wanted = [(chunk.sequence, chunk.draft) for chunk in plan.chunks if chunk.num_logits]
+        return self.sampler.sample(logits, wanted) if wanted else []
 
-    def _sample_and_update(self, plan: Plan, logits: LogitRows | None) -> list[Output]:
-        """One verb, since the rows of guesses are sampled only as far as the tokens before them have come true."""
-        outputs, first_row = [], 0
+    def _update(self, plan: Plan, sampled: list[list[Sampled]]) -> list[Output]:
+        outputs, rows = [], iter(sampled)
         for chunk in plan.chunks:
-            num_logits = chunk.num_logits  # before `computed` moves the mark
+            wanted = chunk.num_logits  # before `computed` moves the mark
             self.scheduler.computed(chunk.sequence, chunk.num_tokens)
-            if num_logits:
-                assert logits is not None
-                outputs.append(self._advance(chunk, logits, first_row))
-            first_row += num_logits
+            if wanted:
+                outputs.append(self._advance(chunk, next(rows)))
         return outputs
 
-    def _advance(self, chunk: Chunk, logits: LogitRows, first_row: int) -> Output:
+    def _advance(self, chunk: Chunk, rows: list[Sampled]) -> Output:
         """Give the sequence its next token, and one more for each guess that came true in front of it."""
         sequence, num_before = chunk.sequence, len(chunk.sequence.tokens)
         if not sequence.num_output:
             self._counters["num_cached_tokens_total"] += sequence.num_cached
         logprobs = []
-        for row, guess in enumerate((*chunk.draft, None), first_row):
-            sampled = self._sample(row, sequence, logits)
+        for sampled, guess in zip(rows, (*chunk.draft, None), strict=True):
             finish = self._accept(sequence, sampled)
             logprobs.append(sampled.logprob)
             if finish is not None or sampled.token != guess:
@@ -175,26 +172,16 @@ class Engine:
         self._counters["num_output_tokens_total"] += len(tokens)
         return self._output(sequence, tokens, logprobs[: len(tokens)], finish)
 
-    def _sample(self, row: int, sequence: Sequence, logits: LogitRows) -> Sampled:
-        """Whatever one request's parameters bring about ends that request alone, never the step of all."""
-        try:
-            return logits.sample(row, sequence, self.model.eos_token_ids)
-        except Exception:
-            log.exception("no token could be chosen for request %s", sequence.id)
-            return Sampled(
-                -1, None, "no token could be chosen with these sampling parameters; the server's log says more"
-            )
-
     def _accept(self, sequence: Sequence, sampled: Sampled) -> Finish | None:
         """Append the token, or end the sequence by it, or both."""
         params = sequence.request.params
         if sampled.problem is not None:
             return Finish("error", message=sampled.problem)
-        stops = params.stop_token_ids if params.ignore_eos else (*params.stop_token_ids, *self.model.eos_token_ids)
-        if sampled.token in stops and sequence.num_output >= params.min_tokens:
+        is_end = sampled.token in self.model.eos_token_ids and not params.ignore_eos
+        if (is_end or sampled.token in sequence.stop_token_ids) and sequence.num_output >= params.min_tokens:
             return Finish("stop", stop_token=sampled.token)
         sequence.append(sampled.token)
-        if sequence.num_output >= params.min_tokens and sequence.ends_with_any(params.stop_sequences):
+        if sequence.num_output >= params.min_tokens and sequence.ends_with_a_stop_sequence:
             return Finish("stop")
         return Finish("length") if sequence.num_output >= sequence.max_tokens else None
 

@@ -1,31 +1,40 @@
-"""From logits to tokens: penalties, then truncation, then one draw per token.
+"""The tokens of a step: collects what its rows ask for as arrays, has all of them chosen at once, tells what came of it.
 
-Rows are independent: what a sequence gets depends on its own tokens, parameters and generator, never on its
-neighbours in the batch. A sequence that has guessed tokens owns several rows, which are drawn one after the other: the
-penalties and the generator of a row are those that the tokens before it have left. So a token is the same whether it
-was guessed or not. The plain greedy rows, the common case, take one argmax together.
+Rows are independent: what a sequence gets depends on its own tokens, parameters and seed, never on its neighbours in the
+batch. A sequence that has guessed tokens owns several rows. Each is chosen as if the guesses in front of it had come
+true, by the penalties and the random number that belong to that place, so that a token is the same whether it was
+guessed or not; the engine takes them as far as the guesses did come true.
 """
 
 from __future__ import annotations
 
-import math
+import logging
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from dashinfer_vlm.engine.sequence import Sequence
-from dashinfer_vlm.request import TokenLogprob
+from dashinfer_vlm.kernels.choices import NOT_A_NUMBER, NOTHING_ALLOWED, Choices
+from dashinfer_vlm.layers.sampling import sampling_ops, uniform
+from dashinfer_vlm.request import SamplingParams, TokenLogprob
 
-Row = NDArray[np.float32]
-Ids = NDArray[np.int64]
+log = logging.getLogger(__name__)
 
-_NOTHING_LEFT = (
-    "min_tokens, no_repeat_ngram_size and the stop tokens forbid every token that could come next; ask for fewer tokens "
-    "or relax one of them"
-)
+Ids = NDArray[np.int32]
+Guesses = tuple[int, ...]
+
+_NOTHING = np.zeros(0, np.int32)
+_NO_BIASES = np.zeros(0, np.float32)
 _LEAST_TEMPERATURE = float(np.finfo(np.float32).tiny)
+_PROBLEMS = {
+    NOT_A_NUMBER: "the model produced a value that is not a number",
+    NOTHING_ALLOWED: "min_tokens, no_repeat_ngram_size, the stop tokens and the mask of allowed tokens forbid every token "
+    "that could come next; ask for fewer tokens or relax one of them",
+}
+_FAILED = "no token could be chosen with these sampling parameters; the server's log says more"
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,163 +45,147 @@ class Sampled:
     """Why there is no token, fit for the client's eyes; `token` is -1 then."""
 
 
-class LogitRows:
-    """float32 logits [L, vocab] of a step, with the largest of each row. They are not changed.
+@dataclass(frozen=True, slots=True)
+class _Row:
+    """What one row asks for."""
 
-    Rows are looked at by numpy on the CPU: they are too short to be worth a second thread, and torch would wake one for
-    every operation.
-    """
+    params: SamplingParams
+    seed: int
+    index: int
+    bias_ids: Ids
+    biases: NDArray[np.float32]
+    seen_ids: Ids
+    seen_counts: Ids
+    forbidden: Ids
 
-    def __init__(self, logits: torch.Tensor) -> None:
-        self._logits = logits
-        if logits.device.type == "cpu":
-            values = logits.numpy()
-            greedy = values.argmax(axis=-1)  # the first NaN, where there is one
-            self._greedy: list[int] = greedy.tolist()
-            self._finite: list[bool] = np.isfinite(values[np.arange(len(values)), greedy]).tolist()
-        else:
-            largest = logits.max(dim=-1)  # NaN propagates through it
-            self._greedy = largest.indices.tolist()
-            self._finite = torch.isfinite(largest.values).tolist()
 
-    def sample(self, row: int, sequence: Sequence, eos_token_ids: tuple[int, ...]) -> Sampled:
-        """Choose the next token of `sequence`, whose tokens are those that the row was computed after.
+_FAILED_ROW = _Row(SamplingParams(temperature=0), 0, 0, _NOTHING, _NO_BIASES, _NOTHING, _NOTHING, _NOTHING)
+"""In place of one that cannot be made; what is chosen for it is thrown away."""
 
-        A row that holds NaN, or of which everything is forbidden, gives a problem: the caller fails that sequence alone.
+
+class Sampler:
+    """Chooses the tokens of a model with these end-of-sequence tokens, whose logits are on `device`."""
+
+    def __init__(self, eos_token_ids: tuple[int, ...], device: torch.device) -> None:
+        self._eos_ids = np.array(eos_token_ids, np.int32)
+        self._ops = sampling_ops(device)
+
+    def sample(
+        self, logits: Tensor, groups: list[tuple[Sequence, Guesses]], mask: Tensor | None = None
+    ) -> list[list[Sampled]]:
+        """For each sequence its next token, and one more behind each of its guesses, should it come true.
+
+        logits: float32 [L, vocab], not changed; the rows of a group lie one behind the other, the first computed after
+        the sequence's tokens, each other one after a guess more. mask: int32 [L, vocab / 32 rounded up] of allowed
+        tokens, as in `Choices`; None allows all. A row that holds NaN, or of which everything is forbidden, gives a
+        problem, and so do parameters that cannot be dealt with: the caller fails that sequence alone.
         """
-        params, token = sequence.request.params, self._greedy[row]
-        if not self._finite[row]:
-            return Sampled(-1, None, "the model produced a value that is not a number")
-        if params.temperature == 0 and params.logprobs is None and not _changes_logits(sequence):
-            return Sampled(token, None)
-        logits: Row = self._logits[row].cpu().numpy()
-        if params.temperature != 0 or _changes_logits(sequence):
-            shaped = _shaped(logits, sequence, eos_token_ids)
-            if shaped.max() == -np.inf:
-                return Sampled(-1, None, _NOTHING_LEFT)
-            token = _choose(shaped, sequence)
-        return Sampled(token, None if params.logprobs is None else _logprob(logits, token, params.logprobs))
+        rows = [row for group in groups for row in self._rows_or_failures(*group, logits.shape[1])]
+        tokens = self._ops.choose(logits, _choices(rows, mask)).tolist()
+        problems = [_FAILED if row is _FAILED_ROW else _PROBLEMS.get(t) for row, t in zip(rows, tokens, strict=True)]
+        asking = [(i, n) for i, row in enumerate(rows) if (n := row.params.logprobs) is not None and not problems[i]]
+        logprobs = self._logprobs(logits, asking, tokens) if asking else {}
+        sampled = (
+            Sampled(token, logprobs.get(i), None) if problem is None else Sampled(-1, None, problem)
+            for i, (token, problem) in enumerate(zip(tokens, problems, strict=True))
+        )
+        return [[next(sampled) for _ in range(len(guesses) + 1)] for _, guesses in groups]
+
+    def _rows_or_failures(self, sequence: Sequence, guesses: Guesses, vocab_size: int) -> list[_Row]:
+        """Whatever one request's parameters bring about ends that request alone, never the step of all."""
+        try:
+            return self._rows(sequence, guesses, vocab_size)
+        except Exception:
+            log.exception("no token can be chosen for request %s", sequence.id)
+            return [_FAILED_ROW] * (len(guesses) + 1)
+
+    def _rows(self, sequence: Sequence, guesses: Guesses, vocab_size: int) -> list[_Row]:
+        rows = [self._row(sequence, 0, vocab_size)]
+        num_pushed = 0
+        try:
+            for guess in guesses:
+                sequence.shaping.push(guess)
+                num_pushed += 1
+                rows.append(self._row(sequence, num_pushed, vocab_size))
+        finally:
+            for _ in range(num_pushed):
+                sequence.shaping.pop()
+        return rows
+
+    def _row(self, sequence: Sequence, num_guesses: int, vocab_size: int) -> _Row:
+        """The row behind the sequence's tokens and so many guesses, which its shaping knows already."""
+        params, shaping, index = sequence.request.params, sequence.shaping, sequence.num_output + num_guesses
+        forbidden: list[NDArray[np.integer]] = [] if shaping.ngrams is None else [shaping.ngrams.newest]
+        if index < params.min_tokens:
+            forbidden += [self._eos_ids, shaping.stop_ids]
+        return _Row(
+            params,
+            sequence.seed,
+            index,
+            shaping.bias_ids,
+            shaping.biases,
+            _NOTHING if shaping.seen is None else shaping.seen.ids,
+            _NOTHING if shaping.seen is None else shaping.seen.counts,
+            _below(vocab_size, forbidden),
+        )
+
+    def _logprobs(self, logits: Tensor, asking: list[tuple[int, int]], tokens: list[int]) -> dict[int, TokenLogprob]:
+        """Of the rows that ask for them, with how many others, from the logits before anything was applied to them."""
+        rows = torch.tensor([row for row, _ in asking], dtype=torch.int32)
+        chosen = torch.tensor([tokens[row] for row, _ in asking], dtype=torch.int32)
+        told = self._ops.likeliest(logits, rows, chosen, max(num_top for _, num_top in asking))
+        ids = torch.cat([chosen[:, None], told.top_ids], dim=1)
+        values = logits[rows.to(logits.device).long()[:, None], ids.to(logits.device).long()].double().cpu()
+        logprobs = (values - (told.largest.double() + told.log_totals.double())[:, None]).tolist()
+        found = {}
+        for (row, num_top), names, numbers, rank in zip(
+            asking, ids.tolist(), logprobs, told.ranks.tolist(), strict=True
+        ):
+            top = tuple(zip(names[1 : num_top + 1], numbers[1 : num_top + 1], strict=True))
+            found[row] = TokenLogprob(names[0], numbers[0], rank, top)
+        return found
 
 
-def _changes_logits(sequence: Sequence) -> bool:
-    p = sequence.request.params
-    return bool(
-        p.repetition_penalty != 1
-        or p.presence_penalty
-        or p.frequency_penalty
-        or p.logit_bias
-        or p.no_repeat_ngram_size
-        or sequence.num_output < p.min_tokens
+def _choices(rows: list[_Row], mask: Tensor | None) -> Choices:
+    params = [row.params for row in rows]
+    bias_starts, bias_ids = _joined([row.bias_ids for row in rows])
+    seen_starts, seen_ids = _joined([row.seen_ids for row in rows])
+    forbidden_starts, forbidden_ids = _joined([row.forbidden for row in rows])
+    return Choices(
+        temperature=_floats([p.temperature and max(p.temperature, _LEAST_TEMPERATURE) for p in params]),
+        top_k=torch.tensor([p.top_k for p in params], dtype=torch.int32),
+        top_p=_floats([p.top_p for p in params]),
+        min_p=_floats([p.min_p for p in params]),
+        uniform=torch.from_numpy(uniform([row.seed for row in rows], [row.index for row in rows])),
+        repetition_penalty=_floats([p.repetition_penalty for p in params]),
+        presence_penalty=_floats([p.presence_penalty for p in params]),
+        frequency_penalty=_floats([p.frequency_penalty for p in params]),
+        bias_starts=bias_starts,
+        bias_ids=bias_ids,
+        biases=torch.from_numpy(np.concatenate([row.biases for row in rows])),
+        seen_starts=seen_starts,
+        seen_ids=seen_ids,
+        seen_counts=torch.from_numpy(np.concatenate([row.seen_counts for row in rows])),
+        forbidden_starts=forbidden_starts,
+        forbidden_ids=forbidden_ids,
+        mask=mask,
     )
 
 
-def _shaped(row: Row, sequence: Sequence, eos_token_ids: tuple[int, ...]) -> Row:
-    """A copy of the row with bias, penalties and forbidden tokens applied."""
-    params = sequence.request.params
-    row = row.copy()
-    if params.logit_bias:
-        row[list(params.logit_bias)] += np.array(list(params.logit_bias.values()), dtype=np.float32)
-    if params.repetition_penalty != 1:
-        seen = _seen_tokens(sequence, len(row))
-        values = row[seen]
-        row[seen] = np.where(values > 0, values / params.repetition_penalty, values * params.repetition_penalty)
-    if sequence.output_counts and (params.presence_penalty or params.frequency_penalty):
-        counts = np.array(list(sequence.output_counts.values()), dtype=np.float32)
-        row[list(sequence.output_counts)] -= params.presence_penalty + params.frequency_penalty * counts
-    forbidden = _repeated_ngram_tokens(sequence.tokens, params.no_repeat_ngram_size)
-    if sequence.num_output < params.min_tokens:
-        forbidden += [*eos_token_ids, *params.stop_token_ids]
-    row[[token for token in forbidden if token < len(row)]] = -np.inf
-    return row
+def _below(vocab_size: int, lists: list[NDArray[np.integer]]) -> Ids:
+    """All of them together, without what stands for no token."""
+    if not lists:
+        return _NOTHING
+    ids = np.concatenate(lists)
+    return ids[ids < vocab_size].astype(np.int32)
 
 
-def _seen_tokens(sequence: Sequence, vocab_size: int) -> Ids:
-    """Distinct ids of prompt and output, without the placeholders, which stand for no token."""
-    ids = np.array(sequence.tokens, dtype=np.int64)
-    keep = ids < vocab_size
-    for item in sequence.request.items:
-        keep[item.start : item.start + item.num_tokens] = False
-    return np.unique(ids[keep])
+def _floats(values: list[float]) -> Tensor:
+    return torch.tensor(values, dtype=torch.float32)
 
 
-def _repeated_ngram_tokens(tokens: list[int], size: int) -> list[int]:
-    """Tokens that would complete an n-gram a second time."""
-    if not size or len(tokens) < size:
-        return []
-    tail = tokens[len(tokens) - size + 1 :]
-    return [tokens[i + size - 1] for i in range(len(tokens) - size + 1) if tokens[i : i + size - 1] == tail]
-
-
-def _choose(row: Row, sequence: Sequence) -> int:
-    params = sequence.request.params
-    if params.temperature == 0:
-        return int(row.argmax())
-    ids = _largest(row, params.top_k) if params.top_k else np.arange(len(row))
-    weights = _weights(row[ids] if params.top_k else row, params.temperature)
-    if params.min_p > 0:
-        kept = np.flatnonzero(weights >= params.min_p)  # the likeliest weighs 1
-        ids, weights = ids[kept], weights[kept]
-    if params.top_p < 1:
-        kept = _nucleus(weights, params.top_p)
-        ids, weights = ids[kept], weights[kept]
-    return int(ids[_draw(weights, _generator(sequence))])
-
-
-def _weights(row: Row, temperature: float) -> Row:
-    """Probabilities, but for a factor that makes the largest 1."""
-    row = row - row.max()
-    with np.errstate(over="ignore"):  # a temperature of almost 0 leaves the likeliest tokens alone
-        row /= max(temperature, _LEAST_TEMPERATURE)
-    weights: Row = np.exp(row, out=row)
-    return weights
-
-
-def _nucleus(weights: Row, top_p: float) -> Ids:
-    """Indices of the fewest weights that make up the share `top_p` of all, at least one."""
-    total = weights.sum(dtype=np.float64)
-    # those below an equal part of the rest are outside: all of them together weigh less than the rest
-    candidates = np.flatnonzero(weights >= (1 - top_p) / len(weights) * total)
-    weights = weights[candidates]
-    falling = np.sort(weights)[::-1]
-    mass = np.cumsum(falling, dtype=np.float64)
-    count = min(int(np.searchsorted(mass, top_p * total)) + 1, len(mass))
-    return candidates[_first_from(weights, falling[count - 1], count)]
-
-
-def _largest(values: Row, count: int) -> Ids:
-    """Indices, in order, of the `count` largest values; of equal ones the first."""
-    if count >= len(values):
-        return np.arange(len(values))
-    return _first_from(values, np.partition(values, -count)[-count], count)
-
-
-def _first_from(values: Row, least: np.float32, count: int) -> Ids:
-    """Indices, in order, of the values above `least`, and of so many that equal it that they are `count`."""
-    above, equal = np.flatnonzero(values > least), np.flatnonzero(values == least)
-    if len(above) + len(equal) == count:
-        return np.flatnonzero(values >= least)
-    return np.sort(np.concatenate([above, equal[: count - len(above)]]))
-
-
-def _draw(weights: Row, generator: np.random.Generator) -> int:
-    """An index with the probability of its share, by one uniform number: where that share of the sum is passed."""
-    mass = np.cumsum(weights, dtype=np.float64)
-    # never the sum itself, whatever was rounded: what lies behind the last weight above 0 must not be found
-    passed = min(generator.random() * mass[-1], np.nextafter(mass[-1], 0))
-    return int(np.searchsorted(mass, passed, side="right"))
-
-
-def _generator(sequence: Sequence) -> np.random.Generator:
-    if sequence.generator is None:
-        sequence.generator = np.random.default_rng(sequence.seed % 2**64)
-    return sequence.generator
-
-
-def _logprob(row: Row, token: int, num_top: int) -> TokenLogprob:
-    """Log probability and rank of `token`, and the `num_top` likeliest tokens, best first."""
-    highest = row.max()
-    log_total = float(highest) + math.log(np.exp(row - highest).sum(dtype=np.float64))
-    ids = _largest(row, num_top) if num_top else np.arange(0)
-    best = ids[np.argsort(-row[ids], kind="stable")].tolist()
-    pairs = tuple((index, float(row[index]) - log_total) for index in best)
-    return TokenLogprob(token, float(row[token]) - log_total, int((row > row[token]).sum()) + 1, pairs)
+def _joined(lists: list[Ids]) -> tuple[Tensor, Tensor]:
+    """Where each list begins, and one more for the end; the lists one behind the other."""
+    starts = np.zeros(len(lists) + 1, np.int32)
+    np.cumsum([len(ids) for ids in lists], out=starts[1:])
+    return torch.from_numpy(starts), torch.from_numpy(np.concatenate(lists))

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import defaultdict
 from hashlib import blake2b
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
+from dashinfer_vlm.engine.shaping import Shaping
 from dashinfer_vlm.request import Finish, Item, Request
 
 if TYPE_CHECKING:
@@ -46,8 +47,11 @@ class Sequence:
         self.num_cached = 0
         """Prompt tokens that were found in the prefix cache when the sequence first ran."""
         self.finish: Finish | None = None
-        self.output_counts: Counter[int] = Counter()
-        self.generator: np.random.Generator | None = None
+        self.shaping = Shaping(request)
+        self.stop_token_ids = frozenset(request.params.stop_token_ids)
+        self._stops: defaultdict[int, list[tuple[int, ...]]] = defaultdict(list)  # stop sequences by their last token
+        for stop in request.params.stop_sequences:
+            self._stops[stop[-1]].append(stop)
         self._hashes: list[BlockHash] = []
         self._item_keys = [_item_key(item) for item in request.items]
 
@@ -83,12 +87,14 @@ class Sequence:
 
     def append(self, token: int) -> None:
         self.tokens.append(token)
-        self.output_counts[token] += 1
+        self.shaping.push(token)
         if self.drafter is not None:
             self.drafter.observe(token)
 
-    def ends_with_any(self, stops: tuple[tuple[int, ...], ...]) -> bool:
-        """Whether the output ends with one of these id sequences."""
+    @property
+    def ends_with_a_stop_sequence(self) -> bool:
+        """Whether the output does, whatever `min_tokens` says."""
+        stops = self._stops.get(self.tokens[-1], ())
         return any(len(stop) <= self.num_output and tuple(self.tokens[-len(stop) :]) == stop for stop in stops)
 
     def positions_of(self, start: int, stop: int) -> torch.Tensor:

@@ -38,9 +38,6 @@ class GenerationParams:
             )
         if not all(self.stop):
             raise InvalidRequestError("stop has an empty string, which would end every answer at once", param="stop")
-        seed = self.sampling.seed
-        if seed is not None and not -_SEEDS <= seed < _SEEDS:
-            raise InvalidRequestError(f"seed is {seed}; it must fit 64 bits", param="seed")
         self.sampling.validate(vocab_size)
 
     def of_choice(self, index: int) -> SamplingParams:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from dashinfer_vlm import envs
+from dashinfer_vlm.kernels.choices import Choices, Likeliest
 
 PackedType = Literal["float32", "bfloat16", "int8", "int8 in groups", "int4"]
 Epilogue = Literal["none", "residual", "silu_mul", "gelu", "quick_gelu"]
@@ -335,3 +336,21 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float, out: Tensor 
         out = torch.empty(x.shape, dtype=torch.float32)
     _cpu().norm(x, None, weight, bias, eps, out)
     return out
+
+
+def choose(logits: Tensor, choices: Choices) -> Tensor:
+    """A token for every row of logits (float32 [R, V], rows may be strided), which stay as they are; int32 [R].
+
+    NOT_A_NUMBER or NOTHING_ALLOWED (`choices.py`) stands where there is no token. Exponentials are float32 with a
+    relative error of 2e-7, sums float64 but for spans of 128 weights.
+    """
+    tokens = torch.empty(len(logits), dtype=torch.int32)
+    _cpu().choose(logits, choices, tokens)
+    return tokens
+
+
+def likeliest(logits: Tensor, rows: Tensor, tokens: Tensor, num_top: int) -> Likeliest:
+    """What `logprobs` tells of `tokens` (int32 [n]), one in each of `rows` (int32 [n]) of logits (float32 [R, V])."""
+    found = Likeliest.empty(len(rows), min(num_top, logits.shape[1]))
+    _cpu().likeliest(logits, rows, tokens, found.largest, found.log_totals, found.ranks, found.top_ids)
+    return found

@@ -22,6 +22,7 @@ void bind_linear(nb::module_& m);
 void bind_attention(nb::module_& m);
 void bind_cache(nb::module_& m);
 void bind_norm(nb::module_& m);
+void bind_sample(nb::module_& m);
 
 // A kernel runs without the GIL and alone.
 struct Running {

@@ -165,6 +165,53 @@ struct RopeArgs {
   int head_dim;
 };
 
+// What `choose` gives where there is no token.
+constexpr std::int32_t kNotANumber = -1;      // the row holds NaN, or its largest logit is infinite
+constexpr std::int32_t kNothingAllowed = -2;  // everything is forbidden
+
+// Chooses a token for every row of logits [rows, width], which stay as they are. Lists of ids belong to row r from
+// starts[r] to starts[r + 1].
+struct ChooseArgs {
+  const float* logits;
+  std::int64_t logits_stride;
+  int rows;
+  int width;
+  const float* temperature;   // 0: the largest logit
+  const std::int32_t* top_k;  // 0: all
+  const float* top_p;
+  const float* min_p;
+  const float* uniform;     // from 0 to below 1
+  const float* repetition;  // of seen tokens; 1: none
+  const float* presence;    // of seen tokens whose count is not 0
+  const float* frequency;
+  const std::int32_t* bias_starts;  // distinct ids, to whose logits something is added before all else
+  const std::int32_t* bias_ids;
+  const float* biases;
+  const std::int32_t* seen_starts;  // distinct ids, and how often the output has each
+  const std::int32_t* seen_ids;
+  const std::int32_t* seen_counts;
+  const std::int32_t* forbidden_starts;
+  const std::int32_t* forbidden_ids;
+  const std::uint32_t* mask;  // [rows, width / 32 rounded up], bit i of word w allows token 32 w + i; or null
+  std::int64_t mask_stride;
+  std::int32_t* tokens;
+};
+
+// Of the rows `row_ids`: the rank of one token, the log of the sum of all exp(logit - largest), the likeliest tokens.
+struct LikeliestArgs {
+  const float* logits;
+  std::int64_t logits_stride;
+  int rows;
+  int width;
+  const std::int32_t* row_ids;
+  const std::int32_t* tokens;
+  int num_top;  // at most width
+  float* largest;
+  float* log_totals;
+  std::int32_t* ranks;    // 1 is the likeliest
+  std::int32_t* top_ids;  // [rows, num_top], best first
+};
+
 struct KernelTable {
   const char* name;
   Layout layout;             // of the weights that linear reads
@@ -176,6 +223,8 @@ struct KernelTable {
   void (*write_kv)(const WriteKvArgs&);
   void (*norm)(const NormArgs&);
   void (*rope)(const RopeArgs&);
+  void (*choose)(const ChooseArgs&);
+  void (*likeliest)(const LikeliestArgs&);
 };
 
 const KernelTable& generic_kernels();
