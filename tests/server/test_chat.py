@@ -14,6 +14,7 @@ from openai import AsyncOpenAI
 
 from dashinfer_vlm.errors import MediaFetchError
 from dashinfer_vlm.frontend.tokenizer import Tokenizer
+from dashinfer_vlm.server.protocol import ChatBody, CompletionBody
 from tests.frontend.scripted import ScriptedLoader
 from tests.server.conftest import Running, Serve
 
@@ -220,7 +221,8 @@ async def test_media_options_reach_the_media_room(serve: Serve) -> None:
         ("video", "c", None, None, 2),
         ("video", ("d", "e"), None, None, 0.5),
     ]
-    assert [ref.param for ref in refs] == [f"messages[0].content[{i}]" for i in range(4)]
+    names = ["image_url.url", "image_url.url", "video_url.url", "video"]
+    assert [ref.param for ref in refs] == [f"messages[0].content[{i}].{name}" for i, name in enumerate(names)]
 
 
 @pytest.mark.parametrize(("bounds", "most"), [((1, 10**7), 512 * 512), ((1, 5000), 5000), ((300_000, 10**7), 300_000)])
@@ -262,6 +264,70 @@ async def test_fields_without_effect_are_accepted(serve: Serve) -> None:
         "parallel_tool_calls": True,
     }
     assert (await (await serve()).post("/v1/chat/completions", body)).status_code == 200
+
+
+VLLM_DEFAULTS: dict[str, Any] = {
+    "frequency_penalty": 0.0, "logit_bias": None, "logprobs": False, "top_logprobs": 0, "max_tokens": None, "n": 1,
+    "presence_penalty": 0.0, "response_format": None, "seed": None, "stop": [], "stream": False, "stream_options": None,
+    "tools": None, "tool_choice": "none", "reasoning_effort": None, "include_reasoning": True, "use_beam_search": False,
+    "length_penalty": 1.0, "stop_token_ids": [], "include_stop_str_in_output": False, "ignore_eos": False,
+    "min_tokens": 0, "skip_special_tokens": True, "spaces_between_special_tokens": True, "detokenize": True,
+    "truncate_prompt_tokens": None, "prompt_logprobs": None, "allowed_token_ids": None, "bad_words": [], "echo": False,
+    "add_special_tokens": False, "documents": None, "chat_template": None, "chat_template_kwargs": None,
+    "mm_processor_kwargs": None, "guided_json": None, "structured_outputs": None, "structural_tag": None, "priority": 0,
+    "logits_processors": None, "return_tokens_as_token_ids": None, "return_token_ids": None, "cache_salt": None,
+    "kv_transfer_params": None, "vllm_xargs": None, "top_k": None, "min_p": None, "best_of": None,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions"])
+async def test_a_field_with_vllms_own_default_changes_nothing(serve: Serve, path: str) -> None:
+    running = await serve()
+    asked = {"messages": ASK} if "chat" in path else {"prompt": "say it", "max_tokens": None}
+    known = ChatBody.model_fields if "chat" in path else CompletionBody.model_fields
+    defaults = {name: value for name, value in VLLM_DEFAULTS.items() if name in known}
+    if "chat" not in path:
+        del defaults["logprobs"]  # a number on this route
+    for body in (asked, asked | defaults):
+        reply = await running.post(path, body)
+        assert reply.status_code == 200, reply.text
+    plain, with_defaults = running.engine.requests
+    assert (with_defaults.prompt_ids, with_defaults.params) == (plain.prompt_ids, plain.params)
+
+
+@pytest.mark.parametrize("body", [ChatBody, CompletionBody])
+async def test_every_optional_field_may_be_null(serve: Serve, body: type[ChatBody] | type[CompletionBody]) -> None:
+    optional = {name: None for name, field in body.model_fields.items() if not field.is_required()}
+    running = await serve()
+    path, asked = ("chat/completions", {"messages": ASK}) if body is ChatBody else ("completions", {"prompt": "x"})
+    reply = await running.post(f"/v1/{path}", asked | optional)
+    assert reply.status_code == 200, reply.text
+
+
+@pytest.mark.parametrize("name", ["max_tokens", "max_completion_tokens"])
+async def test_minus_one_runs_to_the_end_of_the_context(serve: Serve, name: str) -> None:
+    running = await serve()
+    assert (await running.post("/v1/chat/completions", {"messages": ASK, name: -1})).status_code == 200
+    assert running.engine.requests[0].params.max_tokens is None
+
+
+async def test_integers_may_be_written_as_whole_floats(serve: Serve) -> None:
+    running = await serve()
+    body = {"messages": ASK, "max_tokens": 16.0, "top_k": 5.0, "seed": 7.0, "n": 1.0, "stop_token_ids": [9.0]}
+    assert (await running.post("/v1/chat/completions", body)).status_code == 200
+    params = running.engine.requests[0].params
+    assert (params.max_tokens, params.top_k, params.seed, params.stop_token_ids) == (16, 5, 7, (9,))
+
+
+async def test_processor_arguments_of_the_request_reach_the_media_room(serve: Serve) -> None:
+    running = await serve()
+    content = [{"type": "image", "image": "a"}, {"type": "video_url", "video_url": "data:video/jpeg;base64,AA,BB"}]
+    kwargs = {"max_pixels": 5000, "fps": [2.0]}
+    body = {"messages": [{"role": "user", "content": content}], "mm_processor_kwargs": kwargs}
+    assert (await running.post("/v1/chat/completions", body)).status_code == 200
+    image, video = sorted(running.loader.loaded, key=lambda ref: ref.kind)
+    assert (image.max_pixels, image.fps, video.max_pixels, video.fps) == (5000, None, 5000, 2.0)
+    assert video.source == ("data:image/jpeg;base64,AA", "data:image/jpeg;base64,BB")
 
 
 async def test_eight_clients_stream_at_once(serve: Serve, openai_client: Client) -> None:

@@ -46,7 +46,14 @@ _HEADERS = {
     "connection": "close",
     "user-agent": "dashinfer-vlm",
 }
-_DATA_HEAD = re.compile(r"data:(?:[\w.+-]+/[\w.+-]+)?(?:;[\w.+-]+=[\w.+-]+)*(;base64)?,", re.IGNORECASE | re.ASCII)
+_BASE64_HEAD = re.compile(r"data:[^;,]{0,200}(?:;[^;,]{0,200}){0,9};\s{0,9}base64\s{0,9}", re.IGNORECASE)
+"""Type and parameters mean nothing here: what the bytes are is told by themselves."""
+_FRAMES_HEAD = re.compile(r"data:\s{0,9}video/jpe?g\s{0,9}(?:;[^;,]{0,200}){0,9};\s{0,9}base64\s{0,9},", re.IGNORECASE)
+_STANDARD_ALPHABET = bytes.maketrans(b"-_", b"+/")
+_ESCAPED_BASE64 = ((b"%2B", b"+"), (b"%2b", b"+"), (b"%2F", b"/"), (b"%2f", b"/"), (b"%3D", b"="), (b"%3d", b"="))
+"""What a URL's percent-encoding makes of base64."""
+_MAX_SPLIT = 10_000
+"""Far more frames than any video may have."""
 
 
 class Fetcher:
@@ -138,18 +145,41 @@ class Fetcher:
 
 
 def decode_data_url(url: str, max_bytes: int) -> bytes:
-    """The bytes of `data:[type];base64,...`. Raises MediaError for anything but standard, padded base64."""
-    head = _DATA_HEAD.match(url)
-    if head is None or head[1] is None:
+    """The bytes of `data:[type][;parameters];base64,...`, in any spelling of base64 that means the same bytes.
+
+    Blanks and line breaks, missing padding, the URL alphabet and percent-encoding are understood. Raises MediaError,
+    and MediaTooLargeError before anything is decoded.
+    """
+    head, comma, text = url.partition(",")
+    if not comma or not _BASE64_HEAD.fullmatch(head):
         raise MediaError("a data URL is data:TYPE;base64,DATA; this one is not")
-    length = len(url) - head.end()
-    if length * 3 // 4 > max_bytes + 2:
-        raise MediaTooLargeError(f"the data URL holds about {length * 3 // 4} bytes; the limit is {max_bytes}")
     try:
-        data = base64.b64decode(url[head.end() :].encode("ascii"), validate=True)
+        digits = _plain_base64(text.encode("ascii"))
+        if len(digits) * 3 // 4 > max_bytes + 2:
+            raise MediaTooLargeError(f"the data URL holds about {len(digits) * 3 // 4} bytes; the limit is {max_bytes}")
+        data = base64.b64decode(digits + b"=" * (-len(digits) % 4), validate=True)
     except (binascii.Error, ValueError) as error:
-        raise MediaError("the data URL is not valid base64 (standard alphabet, padded, no line breaks)") from error
+        raise MediaError("the data URL is not valid base64 behind its comma") from error
     return check_size(data, max_bytes, "the data URL")
+
+
+def _plain_base64(digits: bytes) -> bytes:
+    """The standard alphabet without blanks and padding."""
+    if b"%" in digits:
+        for escaped, plain in _ESCAPED_BASE64:
+            digits = digits.replace(escaped, plain)
+    return digits.translate(_STANDARD_ALPHABET, b" \t\r\n\f\v").rstrip(b"=")
+
+
+def split_frames(url: str) -> tuple[str, ...] | None:
+    """The frames of `data:video/jpeg;base64,F1,F2,...`, each as a URL of its own; None for any other URL.
+
+    This is how vLLM's clients send a video that they have taken apart. Of very many frames the last one holds the
+    rest: so many are refused by whoever counts them.
+    """
+    if not _FRAMES_HEAD.match(url):
+        return None
+    return tuple(f"data:image/jpeg;base64,{frame}" for frame in url.split(",", _MAX_SPLIT)[1:])
 
 
 def read_file(path: Path, max_bytes: int) -> bytes:

@@ -105,7 +105,7 @@ class Encoder:
         self.close()
 
     async def _encode(self, conversation: Conversation) -> EncodedPrompt:
-        messages = await asyncio.to_thread(to_messages, conversation)
+        messages = await asyncio.to_thread(to_messages, conversation, self._prompts.loader.pixel_bounds)
         prompt = await self._prompts.chat(messages)
         try:
             return await asyncio.to_thread(self._run, prompt)

@@ -194,7 +194,7 @@ class VLM:
             generation.close()
 
     async def _begin_chat(self, conversation: Conversation, params: Params) -> Generation:
-        messages = await asyncio.to_thread(to_messages, conversation)
+        messages = await asyncio.to_thread(to_messages, conversation, self._service.prompts.loader.pixel_bounds)
         return await self._service.chat(messages, self._generation_params(params))
 
     async def _begin_generate(self, prompt: Prompt, params: Params) -> Generation:

@@ -10,9 +10,8 @@ from fastapi import Request
 from pydantic import BaseModel, ValidationError
 from starlette.requests import ClientDisconnect
 
-from dashinfer_vlm.errors import InvalidRequestError, UnsupportedError
+from dashinfer_vlm.frontend.schema import explain
 from dashinfer_vlm.server.errors import HttpError
-from dashinfer_vlm.server.schema import PART_TYPES, UNSUPPORTED
 
 Model = TypeVar("Model", bound=BaseModel)
 T = TypeVar("T")
@@ -38,7 +37,7 @@ async def read_body(request: Request, model: type[Model], max_bytes: int) -> Mod
     try:
         return model.model_validate_json(bytes(body))
     except ValidationError as error:
-        raise _explain(error) from None
+        raise explain(error) from None
 
 
 async def unless_gone(request: Request, work: Coroutine[Any, Any, T], discard: Callable[[T], None]) -> T:
@@ -69,40 +68,3 @@ def _discard(task: asyncio.Future[T], discard: Callable[[T], None]) -> None:
 async def _gone(request: Request) -> None:
     while (await request.receive())["type"] != "http.disconnect":
         pass
-
-
-def _explain(error: ValidationError) -> InvalidRequestError:
-    """The first finding in the words of the API: the field's path, what is wrong, and what was sent if it is short."""
-    finding = error.errors(include_url=False, include_context=False)[0]
-    kind, where = finding["type"], _path(finding["loc"])
-    if kind == "json_invalid":
-        return InvalidRequestError(f"the body is not JSON: {finding['msg'].removeprefix('Invalid JSON: ')}")
-    if kind == UNSUPPORTED:
-        return UnsupportedError(f"{where} {finding['msg']}", param=where)
-    if kind == "extra_forbidden":
-        return UnsupportedError(f"{where} is not a field that this server knows", param=where)
-    if kind in ("union_tag_invalid", "union_tag_not_found"):
-        return _explain_union(where, finding["input"])
-    if kind == "missing":
-        return InvalidRequestError(f"{where} is missing", param=where)
-    sent = repr(finding["input"])
-    value = f" (it is {sent})" if len(sent) <= 80 else ""
-    return InvalidRequestError(f"{where or 'the body'}: {finding['msg'].lower()}{value}", param=where or None)
-
-
-def _explain_union(where: str, value: Any) -> InvalidRequestError:
-    if isinstance(value, dict) and "type" in value:
-        message = f"{where} has type {str(value['type'])[:80]!r}; supported are {', '.join(PART_TYPES)}"
-        return UnsupportedError(message, param=f"{where}.type")
-    return InvalidRequestError(f"{where} has the wrong type, {type(value).__name__}", param=where)
-
-
-def _path(location: tuple[int | str, ...]) -> str:
-    """`messages[0].content[1].image_url.url`; tags of union members (`:text`) and of keys (`[key]`) are left out."""
-    path = ""
-    for step in location:
-        if isinstance(step, int):
-            path += f"[{step}]"
-        elif not step.startswith((":", "[")):
-            path += f".{step}" if path else step
-    return path

@@ -14,7 +14,7 @@ from dashinfer_vlm.frontend.tokenizer import Tokenizer
 from dashinfer_vlm.request import TokenLogprob
 from dashinfer_vlm.server.body import read_body
 from dashinfer_vlm.server.context import Context
-from dashinfer_vlm.server.protocol import ChatBody, conversation
+from dashinfer_vlm.server.protocol import ChatBody
 from dashinfer_vlm.server.replies import (
     AnswerMessage,
     ChatChoice,
@@ -39,7 +39,7 @@ def chat_routes(context: Context) -> APIRouter:
         body = await read_body(request, ChatBody, context.max_body_bytes)
         head = Head.new("chatcmpl", context.model_name(body.model))
         writer = ChatWriter(head, service.tokenizer, logprobs=bool(body.logprobs), include_usage=body.include_usage)
-        messages = conversation(body.messages, service.prompts.loader.pixel_bounds)
+        messages = body.conversation(service.prompts.loader.pixel_bounds)
         begin = service.chat(messages, body.params(service.sampling_defaults))
         stream = bool(body.stream)
         del body, messages  # their images may be large, and the answer takes long

@@ -11,11 +11,11 @@ from pydantic import Field
 from starlette.responses import Response
 
 from dashinfer_vlm.errors import InvalidRequestError
+from dashinfer_vlm.frontend.conversation import MessageBody, ProcessorBody, read_conversation
+from dashinfer_vlm.frontend.schema import Body, all_whole, only
 from dashinfer_vlm.frontend.tokenizer import Tokenizer
 from dashinfer_vlm.server.body import read_body, unless_gone
 from dashinfer_vlm.server.context import Context
-from dashinfer_vlm.server.protocol import MessageBody, conversation
-from dashinfer_vlm.server.schema import Body, only
 from dashinfer_vlm.server.status import json_response
 
 _MOST_IDS = 1 << 18
@@ -32,11 +32,12 @@ class TokenizeBody(Body):
     add_special_tokens: bool | None = None
     """No effect: these tokenizers add none of their own to a text."""
     add_generation_prompt: Annotated[Any, only(True)] = None
+    mm_processor_kwargs: ProcessorBody | None = None
 
 
 class DetokenizeBody(Body):
     model: str | None = None
-    tokens: list[Annotated[int, Field(ge=0)]]
+    tokens: Annotated[list[Annotated[int, Field(ge=0)]], all_whole]
 
 
 class Tokens(msgspec.Struct, frozen=True):
@@ -80,9 +81,9 @@ def _texts(tokenizer: Tokenizer, ids: list[int]) -> list[str]:
 
 
 async def _ids(context: Context, body: TokenizeBody) -> list[int]:
-    service = context.service
+    service, bounds = context.service, context.service.prompts.loader.pixel_bounds
     if body.messages is not None and body.prompt is None:
-        return await service.count(conversation(body.messages, service.prompts.loader.pixel_bounds))
+        return await service.count(read_conversation(body.messages, bounds, body.mm_processor_kwargs))
     if body.prompt is not None and body.messages is None:
         return await service.prompts.text_ids(body.prompt, max(service.engine.info.max_model_len, _MOST_IDS))
     raise InvalidRequestError("send either prompt or messages", param="prompt")

@@ -1,0 +1,111 @@
+"""The rules that all JSON from callers shares: unknown fields are refused, known but unsupported ones are named."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, ValidationError
+from pydantic_core import PydanticCustomError
+
+from dashinfer_vlm.errors import InvalidRequestError, UnsupportedError
+
+_UNSUPPORTED = "unsupported"
+"""Type of the validation error of a known field whose value is not served."""
+_MEANT = "meant"
+"""Type of a validation error whose text says all that there is to say."""
+
+
+class Body(BaseModel):
+    """A JSON object; numbers are numbers, and what is not declared is refused."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+
+def _whole(value: Any) -> Any:
+    return int(value) if type(value) is float and value.is_integer() else value
+
+
+def _all_whole(values: Any) -> Any:
+    return [_whole(value) for value in values] if isinstance(values, list) else values
+
+
+Whole = Annotated[int, BeforeValidator(_whole)]
+"""An integer; JSON has one kind of number, so that some clients write it `16.0`."""
+Positive = Annotated[Whole, Field(ge=1)]
+all_whole = BeforeValidator(_all_whole)
+Wholes = Annotated[list[int], all_whole]
+
+
+def only(*neutral: Any) -> Any:
+    """Annotation of a known field that is accepted only with a value that means "not used"."""
+
+    def check(value: Any) -> Any:
+        if value is None or any(type(value) is type(n) and value == n for n in neutral):
+            return value
+        raise unsupported("is not supported by this server; leave it out")
+
+    return AfterValidator(check)
+
+
+def meant(message: str, field: str | None = None) -> PydanticCustomError:
+    """An error for validators to raise: `message` follows the value's path, `field` of the value is at fault."""
+    return PydanticCustomError(_MEANT, "{message}", {"message": message, "field": field})
+
+
+def unsupported(message: str, field: str | None = None) -> PydanticCustomError:
+    """`meant` for what is known and not served."""
+    return PydanticCustomError(_UNSUPPORTED, "{message}", {"message": message, "field": field})
+
+
+def _shape(value: Any) -> str | None:
+    if isinstance(value, str):
+        return ":text"
+    if isinstance(value, list):
+        return ":list"
+    return ":object" if isinstance(value, dict) else None
+
+
+by_shape = Discriminator(_shape)
+"""Tells apart members of a union that are tagged `:text`, `:list` and `:object`; colons keep tags out of paths."""
+
+
+def explain(error: ValidationError, root: str = "") -> InvalidRequestError:
+    """The first finding in the words of the API: the field's path, what is wrong, and what was sent if it is short.
+
+    `root` is the path of what was validated, where that was a part of something.
+    """
+    finding = error.errors(include_url=False)[0]
+    kind, where = finding["type"], path_of(finding["loc"], root)
+    if kind == "json_invalid":
+        return InvalidRequestError(f"the body is not JSON: {finding['msg'].removeprefix('Invalid JSON: ')}")
+    if kind in (_MEANT, _UNSUPPORTED):
+        field = finding["ctx"]["field"]
+        fault = UnsupportedError if kind == _UNSUPPORTED else InvalidRequestError
+        return fault(f"{where} {finding['msg']}", param=f"{where}.{field}" if field else where)
+    if kind == "extra_forbidden":
+        return UnsupportedError(f"{where} is not a field that this server knows", param=where)
+    if kind in ("union_tag_invalid", "union_tag_not_found"):
+        return InvalidRequestError(f"{where} has the wrong type, {json_type(finding['input'])}", param=where)
+    if kind == "missing":
+        return InvalidRequestError(f"{where} is missing", param=where)
+    sent = repr(finding["input"])
+    value = f" (it is {sent})" if len(sent) <= 80 else ""
+    message = finding["msg"]
+    return InvalidRequestError(f"{where or 'the body'}: {message[:1].lower()}{message[1:]}{value}", param=where or None)
+
+
+def json_type(value: Any) -> str:
+    """What JSON calls the type of `value`, for messages."""
+    names = {bool: "boolean", dict: "object", float: "number", int: "number", list: "array", str: "string"}
+    return names.get(type(value), "null" if value is None else type(value).__name__)
+
+
+def path_of(location: tuple[int | str, ...], root: str = "") -> str:
+    """`messages[0].content[1].image_url.url`; tags of union members (`:text`) and of keys (`[key]`) are left out."""
+    path = root
+    for step in location:
+        if isinstance(step, int):
+            path += f"[{step}]"
+        elif not step.startswith((":", "[")):
+            path += f".{step}" if path else step
+    return path
