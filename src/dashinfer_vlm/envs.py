@@ -33,7 +33,8 @@ def cache_folder() -> Path:
 
 
 def kernels() -> str:
-    """`DASHINFER_KERNELS`: which CPU kernels compute: `auto`, an instruction level, or `reference` (plain torch)."""
+    """`DASHINFER_KERNELS`: which kernels compute: `auto`, an instruction level of the CPU, or `reference` (plain torch,
+    also on a card)."""
     return os.environ.get("DASHINFER_KERNELS", "auto")
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from dashinfer_vlm.errors import ConfigError
-from dashinfer_vlm.kernels import cpu_ops
+from dashinfer_vlm.kernels import cpu_ops, cuda
 from dashinfer_vlm.layers import attention, norm, onednn, rotary
 from dashinfer_vlm.layers.activation import Epilogue
 from dashinfer_vlm.layers.linear import ExpandingLinear, Linear, Matrix, NativeLinear, OneDnnLinear, TorchLinear
@@ -126,6 +126,11 @@ def choose_backend(
 def _choose(device: torch.device, weight_dtype: torch.dtype, quant_type: str, store: PackedStore | None) -> Backend:
     if quant_type != "none":
         return _quantised(device, weight_dtype, quant_type, store)
+    if device.type == "cuda":
+        why = cuda.why_unavailable()
+        if why is None:
+            return _on_card(device, weight_dtype)
+        logger.warning("no kernels for the card: %s; plain torch computes, many times slower", why)
     if device.type != "cpu":
         make = _of_own_copies(TorchLinear, device, weight_dtype)
         return Backend("torch", device, weight_dtype, weight_dtype, REFERENCE, make)
@@ -139,6 +144,26 @@ def _choose(device: torch.device, weight_dtype: torch.dtype, quant_type: str, st
     plain = TorchLinear if weight_dtype == torch.float32 else ExpandingLinear
     make = _of_own_copies(plain, device, weight_dtype)
     return Backend("torch", device, weight_dtype, torch.float32, REFERENCE, make)
+
+
+def _on_card(device: torch.device, dtype: torch.dtype) -> Backend:
+    from dashinfer_vlm.layers import cuda as on_card
+
+    head: TensorLinear = on_card.CudaHead if on_card.multiplies_into_float32() else on_card.CudaLinear
+
+    def patches(weight: Tensor, bias: Tensor) -> Patches:
+        return TorchPatches(weight, bias) if dtype == torch.float32 else on_card.CudaPatches(weight, bias, dtype)
+
+    return Backend(
+        name="triton",
+        device=device,
+        weight_dtype=dtype,
+        activation_dtype=dtype,
+        ops=on_card.OPS,
+        make_linear=_of_own_copies(on_card.CudaLinear, device, dtype),
+        make_head=_of_own_copies(head, device, dtype),
+        make_patches=patches,
+    )
 
 
 def _of_own_copies(linear_class: TensorLinear, device: torch.device, dtype: torch.dtype) -> LinearFactory:

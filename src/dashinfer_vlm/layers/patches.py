@@ -15,7 +15,7 @@ WIDE_ROWS = 1024
 
 
 class Patches(Protocol):
-    """uint8 [P, K] -> float32 [P, N]."""
+    """uint8 [P, K] -> [P, N], float32 or the activations' type."""
 
     def __call__(self, patches: torch.Tensor) -> torch.Tensor: ...
 

@@ -1,0 +1,26 @@
+"""Kernels for NVIDIA cards, written in Triton: the heavy functions of `layers/` with the same signatures.
+
+The modules import triton, so nothing outside this folder imports them before `why_unavailable()` said None. Products of
+matrices stay with torch. `TRITON_INTERPRET=1`, set before the first import, runs every kernel on CPU tensors.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+
+from dashinfer_vlm import envs
+
+__all__ = ["why_unavailable"]
+
+
+@functools.cache
+def why_unavailable() -> str | None:
+    """One clause for the log line that says why plain torch runs on the card instead; None when the kernels can run."""
+    if envs.kernels() == "reference":
+        return "DASHINFER_KERNELS=reference"
+    try:
+        importlib.import_module("triton")
+    except ImportError as error:
+        return f"triton cannot be imported ({error}); torch's own CUDA wheels bring it"
+    return None

@@ -1,0 +1,41 @@
+"""How kernels are started, and the types that they compute in."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+__all__ = ["INTERPRETED", "compute_type", "launch", "power_of_two"]
+
+INTERPRETED: bool = triton.knobs.runtime.interpret
+"""Kernels run on the CPU, statement by statement."""
+
+
+def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) -> None:
+    """Start `kernel` on the device and stream of its first argument, a tensor; an empty grid starts nothing."""
+    if 0 in grid:
+        return
+    with torch.cuda.device_of(arguments[0]):  # type: ignore[no-untyped-call]
+        kernel[grid](*arguments, **options)
+
+
+def compute_type(dtype: torch.dtype) -> Any:
+    """What the factors of a product are cast to: `dtype` itself, which the interpreter can do with float32 alone."""
+    if INTERPRETED:
+        return tl.float32
+    return {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}[dtype]
+
+
+def power_of_two(value: int, at_least: int = 1) -> int:
+    """The smallest power of two from `value` and `at_least` on; tiles have no other sides."""
+    return max(at_least, 1 << max(value - 1, 0).bit_length())
+
+
+def check(condition: bool, message: str, *found: Tensor) -> None:
+    """ValueError with the shapes and types of what was found, before a kernel reads it."""
+    if not condition:
+        raise ValueError(f"{message}; found {', '.join(f'{x.dtype} {list(x.shape)}' for x in found)}")

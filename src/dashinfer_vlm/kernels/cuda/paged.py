@@ -1,0 +1,298 @@
+"""Causal grouped-query attention over the paged cache, driven by what lies on the device: no length is read back.
+
+One source, two launches. *Few* is for sequences of at most `FEW_ROWS` rows (decode, guesses): small tiles whose keys are
+split over several programs, joined by `_combine`. *Many* is for the rest: tall tiles. A launch leaves the sequences of
+the other alone. A tile's row is a pair (query, head of the group), so that a group reads its keys once.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from dashinfer_vlm.kernels.cuda.hadamard import hadamard_blocks
+from dashinfer_vlm.kernels.cuda.launch import check, compute_type, launch, power_of_two
+
+__all__ = ["FEW_ROWS", "paged_attention"]
+
+FEW_ROWS = 8
+"""Rows up to which a sequence belongs to the launch with splits."""
+WANTED_PROGRAMS = 400
+"""About three for each multiprocessor of a large card."""
+
+
+@triton.jit
+def _sequence_of(starts, tile, num_sequences, BQ: tl.constexpr):
+    """The sequence of a tile, by bisection: tiles of sequence s begin at `starts[s] // BQ + s`."""
+    low = 0
+    high = num_sequences
+    while low < high:
+        middle = (low + high) // 2
+        if tl.load(starts + middle) // BQ + middle <= tile:
+            low = middle + 1
+        else:
+            high = middle
+    return low - 1
+
+
+@triton.jit
+def _keys(
+    q, k_cache, v_cache, table, j, stop, last, scale, block_stride, slot_stride, top, total, acc, D: tl.constexpr,
+    DP: tl.constexpr, BS: tl.constexpr, BN: tl.constexpr, INT8: tl.constexpr, MASKED: tl.constexpr, C: tl.constexpr,
+):  # fmt: skip
+    """The running softmax over `BN` keys from j on: largest score (base 2), sum of weights, weighted values."""
+    d = tl.arange(0, DP)
+    t = j + tl.arange(0, BN)
+    live = t < stop if MASKED else t >= 0
+    block = tl.load(table + t // BS, mask=live, other=0).to(tl.int64)
+    at = block * block_stride + (t % BS) * slot_stride
+    k = tl.load(k_cache + at[None, :] + d[:, None], mask=live[None, :] & (d < D)[:, None], other=0)
+    x = tl.dot(q, k.to(C), input_precision="ieee") * scale
+    if INT8:
+        x *= tl.load((k_cache + at + D).to(tl.pointer_type(tl.float32)), mask=live, other=0.0)[None, :]
+    if MASKED:
+        x = tl.where((t[None, :] <= last[:, None]) & live[None, :], x, -1e30)
+    highest = tl.maximum(top, tl.max(x, 1))
+    p = tl.exp2(x - highest[:, None])
+    if MASKED:
+        p = tl.where(x > -1e29, p, 0.0)
+    fade = tl.exp2(top - highest)
+    total = total * fade + tl.sum(p, 1)
+    v = tl.load(v_cache + at[:, None] + d[None, :], mask=live[:, None] & (d < D)[None, :], other=0)
+    if INT8:
+        p *= tl.load((v_cache + at + D).to(tl.pointer_type(tl.float32)), mask=live, other=0.0)[None, :]
+    acc = tl.dot(p.to(C), v.to(C), acc * fade[:, None], input_precision="ieee")
+    return highest, total, acc
+
+
+@triton.jit(do_not_specialize=["num_sequences", "table_stride"])
+def _attend(
+    q_rows, k_cache, v_cache, tables, starts, contexts, mixer, out, lse, scale, num_sequences, table_stride, q_t, q_h,
+    block_stride, slot_stride, head_stride, o_t, o_h, o_split, l_t, l_split, G: tl.constexpr, D: tl.constexpr,
+    DP: tl.constexpr, BS: tl.constexpr, BM: tl.constexpr, BQ: tl.constexpr, BN: tl.constexpr, SPLITS: tl.constexpr,
+    FEW: tl.constexpr, MANY: tl.constexpr, INT8: tl.constexpr, C: tl.constexpr,
+):  # fmt: skip
+    tile = tl.program_id(0)
+    head = tl.program_id(1)
+    split = tl.program_id(2)
+    if MANY:
+        s = _sequence_of(starts, tile, num_sequences, BQ)
+        local = (tile - tl.load(starts + s) // BQ - s) * BQ
+    else:
+        s = tile // ((FEW + BQ - 1) // BQ)
+        local = tile % ((FEW + BQ - 1) // BQ) * BQ
+    first = tl.load(starts + s)
+    n = tl.load(starts + s + 1) - first
+    if local >= n or (n > FEW) != MANY:
+        return
+    context = tl.load(contexts + s)
+    m = tl.arange(0, BM)
+    d = tl.arange(0, DP)
+    row = local + m // G
+    query_head = head * G + m % G
+    mine = (row < n) & (m < BQ * G)
+    at = (first + row).to(tl.int64)
+    inside = mine[:, None] & (d < D)[None, :]
+    q = tl.load(q_rows + at[:, None] * q_t + query_head[:, None] * q_h + d[None, :], mask=inside, other=0.0).to(C)
+    if INT8:
+        square = (d < D)[:, None] & (d < D)[None, :]
+        mix = tl.load(mixer + d[:, None] * D + d[None, :], mask=square, other=0.0).to(C)
+        q = tl.dot(q, mix, input_precision="ieee").to(C)
+    last = context - n + row
+    stop = tl.minimum(context, context - n + local + BQ)
+    share = tl.cdiv(tl.cdiv(stop, BN), SPLITS) * BN
+    begin = split * share
+    end = tl.minimum(stop, begin + share)
+    seen_by_all = tl.minimum(end, context - n + local + 1)
+    unmasked = begin + tl.maximum(seen_by_all - begin, 0) // BN * BN
+    top = tl.full([BM], -1e30, tl.float32)
+    total = tl.zeros([BM], tl.float32)
+    acc = tl.zeros([BM, DP], tl.float32)
+    k_cache += head * head_stride
+    v_cache += head * head_stride
+    table = tables + s * table_stride
+    base2 = scale * 1.4426950408889634
+    for j in tl.range(begin, unmasked, BN):
+        top, total, acc = _keys(q, k_cache, v_cache, table, j, end, last, base2, block_stride, slot_stride, top, total,
+                                acc, D, DP, BS, BN, INT8, False, C)  # fmt: skip
+    for j in tl.range(unmasked, end, BN):
+        top, total, acc = _keys(q, k_cache, v_cache, table, j, end, last, base2, block_stride, slot_stride, top, total,
+                                acc, D, DP, BS, BN, INT8, True, C)  # fmt: skip
+    some = tl.where(total > 0, total, 1.0)  # a split may find no key that a row sees
+    result = acc / some[:, None]
+    place = out + split * o_split + at[:, None] * o_t + query_head[:, None] * o_h + d[None, :]
+    tl.store(place, result.to(out.dtype.element_ty), mask=inside)
+    if SPLITS > 1:
+        tl.store(lse + split * l_split + at * l_t + query_head,
+                 tl.where(total > 0, top + tl.log2(some), -1e30), mask=mine)  # fmt: skip
+
+
+@triton.jit
+def _combine(
+    parts, lse, starts, out, p_split, p_t, p_h, l_split, l_t, o_t, o_h, D: tl.constexpr, DP: tl.constexpr,
+    SPLITS: tl.constexpr, FEW: tl.constexpr,
+):  # fmt: skip
+    """Join the splits of one row and head by their shares of the softmax's sum."""
+    s = tl.program_id(0) // FEW
+    row = tl.program_id(0) % FEW
+    head = tl.program_id(1)
+    first = tl.load(starts + s)
+    n = tl.load(starts + s + 1) - first
+    if row >= n or n > FEW:
+        return
+    at = (first + row).to(tl.int64)
+    i = tl.arange(0, SPLITS)
+    d = tl.arange(0, DP)
+    sums = tl.load(lse + i * l_split + at * l_t + head)
+    weights = tl.exp2(sums - tl.max(sums, 0))
+    weights = weights / tl.sum(weights, 0)
+    x = tl.load(parts + i[:, None] * p_split + at * p_t + head * p_h + d[None, :], mask=(d < D)[None, :], other=0.0)
+    joined = tl.sum(x * weights[:, None], 0)
+    tl.store(out + at * o_t + head * o_h + d, joined.to(out.dtype.element_ty), mask=d < D)
+
+
+@dataclass(frozen=True, slots=True)
+class Tile:
+    """How a launch cuts its work."""
+
+    rows: int
+    keys: int
+    warps: int
+    stages: int
+
+
+def few_tile(dtype: torch.dtype, group: int, dim: int) -> Tile:
+    """For at most `FEW_ROWS` rows of a sequence; `group` query heads share a key head of `dim` channels."""
+    rows = power_of_two(group, 16)
+    return Tile(rows, 32, 4, 2) if dtype == torch.float32 or dim > 128 else Tile(rows, 64, 4, 3)
+
+
+def many_tile(dtype: torch.dtype, group: int, dim: int) -> Tile:
+    """For more rows."""
+    if dtype == torch.float32:
+        return Tile(power_of_two(group, 32), 32, 4, 1)
+    return Tile(power_of_two(group, 128), 64, 8, 2 if dim > 128 else 3)
+
+
+def num_splits(num_programs: int, max_context: int, keys: int) -> int:
+    """A power of two, so that `num_programs` times it fill a card, and every split has two tiles of `keys`."""
+    wanted = min(WANTED_PROGRAMS // max(num_programs, 1), max_context // (2 * keys), 64)
+    return power_of_two(wanted + 1) // 2 if wanted > 1 else 1
+
+
+@functools.cache
+def _mixer(dim: int, device: torch.device) -> Tensor:
+    """float32 [dim, dim]: the transform that `write_kv` gives to keys, divided by its size."""
+    blocks, size = hadamard_blocks(dim, device)
+    return blocks / size
+
+
+def paged_attention(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    block_tables: Tensor,
+    query_starts: Tensor,
+    context_lens: Tensor,
+    scale: float,
+    splits: int | None = None,
+) -> Tensor:
+    """`layers.attention.paged_attention`: [T, H, D] of q's dtype. Waits for nothing and reads nothing back.
+
+    Where T equals the number of sequences, each may own one row at most: such a step is decode alone, and one launch.
+    Rows that no sequence owns (equal `query_starts`) are neither read nor written. `splits`, a power of two, is how many
+    programs share the keys of a sequence of few rows; None chooses. Raises ValueError for shapes that do not fit.
+    """
+    num_rows, num_heads, _ = q.shape
+    num_sequences, num_kv_heads = len(context_lens), k_cache.shape[2]
+    check(q.stride(2) == 1 and num_heads % num_kv_heads == 0, "q must be [T, H, D] with dense channels", q, k_cache)
+    check(k_cache.stride() == v_cache.stride(), "the caches must have one layout", k_cache, v_cache)
+    check(len(query_starts) == num_sequences + 1, "query_starts must be [S + 1]", query_starts, context_lens)
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    batch = (q, k_cache, v_cache, block_tables, query_starts, context_lens)
+    is_decode = num_rows == num_sequences
+    if is_decode or num_sequences > 1 or num_rows <= FEW_ROWS:
+        _few(*batch, out, scale, 1 if is_decode else FEW_ROWS, splits)
+    if num_rows > FEW_ROWS and not is_decode:
+        _many(*batch, out, scale)
+    return out
+
+
+def _few(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    tables: Tensor,
+    starts: Tensor,
+    contexts: Tensor,
+    out: Tensor,
+    scale: float,
+    few: int,
+    splits: int | None,
+) -> None:
+    num_heads, num_kv_heads, num_sequences = q.shape[1], k_cache.shape[2], len(contexts)
+    group = num_heads // num_kv_heads
+    tile = few_tile(q.dtype, group, q.shape[2])
+    tiles = -(-few // (tile.rows // group)) * num_sequences
+    if splits is None:
+        splits = num_splits(num_sequences * num_kv_heads, tables.shape[1] * k_cache.shape[1], tile.keys)
+    grid = (tiles, num_kv_heads, splits)
+    if splits == 1:
+        _start(grid, q, k_cache, v_cache, tables, starts, contexts, out[None], None, scale, tile, few, many=False)
+        return
+    parts = torch.empty((splits, *q.shape), dtype=torch.float32, device=q.device)
+    lse = torch.empty((splits, *q.shape[:2]), dtype=torch.float32, device=q.device)
+    _start(grid, q, k_cache, v_cache, tables, starts, contexts, parts, lse, scale, tile, few, many=False)
+    launch(
+        _combine, (num_sequences * few, num_heads), parts, lse, starts, out, *parts.stride()[:3], *lse.stride()[:2],
+        *out.stride()[:2], q.shape[2], power_of_two(q.shape[2]), splits, few, num_warps=4,
+    )  # fmt: skip
+
+
+def _many(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    tables: Tensor,
+    starts: Tensor,
+    contexts: Tensor,
+    out: Tensor,
+    scale: float,
+) -> None:
+    group = q.shape[1] // k_cache.shape[2]
+    tile = many_tile(q.dtype, group, q.shape[2])
+    grid = (len(q) // (tile.rows // group) + len(contexts), k_cache.shape[2], 1)
+    _start(grid, q, k_cache, v_cache, tables, starts, contexts, out[None], None, scale, tile, FEW_ROWS, many=True)
+
+
+def _start(
+    grid: tuple[int, int, int],
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    tables: Tensor,
+    starts: Tensor,
+    contexts: Tensor,
+    out: Tensor,
+    lse: Tensor | None,
+    scale: float,
+    tile: Tile,
+    few: int,
+    *,
+    many: bool,
+) -> None:
+    """`out` is [splits, T, H, D], `lse` float32 [splits, T, H] where there are several."""
+    dim, int8 = q.shape[2], k_cache.dtype == torch.int8
+    group = q.shape[1] // k_cache.shape[2]
+    launch(
+        _attend, grid, q, k_cache, v_cache, tables, starts, contexts, _mixer(dim, q.device) if int8 else q, out,
+        out if lse is None else lse, scale, len(contexts), tables.stride(0), *q.stride()[:2], *k_cache.stride()[:3],
+        out.stride(1), out.stride(2), out.stride(0), *((0, 0) if lse is None else (lse.stride(1), lse.stride(0))),
+        group, dim, power_of_two(dim, 16), k_cache.shape[1], tile.rows, tile.rows // group, tile.keys, grid[2], few,
+        many, int8, compute_type(q.dtype), num_warps=tile.warps, num_stages=tile.stages,
+    )  # fmt: skip

@@ -1,0 +1,147 @@
+"""Rotation by positions, alone (ViT) or together with the write into the paged cache (text model)."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from dashinfer_vlm.kernels.cuda.hadamard import hadamard_blocks
+from dashinfer_vlm.kernels.cuda.launch import check, compute_type, launch, power_of_two
+
+__all__ = ["rope", "rope_write_kv"]
+
+HEADS_AT_ONCE = 32
+
+
+@triton.jit
+def _rotated(x, cos, sin, row, first, x_h, N: tl.constexpr, D: tl.constexpr, BH: tl.constexpr, BD: tl.constexpr):
+    """Both halves of heads `first ..` of one row, rounded to x's type, with pointers and mask for the lower half."""
+    half: tl.constexpr = D // 2
+    head = first + tl.arange(0, BH)
+    i = tl.arange(0, BD)
+    inside = (head < N)[:, None] & (i < half)[None, :]
+    c = tl.load(cos + row * half + i, mask=i < half, other=0.0)[None, :]
+    s = tl.load(sin + row * half + i, mask=i < half, other=0.0)[None, :]
+    place = x + head[:, None] * x_h + i[None, :]
+    low = tl.load(place, mask=inside, other=0.0).to(tl.float32)
+    high = tl.load(place + half, mask=inside, other=0.0).to(tl.float32)
+    kind = x.dtype.element_ty
+    return (low * c - high * s).to(kind), (high * c + low * s).to(kind), place, inside
+
+
+@triton.jit
+def _rope(x, cos, sin, x_t, x_h, N: tl.constexpr, D: tl.constexpr, BH: tl.constexpr, BD: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    low, high, place, inside = _rotated(x + row * x_t, cos, sin, row, tl.program_id(1) * BH, x_h, N, D, BH, BD)
+    tl.store(place, low, mask=inside)
+    tl.store(place + D // 2, high, mask=inside)
+
+
+@triton.jit
+def _nearest(x):
+    """To the nearest whole number, ties to even, for numbers far below 2 ** 22."""
+    return (x + 12582912.0) - 12582912.0
+
+
+@triton.jit
+def _write(cache, low, high, head, N: tl.constexpr, D: tl.constexpr, c_h, BD: tl.constexpr, INT8: tl.constexpr):
+    """Two halves [heads, D / 2] of rows into their place in the cache."""
+    half: tl.constexpr = D // 2
+    i = tl.arange(0, BD)
+    inside = (head < N)[:, None] & (i < half)[None, :]
+    place = cache + head[:, None] * c_h + i[None, :]
+    if INT8:
+        largest = tl.maximum(tl.max(tl.abs(low), 1), tl.max(tl.abs(high), 1))
+        inverse = tl.where(largest > 1e-30, tl.div_rn(127.0, tl.where(largest > 1e-30, largest, 1.0)), 0.0)
+        low = _nearest(low * inverse[:, None])
+        high = _nearest(high * inverse[:, None])
+        scale = (cache + head * c_h + D).to(tl.pointer_type(tl.float32))
+        tl.store(scale, tl.div_rn(largest, tl.full(largest.shape, 127.0, tl.float32)), mask=head < N)
+    tl.store(place, low.to(cache.dtype.element_ty), mask=inside)
+    tl.store(place + half, high.to(cache.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _mixed(low, high, mixer, D: tl.constexpr, BD: tl.constexpr, C: tl.constexpr):
+    """The transform over both halves: its matrix in four quarters."""
+    half: tl.constexpr = D // 2
+    i = tl.arange(0, BD)
+    inside = (i < half)[:, None] & (i < half)[None, :]
+    quarter = mixer + i[:, None] * D + i[None, :]
+    low = low.to(C)
+    high = high.to(C)
+    ll = tl.load(quarter, mask=inside, other=0.0).to(C)
+    lh = tl.load(quarter + half, mask=inside, other=0.0).to(C)
+    hl = tl.load(quarter + half * D, mask=inside, other=0.0).to(C)
+    hh = tl.load(quarter + half * D + half, mask=inside, other=0.0).to(C)
+    new_low = tl.dot(high, hl, tl.dot(low, ll, input_precision="ieee"), input_precision="ieee")
+    return new_low, tl.dot(high, hh, tl.dot(low, lh, input_precision="ieee"), input_precision="ieee")
+
+
+@triton.jit
+def _rope_write_kv(
+    q, k, v, cos, sin, k_cache, v_cache, slots, mixer, q_t, q_h, k_t, k_h, v_t, v_h, slot_stride, c_h, H: tl.constexpr,
+    HK: tl.constexpr, D: tl.constexpr, BH: tl.constexpr, BK: tl.constexpr, BD: tl.constexpr, INT8: tl.constexpr,
+    C: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    part = tl.program_id(1)
+    if part > 0:
+        low, high, place, inside = _rotated(q + row * q_t, cos, sin, row, (part - 1) * BH, q_h, H, D, BH, BD)
+        tl.store(place, low, mask=inside)
+        tl.store(place + D // 2, high, mask=inside)
+    else:
+        slot = tl.load(slots + row) * slot_stride
+        head = tl.arange(0, BK)
+        low, high, place, inside = _rotated(k + row * k_t, cos, sin, row, 0, k_h, HK, D, BK, BD)
+        if INT8:
+            low, high = _mixed(low, high, mixer, D, BD, C)
+        _write(k_cache + slot, low, high, head, HK, D, c_h, BD, INT8)
+        i = tl.arange(0, BD)
+        place = v + row * v_t + head[:, None] * v_h + i[None, :]
+        low = tl.load(place, mask=inside, other=0.0).to(tl.float32)
+        high = tl.load(place + D // 2, mask=inside, other=0.0).to(tl.float32)
+        _write(v_cache + slot, low, high, head, HK, D, c_h, BD, INT8)
+
+
+def rope(x: Tensor, cos: Tensor, sin: Tensor) -> None:
+    """`layers.rotary.rope`: rotate [T, H, D] in place by float32 tables [T, D / 2]; any strides before D."""
+    num_rows, num_heads, dim = x.shape
+    _check_tables(x, cos, sin)
+    heads = min(power_of_two(num_heads), HEADS_AT_ONCE)
+    grid = (num_rows, -(-num_heads // heads))
+    launch(_rope, grid, x, cos, sin, *x.stride()[:2], num_heads, dim, heads, power_of_two(dim // 2), num_warps=4)
+
+
+def rope_write_kv(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    slots: Tensor,
+) -> None:
+    """`layers.attention.rope_write_kv`, in one launch; k is left as it is."""
+    num_rows, num_heads, dim = q.shape
+    num_kv_heads, int8 = k.shape[1], k_cache.dtype == torch.int8
+    _check_tables(q, cos, sin)
+    check(k_cache.is_contiguous() and v_cache.is_contiguous(), "the caches must be contiguous", k_cache, v_cache)
+    check(k.stride(2) == v.stride(2) == 1, "channels must be dense", k, v)
+    heads = min(power_of_two(num_heads), HEADS_AT_ONCE)
+    mixer = hadamard_blocks(dim, q.device)[0] if int8 else cos
+    launch(
+        _rope_write_kv, (num_rows, 1 + -(-num_heads // heads)), q, k, v, cos, sin, k_cache, v_cache, slots, mixer,
+        *q.stride()[:2], *k.stride()[:2], *v.stride()[:2], k_cache.stride(1), k_cache.stride(2), num_heads,
+        num_kv_heads, dim, heads, power_of_two(num_kv_heads, 16 if int8 else 1), power_of_two(dim // 2, 16), int8,
+        compute_type(q.dtype), num_warps=4,
+    )  # fmt: skip
+
+
+def _check_tables(x: Tensor, cos: Tensor, sin: Tensor) -> None:
+    check(x.stride(2) == 1, "channels must be dense", x)
+    fits = cos.shape == sin.shape == (len(x), x.shape[2] // 2) and cos.is_contiguous() and sin.is_contiguous()
+    check(fits, "tables must be contiguous [T, D / 2]", x, cos, sin)

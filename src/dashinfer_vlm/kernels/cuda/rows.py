@@ -1,0 +1,109 @@
+"""Norms and activations: one launch each, one read and one write of every number."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from dashinfer_vlm.kernels.cuda.launch import check, launch, power_of_two
+
+__all__ = ["layer_norm", "quick_gelu", "rms_norm", "silu_mul"]
+
+
+@triton.jit
+def _rms_norm(x_rows, weight, out, eps, x_t, o_t, N: tl.constexpr, B: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    i = tl.arange(0, B)
+    x = tl.load(x_rows + row * x_t + i, mask=i < N, other=0.0).to(tl.float32)
+    scale = tl.rsqrt(tl.sum(x * x, 0) / N + eps)
+    rounded = (x * scale).to(out.dtype.element_ty).to(tl.float32)  # as the reference, which multiplies in x's type
+    w = tl.load(weight + i, mask=i < N, other=0.0).to(tl.float32)
+    tl.store(out + row * o_t + i, (rounded * w).to(out.dtype.element_ty), mask=i < N)
+
+
+@triton.jit
+def _layer_norm(x_rows, weight, bias, out, eps, x_t, o_t, N: tl.constexpr, B: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    i = tl.arange(0, B)
+    x = tl.load(x_rows + row * x_t + i, mask=i < N, other=0.0).to(tl.float32)
+    apart = tl.where(i < N, x - tl.sum(x, 0) / N, 0.0)
+    scale = tl.rsqrt(tl.sum(apart * apart, 0) / N + eps)
+    w = tl.load(weight + i, mask=i < N, other=0.0).to(tl.float32)
+    b = tl.load(bias + i, mask=i < N, other=0.0).to(tl.float32)
+    tl.store(out + row * o_t + i, (apart * scale * w + b).to(out.dtype.element_ty), mask=i < N)
+
+
+@triton.jit
+def _silu_mul(x_rows, out, x_t, o_t, N: tl.constexpr, B: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    i = tl.program_id(1) * B + tl.arange(0, B)
+    gate = tl.load(x_rows + row * x_t + i, mask=i < N, other=0.0).to(tl.float32)
+    up = tl.load(x_rows + row * x_t + N + i, mask=i < N, other=0.0).to(tl.float32)
+    silu = (gate / (1 + tl.exp(-gate))).to(out.dtype.element_ty).to(tl.float32)  # rounded as the reference's is
+    tl.store(out + row * o_t + i, (silu * up).to(out.dtype.element_ty), mask=i < N)
+
+
+@triton.jit
+def _quick_gelu(x_rows, out, x_t, o_t, N: tl.constexpr, B: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    i = tl.program_id(1) * B + tl.arange(0, B)
+    x = tl.load(x_rows + row * x_t + i, mask=i < N, other=0.0).to(tl.float32)
+    tl.store(out + row * o_t + i, (x / (1 + tl.exp(-1.702 * x))).to(out.dtype.element_ty), mask=i < N)
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float, out: Tensor | None = None) -> Tensor:
+    """`layers.norm.rms_norm` of [T, C], rows may be strided; `out` may be x."""
+    _check_rows(x, weight)
+    out = torch.empty(x.shape, dtype=x.dtype, device=x.device) if out is None else out
+    num_rows, size = x.shape
+    block = power_of_two(size)
+    launch(
+        _rms_norm, (num_rows,), x, weight, out, eps, x.stride(0), out.stride(0), size, block, num_warps=_warps(block)
+    )
+    return out
+
+
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float, out: Tensor | None = None) -> Tensor:
+    """`layers.norm.layer_norm` of [T, C], rows may be strided; `out` may be x."""
+    _check_rows(x, weight, bias)
+    out = torch.empty(x.shape, dtype=x.dtype, device=x.device) if out is None else out
+    num_rows, size = x.shape
+    block = power_of_two(size)
+    launch(
+        _layer_norm, (num_rows,), x, weight, bias, out, eps, x.stride(0), out.stride(0), size, block,
+        num_warps=_warps(block),
+    )  # fmt: skip
+    return out
+
+
+def silu_mul(x: Tensor) -> Tensor:
+    """`layers.activation.silu_mul`: [T, 2 N] of gates, then ups -> [T, N]; rows may be strided."""
+    _check_rows(x)
+    size = x.shape[1] // 2
+    out = torch.empty(len(x), size, dtype=x.dtype, device=x.device)
+    _elementwise(_silu_mul, x, out)
+    return out
+
+
+def quick_gelu(x: Tensor) -> Tensor:
+    """`layers.activation.quick_gelu` of [T, N], in place: a product that nobody else needs."""
+    _check_rows(x)
+    _elementwise(_quick_gelu, x, x)
+    return x
+
+
+def _elementwise(kernel: triton.JITFunction, x: Tensor, out: Tensor) -> None:
+    size = out.shape[1]
+    block = min(power_of_two(size, 128), 1024)
+    launch(kernel, (len(out), -(-size // block)), x, out, x.stride(0), out.stride(0), size, block, num_warps=4)
+
+
+def _check_rows(x: Tensor, *vectors: Tensor) -> None:
+    check(x.ndim == 2 and x.stride(1) == 1, "rows must be dense", x)
+    check(all(v.shape == x.shape[1:] for v in vectors), "weights must be as long as the rows", x, *vectors)
+
+
+def _warps(block: int) -> int:
+    return min(max(block // 512, 1), 8)

@@ -1,0 +1,88 @@
+"""The layers on NVIDIA cards: the kernels of `kernels/cuda` around products by cuBLAS. Imports triton, so it is imported
+by `backend` alone, when a card is chosen.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from dashinfer_vlm.kernels.cuda import paged, rotary, rows, segments
+from dashinfer_vlm.kernels.cuda.patches import embed_patches, two_halves
+from dashinfer_vlm.layers.activation import EPILOGUES, Epilogue
+from dashinfer_vlm.layers.backend import Ops
+
+__all__ = ["OPS", "CudaHead", "CudaLinear", "CudaPatches", "multiplies_into_float32"]
+
+OPS = Ops(
+    rms_norm=rows.rms_norm,
+    layer_norm=rows.layer_norm,
+    rope=rotary.rope,
+    rope_write_kv=rotary.rope_write_kv,
+    paged_attention=paged.paged_attention,
+    varlen_attention=segments.varlen_attention,
+)
+
+_EPILOGUES = {**EPILOGUES, "silu_mul": rows.silu_mul, "quick_gelu": rows.quick_gelu}
+"""One launch each: torch's GELU is one already."""
+
+
+class CudaLinear:
+    """A weight [N, K] of the activations' dtype: the residual rides in the product, the epilogue is one launch."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, epilogue: Epilogue) -> None:
+        self.weight = weight
+        self.bias = bias
+        self.epilogue = epilogue
+
+    def __call__(self, x: Tensor, *, residual: Tensor | None = None, out: Tensor | None = None) -> Tensor:
+        if self.epilogue == "none":
+            return self._product(x, residual, out)
+        y = _EPILOGUES[self.epilogue](F.linear(x, self.weight, self.bias))
+        if residual is not None:
+            return torch.add(y, residual, out=out)
+        return y if out is None else out.copy_(y)
+
+    def _product(self, x: Tensor, residual: Tensor | None, out: Tensor | None) -> Tensor:
+        weight_t = self.weight.t()
+        if residual is not None:
+            y = torch.addmm(residual, x, weight_t, out=out)
+            return y if self.bias is None else y.add_(self.bias)
+        if self.bias is not None:
+            return torch.addmm(self.bias, x, weight_t, out=out)
+        return torch.mm(x, weight_t, out=out)
+
+
+class CudaHead:
+    """As `CudaLinear`, to float32 logits: those of 16 bits tie where the sums behind them do not."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, epilogue: Epilogue) -> None:
+        assert bias is None, "a head adds nothing"
+        assert epilogue == "none", epilogue
+        self.weight = weight
+
+    def __call__(self, x: Tensor, *, residual: Tensor | None = None, out: Tensor | None = None) -> Tensor:
+        assert residual is None, "a head adds nothing"
+        if out is None:
+            out = torch.empty(len(x), len(self.weight), dtype=torch.float32, device=x.device)
+        if x.dtype == torch.float32:
+            return torch.mm(x, self.weight.t(), out=out)
+        return torch.mm(x, self.weight.t(), out_dtype=torch.float32, out=out)
+
+
+def multiplies_into_float32() -> bool:
+    """Whether this torch has the product that `CudaHead` needs (2.8 and later)."""
+    return hasattr(torch.ops.aten.mm, "dtype_out")
+
+
+class CudaPatches:
+    """`layers.patches.TorchPatches` from bytes, to `dtype`."""
+
+    def __init__(self, weight: Tensor, bias: Tensor, dtype: torch.dtype) -> None:
+        self.halves = two_halves(weight)
+        self.bias = bias
+        self.dtype = dtype
+
+    def __call__(self, patches: Tensor) -> Tensor:
+        return embed_patches(patches, self.halves, self.bias, self.dtype)

@@ -1,0 +1,75 @@
+"""Rotation and the write into the cache against the references of `layers/`."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+pytest.importorskip("triton")
+
+from dashinfer_vlm.kernels.cuda.hadamard import hadamard_blocks
+from dashinfer_vlm.kernels.cuda.rotary import rope, rope_write_kv
+from dashinfer_vlm.layers import attention, rotary
+from tests.kernels.cuda.numbers import DEVICE, TYPES, allowed, error
+
+
+def tables(num_rows: int, dim: int) -> tuple[Tensor, Tensor]:
+    angles = 100 * torch.rand(num_rows, dim // 2, device=DEVICE)
+    return angles.cos(), angles.sin()
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize(("heads", "dim"), [(32, 80), (5, 64), (33, 72), (1, 128)])
+def test_rotation_in_place_of_some_heads(heads: int, dim: int, dtype: torch.dtype) -> None:
+    wide = torch.randn(3, heads + 2, dim).to(DEVICE, dtype)
+    x, (cos, sin) = wide[:, :heads], tables(3, dim)
+    rest, want = wide[:, heads:].clone(), x.double()
+    rotary.rope(want, cos, sin)
+    rope(x, cos, sin)
+    assert error(x, want) < allowed(dtype)
+    assert torch.equal(wide[:, heads:], rest)
+
+
+@pytest.mark.parametrize("cache", [torch.float32, torch.bfloat16, torch.int8])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("heads", "kv_heads", "dim"), [(6, 2, 128), (7, 1, 32), (33, 3, 80)])
+def test_the_cache_gets_the_rows_of_the_reference(
+    heads: int, kv_heads: int, dim: int, dtype: torch.dtype, cache: torch.dtype
+) -> None:
+    num_rows, (cos, sin) = 5, tables(5, dim)
+    qkv = torch.randn(num_rows, heads + 2 * kv_heads, dim).to(DEVICE, dtype)
+    qkv[:, heads, :3] *= 50
+    slots = torch.tensor([17, 3, 40, 0, 31], device=DEVICE)
+    shape = (3, 16, kv_heads, attention.cache_row_size(dim, cache))
+    got, want = (torch.full((2, *shape), 55, dtype=cache, device=DEVICE) for _ in range(2))
+    (q, k, v), (q2, k2, v2) = (torch.split(qkv.clone(), [heads, kv_heads, kv_heads], dim=1) for _ in range(2))
+    rope_write_kv(q, k, v, cos, sin, got[0], got[1], slots)
+    attention.rope_write_kv(q2, k2, v2, cos, sin, want[0], want[1], slots)
+    assert error(q, q2) < allowed(dtype)
+    untouched = torch.ones(48, dtype=torch.bool, device=DEVICE)
+    untouched[slots] = False
+    assert (got.flatten(1, 2)[:, untouched] == 55).all()
+    if cache != torch.int8:
+        assert error(got, want) < max(allowed(dtype), allowed(cache))
+        return
+    rows = [x.flatten(1, 2)[:, slots] for x in (got, want)]
+    assert error(*(attention._numbers(x) for x in rows)) < (2e-2 if dtype == torch.bfloat16 else 2e-3)
+    if dtype == torch.float32:
+        assert (rows[0] != rows[1]).float().mean() < 0.01  # on the border between two numbers
+
+
+def test_a_row_of_zeros_stays_one_in_int8() -> None:
+    cos, sin = tables(1, 32)
+    q, k, v = torch.zeros(3, 1, 1, 32, device=DEVICE)
+    caches = torch.full((2, 1, 16, 1, 36), 55, dtype=torch.int8, device=DEVICE)
+    rope_write_kv(q, k, v, cos, sin, caches[0], caches[1], torch.tensor([2], device=DEVICE))
+    assert not caches[:, 0, 2].any()
+
+
+@pytest.mark.parametrize("dim", [128, 96, 80, 36])
+def test_the_transform_is_that_of_the_reference(dim: int) -> None:
+    matrix, size = hadamard_blocks(dim, torch.device("cpu"))
+    x = torch.randn(3, dim)
+    torch.testing.assert_close(x @ matrix, attention._hadamard(x))
+    assert size == attention._hadamard_size(dim)
