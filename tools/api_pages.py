@@ -22,8 +22,8 @@ TARGET = ROOT / "docs" / "api"
 PAGES = {
     "python.md": (
         "The Python API",
-        "`from dashinfer_vlm import VLM, SamplingParams, GenerationParams`; the rest comes from the module it is listed "
-        "under.",
+        "`from dashinfer_vlm import VLM, SamplingParams, GenerationParams`; the rest comes from the module it is "
+        "listed under.",
         (
             ("dashinfer_vlm/offline/vlm.py", ("VLM",)),
             ("dashinfer_vlm/offline/results.py", ("Result",)),

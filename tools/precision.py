@@ -70,7 +70,8 @@ class Row:
 
     def __str__(self) -> str:
         errors = "".join(f"{error:12.4f}" for error in self.errors.values())
-        return f"{self.precision:20}{errors}{self.exact:10.2%}{self.same:10.2%}{'' if self.is_within else '  too many lost'}"
+        verdict = "" if self.is_within else "  too many lost"
+        return f"{self.precision:20}{errors}{self.exact:10.2%}{self.same:10.2%}{verdict}"
 
 
 def logits(folder: Path, precision: Precision) -> torch.Tensor:

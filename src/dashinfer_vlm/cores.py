@@ -1,5 +1,6 @@
 """Which processor cores this process may compute on, which of them belong to which of our processes, and where their
-memory is. Everything is read from the Linux kernel's own files; elsewhere there are cores, and nothing is known of them.
+memory is. Everything is read from the Linux kernel's own files; elsewhere there are cores, and nothing is known of
+them.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""Config fields as flags: their spellings and environment names, for the command line, the offline API and the docs; each
-fact stands once, at its field in `config.py`.
+"""Config fields as flags: their spellings and environment names, for the command line, the offline API and the docs;
+each fact stands once, at its field in `config.py`.
 
-`max_model_len` is the flag `--max-model-len` (`--max_model_len` alike), the variable `DASHINFER_MAX_MODEL_LEN` and a row
-of `docs/flags.md`.
+`max_model_len` is the flag `--max-model-len` (`--max_model_len` alike), the variable `DASHINFER_MAX_MODEL_LEN` and a
+row of `docs/flags.md`.
 """
 
 from __future__ import annotations

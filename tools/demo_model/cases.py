@@ -24,8 +24,8 @@ PICTURE_MARK = "\0"
 class Case:
     """One question at the end of a conversation.
 
-    `messages` hold text parts and `{"type": "image" | "video", "index": i}`, where `i` counts into `media`: one picture,
-    or the frames of a video.
+    `messages` hold text parts and `{"type": "image" | "video", "index": i}`, where `i` counts into `media`: one
+    picture, or the frames of a video.
     """
 
     task: str

@@ -27,7 +27,8 @@ CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
     "{% if message['content'] is string %}{{ message['content'] }}{% else %}"
     "{% for part in message['content'] %}"
-    "{% if part['type'] == 'image' or 'image' in part or 'image_url' in part %}<|vision_start|><|image_pad|><|vision_end|>"
+    "{% if part['type'] == 'image' or 'image' in part or 'image_url' in part %}"
+    "<|vision_start|><|image_pad|><|vision_end|>"
     "{% elif part['type'] == 'video' or 'video' in part %}<|vision_start|><|video_pad|><|vision_end|>{% endif %}"
     "{% endfor %}"
     "{% for part in message['content'] %}{% if 'text' in part %}{{ part['text'] }}{% endif %}{% endfor %}"
@@ -78,7 +79,8 @@ def published_name(name: str) -> str | None:
 
 
 def published_tensors(state: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
-    """Our state under the published names; the patch layer becomes the two equal halves of a convolution over two frames."""
+    """Our state under the published names; the patch layer becomes the two equal halves of a convolution over two
+    frames."""
     tensors = {}
     for ours, value in state.items():
         name = published_name(ours)

@@ -1,4 +1,5 @@
-"""Qwen2-VL in its smallest trainable form: patches as one linear layer, block masks, fp32; `export.py` writes the published names."""
+"""Qwen2-VL in its smallest trainable form: patches as one linear layer, block masks, fp32; `export.py` writes the
+published names."""
 
 from __future__ import annotations
 

@@ -1,6 +1,8 @@
-"""Muon for the weight matrices of the blocks, AdamW for everything else: fewer pictures for the same loss than AdamW alone.
+"""Muon for the weight matrices of the blocks, AdamW for everything else: fewer pictures for the same loss than AdamW
+alone.
 
-Muon (Jordan et al., 2024): the momentum of a matrix is replaced by its nearest half-orthogonal matrix, by Newton-Schulz steps.
+Muon (Jordan et al., 2024): the momentum of a matrix is replaced by its nearest half-orthogonal matrix, by Newton-Schulz
+steps.
 """
 
 from __future__ import annotations

@@ -35,7 +35,8 @@ MOVES = {"Left.": (-1, 0), "Right.": (1, 0), "Up.": (0, -1), "Down.": (0, 1)}
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """`beginning` holds text and picture numbers in the order of the conversation; the questions follow it one at a time.
+    """`beginning` holds text and picture numbers in the order of the conversation; the questions follow it one at a
+    time.
 
     `pictures[i]` is what the i-th picture shows; with `is_video` the pictures are the frames of one video.
     """

@@ -44,7 +44,8 @@ ROWS = ("top", "middle", "bottom")
 COLUMNS = ("left", "centre", "right")
 
 FONT_DIRS = (Path("/usr/share/fonts"),)
-# Debian packages: fonts-dejavu-core (also inside matplotlib), fonts-liberation, fonts-lato, fonts-open-sans, fonts-freefont-ttf
+# Debian packages: fonts-dejavu-core (also inside matplotlib), fonts-liberation, fonts-lato, fonts-open-sans,
+# fonts-freefont-ttf
 TRAIN_FONTS = (
     "DejaVuSans",
     "DejaVuSans-Bold",

@@ -1,4 +1,5 @@
-"""First stage: the vision tower alone learns what stands in each cell (no text model, several times the pictures per second).
+"""First stage: the vision tower alone learns what stands in each cell (no text model, several times the pictures per
+second).
 
 PYTHONPATH=tools python tools/demo_model/train_vision.py --minutes 20
 """

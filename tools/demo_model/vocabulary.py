@@ -12,8 +12,8 @@ from demo_model.questions import PHRASINGS, PLACES
 from demo_model.scenes import COLOURS, SHAPES, WORDS
 
 SPECIAL = (
-    "<|endoftext|> <|im_start|> <|im_end|> <|object_ref_start|> <|object_ref_end|> <|box_start|> <|box_end|> <|quad_start|> "
-    "<|quad_end|> <|vision_start|> <|vision_end|> <|vision_pad|> <|image_pad|> <|video_pad|>"
+    "<|endoftext|> <|im_start|> <|im_end|> <|object_ref_start|> <|object_ref_end|> <|box_start|> <|box_end|> "
+    "<|quad_start|> <|quad_end|> <|vision_start|> <|vision_end|> <|vision_pad|> <|image_pad|> <|video_pad|>"
 ).split()
 SIZE = 1024
 # the published splitting rule of Qwen2: words, single digits, punctuation, line ends
@@ -41,7 +41,8 @@ def corpus() -> list[str]:
     ]
     for colour, shape in itertools.product(COLOURS, SHAPES):
         lines += [
-            f"A {colour} {shape} and an {colour} {shape}, {colour.capitalize()}. The {shape}. the word in {colour} number"
+            f"A {colour} {shape} and an {colour} {shape}, {colour.capitalize()}. The {shape}. "
+            f"the word in {colour} number"
         ]
     lines += [f"{place.capitalize()}. in the {place}" for place in PLACES] * 4
     lines += [f"{word} the word {word}, The word {word} The number" for word in WORDS] * 6

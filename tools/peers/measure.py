@@ -79,7 +79,10 @@ def main() -> None:
     for label, flags in ours(args) if args.latency else ():
         result = run_latency(flags, checkpoint)
         limits = cast("dict[str, float]", result["limits"])
-        scale = f"For scale, torch reads {limits['read_gb_s']:.1f} GB/s and multiplies {limits['multiply_gflop_s']:.0f} GFLOP/s."
+        scale = (
+            f"For scale, torch reads {limits['read_gb_s']:.1f} GB/s and multiplies "
+            f"{limits['multiply_gflop_s']:.0f} GFLOP/s."
+        )
         write(latency_section(result, [facts[0], scale]), args, f"latency-{place(args)}-{label}")
 
 
@@ -262,8 +265,8 @@ def said_above(servers: list[Server], args: argparse.Namespace, checkpoint: Path
     return [
         f"Machine: {Machine.here()}. Model: {checkpoint.name}, random weights. Date: {time.strftime('%Y-%m-%d')}.",
         f"Command: `make bench{'-peers' if args.peer else ''} FLAGS={shlex.quote(shlex.join(told_flags()))}`.",
-        f"Rates are the median of {rounds} (least to most), times p50 / p90 / p99 over all requests, memory the peak of",
-        f"all processes. Start to ready from the page cache: {ready}.",
+        f"Rates are the median of {rounds} (least to most), times p50 / p90 / p99 over all requests, memory the peak",
+        f"of all processes. Start to ready from the page cache: {ready}.",
     ]
 
 

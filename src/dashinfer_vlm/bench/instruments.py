@@ -85,8 +85,8 @@ def _instrumented(backend: Backend, spans: Spans) -> Backend:
 
 class _TimedLinear:
     def __init__(self, linear: Linear, spans: Spans, name: str, weight: Matrix, dtype: torch.dtype) -> None:
-        """In `name` stands `_SHAPE` for that of `weight`; integers that it is rounded to are named behind it. `dtype` is
-        that of whole weights."""
+        """In `name` stands `_SHAPE` for that of `weight`; integers that it is rounded to are named behind it. `dtype`
+        is that of whole weights."""
         packed = getattr(linear, "packed", None)
         rounded_to, num_bytes = "", weight.num_rows * weight.depth * dtype.itemsize
         if isinstance(packed, PackedWeight):

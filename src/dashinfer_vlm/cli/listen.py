@@ -42,7 +42,8 @@ def listen(host: str, port: int) -> list[socket.socket]:
 
 
 def _bind(family: int, address: tuple[object, ...]) -> socket.socket:
-    # asyncio turns Nagle's algorithm off only where the protocol is named; with it, events of a stream wait for each other
+    # asyncio turns Nagle's algorithm off only where the protocol is named; with it, events of a stream wait for each
+    # other
     bound = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     try:
         bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

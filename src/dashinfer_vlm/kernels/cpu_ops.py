@@ -77,8 +77,8 @@ def levels() -> list[str]:
 def set_isa(level: str) -> None:
     """Switch the level for all later calls. Raises ValueError with the list of levels.
 
-    Weights must be packed anew where the levels' layouts differ: `amx`, `avx512_bf16` and `avx512` share one, `avx2` and
-    `generic` another. `linear` refuses the wrong ones; float32 weights are the same everywhere.
+    Weights must be packed anew where the levels' layouts differ: `amx`, `avx512_bf16` and `avx512` share one, `avx2`
+    and `generic` another. `linear` refuses the wrong ones; float32 weights are the same everywhere.
     """
     _cpu().set_isa(level)
 
@@ -95,8 +95,8 @@ def set_num_threads(n: int) -> None:
 
 
 def set_cores(cores: Sequence[int]) -> None:
-    """Pin thread t of the kernels to `cores[t]` from the next kernel on, but for thread 0, which is whoever calls; empty
-    lets them run anywhere."""
+    """Pin thread t of the kernels to `cores[t]` from the next kernel on, but for thread 0, which is whoever calls;
+    empty lets them run anywhere."""
     _cpu().set_cores(list(cores))
 
 
@@ -286,7 +286,8 @@ def varlen_attention(
 
     k, v: float32 [P, H, D], any strides before D (views of one qkv are fine); q: the part [Q, H, D] of the P positions
     that begins at `first_query`. starts: int32 [n + 1], segment i is `starts[i] .. starts[i + 1]`. With `bfloat16` the
-    levels that multiply it round q, k, v and the softmax's weights to it and add in float32; to others it means nothing.
+    levels that multiply it round q, k, v and the softmax's weights to it and add in float32; to others it means
+    nothing.
     """
     if out is None:
         out = torch.empty(q.shape, dtype=torch.float32)

@@ -54,8 +54,8 @@ def worker_cores(config: EngineConfig, number: int) -> list[int] | None:
 
 
 def set_threads(num_threads: int, cores: Sequence[int] | None = None) -> None:
-    """Compute threads of this process, torch's and the native kernels', pinned to `cores` if there are any; weights that
-    are loaded from now on are spread over the memory nodes of those cores.
+    """Compute threads of this process, torch's and the native kernels', pinned to `cores` if there are any; weights
+    that are loaded from now on are spread over the memory nodes of those cores.
 
     The calling thread computes too: `stay_on` is its part. Raises ConfigError when a core belongs to another process.
     """
@@ -78,8 +78,8 @@ def set_threads(num_threads: int, cores: Sequence[int] | None = None) -> None:
 def stay_on(cores: Sequence[int] | None) -> None:
     """Let the calling thread, and all that it starts, run on any of `cores` but on no other; None changes nothing.
 
-    For the end of loading: vision workers that were started before, and the threads that start them again, have cores of
-    their own.
+    For the end of loading: vision workers that were started before, and the threads that start them again, have cores
+    of their own.
     """
     if cores is not None and hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, cores)

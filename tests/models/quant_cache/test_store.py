@@ -126,7 +126,12 @@ def test_other_settings_have_files_of_their_own(
 
 @pytest.mark.parametrize(
     "damage",
-    [lambda whole: whole[:-1], lambda whole: whole[:-1] + bytes([whole[-1] ^ 1]), lambda whole: b"", lambda whole: whole * 2],
+    [
+        lambda whole: whole[:-1],
+        lambda whole: whole[:-1] + bytes([whole[-1] ^ 1]),
+        lambda whole: b"",
+        lambda whole: whole * 2,
+    ],
     ids=["cut off", "one bit", "empty", "twice"],
 )  # fmt: skip
 def test_a_damaged_file_costs_a_line_in_the_log_and_is_made_again(

@@ -1,4 +1,5 @@
-"""A vision worker: `python -m dashinfer_vlm.encoders.elsewhere.worker`, started by `process.ProcessEncoder` and by nobody else.
+"""A vision worker: `python -m dashinfer_vlm.encoders.elsewhere.worker`, started by `process.ProcessEncoder` and by
+nobody else.
 
 Standard input carries one line of JSON (`wire.Start`) and then stays open for the parent's life: its end means that
 the parent is gone or done, and so is this process. Jobs and replies go over one ZeroMQ pair, arrays in shared memory.

@@ -1,4 +1,5 @@
-"""The engine process: `python -m dashinfer_vlm.engine.host.child`, started by `process.ProcessEngine` and by nobody else.
+"""The engine process: `python -m dashinfer_vlm.engine.host.child`, started by `process.ProcessEngine` and by nobody
+else.
 
 Standard input carries one line of JSON (`wire.Start`) and then stays open for the parent's life: its end means that
 the parent is gone, and so is this process. Commands and events go over one ZeroMQ pair.
