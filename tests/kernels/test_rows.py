@@ -41,15 +41,6 @@ def test_layer_norm_is_the_formula(rows: int, width: int) -> None:
     torch.testing.assert_close(cpu_ops.layer_norm(x, weight, bias, 1e-6).double(), want, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize(("rows", "width"), SIZES)
-def test_add_rms_norm_leaves_the_sum_in_the_residual(rows: int, width: int) -> None:
-    x, residual, weight = strided(rows, width), strided(rows, width), torch.randn(width)
-    total = x + residual
-    got = cpu_ops.add_rms_norm(x, residual, weight, 1e-6)
-    assert torch.equal(residual, total)
-    assert_close(got, rms(total.double(), weight))
-
-
 def test_norms_may_work_in_place() -> None:
     x, weight, bias = torch.randn(5, 20), torch.randn(20), torch.randn(20)
     want = cpu_ops.layer_norm(x, weight, bias, 1e-5)
@@ -120,7 +111,6 @@ def test_row_kernels_name_what_is_wrong() -> None:
     cases: list[tuple[str, Callable[[], object]]] = [
         (r"weight: expected shape \[8\]", lambda: cpu_ops.rms_norm(x, weight[:7], 1e-6)),
         ("bias: expected float32", lambda: cpu_ops.layer_norm(x, weight, weight.bfloat16(), 1e-6)),
-        ("residual must not share", lambda: cpu_ops.add_rms_norm(x, x, weight, 1e-6)),
         ("out must not share", lambda: cpu_ops.rms_norm(x[:3], weight, 1e-6, out=x[1:])),
         ("cos: expected shape", lambda: cpu_ops.rope(k, torch.randn(2, 8), torch.randn(2, 8))),
         ("even head_dim", lambda: cpu_ops.rope(torch.randn(2, 1, 7), table, table)),

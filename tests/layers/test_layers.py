@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from dashinfer_vlm.layers.activation import gelu, quick_gelu, silu_mul
 from dashinfer_vlm.layers.memory import huge_pages, huge_zeros, in_huge_pages
-from dashinfer_vlm.layers.norm import add_rms_norm, layer_norm, rms_norm
+from dashinfer_vlm.layers.norm import layer_norm, rms_norm
 from dashinfer_vlm.layers.rotary import inverse_frequencies, mrope_cos_sin, rope, vision_cos_sin
 
 
@@ -24,13 +24,6 @@ def test_rms_norm_divides_by_the_root_of_the_mean_square() -> None:
 def test_rms_norm_of_bfloat16_takes_its_statistics_in_float32() -> None:
     x, weight = torch.randn(5, 4096).bfloat16(), torch.ones(4096).bfloat16()
     assert torch.equal(rms_norm(x, weight, 1e-6), rms_norm(x.float(), weight.float(), 1e-6).bfloat16())
-
-
-def test_add_rms_norm_leaves_the_sum_in_the_residual_and_gives_its_norm() -> None:
-    x, residual, weight = torch.randn(3, 7), torch.randn(3, 7), torch.randn(7)
-    total = x + residual
-    assert torch.equal(add_rms_norm(x, residual, weight, 1e-6), rms_norm(total, weight, 1e-6))
-    assert torch.equal(residual, total)
 
 
 def test_layer_norm_centres_and_scales() -> None:

@@ -319,15 +319,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, out: Tensor | None = None) -
     """RMSNorm of float32 [T, C] (rows may be strided) with weight float32 [C]; out may be x (Zhang, Sennrich 2019)."""
     if out is None:
         out = torch.empty(x.shape, dtype=torch.float32)
-    _cpu().norm(x, None, weight, None, eps, out)
-    return out
-
-
-def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float, out: Tensor | None = None) -> Tensor:
-    """Add x to residual in place, then the RMSNorm of that sum; all float32 [T, C], out must not be residual."""
-    if out is None:
-        out = torch.empty(x.shape, dtype=torch.float32)
-    _cpu().norm(x, residual, weight, None, eps, out)
+    _cpu().norm(x, weight, None, eps, out)
     return out
 
 
@@ -335,7 +327,7 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float, out: Tensor 
     """LayerNorm of float32 [T, C] (rows may be strided) with weight and bias float32 [C]; out may be x."""
     if out is None:
         out = torch.empty(x.shape, dtype=torch.float32)
-    _cpu().norm(x, None, weight, bias, eps, out)
+    _cpu().norm(x, weight, bias, eps, out)
     return out
 
 

@@ -4,9 +4,8 @@
 namespace di {
 namespace {
 
-// residual and bias may be None.
-void norm(nb::handle x_object, nb::handle residual_object, nb::handle weight_object, nb::handle bias_object, float eps,
-          nb::handle out_object) {
+// bias may be None.
+void norm(nb::handle x_object, nb::handle weight_object, nb::handle bias_object, float eps, nb::handle out_object) {
   const TensorView x(x_object, "x"), weight(weight_object, "weight"), out(out_object, "out");
   NormArgs args{};
   x.require(DType::kF32, 2).require_dense_from(1);
@@ -18,13 +17,6 @@ void norm(nb::handle x_object, nb::handle residual_object, nb::handle weight_obj
     const TensorView bias(bias_object, "bias");
     bias.require(DType::kF32, 1).require_shape({x.shape[1]}).require_dense_from(0);
     args.bias = bias.as<const float>();
-  }
-  if (!residual_object.is_none()) {
-    const TensorView residual(residual_object, "residual");
-    residual.require(DType::kF32, 2).require_shape({x.shape[0], x.shape[1]}).require_dense_from(1);
-    for (const TensorView* other : {&x, &out}) require_no_overlap(residual, *other);
-    args.residual = residual.as<float>();
-    args.residual_stride = residual.strides[0];
   }
   args.x = x.as<const float>();
   args.x_stride = x.strides[0];
@@ -41,8 +33,7 @@ void norm(nb::handle x_object, nb::handle residual_object, nb::handle weight_obj
 }  // namespace
 
 void bind_norm(nb::module_& m) {
-  m.def("norm", norm, nb::arg("x"), nb::arg("residual").none(), nb::arg("weight"), nb::arg("bias").none(),
-        nb::arg("eps"), nb::arg("out"));
+  m.def("norm", norm, nb::arg("x"), nb::arg("weight"), nb::arg("bias").none(), nb::arg("eps"), nb::arg("out"));
 }
 
 }  // namespace di

@@ -138,12 +138,10 @@ struct WriteKvArgs {
   std::int64_t table_strides[2];  // of cos, of sin
 };
 
-// RMSNorm, or LayerNorm where bias is given, of every row. With residual (RMSNorm only) x is first added to it in place.
+// RMSNorm, or LayerNorm where bias is given, of every row.
 struct NormArgs {
   const float* x;
   std::int64_t x_stride;
-  float* residual;
-  std::int64_t residual_stride;
   const float* weight;
   const float* bias;
   float* out;

@@ -2,21 +2,15 @@
 
 static void rms_norm_row(const NormArgs& args, int row) {
   const float* x = args.x + row * args.x_stride;
-  float* residual = args.residual ? args.residual + row * args.residual_stride : nullptr;
   float* out = args.out + row * args.out_stride;
   F8 squares = splat(0.f);
   for_columns(args.width, [&](int c, int n) {
-    F8 v = load_lanes(x + c, n);
-    if (residual) {
-      v += load_lanes(residual + c, n);
-      store_lanes(residual + c, v, n);
-    }
+    const F8 v = load_lanes(x + c, n);
     squares += v * v;
   });
   const F8 scale = splat(1.f / sqrtf(sum(squares) / args.width + args.eps));
-  const float* source = residual ? residual : x;
   for_columns(args.width, [&](int c, int n) {
-    store_lanes(out + c, load_lanes(source + c, n) * scale * load_lanes(args.weight + c, n), n);
+    store_lanes(out + c, load_lanes(x + c, n) * scale * load_lanes(args.weight + c, n), n);
   });
 }
 
