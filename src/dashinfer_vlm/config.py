@@ -225,7 +225,7 @@ class EngineConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MediaConfig:
-    """Who may be fetched and how much a medium may weigh."""
+    """Who may be fetched and how much an item may weigh."""
 
     allowed_media_domains: tuple[str, ...] = option(
         (), "Hosts that media may be fetched from, private ones too; any public host when absent.", group="Media"
@@ -257,8 +257,9 @@ class MediaConfig:
         """Raise ConfigError for the first value that is out of range."""
         _check_fields(self)
         for kind, limit in (self.limit_mm_per_prompt or {}).items():
-            if kind not in ("image", "video") or limit < 0:
-                raise ConfigError(f"--limit-mm-per-prompt has {kind}: {limit}; kinds are image and video, from 0 on")
+            if kind not in _MAX_ITEMS or limit < 0:
+                kinds = " and ".join(_MAX_ITEMS)
+                raise ConfigError(f"--limit-mm-per-prompt has {kind}: {limit}; kinds are {kinds}, from 0 on")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

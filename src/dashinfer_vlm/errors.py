@@ -77,11 +77,11 @@ class MediaTooLargeError(MediaError):
 
 
 class MediaFetchError(MediaError):
-    """The host that should deliver the medium failed."""
+    """The host that should deliver the item failed."""
 
 
 class MediaTimeoutError(MediaFetchError):
-    """The host that should deliver the medium did not answer in time."""
+    """The host that should deliver the item did not answer in time."""
 
 
 class OverloadedError(DashInferError):

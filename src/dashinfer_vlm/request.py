@@ -135,12 +135,17 @@ class Item:
     grid: Grid | None = None
     """None only for a ready-made embedding that is not laid out on a grid."""
     patches: np.ndarray | torch.Tensor | SharedArray | None = None
-    """uint8 [P, patch_dim], rows in the processor's merge order (see processors/qwen.py). The engine's loop maps a
-    shared array before the engine sees it."""
+    """The item's features; of images and videos uint8 [P, patch_dim], rows in the processor's merge order (see
+    processors/qwen.py). The engine's loop maps a shared array before the engine sees it."""
     embedding: torch.Tensor | None = None
     """float [num_tokens, hidden]."""
     seconds_per_grid: float = 1.0
     """Seconds of video per temporal grid step; scales Qwen2.5-VL's temporal axis."""
+
+    @property
+    def work(self) -> int:
+        """What encoding it costs, in rows of its features; 0 for a ready-made embedding."""
+        return 0 if self.patches is None else int(self.patches.shape[0])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -47,7 +47,7 @@ def request(folder: Path, name: str, *pictures: np.ndarray) -> Request:
                 num_tokens=num_tokens,
                 content_hash=hashlib.sha256(pixels.tobytes() + str(pixels.shape).encode()).digest(),
                 grid=done.grid,
-                patches=done.patches,
+                patches=done.features,
             )
         )
     params = SamplingParams(temperature=0, max_tokens=NUM_TOKENS, ignore_eos=True)

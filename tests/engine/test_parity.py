@@ -59,7 +59,7 @@ class Family:
             num_tokens=int(np.prod(done.grid)) // 4,
             content_hash=hashlib.sha256(picture.tobytes() + str(picture.shape).encode()).digest(),
             grid=done.grid,
-            patches=done.patches,
+            patches=done.features,
         )
 
     def request(self, name: str, prompt: Prompt, **params: Any) -> Request:
@@ -95,7 +95,7 @@ class Family:
         if prompt.pictures:
             done = [process_image(p, self.processor) for p in prompt.pictures]
             inputs["image_grid_thw"] = torch.tensor([d.grid for d in done])
-            inputs["pixel_values"] = torch.cat([self._normalised(d.patches) for d in done])
+            inputs["pixel_values"] = torch.cat([self._normalised(d.features) for d in done])
             inputs["mm_token_type_ids"] = (ids == IMAGE_PAD).int()
         with torch.inference_mode():
             out = self.reference.generate(

@@ -157,6 +157,6 @@ class ScriptedLoader:
             grid=(1, 2, 2 * self.num_tokens),
             num_tokens=self.num_tokens,
             content_hash=source.encode().ljust(32)[:32],
-            patches=SharedArray("nowhere", (4 * self.num_tokens, 1176), "|u1"),
+            features=SharedArray("nowhere", (4 * self.num_tokens, 1176), "|u1"),
             release=release,
         )

@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from dashinfer_vlm.media.decode import answer, content_hash
-from dashinfer_vlm.media.wire import Decoded, DecodeJob, Failed
+from dashinfer_vlm.media.wire import Decoded, DecodeJob, Failed, Terms
 from dashinfer_vlm.processors.qwen import Processed, ProcessorConfig
 
 
@@ -26,18 +26,16 @@ def job(data: bytes, folder: Path) -> DecodeJob:
     return DecodeJob(
         kind="image",
         sources=(data,),
-        config=ProcessorConfig(),
+        terms=Terms(config=ProcessorConfig(), max_pixels=1_000_000, max_video_s=60.0),
         folder=str(folder),
-        name="patches",
-        max_pixels=1_000_000,
-        max_video_s=60.0,
+        name="features",
     )
 
 
-def test_patches_lie_where_the_job_said(tmp_path: Path) -> None:
+def test_features_lie_where_the_job_said(tmp_path: Path) -> None:
     reply = answer(job(png(100, 50), tmp_path))
     assert isinstance(reply, Decoded)
-    assert (tmp_path / "patches").stat().st_size == math.prod(reply.grid) * ProcessorConfig().patch_dim
+    assert (tmp_path / "features").stat().st_size == math.prod(reply.grid) * ProcessorConfig().patch_dim
     assert len(reply.content_hash) == 32
 
 
@@ -62,12 +60,12 @@ def test_a_bad_picture_is_explained_and_leaves_no_file(tmp_path: Path, data: byt
 def test_everything_that_decides_the_embedding_is_part_of_the_identity() -> None:
     config = ProcessorConfig()
     patches = np.zeros((16, config.patch_dim), np.uint8)
-    processed = Processed(patches=patches, grid=(1, 4, 4))
+    processed = Processed(features=patches, grid=(1, 4, 4))
     others = [
         (dataclasses.replace(processed, grid=(1, 2, 8)), config),
         (dataclasses.replace(processed, grid=(4, 2, 2)), config),
         (dataclasses.replace(processed, seconds_per_grid=0.5), config),
-        (dataclasses.replace(processed, patches=patches + 1), config),
+        (dataclasses.replace(processed, features=patches + 1), config),
         (processed, dataclasses.replace(config, image_mean=(0.0, 0.0, 0.0))),
         (processed, dataclasses.replace(config, merge_size=4)),
     ]

@@ -89,9 +89,9 @@ def test_patches_of_every_mode_equal_those_of_the_reference(name: str) -> None:
     theirs = Qwen2VLImageProcessorPil()(ImageOps.exif_transpose(Image.open(io.BytesIO(data))), return_tensors="np")
     assert [list(ours.grid)] == theirs["image_grid_thw"].tolist()
     mean, std = np.asarray(config.image_mean), np.asarray(config.image_std)
-    channels = theirs["pixel_values"].reshape(len(ours.patches), 3, -1) * std[:, None] + mean[:, None]
-    values = channels.reshape(ours.patches.shape) * 255
-    assert np.abs(values - ours.patches).max() <= 1.0
+    channels = theirs["pixel_values"].reshape(len(ours.features), 3, -1) * std[:, None] + mean[:, None]
+    values = channels.reshape(ours.features.shape) * 255
+    assert np.abs(values - ours.features).max() <= 1.0
 
 
 @pytest.mark.parametrize("turn", range(1, 9))

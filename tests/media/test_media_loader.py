@@ -21,7 +21,8 @@ from dashinfer_vlm.errors import (
     MediaTooLargeError,
     OverloadedError,
 )
-from dashinfer_vlm.media.loader import MediaLimits, MediaLoader
+from dashinfer_vlm.media.loader import MediaLoader
+from dashinfer_vlm.media.medium import MediaLimits
 from dashinfer_vlm.media.types import MediaRef
 from dashinfer_vlm.processors.qwen import ProcessorConfig, process_image
 
@@ -46,7 +47,7 @@ async def test_every_kind_of_source_gives_the_same_patches(
     hashes = set()
     for source in sources:
         media = await loader.load(MediaRef(kind="image", source=source))
-        assert np.array_equal(media.patches.open(), expected.patches)
+        assert np.array_equal(media.features.open(), expected.features)
         assert media.grid == expected.grid
         assert media.num_tokens == math.prod(expected.grid) // 4
         hashes.add(media.content_hash)
@@ -79,7 +80,7 @@ async def test_sixteen_loads_of_one_url_cause_one_fetch_and_one_decode(
     counters = loader.counters
     assert (counters.fetches, counters.decodes) == (1, 1)
     assert (counters.cache_hits, counters.cache_misses) == (15, 1)
-    assert len({m.patches.path for m in media}) == 1
+    assert len({m.features.path for m in media}) == 1
 
 
 async def test_equal_bytes_behind_many_names_are_decoded_once(
@@ -168,13 +169,13 @@ async def test_patches_in_use_outlive_the_cache_and_are_removed_after(
 ) -> None:
     loader = make_loader(media_cache_mib=0)
     first, second = [await loader.load(ref(picture(seed=seed))) for seed in (1, 2)]
-    assert first.patches.open().shape == second.patches.open().shape
+    assert first.features.open().shape == second.features.open().shape
     first.release()
     first.release()
     with pytest.raises(FileNotFoundError):
-        first.patches.open()
-    assert second.patches.open().size
-    assert loader.counters.cache_bytes == second.patches.nbytes
+        first.features.open()
+    assert second.features.open().size
+    assert loader.counters.cache_bytes == second.features.nbytes
     second.release()
     assert loader.counters.cache_bytes == 0
 
@@ -302,7 +303,7 @@ async def test_bounds_outside_the_servers_are_refused(make_loader: LoaderMaker, 
 async def test_close_leaves_no_files_and_no_processes(make_loader: LoaderMaker, picture: PictureMaker) -> None:
     loader = make_loader()
     media = await loader.load(ref(picture()))
-    folder = Path(media.patches.path).parent
+    folder = Path(media.features.path).parent
     assert folder.is_dir()
     await loader.close()
     assert not folder.exists()
@@ -317,7 +318,7 @@ async def test_a_load_of_many_pictures_at_once_gives_each_its_own(
     media = await asyncio.gather(*(loader.load(ref(data)) for data in pictures))
     for data, loaded in zip(pictures, media, strict=True):
         expected = process_image(np.asarray(Image.open(io.BytesIO(data))), ProcessorConfig())
-        assert np.array_equal(loaded.patches.open(), expected.patches)
+        assert np.array_equal(loaded.features.open(), expected.features)
 
 
 async def test_time_out_size_and_broken_hosts_have_their_own_errors(site: Site, make_loader: LoaderMaker) -> None:

@@ -14,7 +14,7 @@ from dashinfer_vlm.errors import MediaError, MediaTooLargeError
 from dashinfer_vlm.media import images
 from dashinfer_vlm.media.decode import answer
 from dashinfer_vlm.media.types import MediaRef
-from dashinfer_vlm.media.wire import DecodeJob, Failed
+from dashinfer_vlm.media.wire import DecodeJob, Failed, Terms
 from dashinfer_vlm.processors.qwen import ProcessorConfig
 from dashinfer_vlm.processors.videos import Qwen2Video
 
@@ -73,12 +73,9 @@ def test_the_header_is_enough(monkeypatch: pytest.MonkeyPatch, tmp_path: object)
     job = DecodeJob(
         kind="image",
         sources=(data.getvalue(),),
-        config=CONFIG,
+        terms=Terms(config=CONFIG, max_pixels=1_000_000, max_video_s=60.0, max_patches=SIX_BY_FOUR),
         folder=str(tmp_path),
-        name="patches",
-        max_pixels=1_000_000,
-        max_video_s=60.0,
-        max_patches=SIX_BY_FOUR,
+        name="features",
     )
     reply = answer(job)
     assert isinstance(reply, Failed)

@@ -15,9 +15,10 @@ from PIL import Image
 from tests.media.site import LoaderMaker, PictureMaker, Site
 
 from dashinfer_vlm.errors import MediaError, MediaTooLargeError
-from dashinfer_vlm.media.loader import MediaLimits
+from dashinfer_vlm.media.films import process_film
+from dashinfer_vlm.media.medium import MediaLimits
 from dashinfer_vlm.media.types import MediaRef
-from dashinfer_vlm.media.videos import process_video
+from dashinfer_vlm.media.wire import Terms
 from dashinfer_vlm.processors.qwen import Pixels, Processed, ProcessorConfig, process_frames, video_grid
 from dashinfer_vlm.processors.videos import Qwen2Video, Sampling
 
@@ -48,18 +49,18 @@ def video(
 
 
 def process(data: bytes, config: ProcessorConfig = CONFIG, **limits: float | None) -> Processed:
-    return process_video(
-        data,
-        config,
+    terms = Terms(
+        config=config,
         sampling=Sampling(fps=limits.get("fps")),
         max_pixels=int(limits.get("max_pixels") or 10_000_000),
         max_video_s=limits.get("max_video_s") or 100.0,
     )
+    return process_film(data, terms)
 
 
 def shades(processed: Processed) -> list[float]:
     """Mean grey of each pair of frames."""
-    return [float(part.mean()) for part in np.split(processed.patches, processed.grid[0])]
+    return [float(part.mean()) for part in np.split(processed.features, processed.grid[0])]
 
 
 @pytest.mark.parametrize(
@@ -162,7 +163,7 @@ def test_a_video_that_breaks_off_gives_what_decodes() -> None:
     whole = video(num_frames=120, container="matroska")
     processed = process(whole[: len(whole) * 2 // 3], fps=8.0)
     assert 1 <= processed.grid[0] < process(whole, fps=8.0).grid[0]
-    assert processed.patches.shape[0] == np.prod(processed.grid)
+    assert processed.features.shape[0] == np.prod(processed.grid)
 
 
 @pytest.mark.parametrize(("container", "codec"), [("mp4", "libx264"), ("mpegts", "mpeg2video"), ("webm", "libvpx-vp9")])
@@ -183,7 +184,7 @@ async def test_a_video_is_loaded_from_a_url_like_a_picture(site: Site, make_load
     expected = process(data)
     for source in (site.serve("/a.mp4", data), f"data:video/mp4;base64,{base64.b64encode(data).decode()}"):
         media = await loader.load(MediaRef(kind="video", source=source))
-        assert np.array_equal(media.patches.open(), expected.patches)
+        assert np.array_equal(media.features.open(), expected.features)
         assert (media.kind, media.grid, media.seconds_per_grid) == ("video", expected.grid, 1.0)
         assert media.num_tokens == np.prod(expected.grid) // 4
         media.release()
@@ -210,7 +211,7 @@ async def test_a_list_of_pictures_or_an_array_is_a_video(site: Site, make_loader
     for source in (tuple(sources), np.stack(pictures)):
         media = await loader.load(MediaRef(kind="video", source=source))
         assert media.grid == (3, 4, 4)
-        assert np.array_equal(media.patches.open(), expected.patches)
+        assert np.array_equal(media.features.open(), expected.features)
         assert media.seconds_per_grid == 1.0
         assert media.timestamps == (0.25, 1.25, 2.0), "the last frame stands for two"
         media.release()

@@ -21,7 +21,7 @@ from tests.media.site import LoaderMaker, PictureMaker, until
 from dashinfer_vlm.errors import EngineError, MediaError, MediaTooLargeError, OverloadedError
 from dashinfer_vlm.media import workers
 from dashinfer_vlm.media.types import MediaRef
-from dashinfer_vlm.media.wire import DecodeJob
+from dashinfer_vlm.media.wire import DecodeJob, Terms
 from dashinfer_vlm.media.workers import WorkerPool
 from dashinfer_vlm.processors.qwen import ProcessorConfig, process_image
 
@@ -42,9 +42,8 @@ async def make_pool(tmp_path: Path) -> AsyncIterator[PoolMaker]:
 
 
 def job(data: bytes, **fields: object) -> DecodeJob:
-    job = DecodeJob(
-        kind="image", sources=(data,), config=ProcessorConfig(), folder="", name="", max_pixels=10**9, max_video_s=60.0
-    )
+    terms = Terms(config=ProcessorConfig(), max_pixels=10**9, max_video_s=60.0)
+    job = DecodeJob(kind="image", sources=(data,), terms=terms, folder="", name="")
     return msgspec.structs.replace(job, **fields)
 
 
@@ -53,7 +52,7 @@ async def test_a_process_answers_with_patches_in_the_folder(make_pool: PoolMaker
     decoded, array = await make_pool().run(job(data), 60)
     expected = process_image(np.asarray(Image.open(io.BytesIO(data))), ProcessorConfig())
     assert decoded.grid == expected.grid
-    assert np.array_equal(array.open(), expected.patches)
+    assert np.array_equal(array.open(), expected.features)
 
 
 async def test_a_killed_process_costs_its_medium_only_and_is_replaced(

@@ -70,10 +70,10 @@ def image(width: int, height: int, seed: int = 0, frames: int = 0, seconds_per_g
     return Item(
         kind="video" if frames else "image",
         start=0,
-        num_tokens=len(done.patches) // 4,
+        num_tokens=len(done.features) // 4,
         content_hash=b"",
         grid=done.grid,
-        patches=done.patches,
+        patches=done.features,
         seconds_per_grid=seconds_per_grid,
     )
 

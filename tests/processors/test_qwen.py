@@ -72,10 +72,10 @@ def test_patches_and_grid_equal_those_of_the_reference(width: int, height: int) 
     theirs = reference()(Image.fromarray(image), return_tensors="np")
     assert [list(ours.grid)] == theirs["image_grid_thw"].tolist()
     assert ours.grid == image_grid(width, height, CONFIG)
-    assert ours.patches.dtype == np.uint8
-    assert ours.patches.shape == (math.prod(ours.grid), CONFIG.patch_dim)
+    assert ours.features.dtype == np.uint8
+    assert ours.features.shape == (math.prod(ours.grid), CONFIG.patch_dim)
     tolerance = 1 / 255 / float(STD.min())
-    np.testing.assert_allclose(normalise(ours.patches), theirs["pixel_values"], atol=tolerance, rtol=0)
+    np.testing.assert_allclose(normalise(ours.features), theirs["pixel_values"], atol=tolerance, rtol=0)
 
 
 @pytest.mark.parametrize(
@@ -89,7 +89,7 @@ def test_other_patch_and_merge_sizes_follow_the_reference_too(
     ours = process_image(image, config)
     theirs = reference(config)(Image.fromarray(image), return_tensors="np")
     assert [list(ours.grid)] == theirs["image_grid_thw"].tolist()
-    np.testing.assert_allclose(normalise(ours.patches), theirs["pixel_values"], atol=1e-2, rtol=0)
+    np.testing.assert_allclose(normalise(ours.features), theirs["pixel_values"], atol=1e-2, rtol=0)
 
 
 @pytest.mark.parametrize(("low", "high"), [(56 * 56, 28 * 28 * 4), (28 * 28 * 100, 28 * 28 * 120), (3136, 100_000)])
@@ -163,7 +163,7 @@ def test_a_video_has_the_grid_that_was_announced() -> None:
     frames = [picture(120, 90, seed) for seed in range(5)]
     processed = process_frames(iter(frames), CONFIG, num_frames=5, seconds_per_grid=0.5)
     assert processed.grid == video_grid(120, 90, 5, CONFIG)
-    assert processed.patches.shape == (math.prod(processed.grid), CONFIG.patch_dim)
+    assert processed.features.shape == (math.prod(processed.grid), CONFIG.patch_dim)
     assert processed.seconds_per_grid == 0.5
 
 

@@ -73,7 +73,7 @@ class ItemQueue:
 
     @property
     def num_waiting_patches(self) -> int:
-        return sum(num_patches(item) for item in self._waiting.values())
+        return sum(item.work for item in self._waiting.values())
 
     @property
     def waited_s(self) -> float:
@@ -87,7 +87,7 @@ class ItemQueue:
         for key, item in self._waiting.items():
             if key in self._deaths and not suspects:
                 continue
-            room -= num_patches(item)
+            room -= item.work
             if items and (room < 0 or key in self._alone):
                 break
             items.append(item)
@@ -108,7 +108,7 @@ class ItemQueue:
             self.cache.put(item.content_hash, embedding)
             self._forget(item.content_hash)
             self.num_encoded += 1
-            self.num_patches += num_patches(item)
+            self.num_patches += item.work
 
     def fail(self, items: Sequence[Item], error: Exception) -> None:
         """The encoder is well, but refused these items."""
@@ -156,11 +156,6 @@ class ItemQueue:
         self._in_flight.discard(key)
         self._alone.discard(key)
         self._deaths.pop(key, None)
-
-
-def num_patches(item: Item) -> int:
-    """Rows of the item's patches."""
-    return len(raw_patches(item))
 
 
 def raw_patches(item: Item) -> np.ndarray | torch.Tensor:

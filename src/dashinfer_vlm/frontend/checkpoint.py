@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import msgspec
 
@@ -28,8 +28,7 @@ class FrontendConfig:
         """Read `config.json` and, where there is one, `generation_config.json`; raises CheckpointError."""
         config = read_json(folder / "config.json")
         ids: dict[ItemKind, int] = {}
-        kinds: tuple[ItemKind, ...] = ("image", "video")
-        for kind in kinds:
+        for kind in get_args(ItemKind):
             token = config.get(f"{kind}_token_id")
             if isinstance(token, int):
                 ids[kind] = token

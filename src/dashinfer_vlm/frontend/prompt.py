@@ -204,7 +204,7 @@ def _item(medium: LoadedMedia, start: int) -> Item:
         num_tokens=medium.num_tokens,
         content_hash=medium.content_hash,
         grid=medium.grid,
-        patches=medium.patches,
+        patches=medium.features,
         seconds_per_grid=medium.seconds_per_grid,
     )
 

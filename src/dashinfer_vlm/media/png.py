@@ -11,10 +11,10 @@ _MAX_XMP_BYTES = 1 << 20
 
 
 def without_descriptions(data: bytes) -> bytes:
-    """The same picture without its colour profile and texts; what is no PNG comes back as it is.
+    """The same image without its colour profile and texts; what is no PNG comes back as it is.
 
     Pillow unpacks these chunks while it opens a file and refuses a file where one unpacks to more than 1 MiB, however
-    good its pixels. Plain XMP stays, since it may say which way up the picture is.
+    good its pixels. Plain XMP stays, since it may say which way up the image is.
     """
     if not data.startswith(SIGNATURE):
         return data

@@ -1,4 +1,4 @@
-"""What a client may name as a medium, and what comes of it: the border between the front end and the media room."""
+"""What a client may name as an item, and what comes of it: the border between the front end and the media room."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ import numpy as np
 from dashinfer_vlm.request import Grid, ItemKind
 from dashinfer_vlm.shared_array import SharedArray
 
+Source = str | bytes | np.ndarray | tuple[str | bytes, ...]
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MediaRef:
@@ -17,7 +19,7 @@ class MediaRef:
     decoded frames as uint8 [F, H, W, 3] (an image has F = 1); a video may also be a tuple of images."""
 
     kind: ItemKind
-    source: str | bytes | np.ndarray | tuple[str | bytes, ...]
+    source: Source
     min_pixels: int | None = None
     """Per-request bound; must lie within the server's own bounds."""
     max_pixels: int | None = None
@@ -39,9 +41,9 @@ class MediaRef:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoadedMedia:
-    """A medium after fetching, decoding and patching: everything the prompt and the encoder need.
+    """An item after fetching, decoding and processing: everything the prompt and the encoder need.
 
-    `patches` stays valid until `release` is called (once, by whoever awaited the load), after the engine's last word
+    `features` stay valid until `release` is called (once, by whoever awaited the load), after the engine's last word
     on the request.
     """
 
@@ -49,7 +51,7 @@ class LoadedMedia:
     grid: Grid
     num_tokens: int
     content_hash: bytes
-    patches: SharedArray
+    features: SharedArray
     release: Callable[[], None]
     seconds_per_grid: float = 1.0
     """Seconds of video per temporal grid step, by the rate at which frames were sampled."""

@@ -1,149 +1,91 @@
-"""Encoded videos to patches: the container is probed, frames are sampled, each is resized as soon as it is decoded.
-Runs in decoding processes; the only module that needs PyAV."""
+"""Videos: a file of one, a list of its frames, or an array of them, and what becomes of them."""
 
 from __future__ import annotations
 
-import io
-import math
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import ClassVar
 
-import av
 import numpy as np
 
+from dashinfer_vlm.config import MediaConfig
 from dashinfer_vlm.errors import MediaError, MediaTooLargeError
-from dashinfer_vlm.media.images import explained
+from dashinfer_vlm.media.images import Images, check_pixels, decode, open_image, upright_size
+from dashinfer_vlm.media.medium import Limits, MediaLimits, Medium
+from dashinfer_vlm.media.wire import Terms
 from dashinfer_vlm.processors.qwen import (
     Pixels,
     Processed,
     ProcessorConfig,
     check_num_patches,
-    process_timed_frames,
+    num_tokens,
+    process_frames,
     video_grid,
 )
-from dashinfer_vlm.processors.videos import Sampling, seconds_per_grid
+from dashinfer_vlm.request import Grid, ItemKind
 
-CONTAINERS = ("mov", "mp4", "matroska", "webm", "avi", "mpegts", "mpeg", "flv", "ogg", "gif")
-"""FFmpeg's names. Playlists (hls, dash, concat) stay out: they make the decoder open other files and hosts."""
-
-CODECS = ("h264", "hevc", "vp8", "vp9", "av1", "libdav1d", "mpeg4", "mpeg2video", "mpeg1video", "mjpeg", "theora",
-          "gif", "h263", "flv", "prores", "libvpx", "libvpx-vp9")  # fmt: skip
-
-_FASTEST, _SLOWEST = 1000.0, 0.01
-"""Believable frames per second; beyond, the header is wrong."""
+_IMAGES = Images()
 
 
-def process_video(
-    data: bytes,
-    config: ProcessorConfig,
-    *,
-    sampling: Sampling,
-    max_pixels: int,
-    max_video_s: float,
-    max_patches: int | None = None,
-) -> Processed:
-    """Sample, resize and cut a video. A partly broken one gives the frames that decode.
+class Videos(Medium):
+    """Some frames of a video are one grid of patches, laid out like an image's, a temporal step after the other."""
 
-    Raises MediaError when nothing decodes, MediaTooLargeError beyond `max_pixels` per frame, `max_patches` of all
-    frames or `max_video_s`.
-    """
-    with explained("video"):
-        return _process(data, config, sampling, max_pixels, max_video_s, max_patches)
+    kind: ClassVar[ItemKind] = "video"
 
-
-def _process(
-    data: bytes,
-    config: ProcessorConfig,
-    sampling: Sampling,
-    max_pixels: int,
-    max_video_s: float,
-    max_patches: int | None,
-) -> Processed:
-    total, rate, (width, height) = _probe(data, max_pixels)
-    if total / rate > max_video_s:
-        raise MediaTooLargeError(f"the video lasts {total / rate:.1f} s; the limit is {max_video_s:g} s")
-    chosen = config.video.choose(total, rate, sampling, config.temporal_patch_size)
-    if chosen and width and height:  # whichever way up: the number of patches is the same
-        check_num_patches(video_grid(width, height, len(chosen), config), max_patches, config, "video")
-    step_s = seconds_per_grid(max(len(chosen), 1), max(total, 1), rate, config.temporal_patch_size)
-    frames = ((index / rate, frame) for index, frame in _frames(data, frozenset(chosen), max_pixels))
-    return process_timed_frames(frames, config, num_frames=max(len(chosen), 1), seconds_per_grid=step_s)
-
-
-@contextmanager
-def _opened(data: bytes) -> Iterator[tuple[Any, Any]]:
-    """The container and its first video stream."""
-    options = {"format_whitelist": ",".join(CONTAINERS), "protocol_whitelist": "none"}
-    try:
-        container = av.open(io.BytesIO(data), options=options)
-    except (av.error.FFmpegError, ValueError) as error:
-        raise MediaError(f"this is not a video of a known container ({', '.join(CONTAINERS)})") from error
-    with container:
-        if not container.streams.video:
-            raise MediaError("the file has no video stream")
-        stream = container.streams.video[0]
-        if stream.codec_context is None or stream.codec_context.name not in CODECS:
-            raise MediaError("the video's codec is not one that this server decodes")
-        stream.codec_context.thread_count = 1  # frame threads multiply memory, and the cores belong to the model
-        yield container, stream
-
-
-def _probe(data: bytes, max_pixels: int) -> tuple[int, float, tuple[int, int]]:
-    """Number of frames, counted rather than believed, frames per second, and their width and height as stored."""
-    with _opened(data) as (container, stream):
-        size = stream.codec_context.width, stream.codec_context.height
-        _check_pixels(*size, max_pixels)
-        rate = float(stream.average_rate or stream.guessed_rate or 0)
-        total = sum(1 for packet in _packets(container, stream) if packet.size)
-        seconds = float(stream.duration * stream.time_base) if stream.duration and stream.time_base else 0.0
-    if not _SLOWEST <= rate <= _FASTEST and seconds > 0:
-        rate = total / seconds
-    if total and not _SLOWEST <= rate <= _FASTEST:
-        raise MediaError("the video does not say how many frames a second has")
-    return total, rate or 1.0, size
-
-
-def _packets(container: Any, stream: Any) -> Iterator[Any]:
-    try:
-        yield from container.demux(stream)
-    except av.error.FFmpegError:
-        return  # a cut file ends here; what came before counts
-
-
-def _frames(data: bytes, wanted: frozenset[int], max_pixels: int) -> Iterator[tuple[int, Pixels]]:
-    """The wanted frames in order with their index among those that decode; damaged packets are skipped."""
-    left = set(wanted)
-    index = 0
-    with _opened(data) as (container, stream):
-        for packet in _packets(container, stream):
-            for frame in _decoded(packet):
-                _check_pixels(frame.width, frame.height, max_pixels)
-                if index in left:
-                    left.discard(index)
-                    yield index, _upright(frame)
-                index += 1
-            if not left:
-                return
-
-
-def _decoded(packet: Any) -> list[Any]:
-    try:
-        return list(packet.decode())
-    except MemoryError:
-        raise
-    except av.error.FFmpegError:
-        return []
-
-
-def _upright(frame: Any) -> Pixels:
-    """uint8 [H, W, 3] with the container's rotation (a phone held upright) applied."""
-    pixels = frame.to_ndarray(format="rgb24")
-    return np.ascontiguousarray(np.rot90(pixels, round(frame.rotation / 90) % 4))
-
-
-def _check_pixels(width: int, height: int, max_pixels: int) -> None:
-    if math.prod((width, height)) > max_pixels:
-        raise MediaTooLargeError(
-            f"the video's frames have {width}x{height} pixels; the limit is {max_pixels / 1e6:g} million"
+    def limits(self, config: MediaConfig, limits: MediaLimits) -> Limits:
+        return Limits(
+            max_bytes=limits.max_video_bytes,
+            fetch_timeout_s=limits.video_fetch_timeout_s,
+            decode_timeout_s=limits.video_decode_timeout_s,
         )
+
+    def part_limits(self, config: MediaConfig, limits: MediaLimits) -> Limits:
+        return _IMAGES.limits(config, limits)
+
+    def check_parts(self, num_parts: int, config: ProcessorConfig) -> None:
+        most = config.video.max_frames
+        if not 1 <= num_parts <= most:
+            raise MediaTooLargeError(f"a list of {num_parts} frames; a video has 1 to {most}")
+
+    def decode(self, data: bytes, terms: Terms) -> Processed:
+        from dashinfer_vlm.media.films import process_film  # PyAV takes as long to import as all the rest
+
+        return process_film(data, terms)
+
+    def decode_parts(self, parts: tuple[bytes, ...], terms: Terms) -> Processed:
+        return _process(_frames(parts, terms), len(parts), terms)
+
+    def check_array(self, array: np.ndarray, terms: Terms) -> None:
+        check_pixels(array, self.kind, terms.config.video.max_frames, terms.max_pixels)
+        check_work(array.shape[2], array.shape[1], len(array), terms)
+
+    def process_array(self, array: np.ndarray, terms: Terms) -> Processed:
+        return _process(iter(array), len(array), terms)
+
+    def layout(self, grid: Grid, config: ProcessorConfig) -> tuple[tuple[int, ...], str]:
+        return _IMAGES.layout(grid, config)
+
+    def num_tokens(self, grid: Grid, config: ProcessorConfig) -> int:
+        return num_tokens(grid, config.merge_size)
+
+
+def check_work(width: int, height: int, num_frames: int, terms: Terms) -> None:
+    """Raise MediaTooLargeError for a video that is more than the encoder has memory for."""
+    grid = video_grid(width, height, num_frames, terms.config)
+    check_num_patches(grid, terms.max_patches, terms.config, "video")
+
+
+def _process(frames: Iterator[Pixels], num_frames: int, terms: Terms) -> Processed:
+    """Frames that were taken at the request's rate, or at the checkpoint's without one."""
+    config = terms.config
+    step_s = config.temporal_patch_size / (terms.sampling.fps or config.video.fps)
+    return process_frames(frames, config, num_frames=num_frames, seconds_per_grid=step_s)
+
+
+def _frames(parts: Sequence[bytes], terms: Terms) -> Iterator[Pixels]:
+    for number, part in enumerate(parts):
+        try:
+            image = open_image(part, terms.max_pixels)
+            check_work(*upright_size(image), len(parts), terms)
+            yield decode(image)
+        except MediaError as error:
+            raise type(error)(f"frame {number}: {error}") from error

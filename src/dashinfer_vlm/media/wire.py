@@ -8,30 +8,37 @@ import msgspec
 
 from dashinfer_vlm.processors.qwen import ProcessorConfig
 from dashinfer_vlm.processors.videos import Sampling
+from dashinfer_vlm.request import ItemKind
 
 LENGTH_BYTES = 8
 """Every message is preceded by its length, big endian."""
 
-JobKind = Literal["image", "video", "frames"]
-"""`frames`: the sources are the images of one video."""
-
 FailureKind = Literal["media", "too_large", "overloaded"]
 
 
-class DecodeJob(msgspec.Struct, frozen=True, kw_only=True):
-    """One medium to decode, resize and cut into patches, which go to the file `name` of the shared `folder`."""
+class Terms(msgspec.Struct, frozen=True, kw_only=True):
+    """What an item is made into and what it may cost: the checkpoint's settings under the request's and the server's
+    bounds."""
 
-    kind: JobKind
-    sources: tuple[bytes, ...]
     config: ProcessorConfig
+    sampling: Sampling = Sampling()
+    max_pixels: int
+    """Of one image or frame, by its header."""
+    max_video_s: float
+    max_patches: int | None = None
+    """Encoder work of the whole item, in rows of its features; None is no limit."""
+
+
+class DecodeJob(msgspec.Struct, frozen=True, kw_only=True):
+    """One item to decode and turn into features, which go to the file `name` of the shared `folder`."""
+
+    kind: ItemKind
+    sources: tuple[bytes, ...]
+    """The whole item, or its parts in order (the frames of a video) where `in_parts`."""
+    in_parts: bool = False
+    terms: Terms
     folder: str
     name: str
-    max_pixels: int
-    """Of one picture or frame, by its header."""
-    max_video_s: float
-    sampling: Sampling = Sampling()
-    max_patches: int | None = None
-    """Of the whole medium; None is no limit."""
 
 
 class Ready(msgspec.Struct, frozen=True, tag="ready"):
@@ -39,7 +46,7 @@ class Ready(msgspec.Struct, frozen=True, tag="ready"):
 
 
 class Decoded(msgspec.Struct, frozen=True, kw_only=True, tag="decoded"):
-    """The patches lie in the file that the job named, as uint8 [rows x columns x frames of the grid, patch_dim]."""
+    """The features lie in the file that the job named, laid out as `Medium.layout` says."""
 
     grid: tuple[int, int, int]
     content_hash: bytes

@@ -1,13 +1,12 @@
 """Decoding processes and their life: started when first needed, one job each at a time, replaced when they die.
 
-A process that crashes, runs out of memory or takes too long costs the one medium it worked on a MediaError.
+A process that crashes, runs out of memory or takes too long costs the one item it worked on a MediaError.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-import math
 import os
 import secrets
 import sys
@@ -18,6 +17,7 @@ import anyio
 import msgspec
 
 from dashinfer_vlm.errors import EngineError, MediaError, MediaTooLargeError, OverloadedError
+from dashinfer_vlm.media.registry import MEDIA
 from dashinfer_vlm.media.wire import LENGTH_BYTES, Decoded, DecodeJob, Failed, Ready, Reply
 from dashinfer_vlm.shared_array import SharedArray
 
@@ -63,7 +63,7 @@ class WorkerPool:
     async def run(self, job: DecodeJob, timeout_s: float) -> tuple[Decoded, SharedArray]:
         """Do `job` (its folder and name are filled in here); the caller owns the array.
 
-        Raises MediaError for what the medium causes, a death of the process included, OverloadedError without shared
+        Raises MediaError for what the item causes, a death of the process included, OverloadedError without shared
         memory. Waits for a free process without limit; `timeout_s` is for the work itself.
         """
         job = msgspec.structs.replace(job, folder=str(self._folder), name=secrets.token_hex(8))
@@ -99,7 +99,7 @@ class WorkerPool:
         except (asyncio.IncompleteReadError, ConnectionError, msgspec.DecodeError) as error:
             worker.kill()
             log.warning("a media process died on a %s of %d bytes: %s", job.kind, _num_bytes(job), worker.last_words)
-            raise MediaError("the medium cannot be decoded: it crashes the decoder") from error
+            raise MediaError(f"the {job.kind} cannot be decoded: it crashes the decoder") from error
         except asyncio.CancelledError:
             worker.kill()  # its answer would be taken for the next job's
             raise
@@ -234,10 +234,10 @@ def _environment() -> dict[str, str]:
 
 
 def _array(path: Path, decoded: Decoded, job: DecodeJob) -> SharedArray:
-    """The patches, described by what was asked rather than by what the process says."""
-    array = SharedArray(str(path), (math.prod(decoded.grid), job.config.patch_dim), "|u1")
+    """The features, described by what was asked rather than by what the process says."""
+    array = SharedArray(str(path), *MEDIA[job.kind].layout(decoded.grid, job.terms.config))
     if min(decoded.grid) < 1 or path.stat().st_size != array.nbytes:
-        raise MediaError("the medium cannot be decoded: the decoder's answer makes no sense")
+        raise MediaError(f"the {job.kind} cannot be decoded: the decoder's answer makes no sense")
     return array
 
 

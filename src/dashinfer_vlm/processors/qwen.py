@@ -58,7 +58,7 @@ class ProcessorConfig:
     def from_checkpoint(
         cls, folder: str | Path, *, min_pixels: int | None = None, max_pixels: int | None = None
     ) -> ProcessorConfig:
-        """Read a model folder's settings; `min_pixels` and `max_pixels` replace the model's own for every medium.
+        """Read a model folder's settings; `min_pixels` and `max_pixels` replace the model's own for every item.
 
         Understands `preprocessor_config.json`, `video_preprocessor_config.json` and the newer `processor_config.json`
         that nests both. Without settings for videos the image's hold, with at most 768 tokens per frame, which is the
@@ -127,9 +127,10 @@ class ProcessorConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Processed:
-    """Patches of one medium: uint8 [P, patch_dim] in merge order, and the grid they were cut on."""
+    """Features of one item, and the grid that they lie on."""
 
-    patches: Pixels
+    features: NDArray[Any]
+    """Of images and videos: uint8 [P, patch_dim], patches in merge order."""
     grid: Grid
     seconds_per_grid: float = 1.0
     timestamps: tuple[float, ...] = ()
@@ -211,7 +212,7 @@ def process_image(image: Pixels, config: ProcessorConfig) -> Processed:
     """Resize and cut one RGB image, uint8 [H, W, 3]. Raises MediaError for an impossible shape."""
     width, height = image_size(image.shape[1], image.shape[0], config)
     grid = 1, height // config.patch_size, width // config.patch_size
-    return Processed(patches=patchify(resize(image, width, height, config)[None], config), grid=grid)
+    return Processed(features=patchify(resize(image, width, height, config)[None], config), grid=grid)
 
 
 def process_frames(
@@ -248,7 +249,7 @@ def process_timed_frames(
         raise MediaError("the video has no frame that can be used")
     timestamps = grid_timestamps(times, config.temporal_patch_size)
     return Processed(
-        patches=patchify(np.stack(resized), config),
+        features=patchify(np.stack(resized), config),
         grid=(len(timestamps), height // config.patch_size, width // config.patch_size),
         seconds_per_grid=seconds_per_grid,
         timestamps=timestamps,

@@ -24,7 +24,7 @@ def smart_resize(width: int, height: int, *, factor: int, min_pixels: int, max_p
 def fit(
     width: int, height: int, factor: int, *, times: int, rounded_times: int, min_pixels: int, max_pixels: int
 ) -> tuple[int, int]:
-    """`smart_resize` for `times` pictures of one size that share the bounds; `rounded_times` decides whether they
+    """`smart_resize` for `times` frames of one size that share the bounds; `rounded_times` decides whether they
     keep them."""
     check_shape(width, height)
     new_width, new_height = round(width / factor) * factor, round(height / factor) * factor

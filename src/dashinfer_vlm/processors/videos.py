@@ -67,7 +67,7 @@ class Qwen2Video(_Rule, frozen=True, kw_only=True, tag="qwen2_vl"):
     max_tokens: int = 115_200
     """Merged tokens that all frames share: 90 % of the 128,000 that the reference assumes."""
     total_pixels: int | None = None
-    """A request's own budget: pixels of all temporal patches, each counted as one picture."""
+    """A request's own budget: pixels of all temporal patches, each counted as one frame."""
     capped: bool = True
     """Whether the frames share a budget, as those of the reference client do."""
 
