@@ -10,8 +10,9 @@ from dashinfer_vlm.encoders.in_step import InStepEncoder
 from dashinfer_vlm.encoders.queue import ItemQueue
 from dashinfer_vlm.engine.blocks import BlockPool
 from dashinfer_vlm.engine.cost import StepCost
-from dashinfer_vlm.engine.scheduler import CROWDED_SLACK, DECODE_SLACK, IDLE_STEP_S, Plan, Scheduler, extra_share
+from dashinfer_vlm.engine.scheduler import CROWDED_SLACK, DECODE_SLACK, IDLE_STEP_S, Scheduler, extra_share
 from dashinfer_vlm.engine.sequence import Sequence
+from dashinfer_vlm.engine.steps import Plan
 from dashinfer_vlm.request import Item, Request, SamplingParams
 from tests.engine.scripted_model import ScriptedEncoder
 
@@ -35,11 +36,9 @@ def arrive(scheduler: Scheduler, name: str, num_prompt: int, items: tuple[Item, 
 
 def carry_out(scheduler: Scheduler, plan: Plan) -> None:
     """What the engine does with a plan, every sampled token being 1."""
-    for chunk in plan.chunks:
-        wanted = chunk.num_logits
-        scheduler.computed(chunk.sequence, chunk.num_tokens)
-        if wanted:
-            chunk.sequence.append(1)
+    scheduler.started(plan)
+    for chunk in plan.sampled_chunks:
+        chunk.sequence.append(1)
 
 
 def stream(scheduler: Scheduler, name: str) -> Sequence:

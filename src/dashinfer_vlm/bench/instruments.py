@@ -12,6 +12,7 @@ import torch
 
 from dashinfer_vlm.bench.spans import Spans, replaced
 from dashinfer_vlm.engine.engine import Engine
+from dashinfer_vlm.engine.runner import Runner
 from dashinfer_vlm.kernels.cpu_ops import PackedWeight
 from dashinfer_vlm.layers.activation import Epilogue
 from dashinfer_vlm.layers.backend import Backend, LinearFactory, Ops
@@ -51,12 +52,13 @@ def instrumented_loading(spans: Spans) -> Iterator[None]:
 def instrument(engine: Engine, spans: Spans) -> Iterator[None]:
     """The rooms of `engine` report to `spans` within the block."""
     encoder = engine.model.encoder
+    assert isinstance(engine.runner, Runner), engine.runner
     with ExitStack() as stack:
         for owner, name, part in (
             (engine.scheduler, "schedule", "scheduling"),
             (engine.runner, "run", "batch of the step"),
             (engine.model, "forward", "model, other"),
-            (engine.sampler, "sample", "sampling"),
+            (engine.runner.sampler, "sample", "sampling"),
             *((encoder, verb, "encoder, other") for verb in ("begin", "run", "finish")),
         ):
             stack.enter_context(replaced(owner, name, spans.timed(part, getattr(owner, name))))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import logging
-import time
+from collections import deque
 from collections.abc import Iterable
 
 import torch
@@ -18,10 +18,11 @@ from dashinfer_vlm.engine.cost import StepCost
 from dashinfer_vlm.engine.drafts import Drafter
 from dashinfer_vlm.engine.memory import max_item_patches, max_pinned_tokens
 from dashinfer_vlm.engine.runner import Runner
-from dashinfer_vlm.engine.sampler import Sampled, Sampler
-from dashinfer_vlm.engine.scheduler import Chunk, Plan, Scheduler
+from dashinfer_vlm.engine.sampler import Sampled
+from dashinfer_vlm.engine.scheduler import Scheduler
 from dashinfer_vlm.engine.sequence import Sequence
 from dashinfer_vlm.engine.stats import EngineStats
+from dashinfer_vlm.engine.steps import Chunk, Flight, Plan, StepRunner
 from dashinfer_vlm.errors import InvalidRequestError
 from dashinfer_vlm.models.base import KVCache, Model
 from dashinfer_vlm.request import Finish, Output, Request, TokenLogprob
@@ -49,11 +50,11 @@ class Engine:
             max_num_batched_tokens=config.max_num_batched_tokens,
             max_pinned_tokens=max_pinned_tokens(model, config),
         )
-        self.runner = Runner(model, kv, self.stage.cache)
-        self.sampler = Sampler(model.eos_token_ids, model.device)
+        self.runner: StepRunner = Runner(model, kv, self.stage.cache)
         self._speculation = config.speculation
         self._sequences: dict[str, Sequence] = {}
-        self._ended: list[Output] = []  # final outputs that no step has delivered yet
+        self._flights: deque[Flight] = deque()  # steps under way, the oldest first
+        self._news: list[Output] = []  # what no step has delivered yet
         self._seeds = itertools.count(config.seed)
         self._counters: dict[str, float] = dict.fromkeys(_COUNTERS, 0)
 
@@ -86,22 +87,26 @@ class Engine:
             self._end(sequence, Finish("abort"))
 
     def has_work(self) -> bool:
-        return bool(self._sequences or self._ended or self.stage.has_work())
+        return bool(self._sequences or self._flights or self._news or self.stage.has_work())
 
     def step(self) -> list[Output]:
-        """Advance every sequence that the step's budget reaches; what there is to tell of each."""
+        """Start a step for every sequence that the budget reaches; what there is to tell of the steps that are done."""
+        if self._needs_tokens():
+            self._settle(leave=0)
         plan = self.scheduler.schedule()
-        start = time.perf_counter()
-        outputs = self._update(plan, self._run(plan))
-        self._count(plan, time.perf_counter() - start)
+        if plan.chunks:
+            self._flights.append(self.runner.start(plan))
+            self.scheduler.started(plan)
+        self._settle(leave=self.runner.depth if plan.chunks else 0)
         self._encode(plan)
-        return self._take_ended() + outputs
+        return self._take_news()
 
     def fail_all(self, message: str) -> list[Output]:
         """End every sequence with an error, after a failure that cannot be pinned on one of them."""
         for sequence in list(self._sequences.values()):
             self._end(sequence, Finish("error", message=message))
-        return self._take_ended()
+        self._flights.clear()
+        return self._take_news()
 
     def close(self) -> None:
         """Give back what runs outside this process; the engine is not used any more. Idempotent."""
@@ -137,27 +142,30 @@ class Engine:
             **{name: int(self._counters[name]) for name in _COUNTERS if name.startswith("num_")},
         )
 
-    def _run(self, plan: Plan) -> list[list[Sampled]]:
-        """What was sampled for each chunk that ends in rows whose logits are wanted."""
-        if not plan.chunks:
-            return []
-        logits = self.runner.run(plan.chunks)
-        wanted = [(chunk.sequence, chunk.draft) for chunk in plan.chunks if chunk.num_logits]
-        return self.sampler.sample(logits, wanted) if wanted else []
+    def _needs_tokens(self) -> bool:
+        """Whether the next step can be planned and started only when the tokens that are owed are here."""
+        owed = (sequence for sequence in self.scheduler.running if sequence.num_owed)
+        return bool(self._flights) and (
+            self.scheduler.needs_tokens() or any(self.runner.needs_tokens(sequence) for sequence in owed)
+        )
 
-    def _update(self, plan: Plan, sampled: list[list[Sampled]]) -> list[Output]:
-        outputs, rows = [], iter(sampled)
-        for chunk in plan.chunks:
-            wanted = chunk.num_logits  # before `computed` moves the mark
-            self.scheduler.computed(chunk.sequence, chunk.num_tokens)
-            if wanted:
-                outputs.append(self._advance(chunk, next(rows)))
-        return outputs
+    def _settle(self, *, leave: int) -> None:
+        """Take what the oldest steps bring, until `leave` of them are under way."""
+        while len(self._flights) > leave:
+            flight = self._flights.popleft()
+            self._update(flight.plan, flight.sampled())
+            self._count(flight.plan, flight.seconds())
+
+    def _update(self, plan: Plan, sampled: list[list[Sampled]]) -> None:
+        """What came for sequences that have ended meanwhile is nobody's."""
+        for chunk, rows in zip(plan.sampled_chunks, sampled, strict=True):
+            if chunk.sequence.finish is None:
+                self._news.append(self._advance(chunk, rows))
 
     def _advance(self, chunk: Chunk, rows: list[Sampled]) -> Output:
         """Give the sequence its next token, and one more for each guess that came true in front of it."""
-        sequence, num_before = chunk.sequence, len(chunk.sequence.tokens)
-        if not sequence.num_output:
+        sequence, num_before = chunk.sequence, chunk.sequence.num_known
+        if not sequence.num_known_output:
             self._counters["num_cached_tokens_total"] += sequence.num_cached
         logprobs = []
         for sampled, guess in zip(rows, (*chunk.draft, None), strict=True):
@@ -167,7 +175,9 @@ class Engine:
                 break
             self.scheduler.computed(sequence, 1)
             self._counters["num_accepted_draft_tokens_total"] += 1
-        tokens = sequence.tokens[num_before:]
+        tokens = sequence.tokens[num_before : sequence.num_known]
+        if finish is None:
+            self.scheduler.publish(sequence)
         self._counters["num_draft_tokens_total"] += len(chunk.draft)
         self._counters["num_output_tokens_total"] += len(tokens)
         return self._output(sequence, tokens, logprobs[: len(tokens)], finish)
@@ -178,19 +188,18 @@ class Engine:
         if sampled.problem is not None:
             return Finish("error", message=sampled.problem)
         is_end = sampled.token in self.model.eos_token_ids and not params.ignore_eos
-        if (is_end or sampled.token in sequence.stop_token_ids) and sequence.num_output >= params.min_tokens:
+        if (is_end or sampled.token in sequence.stop_token_ids) and sequence.num_known_output >= params.min_tokens:
             return Finish("stop", stop_token=sampled.token)
         sequence.append(sampled.token)
-        if sequence.num_output >= params.min_tokens and sequence.ends_with_a_stop_sequence:
+        if sequence.num_known_output >= params.min_tokens and sequence.ends_with_a_stop_sequence:
             return Finish("stop")
-        return Finish("length") if sequence.num_output >= sequence.max_tokens else None
+        return Finish("length") if sequence.num_known_output >= sequence.max_tokens else None
 
     def _count(self, plan: Plan, seconds: float) -> None:
-        if plan.chunks:
-            self.scheduler.cost.observe(plan.num_tokens, seconds)
-            self._counters["step_seconds_total"] += seconds
-            self._counters["num_steps_total"] += 1
-            self._counters["num_computed_tokens_total"] += plan.num_tokens
+        self.scheduler.cost.observe(plan.num_tokens, seconds)
+        self._counters["step_seconds_total"] += seconds
+        self._counters["num_steps_total"] += 1
+        self._counters["num_computed_tokens_total"] += plan.num_tokens
 
     def _output(
         self,
@@ -222,16 +231,16 @@ class Engine:
                 self._end(sequence, Finish("error", message=reasons[0]))
 
     def _end(self, sequence: Sequence, finish: Finish) -> None:
-        self._ended.append(self._output(sequence, finish=finish))
+        self._news.append(self._output(sequence, finish=finish))
 
     def _forget(self, sequence: Sequence, finish: Finish) -> None:
         sequence.finish = finish
         self.scheduler.remove(sequence)
         del self._sequences[sequence.id]
 
-    def _take_ended(self) -> list[Output]:
-        ended, self._ended = self._ended, []
-        return ended
+    def _take_news(self) -> list[Output]:
+        news, self._news = self._news, []
+        return news
 
 
 _COUNTERS = (

@@ -2,25 +2,57 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from itertools import accumulate, pairwise
 
 import numpy as np
 import torch
 
 from dashinfer_vlm.encoders.cache import EmbeddingCache
-from dashinfer_vlm.engine.scheduler import Chunk
+from dashinfer_vlm.engine.sampler import Sampled, Sampler
+from dashinfer_vlm.engine.sequence import Sequence
+from dashinfer_vlm.engine.steps import Chunk, Plan
 from dashinfer_vlm.models.base import EmbeddingRows, KVCache, Model, StepBatch
 from dashinfer_vlm.request import Item
 
 
+@dataclass(frozen=True, slots=True)
+class DoneStep:
+    """A flight that has landed when it is handed out."""
+
+    plan: Plan
+    _sampled: list[list[Sampled]]
+    _seconds: float
+
+    def sampled(self) -> list[list[Sampled]]:
+        return self._sampled
+
+    def seconds(self) -> float:
+        return self._seconds
+
+
 class Runner:
-    """Owns the KV cache's tensors and knows the model; knows nothing of queues."""
+    """A StepRunner that computes its steps while it is asked to start them."""
+
+    depth = 0
 
     def __init__(self, model: Model, kv: KVCache, embeddings: EmbeddingCache) -> None:
         self.model = model
         self.kv = kv
         self.embeddings = embeddings
+        self.sampler = Sampler(model.eos_token_ids, model.device)
+
+    def start(self, plan: Plan) -> DoneStep:
+        begun = time.perf_counter()
+        logits = self.run(plan.chunks)
+        wanted = [(chunk.sequence, chunk.draft) for chunk in plan.sampled_chunks]
+        sampled = self.sampler.sample(logits, wanted) if wanted else []
+        return DoneStep(plan, sampled, time.perf_counter() - begun)
+
+    def needs_tokens(self, sequence: Sequence) -> bool:
+        return sequence.shaping.follows_output
 
     @torch.inference_mode()
     def run(self, chunks: tuple[Chunk, ...]) -> torch.Tensor:
@@ -43,7 +75,7 @@ class Runner:
             positions=self._tensor(positions),
             slots=self._tensor(slots),
             query_starts=self._tensor(np.array(starts, np.int32)),
-            context_lens=self._tensor(np.array([c.sequence.num_computed + c.num_rows for c in chunks], np.int32)),
+            context_lens=self._tensor(np.array([c.start + c.num_rows for c in chunks], np.int32)),
             block_tables=self._tensor(_block_tables(chunks)),
             logits_rows=self._tensor(np.array(logits_rows, np.int64)),
             embeddings=embeddings,
@@ -51,7 +83,7 @@ class Runner:
 
     def _item_rows(self, chunk: Chunk, row: int, ids: np.ndarray) -> Iterator[EmbeddingRows]:
         """What overwrites word embeddings in the chunk that begins at `row`; the ids in those rows become 0."""
-        start, stop = chunk.sequence.num_computed, chunk.sequence.num_computed + chunk.num_rows
+        start, stop = chunk.start, chunk.start + chunk.num_rows
         for item in chunk.sequence.pending_items:
             first, last = max(start, item.start), min(stop, item.start + item.num_tokens)
             if first < last:
@@ -70,7 +102,7 @@ class Runner:
 
 def _write_rows(chunk: Chunk, block_size: int, ids: np.ndarray, slots: np.ndarray, positions: np.ndarray) -> None:
     """Fill int64 `ids` [n], `slots` [n] and `positions` [3, n] of a chunk of n rows."""
-    sequence, start, num_rows = chunk.sequence, chunk.sequence.num_computed, chunk.num_rows
+    sequence, start, num_rows = chunk.sequence, chunk.start, chunk.num_rows
     if num_rows == 1:  # decode, the step that everybody waits for: no arrays for single numbers
         ids[0] = sequence.tokens[start]
         slots[0] = sequence.blocks[start // block_size] * block_size + start % block_size

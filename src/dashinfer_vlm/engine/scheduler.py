@@ -18,12 +18,12 @@ shorten the time per token of all streams together.
 from __future__ import annotations
 
 from collections import deque
-from dataclasses import dataclass
 
 from dashinfer_vlm.encoders.stage import EncoderStage
 from dashinfer_vlm.engine.blocks import BlockPool
 from dashinfer_vlm.engine.cost import StepCost
 from dashinfer_vlm.engine.sequence import Sequence
+from dashinfer_vlm.engine.steps import Chunk, Plan
 from dashinfer_vlm.request import Item
 
 DECODE_SLACK = 0.4
@@ -48,38 +48,6 @@ def extra_share(num_far: float, num_near: float, num_decoding: int) -> float:
     """
     crowd = num_far / (num_decoding + num_near)
     return max(DECODE_SLACK, num_near / num_decoding, crowd, min(4 * crowd**3, CROWDED_SLACK))
-
-
-@dataclass(frozen=True, slots=True)
-class Chunk:
-    """The next `num_tokens` tokens of a sequence, from `sequence.num_computed` on, and guesses of what follows them."""
-
-    sequence: Sequence
-    num_tokens: int
-    draft: tuple[int, ...] = ()
-
-    @property
-    def num_rows(self) -> int:
-        """Rows of the model call."""
-        return self.num_tokens + len(self.draft)
-
-    @property
-    def num_logits(self) -> int:
-        """Rows whose logits are wanted, the last ones: of the newest token, and of each guess."""
-        return 1 + len(self.draft) if self.num_tokens == self.sequence.num_uncomputed else 0
-
-
-@dataclass(frozen=True, slots=True)
-class Plan:
-    """One step: chunks for one model call, and seconds for the encoder (None: it has nothing to do)."""
-
-    chunks: tuple[Chunk, ...]
-    encoder_s: float | None
-
-    @property
-    def num_tokens(self) -> int:
-        """Rows of the model call."""
-        return sum(chunk.num_rows for chunk in self.chunks)
 
 
 class Scheduler:
@@ -130,14 +98,32 @@ class Scheduler:
             return Plan(plan, IDLE_STEP_S)
         return Plan(plan, max(0.0, extra_s - sum(c.num_tokens for c in prefill) * self.cost.token_s))
 
+    def started(self, plan: Plan) -> None:
+        """The plan's rows are computed, or will be before anything that is started from now on: its tokens are owed."""
+        for chunk in plan.chunks:
+            self.computed(chunk.sequence, chunk.num_tokens)
+            if chunk.num_logits:
+                chunk.sequence.owe()
+
     def computed(self, sequence: Sequence, num_tokens: int) -> None:
-        """K and V of the sequence's next `num_tokens` tokens are in the cache: publish full blocks, let go of items
-        that are behind. A guess counts once it has become a token: until then its slots may be written again."""
-        first_new = sequence.num_computed // self.block_size
+        """K and V of the sequence's next `num_tokens` tokens are in the cache, or on their way there: publish full
+        blocks, let go of items that are behind. A guess counts once it has become a token: until then its slots may be
+        written again."""
         sequence.num_computed += num_tokens
-        for index in range(first_new, sequence.num_computed // self.block_size):
-            self.pool.register(sequence.blocks[index], sequence.block_hash(index, self.block_size))
+        self.publish(sequence)
         self._release_items(sequence, computed=sequence.num_computed)
+
+    def publish(self, sequence: Sequence) -> None:
+        """Let others find the full blocks whose tokens are all known."""
+        num_full = min(sequence.num_computed, sequence.num_known) // self.block_size
+        for index in range(sequence.num_published, num_full):
+            self.pool.register(sequence.blocks[index], sequence.block_hash(index, self.block_size))
+        sequence.num_published = max(sequence.num_published, num_full)
+
+    def needs_tokens(self) -> bool:
+        """Whether the next plan depends on the values of tokens that are still owed: who must be preempted computes
+        its tokens again, and guesses follow the newest ones."""
+        return self.pool.num_free < len(self.running) or any(s.drafter is not None for s in self.running)
 
     def remove(self, sequence: Sequence) -> None:
         """Forget a finished or aborted sequence and free all it holds."""
@@ -159,7 +145,7 @@ class Scheduler:
     # Decode
 
     def _make_room_for_decode(self) -> list[Sequence]:
-        decoding = [sequence for sequence in self.running if sequence.is_decoding]
+        decoding = [s for s in self.running if s.is_decoding and s.num_output < s.max_tokens]
         for sequence in decoding:
             while sequence in self.running and len(sequence.blocks) * self.block_size < len(sequence.tokens):
                 if self.pool.num_free:
@@ -184,7 +170,7 @@ class Scheduler:
                 drafts[index].append(token)
                 num_rows += 1
                 num_expected += chance
-        return [Chunk(sequence, 1, tuple(draft)) for sequence, draft in zip(decoding, drafts, strict=True)]
+        return [Chunk.of(sequence, 1, tuple(draft)) for sequence, draft in zip(decoding, drafts, strict=True)]
 
     def _guesses(self, decoding: list[Sequence]) -> list[tuple[float, int, int]]:
         """Chance, index of the sequence, token: the likeliest first, those of one sequence in order."""
@@ -208,6 +194,7 @@ class Scheduler:
 
     def _preempt(self, sequence: Sequence) -> None:
         """Give its blocks to older sequences; its tokens stay and are computed again when there is room."""
+        assert not sequence.num_owed, "a token that nobody knows cannot be computed again"
         self.running.remove(sequence)
         self._give_up_resources(sequence)
         self.waiting.appendleft(sequence)
@@ -216,7 +203,7 @@ class Scheduler:
     def _give_up_resources(self, sequence: Sequence) -> None:
         self.pool.release(sequence.blocks)
         sequence.blocks = []
-        sequence.num_computed = 0
+        sequence.num_computed = sequence.num_published = 0
         self._release_items(sequence, computed=None)
 
     # Admission
@@ -236,7 +223,7 @@ class Scheduler:
             self.pool.release(shared)
             return False
         sequence.blocks = shared + self.pool.allocate(needed)
-        sequence.num_computed = len(shared) * self.block_size
+        sequence.num_computed, sequence.num_published = len(shared) * self.block_size, len(shared)
         if not sequence.num_output:
             sequence.num_cached = sequence.num_computed
         for item in wanted:
@@ -300,7 +287,7 @@ class Scheduler:
                 continue
             num_tokens = min(budget, self._num_ready(sequence))
             if num_tokens:
-                chunks.append(Chunk(sequence, num_tokens))
+                chunks.append(Chunk.of(sequence, num_tokens))
                 budget -= num_tokens
         return chunks
 
@@ -321,6 +308,7 @@ class Scheduler:
             self.pool.release([sequence.blocks[index]])
             sequence.blocks[index] = found
             sequence.num_computed += size
+            sequence.num_published = index + 1
             if not sequence.num_output:
                 sequence.num_cached += size
             self._release_items(sequence, computed=sequence.num_computed)

@@ -17,10 +17,15 @@ if TYPE_CHECKING:
     from dashinfer_vlm.engine.drafts import Drafter
 
 
+PENDING = -1
+"""In place of a token that a step under way will give."""
+
+
 class Sequence:
     """Mutable state of one request. Everything that can be derived is a property.
 
-    Owners: the scheduler moves `blocks` and `num_computed`; the engine appends tokens and sets `finish`.
+    Owners: the scheduler moves `blocks`, `num_computed` and `num_published` and says which tokens are owed; the engine
+    appends tokens and sets `finish`.
     """
 
     def __init__(
@@ -43,7 +48,11 @@ class Sequence:
         self.drafter = drafter
         self.blocks: list[int] = []
         self.num_computed = 0
-        """Tokens whose K and V are in `blocks`."""
+        """Tokens whose K and V are in `blocks`, or will be before a step that is started from now on."""
+        self.num_published = 0
+        """Full blocks that others can find."""
+        self.num_owed = 0
+        """Tokens at the end that are PENDING."""
         self.num_cached = 0
         """Prompt tokens that were found in the prefix cache when the sequence first ran."""
         self.finish: Finish | None = None
@@ -61,11 +70,17 @@ class Sequence:
 
     @property
     def num_output(self) -> int:
+        """Those that are owed are counted."""
         return len(self.tokens) - self.num_prompt
 
     @property
-    def output(self) -> list[int]:
-        return self.tokens[self.num_prompt :]
+    def num_known(self) -> int:
+        """Tokens of prompt and output that are not PENDING."""
+        return len(self.tokens) - self.num_owed
+
+    @property
+    def num_known_output(self) -> int:
+        return self.num_known - self.num_prompt
 
     @property
     def num_uncomputed(self) -> int:
@@ -85,8 +100,18 @@ class Sequence:
         """Items that the encoder is asked for when the first `behind` tokens are computed."""
         return [i for i in self.request.items if i.embedding is None and i.start + i.num_tokens > behind]
 
+    def owe(self) -> None:
+        """A step that was started will give one more token."""
+        self.tokens.append(PENDING)
+        self.num_owed += 1
+
     def append(self, token: int) -> None:
-        self.tokens.append(token)
+        """The next token, owed or not."""
+        if self.num_owed:
+            self.tokens[self.num_known] = token
+            self.num_owed -= 1
+        else:
+            self.tokens.append(token)
         self.shaping.push(token)
         if self.drafter is not None:
             self.drafter.observe(token)
@@ -94,8 +119,11 @@ class Sequence:
     @property
     def ends_with_a_stop_sequence(self) -> bool:
         """Whether the output does, whatever `min_tokens` says."""
-        stops = self._stops.get(self.tokens[-1], ())
-        return any(len(stop) <= self.num_output and tuple(self.tokens[-len(stop) :]) == stop for stop in stops)
+        end = self.num_known
+        stops = self._stops.get(self.tokens[end - 1], ())
+        return any(
+            len(stop) <= self.num_known_output and tuple(self.tokens[end - len(stop) : end]) == stop for stop in stops
+        )
 
     def positions_of(self, start: int, stop: int) -> torch.Tensor:
         """int64 [3, stop - start]: the prompt's own positions, then one step per token after it on all axes."""
@@ -114,7 +142,7 @@ class Sequence:
     def _next_hash(self, block_size: int) -> BlockHash:
         start = len(self._hashes) * block_size
         stop = start + block_size
-        assert stop <= len(self.tokens), (stop, len(self.tokens))
+        assert stop <= self.num_known, (stop, self.num_known)
         digest = blake2b(self._hashes[-1] if self._hashes else b"", digest_size=16)
         digest.update(np.asarray(self.tokens[start:stop], dtype=np.int64).tobytes())
         if self.request.positions is not None:

@@ -36,6 +36,11 @@ class Shaping:
         size = params.no_repeat_ngram_size
         self.ngrams = NgramFollowers(size, request.prompt_ids) if size else None
 
+    @property
+    def follows_output(self) -> bool:
+        """Whether what it does depends on the values of the tokens so far."""
+        return self.seen is not None or self.ngrams is not None
+
     def push(self, token: int) -> None:
         if self.seen is not None:
             self.seen.push(token)

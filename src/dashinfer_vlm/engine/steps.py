@@ -1,0 +1,105 @@
+"""What a step is: what the scheduler plans, what a runner starts, and what comes back of it, at once or a step later.
+
+`Engine.step` starts a step and settles an older one. How many may be under way is for the runner to say: none on the
+CPU, which computes while it is asked; one on a card, which works while the next step is planned. What a plan may assume:
+
+- Steps run in the order in which they were started. Whoever reads what another step writes was started later.
+- A token that a step will give is owed to its sequence as soon as the step is started (`Sequence.owe`): it has a place,
+  its value is PENDING. The next plan counts with it, and the runner knows where its value will be.
+- The sequence may end while its step is under way: at a stop that nobody could foresee, or because the client has
+  left. What comes back for it is thrown away, and its blocks may belong to others by then, who write them later.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+from dashinfer_vlm.engine.sampler import Sampled
+from dashinfer_vlm.engine.sequence import Sequence
+from dashinfer_vlm.models.base import KVCache
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """The next `num_tokens` tokens of a sequence, from `start` on, and guesses of what follows them."""
+
+    sequence: Sequence
+    start: int
+    """`sequence.num_computed` when the chunk was cut."""
+    num_tokens: int
+    num_logits: int
+    """Rows whose logits are wanted, the last ones: of the newest token, and of each guess. 0 inside a prompt."""
+    draft: tuple[int, ...] = ()
+
+    @classmethod
+    def of(cls, sequence: Sequence, num_tokens: int, draft: tuple[int, ...] = ()) -> Chunk:
+        """Cut it now: the mark of the sequence moves on as soon as the step is started."""
+        wanted = 1 + len(draft) if num_tokens == sequence.num_uncomputed else 0
+        return cls(sequence, sequence.num_computed, num_tokens, wanted, draft)
+
+    @property
+    def num_rows(self) -> int:
+        """Rows of the model call."""
+        return self.num_tokens + len(self.draft)
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """One step: chunks for one model call, and seconds for the encoder (None: it has nothing to do)."""
+
+    chunks: tuple[Chunk, ...]
+    encoder_s: float | None
+
+    @property
+    def num_tokens(self) -> int:
+        """Rows of the model call."""
+        return sum(chunk.num_rows for chunk in self.chunks)
+
+    @property
+    def sampled_chunks(self) -> list[Chunk]:
+        """Those that end in a row whose logits are wanted."""
+        return [chunk for chunk in self.chunks if chunk.num_logits]
+
+
+class Flight(Protocol):
+    """A step that was started."""
+
+    @property
+    def plan(self) -> Plan: ...
+
+    def sampled(self) -> list[list[Sampled]]:
+        """For each of the plan's `sampled_chunks` its `num_logits` tokens, as `Sampler.sample` gives them. Waits until
+        they are here; called once. Raises what the step has failed with."""
+        ...
+
+    def seconds(self) -> float:
+        """How long the step kept the device busy, from the model call to the tokens. Asked after `sampled`."""
+        ...
+
+
+class StepRunner(Protocol):
+    """Computes steps. It owns the KV cache's tensors and knows the model; it knows nothing of queues."""
+
+    @property
+    def kv(self) -> KVCache: ...
+
+    @property
+    def depth(self) -> int:
+        """Steps that may be under way while the next one is planned and started. With 0 nothing is ever PENDING."""
+        ...
+
+    def start(self, plan: Plan) -> Flight:
+        """Begin the model call of a plan that has chunks, and the sampling behind it.
+
+        Called before the plan's tokens are owed: `num_output` of a sequence is the place of the token that is chosen
+        first, owed ones counted. Where `Sequence.tokens` has PENDING at a row of a chunk, the value is the token that
+        the flight before this one chooses for the sequence, or any id of the vocabulary where that one has a problem.
+        What is read of a sequence is read before this returns.
+        """
+        ...
+
+    def needs_tokens(self, sequence: Sequence) -> bool:
+        """Whether a step of the sequence cannot be started while a token of it is PENDING, because of something that
+        the host must work out from its value. Such steps wait for the one before."""
+        ...
