@@ -34,6 +34,7 @@ WITHOUT_TORCH = (
     "dashinfer_vlm.cli.serve",
     "dashinfer_vlm.engine.client",
     "dashinfer_vlm.engine.host.process",
+    "dashinfer_vlm.frontend.opening",
     "dashinfer_vlm.frontend.service",
     "dashinfer_vlm.media.decode",
     "dashinfer_vlm.media.loader",

@@ -16,11 +16,10 @@ from PIL import Image
 
 import allspark
 from dashinfer_vlm.config import EngineConfig, MediaConfig, ServerConfig
+from dashinfer_vlm.engine.client import EngineClient
 from dashinfer_vlm.engine.host.local import LocalEngine
-from dashinfer_vlm.frontend.service import Service
-from dashinfer_vlm.media.loader import MediaLoader
+from dashinfer_vlm.frontend.opening import open_service
 from dashinfer_vlm.offline import Encoder
-from dashinfer_vlm.processors.qwen import ProcessorConfig
 from dashinfer_vlm.server.app import create_app
 from tests.allspark.conftest import MAX_LENGTH, Ask, media
 
@@ -30,19 +29,20 @@ NEUTRAL = {"top_k": 0, "top_p": 1.0, "repetition_penalty": 1.0}
 """The server fills in what the checkpoint recommends; the documented API does not."""
 
 
+async def start(config: EngineConfig) -> EngineClient:
+    return LocalEngine.start(config)
+
+
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def http(folder: Path) -> AsyncIterator[httpx.AsyncClient]:
     """The server's application over an engine of its own."""
     config = EngineConfig(
         model=str(folder), dtype="float32", device="cpu", max_model_len=MAX_LENGTH, kv_cache_gib=0.1, threads=1
     )
-    engine = LocalEngine.start(config)
-    loader = MediaLoader(MediaConfig(), ProcessorConfig.from_checkpoint(folder))
-    app = create_app(Service.from_folder(folder, engine, loader), ServerConfig())
-    async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test") as client:
-        yield client
-    await loader.close()
-    await engine.close()
+    async with open_service(config, MediaConfig(), start_engine=start) as service:
+        transport = httpx.ASGITransport(create_app(service, ServerConfig()))
+        async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+            yield client
 
 
 async def post(http: httpx.AsyncClient, path: str, **body: Any) -> dict[str, Any]:

@@ -17,8 +17,8 @@ from dashinfer_vlm.errors import (
 from dashinfer_vlm.frontend.checkpoint import FrontendConfig
 from dashinfer_vlm.frontend.generation import Delta, Generation
 from dashinfer_vlm.frontend.messages import MediaPart, Message, TextPart
+from dashinfer_vlm.frontend.opening import FrontEnd
 from dashinfer_vlm.frontend.params import GenerationParams
-from dashinfer_vlm.frontend.service import Service
 from dashinfer_vlm.frontend.tokenizer import Tokenizer
 from dashinfer_vlm.media.types import MediaRef
 from dashinfer_vlm.request import SamplingParams
@@ -35,7 +35,7 @@ class Bench:
     def __init__(self, folder: Path, tokenizer: Tokenizer, text: str = "hello", **engine: Any) -> None:
         self.engine = ScriptedEngine(lambda _: tokenizer.encode_text(text), **engine)
         self.loader = ScriptedLoader()
-        self.service = Service.from_folder(folder, self.engine, self.loader, max_queued_requests=2)
+        self.service = FrontEnd.from_folder(folder).service(self.engine, self.loader, max_queued_requests=2)
 
 
 async def collect(generation: Generation) -> tuple[list[str], list[str | None], list[Delta]]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +17,6 @@ from dashinfer_vlm.cli.logs import set_up_logging
 from dashinfer_vlm.cli.options import options
 from dashinfer_vlm.config import EngineConfig, MediaConfig, ServerConfig
 from dashinfer_vlm.hub import DEMO_NAME, resolve_model
-from dashinfer_vlm.progress import LoadingProgress
 
 if TYPE_CHECKING:
     from dashinfer_vlm.offline.batch import BatchInput, BatchOutput, BatchRecord
@@ -27,7 +25,6 @@ __all__ = ["run"]
 
 _LOOKAHEAD = 8
 """Requests that are prepared while all sequences of the engine run."""
-_UNLIMITED = 1 << 30
 
 
 @click.command("run", context_settings=CONTEXT)
@@ -63,37 +60,20 @@ def run(input_file: Path, output_file: Path, chat_template: str | None, **values
 async def _run(
     source: BatchInput, output: BatchOutput, engine_config: EngineConfig, media: MediaConfig, chat_template: str | None
 ) -> int:
-    from dashinfer_vlm.engine.host.process import ProcessEngine
-    from dashinfer_vlm.frontend.service import Service
-    from dashinfer_vlm.media.loader import MediaLoader
+    from dashinfer_vlm.frontend.opening import open_service
     from dashinfer_vlm.offline.batch import BatchRun
-    from dashinfer_vlm.processors.qwen import ProcessorConfig
     from dashinfer_vlm.server.app import create_app
 
-    folder = resolve_model(engine_config)
-    processor = ProcessorConfig.from_checkpoint(
-        folder, min_pixels=engine_config.min_pixels, max_pixels=engine_config.max_pixels
-    )
-    async with AsyncExitStack() as stack:
-        loader = MediaLoader(media, processor)
-        stack.push_async_callback(loader.close)
-        with LoadingProgress() as loading:
-            engine = await ProcessEngine.start(dataclasses.replace(engine_config, model=str(folder)), progress=loading)
-            stack.push_async_callback(engine.close)
-        loader.max_patches = engine.info.max_item_patches
-        service = Service.from_folder(
-            folder,
-            engine,
-            loader,
-            chat_template=chat_template,
-            max_items=media.max_items,
-            max_queued_requests=_UNLIMITED,
-        )
+    config = dataclasses.replace(engine_config, model=str(resolve_model(engine_config)))
+    async with open_service(config, media, chat_template=chat_template) as service:
         names = ServerConfig(served_model_name=(engine_config.model or DEMO_NAME,))
         with _Progress(source.num_lines, len(output.done)) as progress:
-            window = engine_config.max_num_seqs + _LOOKAHEAD
             batch = BatchRun(
-                create_app(service, names), output, window=window, is_alive=engine.alive, on_record=progress.advance
+                create_app(service, names),
+                output,
+                window=config.max_num_seqs + _LOOKAHEAD,
+                is_alive=service.engine.alive,
+                on_record=progress.advance,
             )
             await batch.run(source)
     return progress.conclude(output.path)

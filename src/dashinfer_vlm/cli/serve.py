@@ -13,7 +13,7 @@ import logging
 import signal
 import socket
 import sys
-from contextlib import AsyncExitStack, ExitStack
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,6 @@ from dashinfer_vlm.cli.logs import announce, set_up_logging
 from dashinfer_vlm.cli.options import options
 from dashinfer_vlm.config import EngineConfig, MediaConfig, ServerConfig
 from dashinfer_vlm.hub import DEMO_NAME, resolve_model
-from dashinfer_vlm.progress import LoadingProgress
 
 __all__ = ["main"]
 
@@ -70,32 +69,18 @@ async def _serve(
     tls: tuple[str, str] | None,
 ) -> None:
     # the rooms bring torch and more, which neither -h nor a wrong flag should wait for
-    from dashinfer_vlm.engine.host.process import ProcessEngine
-    from dashinfer_vlm.frontend.service import Service
-    from dashinfer_vlm.media.loader import MediaLoader
-    from dashinfer_vlm.processors.qwen import ProcessorConfig
+    from dashinfer_vlm.frontend.opening import open_service
     from dashinfer_vlm.server.run import TlsFiles, serve
 
-    processor = ProcessorConfig.from_checkpoint(
-        folder, min_pixels=engine_config.min_pixels, max_pixels=engine_config.max_pixels
+    opening = open_service(
+        dataclasses.replace(engine_config, model=str(folder)),
+        media_config,
+        chat_template=server_config.chat_template,
+        max_queued_requests=server_config.max_queued_requests,
+        start_decoders=True,
     )
-    async with AsyncExitStack() as stack:
-        loader = MediaLoader(media_config, processor)
-        stack.push_async_callback(loader.close)
-        with LoadingProgress() as progress:
-            engine = await ProcessEngine.start(dataclasses.replace(engine_config, model=str(folder)), progress=progress)
-            stack.push_async_callback(engine.close)
-        loader.max_patches = engine.info.max_item_patches
-        await loader.start()
-        announce(server_config.served_model_name[0], engine.info)
-        service = Service.from_folder(
-            folder,
-            engine,
-            loader,
-            chat_template=server_config.chat_template,
-            max_items=media_config.max_items,
-            max_queued_requests=server_config.max_queued_requests,
-        )
+    async with opening as service:
+        announce(server_config.served_model_name[0], service.engine.info)
         await serve(service, server_config, TlsFiles(*tls) if tls else None, sockets)
 
 

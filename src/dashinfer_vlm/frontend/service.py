@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 
 from dashinfer_vlm.engine.client import EngineClient
 from dashinfer_vlm.errors import EngineDeadError, OverloadedError
-from dashinfer_vlm.frontend.checkpoint import FrontendConfig
 from dashinfer_vlm.frontend.generation import Generation
 from dashinfer_vlm.frontend.messages import Message
 from dashinfer_vlm.frontend.observer import Observer, Silence
 from dashinfer_vlm.frontend.params import GenerationParams
-from dashinfer_vlm.frontend.prompt import Loader, Prompt, PromptBuilder
-from dashinfer_vlm.frontend.template import ChatTemplate
+from dashinfer_vlm.frontend.prompt import Prompt, PromptBuilder
 from dashinfer_vlm.frontend.tokenizer import Tokenizer
 
 _RESTART_S = 30
@@ -34,45 +32,25 @@ class Service:
         prompts: PromptBuilder,
         *,
         sampling_defaults: dict[str, float | int] | None = None,
-        max_queued_requests: int = 1024,
+        max_queued_requests: int | None = 1024,
     ) -> None:
-        """`sampling_defaults` are the checkpoint's, for callers that build their SamplingParams from a request."""
+        """`sampling_defaults` are the checkpoint's, for callers that build their SamplingParams from a request.
+
+        Beyond `max_queued_requests` that wait for the engine, requests are refused; None is no limit.
+        """
         self.engine = engine
         self.prompts = prompts
         self.sampling_defaults = sampling_defaults or {}
         self.observer: Observer = Silence()
-        self._max_in_flight = engine.info.max_num_seqs + max_queued_requests
+        self._max_in_flight = (
+            math.inf if max_queued_requests is None else engine.info.max_num_seqs + max_queued_requests
+        )
         self._num_in_flight = 0
         self._draining = False
         self._closed = False
         self._generations: set[Generation] = set()
         self._idle = asyncio.Event()
         self._idle.set()
-
-    @classmethod
-    def from_folder(
-        cls,
-        folder: Path,
-        engine: EngineClient,
-        loader: Loader,
-        *,
-        chat_template: str | None = None,
-        max_items: dict[str, int] | None = None,
-        max_queued_requests: int = 1024,
-    ) -> Service:
-        """The front end of the checkpoint in `folder`; raises CheckpointError or ConfigError."""
-        config = FrontendConfig.from_folder(folder)
-        tokenizer = Tokenizer.from_folder(folder)
-        builder = PromptBuilder(
-            tokenizer=tokenizer,
-            template=ChatTemplate.from_folder(folder, tokenizer, chat_template),
-            loader=loader,
-            placeholder_ids=config.placeholder_ids,
-            max_model_len=engine.info.max_model_len,
-            vocab_size=engine.info.vocab_size,
-            max_items=max_items or {},
-        )
-        return cls(engine, builder, sampling_defaults=config.sampling_defaults, max_queued_requests=max_queued_requests)
 
     @property
     def tokenizer(self) -> Tokenizer:

@@ -21,10 +21,8 @@ import torch
 
 from dashinfer_vlm.config import MediaConfig
 from dashinfer_vlm.engine.host.mapping import map_tensor
-from dashinfer_vlm.frontend.checkpoint import FrontendConfig
+from dashinfer_vlm.frontend.opening import FrontEnd
 from dashinfer_vlm.frontend.prompt import Prompt, PromptBuilder
-from dashinfer_vlm.frontend.template import ChatTemplate
-from dashinfer_vlm.frontend.tokenizer import Tokenizer
 from dashinfer_vlm.hub import resolve_model
 from dashinfer_vlm.kernels.threads import engine_cores, engine_threads, set_threads, stay_on
 from dashinfer_vlm.media.loader import MediaLoader
@@ -134,18 +132,14 @@ async def _open_prompts(
     loop: BackgroundLoop,
 ) -> PromptBuilder:
     """In the loop that the loader will belong to."""
-    tokenizer = Tokenizer.from_folder(folder)
-    template = ChatTemplate.from_folder(folder, tokenizer, chat_template)
-    placeholder_ids = FrontendConfig.from_folder(folder).placeholder_ids
+    front_end = FrontEnd.from_folder(folder, chat_template)
     loader = MediaLoader(media, processor)
     stack.callback(lambda: loop.run(loader.close()))
-    return PromptBuilder(
-        tokenizer=tokenizer,
-        template=template,
-        loader=loader,
-        placeholder_ids=placeholder_ids,
-        vocab_size=checkpoint.text.vocab_size,
-        max_model_len=checkpoint.text.max_position_embeddings,
+    text = checkpoint.text
+    return front_end.prompts(
+        loader,
+        max_model_len=text.max_position_embeddings,
+        vocab_size=text.vocab_size,
         max_items=media.max_items,
     )
 

@@ -22,23 +22,21 @@ from typing import Any, TypeAlias, cast, overload
 
 import msgspec
 
-from dashinfer_vlm.config import EngineConfig, MediaConfig
+from dashinfer_vlm.config import EngineConfig
 from dashinfer_vlm.engine.host.local import LocalEngine
 from dashinfer_vlm.engine.info import EngineInfo
 from dashinfer_vlm.engine.stats import EngineStats
 from dashinfer_vlm.errors import DashInferError, InvalidRequestError
 from dashinfer_vlm.frontend.answers import collect
 from dashinfer_vlm.frontend.generation import Delta, Generation
+from dashinfer_vlm.frontend.opening import open_service
 from dashinfer_vlm.frontend.params import GenerationParams
-from dashinfer_vlm.frontend.service import Service
 from dashinfer_vlm.hub import resolve_model
-from dashinfer_vlm.media.loader import MediaLoader
 from dashinfer_vlm.offline.background import BackgroundLoop, gather
 from dashinfer_vlm.offline.inputs import Conversation, is_conversation, to_messages
 from dashinfer_vlm.offline.options import configs
 from dashinfer_vlm.offline.progress import AnswerProgress
 from dashinfer_vlm.offline.results import Result
-from dashinfer_vlm.processors.qwen import ProcessorConfig
 from dashinfer_vlm.progress import LoadingProgress
 from dashinfer_vlm.request import SamplingParams
 
@@ -46,7 +44,6 @@ Params: TypeAlias = SamplingParams | GenerationParams | None
 Prompt: TypeAlias = str | list[int]
 Begin: TypeAlias = Callable[[], Coroutine[Any, Any, Generation]]
 
-_UNLIMITED = 1 << 30
 _LOOKAHEAD = 8
 """Prompts that are prepared while all sequences of the engine run; more would only fill memory with patches."""
 
@@ -70,20 +67,15 @@ class VLM:
         """
         engine_config, media_config = configs({"model": str(model), **options})
         self._progress = sys.stderr.isatty() if progress is None else progress
-        folder = resolve_model(engine_config)
-        processor = ProcessorConfig.from_checkpoint(
-            folder, min_pixels=engine_config.min_pixels, max_pixels=engine_config.max_pixels
-        )
+        config = dataclasses.replace(engine_config, model=str(resolve_model(engine_config)))
         with ExitStack() as stack:
             self._loop = BackgroundLoop()
             stack.callback(self._loop.close)
-            self._engine = self._load(dataclasses.replace(engine_config, model=str(folder)))
+            self._engine = self._load(config)
             stack.callback(self._engine.shutdown)
-            self._service, loader = self._loop.run(
-                _open_front_end(folder, self._engine, media_config, processor, chat_template)
-            )
-            stack.callback(lambda: self._loop.run(loader.close()))
-            stack.callback(lambda: self._loop.run(self._service.drain(0)))
+            opening = open_service(config, media_config, start_engine=self._loaded, chat_template=chat_template)
+            self._service = self._loop.run(opening.__aenter__())
+            stack.callback(lambda: self._loop.run(opening.__aexit__(None, None, None)))
             self._resources = stack.pop_all()
         atexit.register(_close, weakref.ref(self))
 
@@ -224,7 +216,11 @@ class VLM:
 
             return await gather([one(begin) for begin in begins])
 
+    async def _loaded(self, config: EngineConfig) -> LocalEngine:
+        return self._engine
+
     def _load(self, config: EngineConfig) -> LocalEngine:
+        """In the caller's thread, where Ctrl-C ends it."""
         if not self._progress:
             return LocalEngine.start(config)
         with LoadingProgress() as progress:
@@ -235,23 +231,6 @@ def _close(reference: weakref.ref[VLM]) -> None:
     """At the interpreter's exit: threads in the middle of a computation would crash it."""
     if (vlm := reference()) is not None:
         vlm.close()
-
-
-async def _open_front_end(
-    folder: Path, engine: LocalEngine, media: MediaConfig, processor: ProcessorConfig, chat_template: str | None
-) -> tuple[Service, MediaLoader]:
-    """In the loop that both will belong to."""
-    loader = MediaLoader(media, processor)
-    loader.max_patches = engine.info.max_item_patches
-    service = Service.from_folder(
-        folder,
-        engine,
-        loader,
-        chat_template=chat_template,
-        max_items=media.max_items,
-        max_queued_requests=_UNLIMITED,
-    )
-    return service, loader
 
 
 def _one(params: Params | Sequence[Params]) -> Params:

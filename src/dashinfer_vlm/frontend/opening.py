@@ -1,0 +1,110 @@
+"""One model, ready to answer: engine, media room and front end are opened together, and closed together."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from dashinfer_vlm.config import EngineConfig, MediaConfig
+from dashinfer_vlm.engine.client import EngineClient
+from dashinfer_vlm.engine.host.process import ProcessEngine
+from dashinfer_vlm.frontend.checkpoint import FrontendConfig
+from dashinfer_vlm.frontend.prompt import Loader, PromptBuilder
+from dashinfer_vlm.frontend.service import Service
+from dashinfer_vlm.frontend.template import ChatTemplate
+from dashinfer_vlm.frontend.tokenizer import Tokenizer
+from dashinfer_vlm.media.loader import MediaLoader
+from dashinfer_vlm.processors.qwen import ProcessorConfig
+from dashinfer_vlm.progress import LoadingProgress
+
+StartEngine = Callable[[EngineConfig], Awaitable[EngineClient]]
+
+
+@dataclass(frozen=True, slots=True)
+class FrontEnd:
+    """What the front end reads of a model folder, before there is an engine."""
+
+    checkpoint: FrontendConfig
+    tokenizer: Tokenizer
+    template: ChatTemplate
+
+    @classmethod
+    def from_folder(cls, folder: Path, chat_template: str | None = None) -> FrontEnd:
+        """`chat_template` is a file that replaces the folder's template. Raises CheckpointError or ConfigError."""
+        tokenizer = Tokenizer.from_folder(folder)
+        template = ChatTemplate.from_folder(folder, tokenizer, chat_template)
+        return cls(FrontendConfig.from_folder(folder), tokenizer, template)
+
+    def prompts(
+        self, loader: Loader, *, max_model_len: int, vocab_size: int, max_items: Mapping[str, int]
+    ) -> PromptBuilder:
+        """Prompts for a model of this context and vocabulary, with so many items of a kind at most."""
+        return PromptBuilder(
+            tokenizer=self.tokenizer,
+            template=self.template,
+            loader=loader,
+            placeholder_ids=self.checkpoint.placeholder_ids,
+            max_model_len=max_model_len,
+            vocab_size=vocab_size,
+            max_items=max_items,
+        )
+
+    def service(
+        self,
+        engine: EngineClient,
+        loader: Loader,
+        *,
+        max_items: Mapping[str, int] | None = None,
+        max_queued_requests: int | None = None,
+    ) -> Service:
+        """The service over an engine and a media room that stay their owner's."""
+        info = engine.info
+        prompts = self.prompts(
+            loader, max_model_len=info.max_model_len, vocab_size=info.vocab_size, max_items=max_items or {}
+        )
+        defaults = self.checkpoint.sampling_defaults
+        return Service(engine, prompts, sampling_defaults=defaults, max_queued_requests=max_queued_requests)
+
+
+async def start_process(config: EngineConfig) -> EngineClient:
+    """An engine in a process of its own; standard error shows how far its loading has come."""
+    with LoadingProgress() as progress:
+        return await ProcessEngine.start(config, progress=progress)
+
+
+@asynccontextmanager
+async def open_service(
+    engine_config: EngineConfig,
+    media_config: MediaConfig,
+    *,
+    start_engine: StartEngine = start_process,
+    chat_template: str | None = None,
+    max_queued_requests: int | None = None,
+    start_decoders: bool = False,
+) -> AsyncIterator[Service]:
+    """The service of the model in the folder `engine_config.model` (`hub.resolve_model` finds it).
+
+    What the folder, the template or `media_config` have wrong is raised as CheckpointError or ConfigError before the
+    engine is started. With `start_decoders` the decoding processes run before the first medium comes. At the end what
+    still runs is aborted, and all is closed. Belongs to one event loop.
+    """
+    folder = Path(engine_config.model)
+    front_end = FrontEnd.from_folder(folder, chat_template)
+    processor = ProcessorConfig.from_checkpoint(
+        folder, min_pixels=engine_config.min_pixels, max_pixels=engine_config.max_pixels
+    )
+    async with AsyncExitStack() as stack:
+        loader = MediaLoader(media_config, processor)
+        stack.push_async_callback(loader.close)
+        engine = await start_engine(engine_config)
+        stack.push_async_callback(engine.close)
+        loader.max_patches = engine.info.max_item_patches
+        if start_decoders:
+            await loader.start()
+        service = front_end.service(
+            engine, loader, max_items=media_config.max_items, max_queued_requests=max_queued_requests
+        )
+        stack.push_async_callback(service.drain, 0)
+        yield service
