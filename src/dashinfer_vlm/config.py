@@ -288,6 +288,15 @@ class ServerConfig:
     allow_credentials: bool = option(False, "Let browsers send credentials.", group="Server")
     ssl: bool = option(False, "Serve TLS with the files named by SSL_KEYFILE and SSL_CERTFILE.", group="Server")
     max_queued_requests: int = option(1024, "Requests that may wait; more are answered 503.", group="Server", least=0)
+    max_body_mib: int = option(
+        64,
+        "Bytes of one request at most, in MiB; pictures in base64 are a third larger than their files.",
+        group="Server",
+        least=1,
+    )
+    keep_alive_s: float = option(
+        75.0, "Seconds that an idle connection is kept open for the next request.", group="Server", least=1
+    )
     shutdown_timeout_s: float = option(
         10.0,
         "Seconds that running requests get to end after Ctrl-C.",

@@ -9,6 +9,7 @@ DashInferError
 ├── MediaError             an image, video or audio cannot be used
 │   ├── MediaRefusedError  the policy forbids fetching or reading it
 │   ├── MediaTooLargeError bytes, pixels, frames or seconds over a limit
+│   ├── MediaUnavailableError  its host does not hand it out: the URL is wrong
 │   ├── MediaFetchError    the host that should deliver it failed
 │   └── MediaTimeoutError  ... or did not answer in time
 ├── OverloadedError        no room now; `retry_after_s` says when to try again
@@ -31,6 +32,7 @@ __all__ = [
     "MediaRefusedError",
     "MediaTimeoutError",
     "MediaTooLargeError",
+    "MediaUnavailableError",
     "OverloadedError",
     "UnsupportedError",
 ]
@@ -74,6 +76,10 @@ class MediaRefusedError(MediaError):
 
 class MediaTooLargeError(MediaError):
     """Bytes, pixels, frames or seconds are over a limit."""
+
+
+class MediaUnavailableError(MediaError):
+    """The host does not hand out the medium, and would not if it were asked again."""
 
 
 class MediaFetchError(MediaError):

@@ -22,6 +22,7 @@ from dashinfer_vlm.errors import (
     MediaRefusedError,
     MediaTimeoutError,
     MediaTooLargeError,
+    MediaUnavailableError,
 )
 from dashinfer_vlm.media.fetch import Fetcher, Resolver, decode_data_url, read_file, split_frames
 from dashinfer_vlm.media.policy import IPAddress, MediaPolicy, Target
@@ -129,7 +130,8 @@ async def test_a_host_that_stalls_or_never_answers_times_out_in_total(site: Site
         (b"SSH-2.0-OpenSSH_9.6\r\n", "broke off"),
         (b"", "broke off"),
         (b"HTTP/1.1 200 OK\r\ncontent-length: 0\r\n\r\n", "no bytes"),
-        (b"HTTP/1.1 404 Not Found\r\ncontent-length: 0\r\n\r\n", "status 404"),
+        (b"HTTP/1.1 500 Oops\r\ncontent-length: 0\r\n\r\n", "status 500"),
+        (b"HTTP/1.1 429 Too Many Requests\r\ncontent-length: 0\r\n\r\n", "status 429"),
         (b"HTTP/1.1 204 No Content\r\n\r\n", "status 204"),
         (b"HTTP/1.1 302 Found\r\ncontent-length: 0\r\n\r\n", "status 302"),
         (b"HTTP/1.1 200 OK\r\ncontent-encoding: gzip\r\ncontent-length: 1\r\n\r\nx", "compressed"),
@@ -392,3 +394,12 @@ def test_what_became_a_link_or_a_pipe_meanwhile_is_not_read(tmp_path: Path) -> N
     for name in ("link", "pipe", "missing", "."):
         with pytest.raises(MediaError, match="cannot be read"):
             read_file(tmp_path / name, 1000)
+
+
+@pytest.mark.parametrize("status", [400, 401, 403, 404, 410])
+async def test_a_url_that_its_host_refuses_is_the_clients_mistake(
+    site: Site, fetcher: FetcherMaker, status: int
+) -> None:
+    """Unlike a host that fails, which clients ask again."""
+    with pytest.raises(MediaUnavailableError, match=f"status {status}"):
+        await get(fetcher(), site.serve("/gone", b"", status=status))

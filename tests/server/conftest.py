@@ -21,6 +21,7 @@ from dashinfer_vlm.frontend.service import Service
 from dashinfer_vlm.frontend.template import ChatTemplate
 from dashinfer_vlm.frontend.tokenizer import Tokenizer
 from dashinfer_vlm.server.app import create_app
+from dashinfer_vlm.server.reading import BodyReader
 from dashinfer_vlm.server.run import HttpServer
 from tests.conftest import CheckpointMaker
 from tests.frontend.scripted import ScriptedEngine, ScriptedLoader
@@ -110,7 +111,8 @@ class Parts:
         config: dict[str, Any] | None = None,
         engine: dict[str, Any] | None = None,
         loader: ScriptedLoader | None = None,
-        max_body_bytes: int = 2**20,
+        max_body_bytes: int = 2**25,
+        body_start_s: float = 60.0,
         defaults: dict[str, float | int] | None = None,
         max_items: dict[str, int] | None = None,
     ) -> AsyncIterator[Running]:
@@ -130,7 +132,7 @@ class Parts:
         service = Service(
             scripted, prompts, sampling_defaults=defaults, max_queued_requests=settings.max_queued_requests
         )
-        app = create_app(service, settings, max_body_bytes=max_body_bytes)
+        app = create_app(service, settings, bodies=BodyReader(max_body_bytes, start_s=body_start_s))
         server = TestedServer(app, service, settings)
         async with listening(server):
             yield Running(server, scripted, media, service)

@@ -181,6 +181,7 @@ async def test_more_images_than_the_limit_are_400(serve: Serve) -> None:
         (errors.MediaError("not an image"), 422, "invalid_media"),
         (errors.MediaRefusedError("private address"), 422, "media_refused"),
         (errors.MediaTooLargeError("too many pixels"), 422, "media_too_large"),
+        (errors.MediaUnavailableError("status 404"), 422, "media_unavailable"),
         (errors.MediaFetchError("no answer"), 502, "media_fetch_failed"),
         (errors.MediaTimeoutError("too slow"), 504, "media_timeout"),
     ],

@@ -20,6 +20,8 @@ from dashinfer_vlm.frontend.prompt import Prompt
 from dashinfer_vlm.frontend.tokenizer import Tokenizer
 from dashinfer_vlm.request import Output, Request, TokenLogprob
 
+_MERGED_TOKENS = 64
+"""Tokens of a delta, at most a few more, so that writing one takes no time that others would notice."""
 EndReason = Literal["stop", "length"]
 
 
@@ -182,12 +184,19 @@ class Generation:
         if isinstance(news, BaseException):
             self.close()
             raise news
-        while self._news and isinstance(self._news[0], Delta) and self._news[0].index == news.index:
+        while self._may_merge(news):
+            assert isinstance(self._news[0], Delta), self._news[0]
             news = news.merge(self._news[0])  # a reader that is slower than the engine gets longer pieces
             self._news.popleft()
         if not self._news and not self._ended.is_set():
             self._arrived.clear()
         return news
+
+    def _may_merge(self, news: Delta) -> bool:
+        following = self._news[0] if self._news else None
+        if not isinstance(following, Delta) or following.index != news.index:
+            return False
+        return len(news.token_ids) < _MERGED_TOKENS
 
     def close(self, error: Exception | None = None) -> None:
         """Abort what still runs, without waiting for it; idempotent. Who still iterates is told `error`."""

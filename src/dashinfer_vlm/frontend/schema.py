@@ -26,7 +26,9 @@ def _whole(value: Any) -> Any:
 
 
 def _all_whole(values: Any) -> Any:
-    return [_whole(value) for value in values] if isinstance(values, list) else values
+    if not isinstance(values, list) or float not in set(map(type, values)):  # most often so, and lists may be long
+        return values
+    return [_whole(value) for value in values]
 
 
 Whole = Annotated[int, BeforeValidator(_whole)]

@@ -22,7 +22,13 @@ from typing import TypeVar
 import anyio
 import httpx
 
-from dashinfer_vlm.errors import MediaError, MediaFetchError, MediaTimeoutError, MediaTooLargeError
+from dashinfer_vlm.errors import (
+    MediaError,
+    MediaFetchError,
+    MediaTimeoutError,
+    MediaTooLargeError,
+    MediaUnavailableError,
+)
 from dashinfer_vlm.media.policy import IPAddress, MediaPolicy, Target
 
 _T = TypeVar("_T")
@@ -54,6 +60,8 @@ _ESCAPED_BASE64 = ((b"%2B", b"+"), (b"%2b", b"+"), (b"%2F", b"/"), (b"%2f", b"/"
 """What a URL's percent-encoding makes of base64."""
 _MAX_SPLIT = 10_000
 """Far more frames than any video may have."""
+_PASSING = frozenset({408, 425, 429})
+"""Statuses of a host that would rather be asked later."""
 
 
 class Fetcher:
@@ -111,7 +119,8 @@ class Fetcher:
             await response.aclose()
             location = response.headers.get("location")
             if response.status_code not in _REDIRECTS or location is None:
-                raise MediaFetchError(f"{target.host} answered with status {response.status_code}")
+                kind = MediaUnavailableError if _is_final(response.status_code) else MediaFetchError
+                raise kind(f"{target.host} answered with status {response.status_code}")
             target = self._policy.check_url(location, base=target)
         raise MediaFetchError(f"{target.host} redirects more than {MAX_REDIRECTS} times")
 
@@ -142,6 +151,11 @@ class Fetcher:
             self._threads, lambda: socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
         )
         return [str(entry[4][0]) for entry in found]
+
+
+def _is_final(status: int) -> bool:
+    """Whether the same URL would be answered so again: the client's mistake, not the host's."""
+    return 400 <= status < 500 and status not in _PASSING
 
 
 def decode_data_url(url: str, max_bytes: int) -> bytes:

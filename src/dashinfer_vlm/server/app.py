@@ -15,19 +15,17 @@ from dashinfer_vlm.server.completions import completion_routes
 from dashinfer_vlm.server.context import Context
 from dashinfer_vlm.server.errors import install_error_handlers
 from dashinfer_vlm.server.metrics import Metrics, ReplyCounter, metrics_routes
+from dashinfer_vlm.server.reading import BodyReader
 from dashinfer_vlm.server.status import status_routes
 from dashinfer_vlm.server.tokenize import tokenize_routes
 
-MAX_BODY_BYTES = 256 * 2**20
-"""Room for several images at their limit, in base64."""
 
-
-def create_app(service: Service, config: ServerConfig, *, max_body_bytes: int = MAX_BODY_BYTES) -> FastAPI:
+def create_app(service: Service, config: ServerConfig, *, bodies: BodyReader | None = None) -> FastAPI:
     """The application over a service that is ready; who made the service closes it. Raises ConfigError."""
     app = FastAPI(
         title="DashInfer-VLM", version=dashinfer_vlm.__version__, docs_url=None, redoc_url=None, openapi_url=None
     )
-    context = Context(service=service, config=config, max_body_bytes=max_body_bytes)
+    context = Context(service=service, config=config, bodies=bodies or BodyReader(config.max_body_mib * 2**20))
     service.observer = metrics = Metrics(service)
     routers = [make(context) for make in (chat_routes, completion_routes, status_routes, tokenize_routes)]
     routers.append(metrics_routes(metrics))

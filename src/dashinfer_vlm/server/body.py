@@ -11,31 +11,17 @@ from pydantic import BaseModel, ValidationError
 from starlette.requests import ClientDisconnect
 
 from dashinfer_vlm.frontend.schema import explain
-from dashinfer_vlm.server.errors import HttpError
+from dashinfer_vlm.server.reading import BodyReader
 
 Model = TypeVar("Model", bound=BaseModel)
 T = TypeVar("T")
 
-_MAX_DISCARDED_BYTES = 2**30
-"""A client that is told 413 only hears it once its body has been taken; beyond this it is cut off."""
 
-
-async def read_body(request: Request, model: type[Model], max_bytes: int) -> Model:
-    """Read and check the JSON body; raises InvalidRequestError, or HttpError 413 above `max_bytes`."""
-    body = bytearray()
-    num_bytes = 0
-    async for chunk in request.stream():
-        num_bytes += len(chunk)
-        if num_bytes <= max_bytes:
-            body += chunk
-        else:
-            body.clear()
-        if num_bytes > _MAX_DISCARDED_BYTES + max_bytes:
-            break
-    if num_bytes > max_bytes:
-        raise HttpError(413, "body_too_large", f"the body has more than {max_bytes} bytes, the limit; send less")
+async def read_body(request: Request, model: type[Model], reader: BodyReader) -> Model:
+    """Read and check the JSON body; raises InvalidRequestError, or what `reader` raises."""
+    body = await reader.read(request)
     try:
-        return model.model_validate_json(bytes(body))
+        return model.model_validate_json(body)
     except ValidationError as error:
         raise explain(error) from None
 

@@ -36,7 +36,7 @@ def chat_routes(context: Context) -> APIRouter:
 
     @router.post("/v1/chat/completions")
     async def chat_completions(request: Request) -> Response:
-        body = await read_body(request, ChatBody, context.max_body_bytes)
+        body = await read_body(request, ChatBody, context.bodies)
         head = Head.new("chatcmpl", context.model_name(body.model))
         writer = ChatWriter(head, service.tokenizer, logprobs=bool(body.logprobs), include_usage=body.include_usage)
         messages = body.conversation(service.prompts.loader.pixel_bounds)

@@ -33,7 +33,7 @@ def completion_routes(context: Context) -> APIRouter:
 
     @router.post("/v1/completions")
     async def completions(request: Request) -> Response:
-        body = await read_body(request, CompletionBody, context.max_body_bytes)
+        body = await read_body(request, CompletionBody, context.bodies)
         head = Head.new("cmpl", context.model_name(body.model))
         wants_logprobs = body.logprobs is not None
         writer = CompletionWriter(head, service.tokenizer, logprobs=wants_logprobs, include_usage=body.include_usage)

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from dashinfer_vlm.config import ServerConfig
 from dashinfer_vlm.frontend.service import Service
 from dashinfer_vlm.server.errors import HttpError
+from dashinfer_vlm.server.reading import BodyReader
 
 ANY_MODEL = "model"
 """The name that the documented client example sends; it always means the model that is served."""
@@ -17,7 +18,7 @@ ANY_MODEL = "model"
 class Context:
     service: Service
     config: ServerConfig
-    max_body_bytes: int
+    bodies: BodyReader
     started_at: int = field(default_factory=lambda: int(time.time()))
 
     @property

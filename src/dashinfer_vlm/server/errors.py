@@ -26,6 +26,7 @@ _TABLE: tuple[tuple[type[errors.DashInferError], int, str, str], ...] = (
     (errors.UnsupportedError, 400, _INVALID, "unsupported"),
     (errors.MediaRefusedError, 422, _INVALID, "media_refused"),
     (errors.MediaTooLargeError, 422, _INVALID, "media_too_large"),
+    (errors.MediaUnavailableError, 422, _INVALID, "media_unavailable"),
     (errors.MediaTimeoutError, 504, "upstream_error", "media_timeout"),
     (errors.MediaFetchError, 502, "upstream_error", "media_fetch_failed"),
     (errors.MediaError, 422, _INVALID, "invalid_media"),

@@ -7,6 +7,7 @@ import secrets
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from itertools import accumulate
 
 import msgspec
 
@@ -48,14 +49,16 @@ class ChatLogprob(msgspec.Struct, frozen=True):
 
 
 class ChatLogprobs(msgspec.Struct, frozen=True):
-    content: list[ChatLogprob]
+    content: list[msgspec.Raw]
+    """`ChatLogprob` rows, written one by one: the rows of a whole answer at once would stop every other request."""
     refusal: None = None
 
 
 class TextLogprobs(msgspec.Struct, frozen=True):
     tokens: list[str]
     token_logprobs: list[float]
-    top_logprobs: list[dict[str, float]]
+    top_logprobs: list[msgspec.Raw]
+    """Objects from token to log probability."""
     text_offset: list[int]
 
 
@@ -135,15 +138,15 @@ class Head:
 
 
 def chat_logprobs(logprobs: Iterable[TokenLogprob], tokenizer: Tokenizer) -> ChatLogprobs:
-    return ChatLogprobs([_chat_logprob(logprob, tokenizer) for logprob in logprobs])
+    return ChatLogprobs([_raw(_chat_logprob(logprob, tokenizer)) for logprob in logprobs])
 
 
 def text_logprobs(logprobs: Iterable[TokenLogprob], tokenizer: Tokenizer, offset: int) -> TextLogprobs:
     """`offset` is the length of the text before these tokens."""
     rows = list(logprobs)
     tokens = [_text(row.token_id, tokenizer) for row in rows]
-    offsets = [offset + sum(map(len, tokens[:i])) for i in range(len(tokens))]
-    top = [{_text(t, tokenizer): _finite(p) for t, p in row.top} for row in rows]
+    offsets = list(accumulate(map(len, tokens[:-1]), initial=offset))[: len(tokens)]
+    top = [_raw({_text(t, tokenizer): _finite(p) for t, p in row.top}) for row in rows]
     return TextLogprobs(tokens, [_finite(row.logprob) for row in rows], top, offsets)
 
 
@@ -155,6 +158,10 @@ def _chat_logprob(row: TokenLogprob, tokenizer: Tokenizer) -> ChatLogprob:
     return ChatLogprob(
         _text(row.token_id, tokenizer), _finite(row.logprob), list(tokenizer.token_bytes(row.token_id)), top
     )
+
+
+def _raw(value: msgspec.Struct | dict[str, float]) -> msgspec.Raw:
+    return msgspec.Raw(msgspec.json.encode(value))
 
 
 def _text(token: int, tokenizer: Tokenizer) -> str:

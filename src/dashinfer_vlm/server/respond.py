@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator, Coroutine, Sequence
 from typing import Any, Protocol
 
@@ -13,6 +14,9 @@ from dashinfer_vlm.frontend.answers import Answer, collect
 from dashinfer_vlm.frontend.generation import Delta, Generation, Usage
 from dashinfer_vlm.server.body import unless_gone
 from dashinfer_vlm.server.stream import EventStream
+
+_SHORT_TOKENS = 64
+"""Their log probabilities are written in about 5 ms; those of longer answers are written in a thread."""
 
 
 class Writer(Protocol):
@@ -42,8 +46,16 @@ async def respond(
 async def _whole(begin: Coroutine[Any, Any, Generation], writer: Writer) -> Response:
     generation = await begin
     answers = await collect(generation)
-    body = msgspec.json.encode(writer.whole(answers, generation.usage))
+    usage = generation.usage
+    if usage.num_output_tokens <= _SHORT_TOKENS:
+        body = _encode(writer, answers, usage)
+    else:
+        body = await asyncio.to_thread(_encode, writer, answers, usage)
     return Response(body, media_type="application/json")
+
+
+def _encode(writer: Writer, answers: Sequence[Answer], usage: Usage) -> bytes:
+    return msgspec.json.encode(writer.whole(answers, usage))
 
 
 async def _open(begin: Coroutine[Any, Any, Generation]) -> tuple[Generation, Delta]:

@@ -39,6 +39,7 @@ class HttpServer(uvicorn.Server):
                 ssl_certfile=tls.certificate if tls else None,
                 lifespan="on",  # "Application startup complete" tells that the server is ready
                 ws="none",
+                timeout_keep_alive=config.keep_alive_s,  # type: ignore[arg-type]  # a delay in seconds, whole or not
                 timeout_graceful_shutdown=int(config.shutdown_timeout_s + _GRACE_S),
             )
         )

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import msgspec
 from fastapi import APIRouter, Request
-from pydantic import Field
+from pydantic import FailFast, Field
 from starlette.responses import Response
 
 from dashinfer_vlm.errors import InvalidRequestError
@@ -37,7 +37,7 @@ class TokenizeBody(Body):
 
 class DetokenizeBody(Body):
     model: str | None = None
-    tokens: Annotated[list[Annotated[int, Field(ge=0)]], all_whole]
+    tokens: Annotated[list[Annotated[int, Field(ge=0)]], FailFast(), all_whole]
 
 
 class Tokens(msgspec.Struct, frozen=True):
@@ -57,7 +57,7 @@ def tokenize_routes(context: Context) -> APIRouter:
 
     @router.post("/tokenize")
     async def tokenize(request: Request) -> Response:
-        body = await read_body(request, TokenizeBody, context.max_body_bytes)
+        body = await read_body(request, TokenizeBody, context.bodies)
         context.model_name(body.model)
         ids = await unless_gone(request, _ids(context, body), lambda _: None)
         texts = await asyncio.to_thread(_texts, service.tokenizer, ids) if body.return_token_strs else None
@@ -65,7 +65,7 @@ def tokenize_routes(context: Context) -> APIRouter:
 
     @router.post("/detokenize")
     async def detokenize(request: Request) -> Response:
-        body = await read_body(request, DetokenizeBody, context.max_body_bytes)
+        body = await read_body(request, DetokenizeBody, context.bodies)
         context.model_name(body.model)
         vocab_size = service.engine.info.vocab_size
         if max(body.tokens, default=0) >= vocab_size:

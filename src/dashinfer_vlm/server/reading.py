@@ -1,0 +1,142 @@
+"""Bodies as they come from the socket: none of them larger, slower or more intricate than a limit, all of them together
+within a budget.
+
+What a parser makes of a body costs far more than its bytes: an object takes as long as ten thousand characters of a
+picture, and nothing else runs meanwhile. So the structure of a body is counted before it is parsed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Iterator
+
+from fastapi import Request
+
+from dashinfer_vlm.errors import OverloadedError
+from dashinfer_vlm.server.errors import HttpError
+
+MAX_OBJECTS = 4096
+"""About 20 ms of validation; a turn is one, a picture two."""
+MAX_VALUES = 150_000
+"""Numbers, strings and the like; about 15 ms."""
+_BYTES_PER_S = 1 << 16
+"""The slowest that a body may come."""
+_SHORT_BYTES = 1 << 14
+"""What is counted at once; larger bodies are counted in a thread."""
+_MAX_DISCARDED_BYTES = 2**30
+"""A client that is told 413 only hears it once its body has been taken; beyond this it is cut off."""
+_BUDGET_BODIES = 4
+"""Largest bodies that are held while they are incomplete."""
+_WINDOW_BYTES = 1 << 20
+
+
+class BodyReader:
+    """Reads the bodies of all requests of one server."""
+
+    def __init__(self, max_bytes: int, *, start_s: float = 30.0) -> None:
+        """`max_bytes` is the most of one body; unfinished ones may hold four times as much together.
+
+        A body may take `start_s`, and one second more for every 64 KiB of it.
+        """
+        self.max_bytes = max_bytes
+        self._start_s = start_s
+        self._budget = _BUDGET_BODIES * max_bytes
+        self._num_held = 0
+
+    async def read(self, request: Request) -> bytes:
+        """The body. Raises HttpError 408, 413 or 400 for one that is too slow, large or intricate; OverloadedError."""
+        chunks: list[bytes] = []
+        try:
+            await self._fill(chunks, request)
+            if sum(map(len, chunks)) <= _SHORT_BYTES:
+                return _checked(chunks)
+            return await asyncio.to_thread(_checked, chunks)
+        finally:
+            self._num_held -= sum(map(len, chunks))
+
+    async def _fill(self, chunks: list[bytes], request: Request) -> None:
+        started_s, num_bytes = time.monotonic(), 0
+        stream = aiter(request.stream())
+        while num_bytes <= _MAX_DISCARDED_BYTES + self.max_bytes:
+            left_s = started_s + self._start_s + num_bytes / _BYTES_PER_S - time.monotonic()
+            try:
+                chunk = await asyncio.wait_for(anext(stream), left_s)
+            except StopAsyncIteration:
+                break
+            except asyncio.TimeoutError:
+                raise _too_slow(num_bytes) from None
+            num_bytes += len(chunk)
+            if num_bytes <= self.max_bytes:
+                self._keep(chunks, chunk)
+            else:
+                self._num_held -= sum(map(len, chunks))
+                chunks.clear()
+        if num_bytes > self.max_bytes:
+            raise HttpError(
+                413,
+                "body_too_large",
+                f"the body has more than {self.max_bytes} bytes, the limit; send less or start with --max-body-mib",
+            )
+
+    def _keep(self, chunks: list[bytes], chunk: bytes) -> None:
+        if self._num_held + len(chunk) > self._budget:
+            raise OverloadedError(
+                f"unfinished requests hold {self._num_held} bytes, {self._budget} are the most; try again later"
+            )
+        self._num_held += len(chunk)
+        chunks.append(chunk)
+
+
+def _checked(chunks: list[bytes]) -> bytes:
+    body = b"".join(chunks)
+    check_structure(body)
+    return body
+
+
+def check_structure(body: bytes) -> None:
+    """Raise HttpError 400 for more objects or values than can be validated without a pause for everyone else."""
+    num_objects = num_values = 0
+    for begin, end in _outside_strings(body):
+        num_objects += body.count(b"{", begin, end)
+        num_values += 1 + body.count(b",", begin, end)
+        if num_objects > MAX_OBJECTS:
+            raise _too_many("objects, such as messages and their parts", MAX_OBJECTS)
+        if num_values > MAX_VALUES:
+            raise _too_many("values", MAX_VALUES)
+
+
+def _outside_strings(body: bytes) -> Iterator[tuple[int, int]]:
+    """The ranges between the strings of a JSON text, none of them long."""
+    at = 0
+    while (quote := body.find(b'"', at)) >= 0:
+        yield from _windows(at, quote)
+        at = _end_of_string(body, quote + 1)
+    yield from _windows(at, len(body))
+
+
+def _end_of_string(body: bytes, at: int) -> int:
+    """The place behind the string that begins at `at`."""
+    while (quote := body.find(b'"', at)) >= 0:
+        text = body[max(at, quote - 1) : quote]
+        if not text.endswith(b"\\"):
+            return quote + 1
+        text = body[at:quote]
+        at = quote + 1
+        if (len(text) - len(text.rstrip(b"\\"))) % 2 == 0:
+            return at
+    return len(body)
+
+
+def _windows(begin: int, end: int) -> Iterator[tuple[int, int]]:
+    for at in range(begin, end, _WINDOW_BYTES):
+        yield at, min(at + _WINDOW_BYTES, end)
+
+
+def _too_many(things: str, most: int) -> HttpError:
+    return HttpError(400, "too_many_values", f"the body has more than {most} {things}; send less")
+
+
+def _too_slow(num_bytes: int) -> HttpError:
+    message = f"the body did not come in time, only {num_bytes} bytes of it; send it faster"
+    return HttpError(408, "request_timeout", message, headers={"Connection": "close"})
