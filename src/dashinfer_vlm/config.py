@@ -287,6 +287,7 @@ class ServerConfig:
     allowed_headers: tuple[str, ...] = option(("*",), "Headers that they may send.", group="Server")
     allow_credentials: bool = option(False, "Let browsers send credentials.", group="Server")
     ssl: bool = option(False, "Serve TLS with the files named by SSL_KEYFILE and SSL_CERTFILE.", group="Server")
+    ui: bool = option(True, "Serve a page to try the model at /.", group="Server")
     max_queued_requests: int = option(1024, "Requests that may wait; more are answered 503.", group="Server", least=0)
     max_body_mib: int = option(
         64,

@@ -122,6 +122,7 @@ class ScriptedLoader:
 
     num_tokens: int = 4
     pixel_bounds: tuple[int, int] = (1000, 1_000_000)
+    side_step: int = 28
     fails: dict[str, Exception] = field(default_factory=dict)
     """Errors by URL."""
     hangs: set[str] = field(default_factory=set)

@@ -34,6 +34,11 @@ class Loader(Protocol):
         ...
 
     @property
+    def side_step(self) -> int:
+        """Both sides of a resized picture are multiples of so many pixels."""
+        ...
+
+    @property
     def counters(self) -> MediaCounters:
         """What it has done so far, for metrics."""
         ...

@@ -117,6 +117,11 @@ class MediaLoader:
         return self._processor.min_pixels, self._processor.max_pixels
 
     @property
+    def side_step(self) -> int:
+        """Both sides of a resized picture are multiples of so many pixels."""
+        return self._processor.factor
+
+    @property
     def counters(self) -> MediaCounters:
         return MediaCounters(
             fetches=self._fetches,

@@ -9,7 +9,7 @@ from fastapi.routing import APIRoute
 import dashinfer_vlm
 from dashinfer_vlm.config import ServerConfig
 from dashinfer_vlm.frontend.service import Service
-from dashinfer_vlm.server.auth import ApiKeys, read_keys
+from dashinfer_vlm.server.auth import OPEN_PATHS, ApiKeys, read_keys
 from dashinfer_vlm.server.chat import chat_routes
 from dashinfer_vlm.server.completions import completion_routes
 from dashinfer_vlm.server.context import Context
@@ -18,6 +18,7 @@ from dashinfer_vlm.server.metrics import Metrics, ReplyCounter, metrics_routes
 from dashinfer_vlm.server.reading import BodyReader
 from dashinfer_vlm.server.status import status_routes
 from dashinfer_vlm.server.tokenize import tokenize_routes
+from dashinfer_vlm.server.ui import page_files, page_routes
 
 
 def create_app(service: Service, config: ServerConfig, *, bodies: BodyReader | None = None) -> FastAPI:
@@ -29,12 +30,14 @@ def create_app(service: Service, config: ServerConfig, *, bodies: BodyReader | N
     service.observer = metrics = Metrics(service)
     routers = [make(context) for make in (chat_routes, completion_routes, status_routes, tokenize_routes)]
     routers.append(metrics_routes(metrics))
+    if config.ui:
+        routers.append(page_routes(context))
     for router in routers:
         app.include_router(router)
     paths = frozenset(route.path for router in routers for route in router.routes if isinstance(route, APIRoute))
     install_error_handlers(app)
     if keys := read_keys(config):
-        app.add_middleware(ApiKeys, keys=keys)
+        app.add_middleware(ApiKeys, keys=keys, open_paths=OPEN_PATHS.union(page_files() if config.ui else ()))
     app.add_middleware(ReplyCounter, metrics=metrics, paths=paths)
     if config.allowed_origins:  # added last, so outermost: a refusal needs its headers too
         app.add_middleware(

@@ -1,4 +1,4 @@
-"""API keys: one of them opens every route but the probes."""
+"""API keys: one of them opens every route but the probes and the files of the page."""
 
 from __future__ import annotations
 
@@ -19,14 +19,16 @@ OPEN_PATHS = frozenset({"/health", "/ready"})
 
 
 class ApiKeys:
-    """ASGI middleware that answers 401 unless the request carries one of the keys as `Authorization: Bearer`."""
+    """ASGI middleware that answers 401 unless the path is open or the request carries one of the keys as
+    `Authorization: Bearer`."""
 
-    def __init__(self, app: ASGIApp, keys: Iterable[str]) -> None:
+    def __init__(self, app: ASGIApp, keys: Iterable[str], open_paths: frozenset[str] = OPEN_PATHS) -> None:
         self._app = app
+        self._open_paths = open_paths
         self._digests = [sha256(key.encode()).digest() for key in keys]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and scope["path"] not in OPEN_PATHS and not self._knows(Headers(scope=scope)):
+        if scope["type"] == "http" and scope["path"] not in self._open_paths and not self._knows(Headers(scope=scope)):
             error = HttpError(
                 401,
                 "invalid_api_key",
