@@ -229,8 +229,8 @@ def process_timed_frames(
 ) -> Processed:
     """Resize and cut the chosen frames of a video, each its time in seconds and uint8 [H, W, 3] of one size.
 
-    `frames` may be lazy and yield fewer than the `num_frames` that were planned (a broken video); only resized frames
-    are held. Raises MediaError when there is none, when sizes differ or the shape is impossible.
+    `frames` may be lazy, in any order, and yield fewer than the `num_frames` that were planned (a broken video); only
+    resized frames are held. Raises MediaError when there is none, when sizes differ or the shape is impossible.
     """
     resized: list[Pixels] = []
     times: list[float] = []
@@ -247,9 +247,10 @@ def process_timed_frames(
         times.append(time)
     if not resized:
         raise MediaError("the video has no frame that can be used")
-    timestamps = grid_timestamps(times, config.temporal_patch_size)
+    order = sorted(range(len(times)), key=times.__getitem__)
+    timestamps = grid_timestamps([times[n] for n in order], config.temporal_patch_size)
     return Processed(
-        features=patchify(np.stack(resized), config),
+        features=patchify(np.stack([resized[n] for n in order]), config),
         grid=(len(timestamps), height // config.patch_size, width // config.patch_size),
         seconds_per_grid=seconds_per_grid,
         timestamps=timestamps,
