@@ -1,23 +1,25 @@
 #!/usr/bin/env python3
-"""Write a random-weight Qwen-VL checkpoint in the published format: real tensor names, real config keys, a tokenizer.
+"""Write a random-weight Qwen checkpoint in the published format: real tensor names, real config keys, a tokenizer.
 
-    make_checkpoint.py OUT --arch qwen2_vl|qwen2_5_vl --size tiny|small|2b|7b [--seed 0] [--dtype bfloat16|float32]
+    make_checkpoint.py OUT --arch qwen2_vl|qwen2_5_vl|qwen2|qwen3 --size tiny|small|2b|7b [--seed 0] [--dtype bfloat16]
 
 `2b` and `7b` have the published shapes, so that speed and memory are the real ones; the text that comes out is noise.
-`tiny` and `small` are for parity tests against `transformers`.
+`tiny` and `small` are for parity tests against `transformers`; their norms and biases are random too, since an error
+in a norm of ones or a bias of zeros would not show. A new family is one more row of RECIPES.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import save_file
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
-from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedTokenizerFast
 
 SPECIAL = """<|endoftext|> <|im_start|> <|im_end|> <|object_ref_start|> <|object_ref_end|> <|box_start|> <|box_end|>
 <|quad_start|> <|quad_end|> <|vision_start|> <|vision_end|> <|vision_pad|> <|image_pad|> <|video_pad|>""".split()
@@ -91,11 +93,14 @@ def write_checkpoint(out: Path, arch: str, size: str, *, seed: int, dtype: str) 
     """Write the whole model folder `out`; prints what it holds."""
     out.mkdir(parents=True, exist_ok=True)
     write_tokenizer(out)
-    write_json(out / "config.json", model_config(arch, size) | {"torch_dtype": dtype})
+    architecture, config, processor = RECIPES[arch]
+    named = {"architectures": [architecture], "model_type": arch, "torch_dtype": dtype}
+    write_json(out / "config.json", named | config(size))
     write_json(out / "chat_template.json", {"chat_template": CHAT_TEMPLATE})
     write_json(out / "generation_config.json", generation_config())
-    write_json(out / "preprocessor_config.json", preprocessor_config(arch))
-    write_weights(out, seed=seed, dtype=dtype)
+    if processor is not None:
+        write_json(out / "preprocessor_config.json", preprocessor_config(processor))
+    write_weights(out, sees=processor is not None, seed=seed, dtype=dtype, randomise=size in ("tiny", "small"))
 
 
 def write_tokenizer(out: Path) -> None:
@@ -139,58 +144,76 @@ def vocabulary() -> tuple[dict[str, int], list[tuple[str, str]]]:
     return vocab, merges
 
 
-def model_config(arch: str, size: str) -> dict[str, Any]:
-    name = {"qwen2_vl": "Qwen2VLForConditionalGeneration", "qwen2_5_vl": "Qwen2_5_VLForConditionalGeneration"}[arch]
+def text_config(size: str) -> dict[str, Any]:
+    """What all families write about their text model."""
     return {
-        "architectures": [name],
-        "model_type": arch,
         "bos_token_id": IDS["<|endoftext|>"],
         "eos_token_id": IDS["<|im_end|>"],
-        "vision_start_token_id": IDS["<|vision_start|>"],
-        "vision_end_token_id": IDS["<|vision_end|>"],
-        "vision_token_id": IDS["<|vision_pad|>"],
-        "image_token_id": IDS["<|image_pad|>"],
-        "video_token_id": IDS["<|video_pad|>"],
         "hidden_act": "silu",
         "initializer_range": 0.02,
         "attention_dropout": 0.0,
         "max_position_embeddings": 32768,
         "rms_norm_eps": 1e-6,
         "rope_theta": 1000000.0,
-        "rope_scaling": {"type": "mrope", "mrope_section": MROPE_SECTION[size]},
         "sliding_window": 32768,
         "use_sliding_window": False,
         "max_window_layers": 28,
         "use_cache": True,
-        "vision_config": vision_config(arch, size),
         **TEXT[size],
     }
 
 
-def vision_config(arch: str, size: str) -> dict[str, Any]:
-    depth, width, heads = VISION[size]
-    hidden_size = TEXT[size]["hidden_size"]
-    shared = {
-        "depth": depth,
-        "num_heads": heads,
-        "in_channels": 3,
-        "patch_size": 14,
-        "spatial_merge_size": 2,
-        "temporal_patch_size": 2,
-        "model_type": arch,
+def seeing_config(size: str, vision: dict[str, Any]) -> dict[str, Any]:
+    """A text model that sees, and its ViT."""
+    depth, _, heads = VISION[size]
+    sizes = {"depth": depth, "num_heads": heads, "patch_size": 14, "spatial_merge_size": 2, "temporal_patch_size": 2}
+    return text_config(size) | {
+        "vision_start_token_id": IDS["<|vision_start|>"],
+        "vision_end_token_id": IDS["<|vision_end|>"],
+        "vision_token_id": IDS["<|vision_pad|>"],
+        "image_token_id": IDS["<|image_pad|>"],
+        "video_token_id": IDS["<|video_pad|>"],
+        "rope_scaling": {"type": "mrope", "mrope_section": MROPE_SECTION[size]},
+        "vision_config": {"in_channels": 3, **sizes, **vision},
     }
-    if arch == "qwen2_vl":
-        return shared | {"embed_dim": width, "hidden_size": hidden_size, "mlp_ratio": 4}
+
+
+def qwen2_vl(size: str) -> dict[str, Any]:
+    width, hidden_size = VISION[size][1], TEXT[size]["hidden_size"]
+    return seeing_config(
+        size, {"model_type": "qwen2_vl", "embed_dim": width, "hidden_size": hidden_size, "mlp_ratio": 4}
+    )
+
+
+def qwen2_5_vl(size: str) -> dict[str, Any]:
+    depth, width, _ = VISION[size]
     published = depth == 32
-    return shared | {
+    vision = {
+        "model_type": "qwen2_5_vl",
         "hidden_size": width,
-        "out_hidden_size": hidden_size,
+        "out_hidden_size": TEXT[size]["hidden_size"],
         "intermediate_size": 3420 if published else width * 3,
         "window_size": 112,
         "fullatt_block_indexes": [7, 15, 23, 31] if published else [depth - 1],
         "tokens_per_second": 2,
         "hidden_act": "silu",
     }
+    return seeing_config(size, vision)
+
+
+def qwen3(size: str) -> dict[str, Any]:
+    """Heads are wider than their share of the hidden size, as in the published 0.6B and 4B."""
+    head_dim = 2 * TEXT[size]["hidden_size"] // TEXT[size]["num_attention_heads"]
+    return text_config(size) | {"head_dim": min(head_dim, 128), "attention_bias": False}
+
+
+RECIPES: dict[str, tuple[str, Callable[[str], dict[str, Any]], str | None]] = {
+    "qwen2_vl": ("Qwen2VLForConditionalGeneration", qwen2_vl, "Qwen2VLProcessor"),
+    "qwen2_5_vl": ("Qwen2_5_VLForConditionalGeneration", qwen2_5_vl, "Qwen2_5_VLProcessor"),
+    "qwen2": ("Qwen2ForCausalLM", text_config, None),
+    "qwen3": ("Qwen3ForCausalLM", qwen3, None),
+}
+"""Architecture, `config.json` by size, processor; None for a text model."""
 
 
 def generation_config() -> dict[str, Any]:
@@ -206,7 +229,7 @@ def generation_config() -> dict[str, Any]:
     }
 
 
-def preprocessor_config(arch: str) -> dict[str, Any]:
+def preprocessor_config(processor: str) -> dict[str, Any]:
     return {
         "min_pixels": 4 * 28 * 28,
         "max_pixels": 16384 * 28 * 28,
@@ -216,22 +239,25 @@ def preprocessor_config(arch: str) -> dict[str, Any]:
         "image_mean": [0.48145466, 0.4578275, 0.40821073],
         "image_std": [0.26862954, 0.26130258, 0.27577711],
         "image_processor_type": "Qwen2VLImageProcessor",
-        "processor_class": "Qwen2VLProcessor" if arch == "qwen2_vl" else "Qwen2_5_VLProcessor",
+        "processor_class": processor,
     }
 
 
-def write_weights(out: Path, *, seed: int, dtype: str) -> None:
+def write_weights(out: Path, *, sees: bool, seed: int, dtype: str, randomise: bool) -> None:
     """Random weights of the model that `out/config.json` describes, under the published tensor names."""
     torch.manual_seed(seed)
     torch.set_default_dtype(getattr(torch, dtype))
     config = AutoConfig.from_pretrained(out)
-    weights = AutoModelForImageTextToText.from_config(config).state_dict()
+    weights = (AutoModelForImageTextToText if sees else AutoModelForCausalLM).from_config(config).state_dict()
     tied = json.loads((out / "config.json").read_text())["tie_word_embeddings"]
     tensors = {
         name.replace("model.visual.", "visual.").replace("model.language_model.", "model."): weight.contiguous()
         for name, weight in weights.items()
         if not (tied and name == "lm_head.weight")
     }
+    for weight in tensors.values() if randomise else ():
+        if weight.ndim == 1:
+            weight += 0.1 * torch.randn_like(weight)
     save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
     num_parameters = sum(weight.numel() for weight in tensors.values())
     print(f"{out}: {num_parameters / 1e9:.3f} B parameters, {len(tensors)} tensors")
@@ -244,7 +270,7 @@ def write_json(path: Path, value: dict[str, Any]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path)
-    parser.add_argument("--arch", default="qwen2_vl", choices=["qwen2_vl", "qwen2_5_vl"])
+    parser.add_argument("--arch", default="qwen2_vl", choices=list(RECIPES))
     parser.add_argument("--size", default="tiny", choices=list(TEXT))
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"])

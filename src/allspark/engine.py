@@ -192,7 +192,7 @@ class Engine:
             raise wrong("model_name is empty")
         self._check_free(config.model_name)
         core, info = load_engine(settings, lambda stage, done, total: None)
-        merge_size = read_config(Path(settings.model)).vision.merge_size
+        merge_size = read_config(Path(settings.model)).merge_size
         with self._lock:
             self._check_free(config.model_name)
             self._models[config.model_name] = _Model(config.model_name, core, info, merge_size)
@@ -240,7 +240,7 @@ class Engine:
         placed = place(
             multimedia(values),
             ids,
-            hidden_size=info.hidden_size,
+            widths=(info.hidden_size, info.embedding_size),
             vocab_size=info.vocab_size,
             merge_size=model.merge_size,
         )

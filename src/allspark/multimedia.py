@@ -83,16 +83,17 @@ class Placed:
 
 
 def place(
-    info: MultiMediaInfo | None, ids: Sequence[int], *, hidden_size: int, vocab_size: int, merge_size: int
+    info: MultiMediaInfo | None, ids: Sequence[int], *, widths: Sequence[int], vocab_size: int, merge_size: int
 ) -> Placed:
-    """Lay embeddings onto their runs; raises RefusalError unless everything fits exactly."""
+    """Lay embeddings onto their runs; raises RefusalError unless everything fits exactly. `widths` are the numbers of
+    columns that the model takes."""
     embeddings = info.embeddings if info else {}
     _check_words(ids, embeddings, vocab_size)
     if info is None:
         return Placed()
     runs = list(_runs(ids, embeddings))
     for token, tensors in embeddings.items():
-        _check_runs(token, [length for t, _, length in runs if t == token], tensors, hidden_size)
+        _check_runs(token, [length for t, _, length in runs if t == token], tensors, widths)
     queues = {token: iter(tensors) for token, tensors in embeddings.items()}
     grids = _grids(info, runs, merge_size)
     hashes = _hashes(info, len(runs))
@@ -220,13 +221,14 @@ def _runs(ids: Sequence[int], placeholders: Mapping[int, Any]) -> Iterator[tuple
             yield token, start, index - start
 
 
-def _check_runs(token: int, lengths: Sequence[int], tensors: Sequence[torch.Tensor], hidden_size: int) -> None:
+def _check_runs(token: int, lengths: Sequence[int], tensors: Sequence[torch.Tensor], widths: Sequence[int]) -> None:
     if len(lengths) != len(tensors):
         raise wrong(f"the input ids hold {len(lengths)} runs of placeholder {token} for {len(tensors)} tensors")
     for i, (length, tensor) in enumerate(zip(lengths, tensors, strict=True)):
         rows, columns = tensor.shape
-        if columns != hidden_size:
-            raise wrong(f"tensor {i} of {str(token)!r} has {columns} columns, the model's hidden size is {hidden_size}")
+        if columns not in widths:
+            known = " or ".join(str(width) for width in sorted(set(widths)))
+            raise wrong(f"tensor {i} of {str(token)!r} has {columns} columns, the model's hidden size is {known}")
         if rows != length:
             raise wrong(f"tensor {i} of {str(token)!r} has {rows} rows, its run of placeholders has {length} tokens")
 

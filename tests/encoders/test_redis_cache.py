@@ -17,8 +17,8 @@ from dashinfer_vlm.encoders.shared.redis_cache import FIRST_BACK_OFF_S, MAX_BACK
 from dashinfer_vlm.errors import ConfigError
 from tests.encoders.redis_server import RedisServer, start_redis
 
-PACKING = EmbeddingBytes(b"m" * 32, hidden_size=6, dtype=torch.bfloat16)
-OTHER_MODEL = EmbeddingBytes(b"o" * 32, hidden_size=6, dtype=torch.bfloat16)
+PACKING = EmbeddingBytes(b"m" * 32, num_columns=6, dtype=torch.bfloat16)
+OTHER_MODEL = EmbeddingBytes(b"o" * 32, num_columns=6, dtype=torch.bfloat16)
 KEY = b"k" * 32
 WAIT_S = 10.0
 """For what comes within milliseconds on an idle machine."""
@@ -71,7 +71,7 @@ def written(cache: RedisCache, *keys: bytes) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("num_tokens", [1, 7])
 def test_an_embedding_survives_as_bytes(dtype: torch.dtype, num_tokens: int) -> None:
-    packing = EmbeddingBytes(b"m" * 32, hidden_size=3, dtype=dtype)
+    packing = EmbeddingBytes(b"m" * 32, num_columns=3, dtype=dtype)
     embedding = torch.randn(3, num_tokens, dtype=torch.float64).to(dtype).t()  # not contiguous
     back = packing.unpack(KEY, num_tokens, packing.pack(KEY, embedding))
     assert back.dtype == dtype
@@ -103,7 +103,7 @@ def test_a_byte_that_changed_anywhere_is_noticed(index: int) -> None:
         PACKING.pack(KEY, rows(4)),
         PACKING.pack(b"x" * 32, rows()),
         OTHER_MODEL.pack(KEY, rows()),
-        EmbeddingBytes(b"m" * 32, hidden_size=6, dtype=torch.float16).pack(KEY, rows()),
+        EmbeddingBytes(b"m" * 32, num_columns=6, dtype=torch.float16).pack(KEY, rows()),
     ],
 )
 def test_bytes_of_anything_else_are_refused(data: bytes) -> None:

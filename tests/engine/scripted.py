@@ -22,6 +22,7 @@ INFO = EngineInfo(
     max_model_len=100,
     vocab_size=1000,
     hidden_size=8,
+    embedding_size=8,
     eos_token_ids=(2,),
     device="cpu",
     dtype="float32",

@@ -54,6 +54,7 @@ class ScriptedModel:
     text = TextShape(
         vocab_size=VOCAB, hidden_size=1, num_layers=1, num_kv_heads=1, head_dim=1, max_position_embeddings=512
     )
+    embedding_size = 1
     eos_token_ids: tuple[int, ...] = (EOS,)
     device = torch.device("cpu")
     kv_dtype = torch.float64

@@ -28,6 +28,7 @@ def info(*, max_model_len: int = 4096, max_num_seqs: int = 8) -> EngineInfo:
         max_model_len=max_model_len,
         vocab_size=151936,
         hidden_size=128,
+        embedding_size=128,
         eos_token_ids=(EOS,),
         device="none",
         dtype="none",
@@ -131,10 +132,17 @@ class ScriptedLoader:
     num_held: int = 0
     hanging: asyncio.Event = field(default_factory=asyncio.Event)
     """Set once somebody waits for a URL that never comes."""
+    max_patches: int | None = None
 
     @property
     def counters(self) -> MediaCounters:
         return MediaCounters(fetches=len(self.loaded))
+
+    async def start(self) -> None:
+        pass
+
+    async def close(self) -> None:
+        pass
 
     async def load(self, ref: MediaRef) -> LoadedMedia:
         source = ref.source if isinstance(ref.source, str) else "frames"

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -263,13 +264,14 @@ async def test_parameters_out_of_range_are_refused(
 def test_generation_config_gives_the_sampling_defaults(folder: Path, tmp_path: Path) -> None:
     defaults = FrontendConfig.from_folder(folder).sampling_defaults
     assert defaults == {"temperature": 0.01, "top_k": 1, "top_p": 0.001, "repetition_penalty": 1.0}
-    (tmp_path / "config.json").write_text("{}")
-    (tmp_path / "generation_config.json").write_text(json.dumps({"do_sample": False}))
+    for name in ("config.json", "preprocessor_config.json"):
+        shutil.copy(folder / name, tmp_path)
+    (tmp_path / "generation_config.json").write_text(json.dumps({"do_sample": False, "eos_token_id": 1}))
     assert FrontendConfig.from_folder(tmp_path).sampling_defaults == {"temperature": 0.0}
     (tmp_path / "generation_config.json").unlink()
     assert FrontendConfig.from_folder(tmp_path).sampling_defaults == {}
 
 
 def test_a_folder_without_a_config_is_refused_by_name(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match=r"config\.json is missing"):
+    with pytest.raises(CheckpointError, match=r"config\.json does not exist"):
         FrontendConfig.from_folder(tmp_path)

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from dashinfer_vlm.layers.activation import gelu, quick_gelu, silu_mul
 from dashinfer_vlm.layers.memory import huge_pages, huge_zeros, in_huge_pages
 from dashinfer_vlm.layers.norm import layer_norm, rms_norm
-from dashinfer_vlm.layers.rotary import inverse_frequencies, mrope_cos_sin, rope, vision_cos_sin
+from dashinfer_vlm.layers.rotary import axes_of_channels, inverse_frequencies, mrope_cos_sin, rope, vision_cos_sin
 
 
 def test_rms_norm_divides_by_the_root_of_the_mean_square() -> None:
@@ -52,7 +52,7 @@ def test_mrope_channels_turn_with_the_axis_of_their_section() -> None:
     frequencies = inverse_frequencies(12, 100.0, torch.device("cpu"))
     torch.testing.assert_close(frequencies, torch.tensor([100.0 ** (-i / 6) for i in range(6)]))
     positions = torch.tensor([[3], [5], [7]])
-    cos, sin = mrope_cos_sin(positions, frequencies, (1, 2, 3))
+    cos, sin = mrope_cos_sin(positions, frequencies, axes_of_channels((1, 2, 3), torch.device("cpu")))
     angles = torch.tensor([[3.0, 5, 5, 7, 7, 7]]) * frequencies
     torch.testing.assert_close((cos, sin), (angles.cos(), angles.sin()))
 

@@ -10,14 +10,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import AutoModelForImageTextToText
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
 from dashinfer_vlm.config import EngineConfig
 from dashinfer_vlm.models.base import EmbeddingRows, KVCache, Model, StepBatch
 from dashinfer_vlm.models.loading import allocate_kv, load_model
 from dashinfer_vlm.processors.qwen import ProcessorConfig, process_frames, process_image
 from dashinfer_vlm.processors.videos import Qwen2Video
-from dashinfer_vlm.request import Item
+from dashinfer_vlm.request import Grid, Item
 
 IMAGE_ID, VIDEO_ID = 151655, 151656
 TEXT_IDS = 1000
@@ -32,6 +32,8 @@ class Prompt:
     def hf_inputs(self) -> dict[str, torch.Tensor]:
         """The same prompt as `transformers` takes it, pixel values normalised by the processor's constants."""
         ids = torch.tensor([self.ids])
+        if not self.items:
+            return {"input_ids": ids}
         inputs = {"input_ids": ids, "mm_token_type_ids": (ids == IMAGE_ID).int() + 2 * (ids == VIDEO_ID).int()}
         for kind, pixels, grids in (
             ("image", "pixel_values", "image_grid_thw"),
@@ -110,7 +112,9 @@ def load(folder: Path, dtype: str = "float32", vision_engine: str = "native", de
 
 
 def load_hf(folder: Path) -> Any:
-    return AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).eval()
+    sees = (folder / "preprocessor_config.json").exists()
+    auto_class = AutoModelForImageTextToText if sees else AutoModelForCausalLM
+    return auto_class.from_pretrained(folder, dtype=torch.float32).eval()
 
 
 def hf_logits(model: Any, prompt: Prompt) -> torch.Tensor:
@@ -121,12 +125,20 @@ def hf_logits(model: Any, prompt: Prompt) -> torch.Tensor:
 
 
 def encode(model: Model, items: Sequence[Item], slices_at_once: int = 1000) -> list[torch.Tensor]:
-    if not items:
-        return []
-    state = model.encoder.begin([patches_of(item) for item in items], [item.grid or (0, 0, 0) for item in items])
+    grids = [item.grid or (0, 0, 0) for item in items]
+    return run_vit(model, [patches_of(item) for item in items], grids, slices_at_once) if items else []
+
+
+def run_vit(
+    model: Model, patches: Sequence[torch.Tensor], grids: Sequence[Grid], slices_at_once: int = 1000
+) -> list[torch.Tensor]:
+    """Embeddings of uint8 [P_i, patch_dim] items."""
+    encoder = model.encoder
+    assert encoder is not None, "a text model"
+    state = encoder.begin(patches, grids)
     while not state.done:
-        model.encoder.run(state, slices_at_once)
-    return model.encoder.finish(state)
+        encoder.run(state, slices_at_once)
+    return encoder.finish(state)
 
 
 class Life:
@@ -215,3 +227,14 @@ class Driver:
             logits_rows=torch.arange(len(ids), device=device),
             embeddings=embeddings,
         )
+
+
+def greedy(driver: Driver, case: Prompt, num_tokens: int, forbidden: tuple[int, ...] = ()) -> list[int]:
+    """The likeliest continuation; `forbidden` tokens are passed over."""
+    life = driver.start(case)
+    row = driver.run(life)[-1]
+    for _ in range(num_tokens):
+        row[list(forbidden)] = -torch.inf
+        life.append(int(row.argmax()))
+        row = driver.step([(life, 1)])[0][0]
+    return life.ids[len(case.ids) :]

@@ -14,7 +14,7 @@ from dashinfer_vlm.models import vit
 from dashinfer_vlm.models.base import Model
 from tests.conftest import CheckpointMaker
 from tests.models import driving
-from tests.models.driving import Driver, Prompt, hf_logits, image, normalised, patches_of, prompt
+from tests.models.driving import Driver, Prompt, greedy, hf_logits, image, normalised, patches_of, prompt, run_vit
 
 PROMPTS = {
     "text only": prompt(40),
@@ -69,16 +69,6 @@ def test_64_greedy_tokens_equal_those_of_transformers(model: Model, hf: Any) -> 
     with torch.no_grad():
         theirs = hf.generate(**case.hf_inputs(), max_new_tokens=64, min_new_tokens=64, do_sample=False)
     assert greedy(driver, case, 64, forbidden=model.eos_token_ids) == theirs[0, len(case.ids) :].tolist()
-
-
-def greedy(driver: Driver, case: Prompt, num_tokens: int, forbidden: tuple[int, ...] = ()) -> list[int]:
-    life = driver.start(case)
-    row = driver.run(life)[-1]
-    for _ in range(num_tokens):
-        row[list(forbidden)] = -torch.inf
-        life.append(int(row.argmax()))
-        row = driver.step([(life, 1)])[0][0]
-    return life.ids[len(case.ids) :]
 
 
 def test_only_the_wanted_rows_get_logits(model: Model) -> None:
@@ -153,15 +143,6 @@ def random_patches(grid: tuple[int, int, int], seed: int = 0) -> torch.Tensor:
     return torch.randint(0, 256, (grid[0] * grid[1] * grid[2], 1176), dtype=torch.uint8, generator=generator)
 
 
-def run_vit(
-    model: Model, patches: list[torch.Tensor], grids: list[tuple[int, int, int]], slices_at_once: int = 1000
-) -> list[torch.Tensor]:
-    state = model.encoder.begin(patches, grids)
-    while not state.done:
-        model.encoder.run(state, slices_at_once)
-    return model.encoder.finish(state)
-
-
 def test_patches_of_the_processor_are_those_that_transformers_normalises() -> None:
     item = image(112, 84)
     assert item.grid == (1, 6, 8)
@@ -175,7 +156,8 @@ def test_one_head_of_a_large_picture_is_cut_by_its_queries(
     checkpoint: CheckpointMaker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(vit, "MIN_SLICE_ROWS", 12)
-    block = driving.load(checkpoint("qwen2_vl")).encoder.blocks[0]  # type: ignore[attr-defined]
+    encoder: Any = driving.load(checkpoint("qwen2_vl")).encoder
+    block = encoder.blocks[0]
     starts, num_rows = torch.tensor([0, 60, 100]).int(), 100
     per_head = 4 * block.head_dim * (60**2 + 40**2)
     heads = list(block._attention_pieces(starts, num_rows, 2 * per_head))
@@ -194,13 +176,14 @@ def test_the_smallest_slices_give_the_embeddings_of_the_whole(
     whole = run_vit(driving.load(folder), items, GRIDS)
     monkeypatch.setattr(vit, "CPU_SLICE_FLOPS", 1.0)
     monkeypatch.setattr(vit, "MIN_SLICE_ROWS", 12)
-    model = driving.load(folder)
-    state = model.encoder.begin(items, GRIDS)
+    encoder = driving.load(folder).encoder
+    assert encoder is not None
+    state = encoder.begin(items, GRIDS)
     num_slices = 0
     while not state.done:
-        model.encoder.run(state, 1)
+        encoder.run(state, 1)
         num_slices += 1
-    for ours, theirs in zip(model.encoder.finish(state), whole, strict=True):
+    for ours, theirs in zip(encoder.finish(state), whole, strict=True):
         assert_close(ours, theirs)
     assert num_slices > 100
 

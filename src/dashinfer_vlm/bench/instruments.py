@@ -59,7 +59,7 @@ def instrument(engine: Engine, spans: Spans) -> Iterator[None]:
             (engine.runner, "run", "batch of the step"),
             (engine.model, "forward", "model, other"),
             (engine.runner.sampler, "sample", "sampling"),
-            *((encoder, verb, "encoder, other") for verb in ("begin", "run", "finish")),
+            *((encoder, verb, "encoder, other") for verb in ("begin", "run", "finish") if encoder is not None),
         ):
             stack.enter_context(replaced(owner, name, spans.timed(part, getattr(owner, name))))
         yield

@@ -157,6 +157,8 @@ class _Driver:
     def encode(self, size: tuple[int, int]) -> Phase:
         """Pictures through the whole encoder, one after the other, with no text beside them."""
         vision = read_config(Path(self.config.engine.model)).vision
+        if vision is None:
+            raise ConfigError("a text model has no encoder to measure; measure without --image-size")
         grid = (1, size[1] // vision.patch_size, size[0] // vision.patch_size)
         num_tokens = math.prod(grid) // vision.merge_size**2
         seconds = []

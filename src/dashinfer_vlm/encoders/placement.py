@@ -12,7 +12,7 @@ from dashinfer_vlm.encoders.elsewhere.process import START_TIMEOUT_S, ProcessEnc
 from dashinfer_vlm.encoders.elsewhere.stage import WorkerEncoder
 from dashinfer_vlm.encoders.in_step import InStepEncoder
 from dashinfer_vlm.encoders.queue import ItemQueue
-from dashinfer_vlm.encoders.stage import EncoderStage
+from dashinfer_vlm.encoders.stage import EncoderStage, NoEncoder
 from dashinfer_vlm.kernels.threads import vision_threads, worker_cores
 from dashinfer_vlm.models.base import Model
 from dashinfer_vlm.shared_array import SharedFolder
@@ -26,11 +26,13 @@ _BATCH_PATCHES = {"cpu": 1024, "cuda": 16384}
 
 
 def make_stage(model: Model, config: EngineConfig) -> EncoderStage:
-    """The encoder stage that `config` asks for, its workers started.
+    """The encoder stage that `config` asks for, its workers started; for a text model, one that encodes nothing.
 
     Raises ConfigError for a device that a worker does not find; workers that do not start for another reason are tried
     again later, while the engine encodes in its own step.
     """
+    if model.encoder is None:
+        return NoEncoder()
     queue = ItemQueue(EmbeddingCache(int(config.vision_cache_gib * 2**30)))
     own = InStepEncoder(model.encoder, queue, model.device, _BATCH_PATCHES[model.device.type])
     if not config.vision_workers:

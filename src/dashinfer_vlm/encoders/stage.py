@@ -8,7 +8,7 @@ from typing import Protocol
 from dashinfer_vlm.encoders.cache import EmbeddingCache
 from dashinfer_vlm.request import Item
 
-__all__ = ["EncoderCounters", "EncoderStage"]
+__all__ = ["EncoderCounters", "EncoderStage", "NoEncoder"]
 
 
 class EncoderStage(Protocol):
@@ -68,3 +68,30 @@ class EncoderCounters:
     """Of `num_encoded`, those that other processes or machines have encoded."""
     num_ready: int = 0
     """Encoders elsewhere that are ready now."""
+
+
+class NoEncoder:
+    """The stage of a text model, which is asked for nothing: requests with something to encode are refused before."""
+
+    def __init__(self) -> None:
+        self.cache = EmbeddingCache(0)
+        self.counters = EncoderCounters(0, 0, 0, 0, 0, 0.0)
+        self.computes_here = False
+
+    def request(self, item: Item) -> None:
+        raise AssertionError(f"the {item.kind} at {item.start} was accepted for a model without an encoder")
+
+    def release(self, item: Item) -> None:
+        raise AssertionError(f"the {item.kind} at {item.start} was never requested")
+
+    def has_work(self) -> bool:
+        return False
+
+    def advance(self, budget_s: float) -> None:
+        """Nothing to do."""
+
+    def take_failures(self) -> dict[bytes, str]:
+        return {}
+
+    def close(self) -> None:
+        """Nothing is held."""

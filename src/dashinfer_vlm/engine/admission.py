@@ -23,8 +23,10 @@ class Limits:
     max_model_len: int
     vocab_size: int
     hidden_size: int
+    embedding_size: int
+    """Columns of an item's rows; ready-made embeddings may also have `hidden_size` of them."""
     max_item_patches: int
-    """What the encoder has memory for."""
+    """What the encoder has memory for; 0 without an encoder."""
 
     @classmethod
     def of(cls, model: Model, kv: KVCache, config: EngineConfig, *, max_item_patches: int) -> Limits:
@@ -36,7 +38,8 @@ class Limits:
                 f"the KV cache holds {capacity} tokens, fewer than one request of {max_model_len}; "
                 "raise --kv-cache-gib or lower --max-model-len"
             )
-        return cls(max_model_len, model.text.vocab_size, model.text.hidden_size, max_item_patches)
+        text = model.text
+        return cls(max_model_len, text.vocab_size, text.hidden_size, model.embedding_size, max_item_patches)
 
 
 def resolve_max_model_len(context: int, config: EngineConfig) -> int:
@@ -103,11 +106,10 @@ def _check_item(item: Item, limits: Limits) -> None:
         raise InvalidRequestError(f"an item stands for {item.num_tokens} tokens; it needs at least 1")
     if (item.patches is None) == (item.embedding is None):
         raise InvalidRequestError("an item needs either patches or an embedding")
-    if item.embedding is not None and tuple(item.embedding.shape) != (item.num_tokens, limits.hidden_size):
-        raise InvalidRequestError(
-            f"an embedding has shape {tuple(item.embedding.shape)}; "
-            f"its placeholders ask for ({item.num_tokens}, {limits.hidden_size})"
-        )
+    if item.embedding is not None:
+        _check_embedding(item.num_tokens, tuple(item.embedding.shape), limits)
+    if item.patches is not None and not limits.max_item_patches:
+        raise InvalidRequestError(f"the model takes no {item.kind} input")
     if item.patches is not None and item.grid is None:
         raise InvalidRequestError("an item with patches needs its grid")
     if item.grid is not None and item.patches is not None and math.prod(item.grid) > limits.max_item_patches:
@@ -115,6 +117,13 @@ def _check_item(item: Item, limits: Limits) -> None:
             f"an item has {math.prod(item.grid)} patches; the encoder has memory for {limits.max_item_patches}; "
             "send a smaller one"
         )
+
+
+def _check_embedding(num_tokens: int, shape: tuple[int, ...], limits: Limits) -> None:
+    widths = sorted({limits.hidden_size, limits.embedding_size})
+    if shape not in [(num_tokens, width) for width in widths]:
+        wanted = " or ".join(str((num_tokens, width)) for width in widths)
+        raise InvalidRequestError(f"an embedding has shape {shape}; its placeholders ask for {wanted}")
 
 
 def _check_positions(request: Request) -> None:

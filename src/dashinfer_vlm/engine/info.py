@@ -16,6 +16,8 @@ class EngineInfo(msgspec.Struct, frozen=True):
     """Prompt plus output tokens of a request at most."""
     vocab_size: int
     hidden_size: int
+    embedding_size: int
+    """Columns of one row that the vision encoder makes."""
     eos_token_ids: tuple[int, ...]
     device: str
     dtype: str
@@ -26,7 +28,7 @@ class EngineInfo(msgspec.Struct, frozen=True):
     num_blocks: int
     max_num_seqs: int
     max_item_patches: int
-    """Patches of one image or video that the encoder has memory for."""
+    """Patches of one image or video that the encoder has memory for; 0 for a text model."""
     quant_type: str = "none"
     """How the text model's weights are quantised, as `--quant-type` says it."""
     vision_quant_type: str = "none"

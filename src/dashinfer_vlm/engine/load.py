@@ -63,6 +63,7 @@ def _info(engine: Engine, kv: KVCache) -> EngineInfo:
         max_model_len=engine.limits.max_model_len,
         vocab_size=engine.limits.vocab_size,
         hidden_size=engine.limits.hidden_size,
+        embedding_size=engine.limits.embedding_size,
         eos_token_ids=engine.model.eos_token_ids,
         device=str(engine.model.device),
         dtype=_name(engine.model.kv_dtype),

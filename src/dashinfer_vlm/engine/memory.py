@@ -52,8 +52,10 @@ def num_kv_blocks(model: Model, config: EngineConfig) -> int:
 def max_item_patches(model: Model, kv: KVCache) -> int:
     """Patches of one image or video that the encoder has memory for, beside the KV cache.
 
-    The memory is looked at now; small pictures are always tried.
+    The memory is looked at now; small pictures are always tried. 0 for a model without an encoder.
     """
+    if model.encoder is None:
+        return 0
     free = free_bytes(model.device)
     if model.device.type == "cpu":  # its pages come when they are first written
         free -= sum(tensor.nbytes for tensor in (*kv.keys, *kv.values))

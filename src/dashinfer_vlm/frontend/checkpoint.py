@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import msgspec
 
 from dashinfer_vlm.errors import CheckpointError
+from dashinfer_vlm.models.config import read_config
 from dashinfer_vlm.request import ItemKind
 
 _DEFAULTED = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
@@ -18,21 +20,19 @@ _DEFAULTED = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
 class FrontendConfig:
     """Facts of a checkpoint that turn messages into prompts."""
 
-    placeholder_ids: dict[ItemKind, int]
+    placeholder_ids: Mapping[ItemKind, int]
     """The token that stands for each kind of item; a kind that is absent cannot be sent to this model."""
     sampling_defaults: dict[str, float | int]
     """Fields of SamplingParams that `generation_config.json` sets for requests that do not."""
 
     @classmethod
     def from_folder(cls, folder: Path) -> FrontendConfig:
-        """Read `config.json` and, where there is one, `generation_config.json`; raises CheckpointError."""
-        config = read_json(folder / "config.json")
-        ids: dict[ItemKind, int] = {}
-        for kind in get_args(ItemKind):
-            token = config.get(f"{kind}_token_id")
-            if isinstance(token, int):
-                ids[kind] = token
-        return cls(placeholder_ids=ids, sampling_defaults=_sampling_defaults(folder / "generation_config.json"))
+        """What the model's family reads in `config.json`, and `generation_config.json` where there is one; raises
+        CheckpointError."""
+        return cls(
+            placeholder_ids=read_config(folder).placeholder_ids,
+            sampling_defaults=_sampling_defaults(folder / "generation_config.json"),
+        )
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -11,12 +11,11 @@ from dashinfer_vlm.config import EngineConfig, MediaConfig
 from dashinfer_vlm.engine.client import EngineClient
 from dashinfer_vlm.engine.host.process import ProcessEngine
 from dashinfer_vlm.frontend.checkpoint import FrontendConfig
+from dashinfer_vlm.frontend.open_loader import open_loader
 from dashinfer_vlm.frontend.prompt import Loader, PromptBuilder
 from dashinfer_vlm.frontend.service import Service
 from dashinfer_vlm.frontend.template import ChatTemplate
 from dashinfer_vlm.frontend.tokenizer import Tokenizer
-from dashinfer_vlm.media.loader import MediaLoader
-from dashinfer_vlm.processors.qwen import ProcessorConfig
 from dashinfer_vlm.progress import LoadingProgress
 
 StartEngine = Callable[[EngineConfig], Awaitable[EngineClient]]
@@ -92,11 +91,8 @@ async def open_service(
     """
     folder = Path(engine_config.model)
     front_end = FrontEnd.from_folder(folder, chat_template)
-    processor = ProcessorConfig.from_checkpoint(
-        folder, min_pixels=engine_config.min_pixels, max_pixels=engine_config.max_pixels
-    )
     async with AsyncExitStack() as stack:
-        loader = MediaLoader(media_config, processor)
+        loader = open_loader(folder, engine_config, media_config)
         stack.push_async_callback(loader.close)
         engine = await start_engine(engine_config)
         stack.push_async_callback(engine.close)

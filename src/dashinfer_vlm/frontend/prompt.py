@@ -28,6 +28,9 @@ _LOADS_AT_ONCE = 8
 class Loader(Protocol):
     """Who fetches and decodes; `media.loader.MediaLoader` is the real one."""
 
+    max_patches: int | None
+    """Patches of one medium that the engine's encoder has memory for; set once the engine is known."""
+
     @property
     def pixel_bounds(self) -> tuple[int, int]:
         """The least and the most pixels that a reference may ask for."""
@@ -43,7 +46,15 @@ class Loader(Protocol):
         """What it has done so far, for metrics."""
         ...
 
+    async def start(self) -> None:
+        """Get ready ahead of the first load."""
+        ...
+
     async def load(self, ref: MediaRef) -> LoadedMedia: ...
+
+    async def close(self) -> None:
+        """Give back what was started; idempotent."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)

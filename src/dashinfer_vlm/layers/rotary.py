@@ -6,11 +6,19 @@ form of RoPE, Su et al. 2021, that the published weights were trained with).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
 
-__all__ = ["inverse_frequencies", "mrope_cos_sin", "rope", "vision_cos_sin"]
+__all__ = [
+    "axes_of_channels",
+    "inverse_frequencies",
+    "mrope_cos_sin",
+    "rope",
+    "vision_cos_sin",
+    "yarn_frequencies",
+]
 
 
 def inverse_frequencies(dim: int, theta: float, device: torch.device) -> torch.Tensor:
@@ -18,17 +26,40 @@ def inverse_frequencies(dim: int, theta: float, device: torch.device) -> torch.T
     return 1.0 / (theta ** (torch.arange(0, dim, 2, dtype=torch.float32, device=device) / dim))
 
 
+def yarn_frequencies(
+    frequencies: torch.Tensor, theta: float, factor: float, original_length: int, betas: tuple[float, float]
+) -> torch.Tensor:
+    """float32 [dim / 2] of `inverse_frequencies`, stretched for contexts `factor` times `original_length`.
+
+    Channels that turn more than `betas[0]` times in the original context keep their frequency, those that turn less
+    than `betas[1]` times get `1 / factor` of it, and between them it is interpolated (YaRN, Peng et al. 2023).
+    """
+    half = len(frequencies)
+
+    def channel(num_turns: float) -> float:
+        return half * math.log(original_length / (num_turns * 2 * math.pi)) / math.log(theta)
+
+    low, high = max(math.floor(channel(betas[0])), 0), min(math.ceil(channel(betas[1])), 2 * half - 1)
+    channels = torch.arange(half, dtype=torch.float32, device=frequencies.device)
+    stretched = ((channels - low) / max(high - low, 0.001)).clamp(0, 1)
+    return frequencies / factor * stretched + frequencies * (1 - stretched)
+
+
+def axes_of_channels(sections: Sequence[int], device: torch.device) -> torch.Tensor:
+    """int64 [D / 2]: the axis that each pair of channels turns with, the first `sections[0]` with the temporal one, the
+    next with the height, the rest with the width (Qwen2-VL, Wang et al. 2024)."""
+    axes = [axis for axis, count in enumerate(sections) for _ in range(count)]
+    return torch.tensor(axes, device=device)
+
+
 def mrope_cos_sin(
-    positions: torch.Tensor, frequencies: torch.Tensor, sections: Sequence[int]
+    positions: torch.Tensor, frequencies: torch.Tensor, axes: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """int [3, T] positions -> float32 [T, D / 2] cosines and sines.
 
-    `frequencies` is float32 [D / 2]; its first `sections[0]` channels turn with the temporal axis, the next with the
-    height and the rest with the width (Qwen2-VL, Wang et al. 2024).
+    Channel i turns with frequency `frequencies[i]` (float32 [D / 2]) and axis `axes[i]` (int64 [D / 2]).
     """
-    parts = torch.split(frequencies, list(sections))
-    angles = [axis.float()[:, None] * part for axis, part in zip(positions, parts, strict=True)]
-    table = torch.cat(angles, dim=-1)
+    table = positions.t().float()[:, axes] * frequencies
     return table.cos(), table.sin()
 
 

@@ -33,7 +33,7 @@ class EmbeddingRows:
 
     start: int
     rows: torch.Tensor
-    """[n, hidden], on the model's device."""
+    """[n, `Model.embedding_size`], on the model's device."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -106,14 +106,16 @@ class VisionEncoder(Protocol):
         ...
 
     def finish(self, state: Any) -> list[torch.Tensor]:
-        """Merge patches; one [tokens_i, hidden] per item, after all slices have run."""
+        """Merge patches; one [tokens_i, `Model.embedding_size`] per item, after all slices have run."""
         ...
 
 
 class Model(Protocol):
-    """A vision-language model as the engine sees it."""
+    """A text or vision-language model as the engine sees it."""
 
     text: TextShape
+    embedding_size: int
+    """Columns of an item's rows; families that feed several layers have more than the hidden size."""
     eos_token_ids: tuple[int, ...]
     device: torch.device
     kv_dtype: torch.dtype
@@ -122,7 +124,9 @@ class Model(Protocol):
     """What it computes in, embeddings included."""
 
     @property
-    def encoder(self) -> VisionEncoder: ...
+    def encoder(self) -> VisionEncoder | None:
+        """None for a text model."""
+        ...
 
     def forward(self, batch: StepBatch, kv: KVCache) -> torch.Tensor:
         """Run the text model over the step, write K and V at `batch.slots`; float32 logits [L, vocab]."""
@@ -136,4 +140,4 @@ class Model(Protocol):
 
 def embedding_row_bytes(model: Model) -> int:
     """Bytes of one token's embedding."""
-    return model.text.hidden_size * model.activation_dtype.itemsize
+    return model.embedding_size * model.activation_dtype.itemsize

@@ -1,89 +1,48 @@
-"""What a checkpoint's JSON files say about the model. Every value is read; a missing or impossible one raises
-CheckpointError with the file and the key.
-"""
+"""What a checkpoint's JSON files say about the model, in the words that all families share. Needs no torch."""
 
 from __future__ import annotations
 
-import json
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from dashinfer_vlm.errors import CheckpointError
+from dashinfer_vlm.models.registry import family_of
+from dashinfer_vlm.models.section import Section, read_section
 from dashinfer_vlm.processors.qwen import ProcessorConfig
+from dashinfer_vlm.request import ItemKind
 
-__all__ = ["CheckpointConfig", "Section", "TextConfig", "VisionConfig", "read_config"]
+if TYPE_CHECKING:  # families are made of these configurations
+    from dashinfer_vlm.models.family import Family
+
+__all__ = ["CheckpointConfig", "Rope", "TextConfig", "VisionConfig", "Yarn", "read_config", "read_text"]
 
 
-class Section:
-    """One JSON object of a file, with typed access that names the key in its errors."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Yarn:
+    """Frequencies stretched to a longer context than the model was trained with (YaRN, Peng et al. 2023)."""
 
-    def __init__(self, values: dict[str, Any], where: str) -> None:
-        self.values = values
-        self.where = where
+    factor: float
+    original_length: int
+    """Tokens of the context that the model was trained with."""
+    attention_factor: float
+    """Cosines and sines are multiplied by it."""
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    """Channels that turn more often than `beta_fast` times in the original context keep their frequency; those that
+    turn less often than `beta_slow` times are stretched in full."""
 
-    def error(self, key: str, problem: str) -> CheckpointError:
-        return CheckpointError(f"{self.where}: {key} {problem}")
 
-    def has(self, key: str) -> bool:
-        return self.values.get(key) is not None
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rope:
+    """How the text model turns queries and keys."""
 
-    def integer(self, key: str, default: int | None = None, *, minimum: int = 1) -> int:
-        """A whole number of at least `minimum`."""
-        value = self._get(key, default)
-        if type(value) is not int or value < minimum:
-            raise self.error(key, f"is {value!r}; it must be a whole number of at least {minimum}")
-        return value
-
-    def number(self, key: str, default: float | None = None) -> float:
-        """A finite number above 0."""
-        value = self._get(key, default)
-        if type(value) not in (int, float) or not 0 < value < math.inf:
-            raise self.error(key, f"is {value!r}; it must be a finite number above 0")
-        return float(value)
-
-    def boolean(self, key: str, default: bool) -> bool:
-        value = self._get(key, default)
-        if type(value) is not bool:
-            raise self.error(key, f"is {value!r}; it must be true or false")
-        return value
-
-    def text(self, key: str, default: str | None = None) -> str:
-        value = self._get(key, default)
-        if not isinstance(value, str):
-            raise self.error(key, f"is {value!r}; it must be a string")
-        return value
-
-    def integers(self, key: str) -> tuple[int, ...]:
-        """A list of whole numbers of at least 0; a single one counts as a list."""
-        value = self._get(key, None)
-        items = value if isinstance(value, list) else [value]
-        if not all(type(v) is int and v >= 0 for v in items):
-            raise self.error(key, f"is {value!r}; it must be a whole number or a list of them")
-        return tuple(items)
-
-    def choice(self, key: str, allowed: tuple[str, ...], default: str) -> str:
-        value = self.text(key, default)
-        if value not in allowed:
-            raise self.error(key, f"is {value!r}; supported: {', '.join(allowed)}")
-        return value
-
-    def section(self, key: str) -> Section:
-        value = self._get(key, None)
-        if not isinstance(value, dict):
-            raise self.error(key, f"is {value!r}; it must be an object")
-        return Section(value, f"{self.where}: {key}")
-
-    def optional(self, key: str) -> Section:
-        """The object under `key`, empty when it is absent."""
-        return self.section(key) if self.has(key) else Section({}, f"{self.where}: {key}")
-
-    def _get(self, key: str, default: Any) -> Any:
-        value = self.values.get(key)
-        if value is None and default is None:
-            raise self.error(key, "is missing")
-        return default if value is None else value
+    theta: float
+    sections: tuple[int, int, int]
+    """Pairs of channels that turn with the temporal, height and width axis; text models have only the first."""
+    yarn: Yarn | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -99,23 +58,26 @@ class TextConfig:
     head_dim: int
     max_position_embeddings: int
     rms_norm_eps: float
-    rope_theta: float
-    mrope_section: tuple[int, int, int]
-    """Pairs of channels that turn with the temporal, height and width axis."""
+    rope: Rope
     tie_word_embeddings: bool
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class VisionConfig:
-    """The ViT's sizes that both families have; what one family adds stays in `section`."""
+    """The ViT's sizes that all families have; what one family adds stays in `section`."""
 
     depth: int
+    width: int
     num_heads: int
+    out_size: int
+    """Width of the merged embeddings, which is that of the text model."""
     in_channels: int
     patch_size: int
     temporal_patch_size: int
     merge_size: int
     rope_theta: float
+    processor: ProcessorConfig
+    """Of whoever cuts pictures and videos into the patches."""
     section: Section
 
     @property
@@ -129,48 +91,141 @@ class CheckpointConfig:
 
     folder: Path
     architecture: str
+    family: Family
     dtype: str
     """As written in the checkpoint: bfloat16, float16 or float32."""
     text: TextConfig
-    vision: VisionConfig
-    processor: ProcessorConfig
+    vision: VisionConfig | None
+    """None for a text model."""
+    placeholder_ids: Mapping[ItemKind, int]
+    """The token that stands for each kind of item; a kind that is absent cannot be sent to this model."""
     eos_token_ids: tuple[int, ...]
+
+    @property
+    def embedding_size(self) -> int:
+        """Columns of one embedding row that the encoder makes and the decoder takes."""
+        return self.family.embedding_size(self)
+
+    @property
+    def processor(self) -> ProcessorConfig | None:
+        """None for a text model."""
+        return self.vision.processor if self.vision else None
+
+    @property
+    def merge_size(self) -> int:
+        """Patches along one side of a token; 1 for a text model, which has none."""
+        return self.vision.merge_size if self.vision else 1
 
 
 def read_config(folder: Path) -> CheckpointConfig:
-    """Read `config.json`, `generation_config.json` and the image processor's settings of a model folder.
+    """Read `config.json`, `generation_config.json` and the processor's settings of a model folder.
 
     Both layouts of `config.json` are understood: text values at the top, and in `text_config`. Raises CheckpointError.
     """
     if not folder.is_dir():
         raise CheckpointError(f"{folder} is not a folder; --model takes a model folder or the id of one to download")
-    root = _read(folder, "config.json")
+    root = read_section(folder, "config.json")
     if root.has("quantization_config"):
         raise root.error("quantization_config", "is set; checkpoints that are stored quantised are not supported")
-    text_section = root.section("text_config") if root.has("text_config") else root
-    vision = _vision(root.section("vision_config"))
+    section = root.section("text_config") if root.has("text_config") else root
+    architecture = _architecture(root)
+    family = family_of(architecture)
+    text = family.text(section, root)
     return CheckpointConfig(
         folder=folder,
-        architecture=_architecture(root),
-        dtype=_dtype(root, text_section),
-        text=_text(text_section, root),
-        vision=vision,
-        processor=_processor(folder, vision),
-        eos_token_ids=_eos_token_ids(folder, root, text_section),
+        architecture=architecture,
+        family=family,
+        dtype=_dtype(root, section),
+        text=text,
+        vision=family.vision(root, text, folder),
+        placeholder_ids=family.placeholder_ids(root),
+        eos_token_ids=_eos_token_ids(folder, root, section),
     )
 
 
-def _read(folder: Path, name: str) -> Section:
-    path = folder / name
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise CheckpointError(f"{path} does not exist; is {folder} a model folder?") from error
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} cannot be read: {error}") from error
-    if not isinstance(values, dict):
-        raise CheckpointError(f"{path} holds no JSON object")
-    return Section(values, str(path))
+def read_text(section: Section, root: Section, rope: Rope) -> TextConfig:
+    """The text model's sizes, which all families write alike; `root` may hold what `section` leaves out."""
+    section.choice("hidden_act", ("silu",), "silu")
+    _refuse_windows(section)
+    num_heads, head_dim = section.integer("num_attention_heads"), read_head_dim(section)
+    num_kv_heads = section.integer("num_key_value_heads", num_heads)
+    if num_heads % num_kv_heads:
+        raise section.error("num_key_value_heads", f"is {num_kv_heads}, no divisor of num_attention_heads {num_heads}")
+    tied_in = root if root.has("tie_word_embeddings") else section
+    return TextConfig(
+        vocab_size=section.integer("vocab_size"),
+        hidden_size=section.integer("hidden_size"),
+        intermediate_size=section.integer("intermediate_size"),
+        num_layers=section.integer("num_hidden_layers"),
+        num_heads=num_heads,
+        num_kv_heads=num_kv_heads,
+        head_dim=head_dim,
+        max_position_embeddings=_context(section, rope),
+        rms_norm_eps=section.number("rms_norm_eps"),
+        rope=rope,
+        tie_word_embeddings=tied_in.boolean("tie_word_embeddings", False),
+    )
+
+
+def read_head_dim(section: Section) -> int:
+    """Width of one head: as written, else the heads' even share of the hidden size."""
+    hidden_size, num_heads = section.integer("hidden_size"), section.integer("num_attention_heads")
+    if not section.has("head_dim") and hidden_size % num_heads:
+        raise section.error("hidden_size", f"is {hidden_size}, no multiple of num_attention_heads {num_heads}")
+    return section.integer("head_dim", max(1, hidden_size // num_heads))
+
+
+def read_mrope(section: Section) -> Rope:
+    """M-RoPE: `rope_parameters` of newer files, else `rope_scaling` beside `rope_theta`."""
+    rope = section.section("rope_parameters" if section.has("rope_parameters") else "rope_scaling")
+    for key in ("rope_type", "type"):
+        rope.choice(key, ("mrope", "default"), "default")
+    sections, half = rope.integers("mrope_section"), read_head_dim(section) // 2
+    if len(sections) != 3 or sum(sections) != half:
+        raise rope.error("mrope_section", f"is {list(sections)}; three numbers must add up to {half}")
+    return Rope(theta=_theta(rope, section), sections=(sections[0], sections[1], sections[2]))
+
+
+def read_rope(section: Section) -> Rope:
+    """RoPE of a text model, stretched by YaRN where the file asks for it."""
+    rope = section.optional("rope_parameters" if section.has("rope_parameters") else "rope_scaling")
+    kinds = [rope.choice(key, ("default", "yarn"), "default") for key in ("rope_type", "type")]
+    yarn = _yarn(rope, section) if "yarn" in kinds else None
+    return Rope(theta=_theta(rope, section), sections=(read_head_dim(section) // 2, 0, 0), yarn=yarn)
+
+
+def _theta(rope: Section, section: Section) -> float:
+    return (rope if rope.has("rope_theta") else section).number("rope_theta")
+
+
+def _yarn(rope: Section, section: Section) -> Yarn:
+    for key in ("mscale", "mscale_all_dim", "truncate"):
+        if rope.has(key):
+            raise rope.error(key, f"is {rope.values[key]!r}; this setting of YaRN is not supported")
+    factor = rope.number("factor")
+    if factor < 1:
+        raise rope.error("factor", f"is {factor}; it must be at least 1")
+    original = "original_max_position_embeddings"
+    return Yarn(
+        factor=factor,
+        original_length=(rope if rope.has(original) else section).integer(original),
+        attention_factor=rope.number("attention_factor", 0.1 * math.log(factor) + 1),
+        beta_fast=rope.number("beta_fast", 32.0),
+        beta_slow=rope.number("beta_slow", 1.0),
+    )
+
+
+def _context(section: Section, rope: Rope) -> int:
+    """Files that ask for YaRN mostly keep the length of the training; what it is stretched to counts."""
+    written = section.integer("max_position_embeddings")
+    return written if rope.yarn is None else max(written, int(rope.yarn.factor * rope.yarn.original_length))
+
+
+def _refuse_windows(section: Section) -> None:
+    if section.boolean("use_sliding_window", False):
+        raise section.error("use_sliding_window", "is true; sliding windows are not supported")
+    if "sliding_attention" in (section.values.get("layer_types") or ()):
+        raise section.error("layer_types", "names sliding_attention; sliding windows are not supported")
 
 
 def _architecture(root: Section) -> str:
@@ -188,81 +243,10 @@ def _dtype(root: Section, text: Section) -> str:
     return "float32"  # what the format means by saying nothing
 
 
-def _text(section: Section, root: Section) -> TextConfig:
-    section.choice("hidden_act", ("silu",), "silu")
-    if section.boolean("use_sliding_window", False):
-        raise section.error("use_sliding_window", "is true; sliding windows are not supported")
-    hidden_size, num_heads = section.integer("hidden_size"), section.integer("num_attention_heads")
-    if hidden_size % num_heads:
-        raise section.error("hidden_size", f"is {hidden_size}, no multiple of num_attention_heads {num_heads}")
-    head_dim = section.integer("head_dim", hidden_size // num_heads)
-    num_kv_heads = section.integer("num_key_value_heads", num_heads)
-    if num_heads % num_kv_heads:
-        raise section.error("num_key_value_heads", f"is {num_kv_heads}, no divisor of num_attention_heads {num_heads}")
-    theta, sections = _rope(section, head_dim)
-    tied_in = root if root.has("tie_word_embeddings") else section
-    return TextConfig(
-        vocab_size=section.integer("vocab_size"),
-        hidden_size=hidden_size,
-        intermediate_size=section.integer("intermediate_size"),
-        num_layers=section.integer("num_hidden_layers"),
-        num_heads=num_heads,
-        num_kv_heads=num_kv_heads,
-        head_dim=head_dim,
-        max_position_embeddings=section.integer("max_position_embeddings"),
-        rms_norm_eps=section.number("rms_norm_eps"),
-        rope_theta=theta,
-        mrope_section=sections,
-        tie_word_embeddings=tied_in.boolean("tie_word_embeddings", False),
-    )
-
-
-def _rope(section: Section, head_dim: int) -> tuple[float, tuple[int, int, int]]:
-    """Base and sections of M-RoPE: `rope_parameters` of newer files, else `rope_scaling` beside `rope_theta`."""
-    rope = section.section("rope_parameters" if section.has("rope_parameters") else "rope_scaling")
-    for key in ("rope_type", "type"):
-        rope.choice(key, ("mrope", "default"), "default")
-    theta = (rope if rope.has("rope_theta") else section).number("rope_theta")
-    sections = rope.integers("mrope_section")
-    if len(sections) != 3 or sum(sections) != head_dim // 2:
-        raise rope.error("mrope_section", f"is {list(sections)}; three numbers must add up to {head_dim // 2}")
-    return theta, (sections[0], sections[1], sections[2])
-
-
-def _vision(section: Section) -> VisionConfig:
-    channels = "in_channels" if section.has("in_channels") else "in_chans"  # published files have the second
-    return VisionConfig(
-        depth=section.integer("depth"),
-        num_heads=section.integer("num_heads"),
-        in_channels=section.integer(channels, 3),
-        patch_size=section.integer("patch_size"),
-        temporal_patch_size=section.integer("temporal_patch_size"),
-        merge_size=section.integer("spatial_merge_size"),
-        rope_theta=section.optional("rope_parameters").number("rope_theta", 10000.0),
-        section=section,
-    )
-
-
-def _processor(folder: Path, vision: VisionConfig) -> ProcessorConfig:
-    """The image processor's settings, which must fit the ViT's."""
-    processor = ProcessorConfig.from_checkpoint(folder)
-    for key, theirs, ours in (
-        ("patch_size", processor.patch_size, vision.patch_size),
-        ("temporal_patch_size", processor.temporal_patch_size, vision.temporal_patch_size),
-        ("spatial_merge_size", processor.merge_size, vision.merge_size),
-        ("in_channels", 3, vision.in_channels),
-    ):
-        if theirs != ours:
-            raise vision.section.error(key, f"is {ours}, but the image processor's settings give {theirs}")
-    if min(processor.image_std) <= 0:
-        raise CheckpointError(f"{folder}: the image processor's image_std is {processor.image_std}; it must be above 0")
-    return processor
-
-
 def _eos_token_ids(folder: Path, root: Section, text: Section) -> tuple[int, ...]:
     sections = [root, text]
     if (folder / "generation_config.json").exists():
-        sections.insert(0, _read(folder, "generation_config.json"))
+        sections.insert(0, read_section(folder, "generation_config.json"))
     for section in sections:
         if section.has("eos_token_id"):
             return section.integers("eos_token_id")

@@ -13,19 +13,12 @@ from dashinfer_vlm.errors import CheckpointError
 from dashinfer_vlm.layers.backend import Backend
 from dashinfer_vlm.models.base import EncoderState
 from dashinfer_vlm.models.config import CheckpointConfig
+from dashinfer_vlm.models.family import TransformersTower
 from dashinfer_vlm.models.weights import Weights
 from dashinfer_vlm.optional import require
 from dashinfer_vlm.request import Grid
 
 __all__ = ["TransformersVision"]
-
-TOWERS = {
-    "Qwen2VLForConditionalGeneration": ("qwen2_vl.modeling_qwen2_vl", "Qwen2VisionTransformerPretrainedModel"),
-    "Qwen2_5_VLForConditionalGeneration": (
-        "qwen2_5_vl.modeling_qwen2_5_vl",
-        "Qwen2_5_VisionTransformerPretrainedModel",
-    ),
-}
 
 
 @dataclass(slots=True)
@@ -40,11 +33,13 @@ class TransformersVision:
     """Takes every `visual.*` tensor. All work happens in `finish`, so it cannot be sliced."""
 
     def __init__(self, config: CheckpointConfig, weights: Weights, backend: Backend) -> None:
-        if config.architecture not in TOWERS:
+        tower = config.family.tower
+        if tower is None:
             raise CheckpointError(f"--vision-engine transformers does not know {config.architecture}; use native")
-        self.config = config
+        assert config.vision is not None, "a text model has no tower"
+        self.folder, self.vision = config.folder, config.vision
         self.device, self.dtype = backend.device, backend.activation_dtype
-        self.tower = self._tower(weights)
+        self.tower = self._load(tower, weights)
 
     @property
     def bytes_per_patch(self) -> int:
@@ -54,10 +49,10 @@ class TransformersVision:
 
     def begin(self, patches: Sequence[torch.Tensor], grids: Sequence[Grid]) -> _State:
         """Normalise uint8 [P_i, patch_dim] items."""
-        processor = self.config.processor
+        processor = self.vision.processor
         mean, std = (torch.tensor(x)[:, None] for x in (processor.image_mean, processor.image_std))
         packed = torch.cat([item.cpu() for item in patches])
-        channels = packed.view(len(packed), self.config.vision.in_channels, -1)
+        channels = packed.view(len(packed), self.vision.in_channels, -1)
         pixels = (channels * processor.rescale_factor - mean) / std
         return _State(pixels.flatten(1).to(self.device, self.dtype), list(grids))
 
@@ -73,14 +68,13 @@ class TransformersVision:
         with torch.no_grad():
             output = self.tower(state.pixels, grid_thw=grids)
         merged: torch.Tensor = getattr(output, "pooler_output", output)  # versions before 5 return the tensor itself
-        num_tokens = (grids.prod(dim=1) // self.config.vision.merge_size**2).tolist()
+        num_tokens = (grids.prod(dim=1) // self.vision.merge_size**2).tolist()
         return list(torch.split(merged, num_tokens))
 
-    def _tower(self, weights: Weights) -> Any:
+    def _load(self, known: TransformersTower, weights: Weights) -> Any:
         library = require("transformers", "transformers", "--vision-engine transformers")
-        module, name = TOWERS[self.config.architecture]
-        tower_class = getattr(import_module(f"transformers.models.{module}"), name)
-        settings = library.AutoConfig.from_pretrained(self.config.folder).vision_config
+        tower_class = getattr(import_module(f"transformers.models.{known.module}"), known.name)
+        settings = library.AutoConfig.from_pretrained(self.folder).vision_config
         settings._attn_implementation = "sdpa"
         tower = tower_class(settings)
         for name, parameter in tower.named_parameters():

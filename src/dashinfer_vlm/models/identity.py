@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 from pathlib import Path
-from typing import Literal
 
 import torch
 
@@ -13,11 +12,7 @@ from dashinfer_vlm.config import EngineConfig
 from dashinfer_vlm.models.config import read_config
 from dashinfer_vlm.models.weights import Weights
 
-__all__ = ["PARTS", "Part", "encoder_identity", "part_identity"]
-
-Part = Literal["text", "vision"]
-PARTS: tuple[Part, ...] = ("text", "vision")
-_PREFIXES: dict[Part, tuple[str, ...]] = {"text": ("model.", "lm_head."), "vision": ("visual.",)}
+__all__ = ["encoder_identity"]
 
 _VERSION = 1
 """To be raised when the encoders compute something else from the same weights."""
@@ -35,10 +30,5 @@ def encoder_identity(config: EngineConfig, activation_dtype: torch.dtype) -> byt
     weights = checkpoint.dtype if config.dtype == "auto" else config.dtype
     how = (config.vision_engine, config.vision_quant_type, weights, str(activation_dtype))
     digest = hashlib.sha256(json.dumps((_VERSION, checkpoint.architecture, how, settings), sort_keys=True).encode())
-    digest.update(part_identity(Weights(folder), "vision"))
+    digest.update(Weights(folder, checkpoint.family.names).fingerprint("vision"))
     return digest.digest()
-
-
-def part_identity(weights: Weights, part: Part) -> bytes:
-    """32 bytes over the tensors of the text model or of the ViT; reads every one of them."""
-    return weights.fingerprint(*_PREFIXES[part])

@@ -6,18 +6,17 @@ from pathlib import Path
 
 import torch
 
-from dashinfer_vlm.config import EngineConfig
-from dashinfer_vlm.errors import ConfigError, DashInferError
+from dashinfer_vlm.config import EngineConfig, flag
+from dashinfer_vlm.errors import CheckpointError, ConfigError, DashInferError
 from dashinfer_vlm.kernels.threads import leave_torch_one_thread
 from dashinfer_vlm.layers.attention import cache_row_size
-from dashinfer_vlm.layers.backend import Backend, choose_backend
+from dashinfer_vlm.layers.backend import choose_backend
 from dashinfer_vlm.layers.memory import huge_zeros
 from dashinfer_vlm.models.base import KVCache, Model, VisionEncoder
 from dashinfer_vlm.models.config import CheckpointConfig, read_config
 from dashinfer_vlm.models.hf_tower import TransformersVision
-from dashinfer_vlm.models.identity import PARTS
+from dashinfer_vlm.models.model import LoadedModel
 from dashinfer_vlm.models.quant_cache import open_store
-from dashinfer_vlm.models.registry import model_class, vision_class
 from dashinfer_vlm.models.weights import Progress, Weights
 
 __all__ = ["allocate_kv", "load_encoder", "load_model", "quantise"]
@@ -33,34 +32,33 @@ def load_model(config: EngineConfig, *, progress: Progress | None = None) -> Mod
     ConfigError when the device is not there.
     """
     checkpoint = read_config(Path(config.model))
-    architecture = model_class(checkpoint.architecture)
     dtype = DTYPES[checkpoint.dtype if config.dtype == "auto" else config.dtype]
     device = _device(config.device)
-    weights = Weights(checkpoint.folder, progress=progress)
-    with (
-        open_store(config, weights, "vision", dtype) as vision_store,
-        open_store(config, weights, "text", dtype) as text_store,
-    ):
-        vision = choose_backend(device, dtype, config.vision_quant_type, vision_store)
-        text = choose_backend(device, dtype, config.quant_type, text_store)
-        encoder = _encoder(config, checkpoint, weights, vision)
-        model: Model = architecture(checkpoint, weights, text, encoder)
+    weights = Weights(checkpoint.folder, checkpoint.family.names, progress=progress)
+    if checkpoint.vision is None:
+        _refuse_vision_options(config, checkpoint)
+        encoder, is_native = None, True
+    else:
+        encoder, is_native = _load_vision(config, checkpoint, weights, device, dtype)
+    with open_store(config, weights, "text", dtype) as store:
+        backend = choose_backend(device, dtype, config.quant_type, store)
+        decoder = checkpoint.family.decoder(checkpoint, weights, backend)
         weights.finish()
-    if text.is_native and vision.is_native and config.vision_engine == "native":
+    if backend.is_native and is_native:
         leave_torch_one_thread()
-    return model
+    return LoadedModel(checkpoint, decoder, encoder, backend)
 
 
 def load_encoder(config: EngineConfig, *, progress: Progress | None = None) -> VisionEncoder:
     """Load the ViT alone, onto `config.vision_device` or else `config.device`; raises as `load_model` does."""
     checkpoint = read_config(Path(config.model))
     dtype = DTYPES[checkpoint.dtype if config.dtype == "auto" else config.dtype]
+    if checkpoint.vision is None:
+        raise CheckpointError(f"{checkpoint.folder} is a text model ({checkpoint.architecture}); it has no encoder")
     device = _device(config.vision_device or config.device, "--vision-device")
-    weights = Weights(checkpoint.folder, progress=progress)
-    with open_store(config, weights, "vision", dtype) as store:
-        backend = choose_backend(device, dtype, config.vision_quant_type, store)
-        encoder = _encoder(config, checkpoint, weights, backend)
-    if backend.is_native and config.vision_engine == "native":
+    weights = Weights(checkpoint.folder, checkpoint.family.names, progress=progress)
+    encoder, is_native = _load_vision(config, checkpoint, weights, device, dtype)
+    if is_native:
         leave_torch_one_thread()
     return encoder
 
@@ -75,19 +73,35 @@ def quantise(config: EngineConfig, *, progress: Progress | None = None) -> list[
     checkpoint = read_config(Path(config.model))
     dtype = DTYPES[checkpoint.dtype if config.dtype == "auto" else config.dtype]
     kept = []
-    for part in PARTS:
-        with open_store(config, Weights(checkpoint.folder), part, dtype) as store:
+    for part in checkpoint.family.names.parts:
+        with open_store(config, Weights(checkpoint.folder, checkpoint.family.names), part, dtype) as store:
             if store is not None and not store.found:
                 raise DashInferError(f"{store.path} could not be kept; the log says why")
             kept += [store.path] if store is not None else []
     return kept
 
 
-def _encoder(config: EngineConfig, checkpoint: CheckpointConfig, weights: Weights, backend: Backend) -> VisionEncoder:
-    if config.vision_engine == "transformers":
-        return TransformersVision(checkpoint, weights, backend)
-    encoder: VisionEncoder = vision_class(checkpoint.architecture)(checkpoint, weights, backend)
-    return encoder
+def _load_vision(
+    config: EngineConfig, checkpoint: CheckpointConfig, weights: Weights, device: torch.device, dtype: torch.dtype
+) -> tuple[VisionEncoder, bool]:
+    """The ViT, and whether torch's threads are of no use to it."""
+    assert checkpoint.vision is not None
+    with open_store(config, weights, "vision", dtype) as store:
+        backend = choose_backend(device, dtype, config.vision_quant_type, store)
+        if config.vision_engine == "transformers":
+            return TransformersVision(checkpoint, weights, backend), False
+        return checkpoint.family.encoder(checkpoint.vision, weights, backend), backend.is_native
+
+
+def _refuse_vision_options(config: EngineConfig, checkpoint: CheckpointConfig) -> None:
+    """Options without an effect are not taken."""
+    unset = {"vision_engine": "native", "vision_quant_type": "none", "vision_workers": 0, "vision_cache": None}
+    for name, value in unset.items():
+        if getattr(config, name) != value:
+            raise ConfigError(
+                f"{flag(name)} is set, but {checkpoint.architecture} is a text model without a vision encoder; "
+                "start without it"
+            )
 
 
 def allocate_kv(model: Model, num_blocks: int, block_size: int, dtype: torch.dtype | None = None) -> KVCache:

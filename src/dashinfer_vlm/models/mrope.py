@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
+import numpy as np
 
 from dashinfer_vlm.request import Grid, Item
 
@@ -12,8 +12,8 @@ __all__ = ["mrope_positions"]
 
 
 def mrope_positions(
-    num_tokens: int, items: Sequence[Item], *, merge_size: int, tokens_per_second: float | None
-) -> tuple[torch.Tensor, int]:
+    num_tokens: int, items: Sequence[Item], *, merge_size: int, tokens_per_second: float | None = None
+) -> tuple[np.ndarray, int]:
     """int64 [3, num_tokens] positions of a prompt, and the offset from a later token's index to its position.
 
     Text advances all three axes by one. An item spans its merged grid from the position where it begins, and what
@@ -24,7 +24,7 @@ def mrope_positions(
     This is the published definition and that of `transformers` 4; version 5 lets the text after a video whose frames
     outnumber its rows and columns begin among the frames' positions.
     """
-    pieces: list[torch.Tensor] = []
+    pieces: list[np.ndarray] = []
     index = position = 0
     for item in items:
         if item.grid is None:
@@ -40,15 +40,16 @@ def mrope_positions(
         position = int(piece.max()) + 1
         index = item.start + item.num_tokens
     pieces.append(_text(position, num_tokens - index))
-    return torch.cat(pieces, dim=1), position - index
+    return np.concatenate(pieces, axis=1), position - index
 
 
-def _text(first: int, num_tokens: int) -> torch.Tensor:
-    return torch.arange(first, first + num_tokens).expand(3, -1)
+def _text(first: int, num_tokens: int) -> np.ndarray:
+    return np.broadcast_to(np.arange(first, first + num_tokens, dtype=np.int64), (3, num_tokens))
 
 
-def _grid(grid: Grid, merge_size: int, time_step: float) -> torch.Tensor:
+def _grid(grid: Grid, merge_size: int, time_step: float) -> np.ndarray:
     frames, rows, columns = grid[0], grid[1] // merge_size, grid[2] // merge_size
-    times = (torch.arange(frames) * time_step).long()
-    axes = torch.meshgrid(times, torch.arange(rows), torch.arange(columns), indexing="ij")
-    return torch.stack(axes).flatten(1)
+    # float32, as the reference does it: a product just below a whole number is rounded up to it
+    times = (np.arange(frames, dtype=np.float32) * np.float32(time_step)).astype(np.int64)
+    axes = np.meshgrid(times, np.arange(rows), np.arange(columns), indexing="ij")
+    return np.stack(axes).reshape(3, -1)

@@ -32,7 +32,7 @@ from dashinfer_vlm.config import EngineConfig
 from dashinfer_vlm.errors import ConfigError
 from dashinfer_vlm.kernels import cpu_ops
 from dashinfer_vlm.kernels.cpu_ops import PackedShape, PackedWeight
-from dashinfer_vlm.models.identity import Part, part_identity
+from dashinfer_vlm.models.family import Part
 from dashinfer_vlm.models.weights import Weights
 
 __all__ = ["Entry", "QuantFolder", "QuantStore", "UnusableError", "open_store", "write_entry"]
@@ -336,7 +336,7 @@ def open_store(
     if path.exists() and not path.is_dir():
         raise ConfigError(f"--quant-cache {path} is no folder")
     folder = QuantFolder(path, int(config.quant_cache_gib * _GIB))
-    source = folder.remembered(weights.paths, part, lambda: part_identity(weights, part))
+    source = folder.remembered(weights.paths, part, lambda: weights.fingerprint(part))
     how = json.dumps([quant_type, str(dtype), cpu_ops.packing()])
     identity = hashlib.sha256(source + how.encode()).hexdigest()
     return QuantStore(folder, f"{part}-{quant_type}-{identity[:24]}.safetensors", identity)

@@ -1,34 +1,34 @@
-"""Which class serves which `architectures` name. A renamed architecture is one more row."""
+"""Which family serves which `architectures` name. A renamed architecture is one more row."""
 
 from __future__ import annotations
 
+from functools import cache
 from importlib import import_module
-from typing import Any
+from typing import TYPE_CHECKING
 
 from dashinfer_vlm.errors import CheckpointError
 
-__all__ = ["ARCHITECTURES", "model_class", "vision_class"]
+if TYPE_CHECKING:
+    from dashinfer_vlm.models.family import Family
 
-ARCHITECTURES: dict[str, tuple[str, str, str]] = {
-    "Qwen2VLForConditionalGeneration": ("dashinfer_vlm.models.qwen2_vl", "Qwen2VL", "Qwen2VLVision"),
-    "Qwen2_5_VLForConditionalGeneration": ("dashinfer_vlm.models.qwen2_5_vl", "Qwen25VL", "Qwen25VLVision"),
+__all__ = ["FAMILIES", "family_of"]
+
+_FAMILIES = "dashinfer_vlm.models.families"
+
+FAMILIES: dict[str, tuple[str, str]] = {
+    "Qwen2VLForConditionalGeneration": ("qwen2_vl", "Qwen2VL"),
+    "Qwen2_5_VLForConditionalGeneration": ("qwen2_5_vl", "Qwen25VL"),
+    "Qwen2ForCausalLM": ("qwen_text", "Qwen2"),
+    "Qwen3ForCausalLM": ("qwen_text", "Qwen3"),
 }
-"""Module, class of the whole model, class of its ViT."""
+"""Module below `families`, class of the family."""
 
 
-def model_class(architecture: str) -> Any:
-    """The class for an `architectures` name, its module imported now. Raises CheckpointError for an unknown name."""
-    module, name, _ = _row(architecture)
-    return getattr(import_module(module), name)
-
-
-def vision_class(architecture: str) -> Any:
-    """The class of the ViT alone, as `model_class`."""
-    module, _, name = _row(architecture)
-    return getattr(import_module(module), name)
-
-
-def _row(architecture: str) -> tuple[str, str, str]:
-    if architecture not in ARCHITECTURES:
-        raise CheckpointError(f"architecture {architecture} is not supported; supported: {', '.join(ARCHITECTURES)}")
-    return ARCHITECTURES[architecture]
+@cache
+def family_of(architecture: str) -> Family:
+    """The family of an `architectures` name, its module imported now. Raises CheckpointError for an unknown name."""
+    if architecture not in FAMILIES:
+        raise CheckpointError(f"architecture {architecture} is not supported; supported: {', '.join(FAMILIES)}")
+    module, name = FAMILIES[architecture]
+    family: Family = getattr(import_module(f"{_FAMILIES}.{module}"), name)()
+    return family

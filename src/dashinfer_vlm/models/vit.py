@@ -1,11 +1,14 @@
-"""What the ViTs of both families share: packing, patch embedding, attention and merger, and the three verbs."""
+"""What ViTs are put together from: packing, patch embedding, norms, attention, MLPs and merger, and the three verbs.
+
+A family names its parts: `PackedVit(config, backend, embed=..., blocks=[VitBlock(...), ...], merger=..., layout=...)`.
+"""
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
+from typing import Protocol
 
 import torch
 
@@ -14,17 +17,21 @@ from dashinfer_vlm.layers.backend import Backend
 from dashinfer_vlm.layers.linear import Linear
 from dashinfer_vlm.layers.rotary import inverse_frequencies, vision_cos_sin
 from dashinfer_vlm.models.base import EncoderState
-from dashinfer_vlm.models.config import CheckpointConfig
+from dashinfer_vlm.models.config import VisionConfig
+from dashinfer_vlm.models.vit_layout import Layout, PatchLayout, patch_positions
 from dashinfer_vlm.models.weights import Weights
 from dashinfer_vlm.request import Grid
 
 __all__ = [
+    "GatedMlp",
+    "LayerNorm",
+    "Mlp",
     "PackedVit",
-    "PatchLayout",
+    "PatchEmbedding",
     "PatchMerger",
+    "RmsNorm",
     "VitBlock",
     "VitState",
-    "frame_starts",
     "take_linear",
 ]
 
@@ -34,16 +41,6 @@ CPU_SLICE_FLOPS = 6e9
 slice is a whole phase of a block."""
 MIN_SLICE_ROWS = 128
 """Rows of a slice at least: with fewer, reading the weights costs more than the products."""
-
-
-@dataclass(frozen=True, slots=True)
-class PatchLayout:
-    """How packed patches are ordered and who attends to whom."""
-
-    starts: tuple[torch.Tensor, ...]
-    """One int32 [N + 1] of segment starts for each kind of attention that the blocks use."""
-    order: torch.Tensor | None = None
-    """int64 [P / merge ** 2]: which group of patches stands where; None keeps the items' order."""
 
 
 @dataclass(slots=True)
@@ -66,29 +63,99 @@ class VitState:
     done: bool = False
 
 
-class VitBlock(ABC):
+class Norm(Protocol):
+    """[P, width] -> [P, width]."""
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor: ...
+
+
+class LayerNorm:
+    """Takes `{name}.weight` and `{name}.bias`."""
+
+    def __init__(self, name: str, width: int, weights: Weights, backend: Backend) -> None:
+        self.ops = backend.ops
+        self.weight = backend.vector(weights.take(f"{name}.weight", width))
+        self.bias = backend.vector(weights.take(f"{name}.bias", width))
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        return self.ops.layer_norm(x, self.weight, self.bias, NORM_EPS)
+
+
+class RmsNorm:
+    """Takes `{name}.weight`."""
+
+    def __init__(self, name: str, width: int, weights: Weights, backend: Backend) -> None:
+        self.ops = backend.ops
+        self.weight = backend.vector(weights.take(f"{name}.weight", width))
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        return self.ops.rms_norm(x, self.weight, NORM_EPS)
+
+
+class VitMlp(Protocol):
+    """[P, width] -> [P, width]; `residual` is added, the result goes into `out`."""
+
+    num_weights: int
+    """Two operations each per row."""
+
+    def __call__(self, x: torch.Tensor, *, residual: torch.Tensor, out: torch.Tensor) -> torch.Tensor: ...
+
+
+class Mlp:
+    """Two biased layers with an activation between them. Takes `{names[0]}.*` and `{names[1]}.*`."""
+
+    def __init__(
+        self, names: tuple[str, str], width: int, inner: int, weights: Weights, backend: Backend, *, act: Epilogue
+    ) -> None:
+        self.up = take_linear(names[0], width, inner, weights, backend, epilogue=act)
+        self.down = take_linear(names[1], inner, width, weights, backend)
+        self.num_weights = 2 * width * inner
+
+    def __call__(self, x: torch.Tensor, *, residual: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+        return self.down(self.up(x), residual=residual, out=out)
+
+
+class GatedMlp:
+    """down(silu(gate x) * up x), all biased. Takes `{prefix}.*_proj.*`."""
+
+    def __init__(self, prefix: str, width: int, inner: int, weights: Weights, backend: Backend) -> None:
+        names = tuple(f"{prefix}.{x}_proj" for x in ("gate", "up"))
+        gate_up = weights.matrix({f"{name}.weight": inner for name in names}, width)
+        bias = weights.join(tuple(f"{name}.bias" for name in names), (inner, inner))
+        self.gate_up = backend.linear(gate_up, bias, epilogue="silu_mul")
+        self.down = take_linear(f"{prefix}.down_proj", inner, width, weights, backend)
+        self.num_weights = 3 * width * inner
+
+    def __call__(self, x: torch.Tensor, *, residual: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+        return self.down(self.gate_up(x), residual=residual, out=out)
+
+
+class VitBlock:
     """One transformer block of a ViT: attention between all rows, the rest row by row. Takes `{prefix}.attn.*`."""
 
-    starts_index: int = 0
-    """Which of the layout's segmentations the attention of this block uses."""
-    mlp_size: int
-    """Weights of the MLP; two operations each per row."""
-
-    def __init__(self, prefix: str, width: int, num_heads: int, weights: Weights, backend: Backend) -> None:
+    def __init__(
+        self,
+        prefix: str,
+        config: VisionConfig,
+        weights: Weights,
+        backend: Backend,
+        *,
+        norms: tuple[Norm, Norm],
+        mlp: VitMlp,
+        starts_index: int = 0,
+    ) -> None:
+        """`norms` come before attention and MLP; `starts_index` says which of the layout's segmentations the attention
+        uses."""
+        width = config.width
         self.ops = backend.ops
         self.width = width
-        self.num_heads = num_heads
-        self.head_dim = width // num_heads
+        self.num_heads = config.num_heads
+        self.head_dim = width // config.num_heads
         self.qkv = take_linear(f"{prefix}.attn.qkv", width, 3 * width, weights, backend)
         self.proj = take_linear(f"{prefix}.attn.proj", width, width, weights, backend)
-
-    @abstractmethod
-    def norm1(self, x: torch.Tensor) -> torch.Tensor:
-        """[P, width] -> [P, width], before the attention."""
-
-    @abstractmethod
-    def mlp(self, x: torch.Tensor, out: torch.Tensor) -> None:
-        """Second norm, MLP and residual of x [P, width], into `out` [P, width]."""
+        self.norm1, self.norm2 = norms
+        self.mlp = mlp
+        self.starts_index = starts_index
 
     def slices(self, state: VitState) -> Iterator[None]:
         """Advance `state.hidden` by this block, one slice per `next`: rows through the projection, heads through the
@@ -108,8 +175,9 @@ class VitBlock(ABC):
             )
             yield
         flat = attended.flatten(1)
-        for rows in pieces(num_rows, 2 * (self.width**2 + self.mlp_size), MIN_SLICE_ROWS, state.slice_flops):
-            self.mlp(self.proj(flat[rows], residual=state.hidden[rows]), out=state.hidden[rows])
+        for rows in pieces(num_rows, 2 * (self.width**2 + self.mlp.num_weights), MIN_SLICE_ROWS, state.slice_flops):
+            x = self.proj(flat[rows], residual=state.hidden[rows])
+            self.mlp(self.norm2(x), residual=x, out=state.hidden[rows])
             yield
 
     def _attention_pieces(
@@ -145,9 +213,9 @@ class PatchEmbedding:
     float64, and the product is taken in float32 because raw pixel values need more bits than bfloat16 has.
     """
 
-    def __init__(self, config: CheckpointConfig, width: int, weights: Weights, backend: Backend) -> None:
-        c, processor = config.vision, config.processor
-        shape = (width, c.in_channels, c.temporal_patch_size, c.patch_size, c.patch_size)
+    def __init__(self, c: VisionConfig, weights: Weights, backend: Backend) -> None:
+        processor = c.processor
+        shape = (c.width, c.in_channels, c.temporal_patch_size, c.patch_size, c.patch_size)
         weight = weights.take("visual.patch_embed.proj.weight", *shape).double().flatten(2)
         mean, std = (torch.tensor(x, dtype=torch.float64) for x in (processor.image_mean, processor.image_std))
         bias = -(weight * (mean / std)[:, None]).sum(dim=(1, 2))
@@ -161,43 +229,43 @@ class PatchEmbedding:
 
 
 class PatchMerger:
-    """Joins groups of merge ** 2 neighbours and projects them to the text model's width."""
+    """Norm of each row, then groups of merge ** 2 neighbours, projected to the text model's width. Takes
+    `{names[0]}.*` and `{names[1]}.*`."""
 
-    def __init__(self, width: int, out_size: int, merge_size: int, weights: Weights, backend: Backend) -> None:
-        self.group = merge_size**2
-        self.inputs = width * self.group
-        self.out_size = out_size
-        prefix, size = "visual.merger.mlp", self.inputs
-        self.first = take_linear(f"{prefix}.0", size, size, weights, backend, epilogue="gelu")
-        self.second = take_linear(f"{prefix}.2", size, out_size, weights, backend)
+    def __init__(
+        self, names: tuple[str, str], config: VisionConfig, weights: Weights, backend: Backend, *, norm: Norm
+    ) -> None:
+        self.norm = norm
+        self.group = config.merge_size**2
+        self.inputs = config.width * self.group
+        self.first = take_linear(names[0], self.inputs, self.inputs, weights, backend, epilogue="gelu")
+        self.second = take_linear(names[1], self.inputs, config.out_size, weights, backend)
+        self.flops_per_token = 2 * self.inputs * (self.inputs + config.out_size)
 
-    @property
-    def flops_per_token(self) -> int:
-        return 2 * self.inputs * (self.inputs + self.out_size)
-
-    def __call__(self, normed: torch.Tensor) -> torch.Tensor:
-        return self.second(self.first(normed.view(-1, self.inputs)))
+    def __call__(self, rows: torch.Tensor) -> torch.Tensor:
+        """[group * tokens, width] -> [tokens, out_size]."""
+        return self.second(self.first(self.norm(rows).view(-1, self.inputs)))
 
 
-class PackedVit(ABC):
-    """A ViT in the verbs of `models.base.VisionEncoder`. Subclasses bring blocks, layout and the merger's norm."""
+class PackedVit:
+    """A ViT in the verbs of `models.base.VisionEncoder`."""
 
-    blocks: Sequence[VitBlock]
-
-    def __init__(self, config: CheckpointConfig, width: int, out_key: str, weights: Weights, backend: Backend) -> None:
-        """`out_key` is the configuration's name for the width of the embeddings."""
-        vision, out_size = config.vision, config.vision.section.integer(out_key)
-        if width % vision.num_heads or (width // vision.num_heads) % 4:
-            raise vision.section.error("num_heads", f"is {vision.num_heads}; a width of {width} needs a divisor of it")
-        if out_size != config.text.hidden_size:
-            raise vision.section.error(out_key, f"is {out_size}; the text model's is {config.text.hidden_size}")
-        self.config = vision
+    def __init__(
+        self,
+        config: VisionConfig,
+        backend: Backend,
+        *,
+        embed: PatchEmbedding,
+        blocks: Sequence[VitBlock],
+        merger: PatchMerger,
+        layout: Layout,
+    ) -> None:
+        self.config = config
         self.backend = backend
-        self.width = width
-        self.embed = PatchEmbedding(config, width, weights, backend)
-        self.merger = PatchMerger(width, out_size, vision.merge_size, weights, backend)
+        self.embed, self.blocks, self.merger, self.layout = embed, blocks, merger, layout
+        self.width = config.width
         self.slice_flops = CPU_SLICE_FLOPS if backend.device.type == "cpu" else float("inf")
-        self.frequencies = inverse_frequencies(width // vision.num_heads // 2, vision.rope_theta, backend.device)
+        self.frequencies = inverse_frequencies(config.width // config.num_heads // 2, config.rope_theta, backend.device)
 
     @property
     def bytes_per_patch(self) -> int:
@@ -206,14 +274,6 @@ class PackedVit(ABC):
         num_rows = 7 if self.backend.device.type == "cpu" else 16
         return num_rows * self.width * self.backend.activation_dtype.itemsize
 
-    @abstractmethod
-    def layout(self, grids: Sequence[Grid]) -> PatchLayout:
-        """Order and segments of packed items."""
-
-    @abstractmethod
-    def norm(self, x: torch.Tensor) -> torch.Tensor:
-        """The norm before the merger."""
-
     def begin(self, patches: Sequence[torch.Tensor], grids: Sequence[Grid]) -> VitState:
         """Pack uint8 [P_i, patch_dim] items; embedding them is the work of the first slices."""
         for item, (frames, rows, columns) in zip(patches, grids, strict=True):
@@ -221,7 +281,7 @@ class PackedVit(ABC):
         with torch.no_grad():
             layout = self.layout(grids)
             packed = torch.cat([item.to(self.backend.device) for item in patches])
-            positions = torch.cat([_patch_positions(grid, self.config.merge_size) for grid in grids])
+            positions = torch.cat([patch_positions(grid, self.config.merge_size) for grid in grids])
             cos, sin = vision_cos_sin(positions.to(self.backend.device), self.frequencies)
             packed, cos, sin = (self._ordered(x, layout.order) for x in (packed, cos, sin))
             hidden = cos.new_empty(len(packed), self.width, dtype=self.backend.activation_dtype)
@@ -258,7 +318,7 @@ class PackedVit(ABC):
         num_tokens, at_least = len(state.hidden) // self.merger.group, MIN_SLICE_ROWS // self.merger.group
         for part in pieces(num_tokens, self.merger.flops_per_token, at_least, state.slice_flops):
             group = state.hidden[part.start * self.merger.group : part.stop * self.merger.group]
-            state.merged.append(self.merger(self.norm(group)))
+            state.merged.append(self.merger(group))
             state.done = part.stop == num_tokens
             yield
 
@@ -266,17 +326,3 @@ class PackedVit(ABC):
         if order is None:
             return x
         return x.view(len(order), -1, x.shape[-1])[order].flatten(0, 1)
-
-
-def _patch_positions(grid: Grid, merge_size: int) -> torch.Tensor:
-    """int64 [P, 2]: row and column of each patch, in the processor's order (merge groups of neighbours together)."""
-    frames, rows, columns = grid
-    axes = torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij")
-    plane = torch.stack(axes, dim=-1).view(rows // merge_size, merge_size, columns // merge_size, merge_size, 2)
-    return plane.transpose(1, 2).reshape(-1, 2).repeat(frames, 1)
-
-
-def frame_starts(grids: Sequence[Grid], device: torch.device) -> torch.Tensor:
-    """int32 [frames of all items + 1]: each frame attends to itself alone."""
-    lengths = [rows * columns for frames, rows, columns in grids for _ in range(frames)]
-    return torch.tensor([0, *lengths], device=device).cumsum(0).int()

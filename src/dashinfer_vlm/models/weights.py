@@ -1,7 +1,6 @@
 """Safetensors checkpoints, read one tensor at a time: a model is never in memory twice.
 
-Models ask for tensors by their first published names (`visual.*`, `model.*`, `lm_head.weight`); the newer ones
-(`model.visual.*`, `model.language_model.*`) are translated here.
+Models ask for tensors by their first published names; those of other exports are translated as the family says.
 """
 
 from __future__ import annotations
@@ -21,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 from dashinfer_vlm.errors import CheckpointError
 from dashinfer_vlm.layers.linear import Matrix
 from dashinfer_vlm.layers.memory import huge_zeros
+from dashinfer_vlm.models.family import Names, Part
 
 __all__ = ["Progress", "Weights"]
 
@@ -28,7 +28,6 @@ Progress = Callable[[int, int], None]
 """Called with the bytes that were taken so far and the bytes of the whole checkpoint."""
 
 FLOATS = {"BF16": 2, "F16": 2, "F32": 4}
-RENAMED = (("model.visual.", "visual."), ("model.language_model.", "model."))
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,8 +46,9 @@ class Weights:
     took. Every error is a CheckpointError that names the tensor or the file.
     """
 
-    def __init__(self, folder: Path, *, progress: Progress | None = None) -> None:
+    def __init__(self, folder: Path, names: Names, *, progress: Progress | None = None) -> None:
         self.folder = folder
+        self.names = names
         self._progress = progress
         self._entries: dict[str, _Entry] = {}
         self.paths = _files(folder)
@@ -81,10 +81,10 @@ class Weights:
         entries = [self._claim(name, (num_rows, depth)) for name, num_rows in rows.items()]
         return Matrix("+".join(rows), sum(rows.values()), depth, partial(self._join, entries))
 
-    def fingerprint(self, *prefixes: str) -> bytes:
-        """SHA-256 over names, shapes, types and values of all tensors that begin with one of `prefixes`, which is read
-        in several threads; takes none of them."""
-        names = sorted(name for name in self._entries if name.startswith(prefixes))
+    def fingerprint(self, part: Part) -> bytes:
+        """SHA-256 over names, shapes, types and values of all tensors of a part of the model, which are read in several
+        threads; takes none of them."""
+        names = sorted(name for name in self._entries if name.startswith(self.names.parts[part]))
         with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
             digests = pool.map(_digest, names, [self._entries[name] for name in names])
             return hashlib.sha256(b"".join(digests)).digest()
@@ -123,13 +123,13 @@ class Weights:
     def _read_alike(self, entries: list[_Entry]) -> list[torch.Tensor]:
         tensors = [_read(entry) for entry in entries]
         if len({tensor.dtype for tensor in tensors}) > 1:
-            names = ", ".join(_published_name(entry.name) for entry in entries)
+            names = ", ".join(self.names.ours(entry.name) for entry in entries)
             raise CheckpointError(f"{self.folder}: tensors {names} must have one dtype")
         return tensors
 
     def _add(self, path: Path) -> None:
         for entry in _header(path):
-            name = _published_name(entry.name)
+            name = self.names.ours(entry.name)
             if name.endswith(".inv_freq"):
                 continue  # old exports kept this table, which follows from the configuration
             if name in self._entries:
@@ -187,10 +187,3 @@ def _digest(name: str, entry: _Entry) -> bytes:
     digest = hashlib.sha256(f"{name} {list(tensor.shape)} {tensor.dtype}\n".encode())
     digest.update(tensor.view(-1).view(torch.uint8).numpy().data)
     return digest.digest()
-
-
-def _published_name(name: str) -> str:
-    for newer, published in RENAMED:
-        if name.startswith(newer):
-            return published + name[len(newer) :]
-    return name

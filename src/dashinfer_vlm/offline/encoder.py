@@ -19,21 +19,19 @@ from typing import Any
 
 import torch
 
-from dashinfer_vlm.config import MediaConfig
+from dashinfer_vlm.config import EngineConfig, MediaConfig
 from dashinfer_vlm.engine.host.mapping import map_tensor
+from dashinfer_vlm.frontend.open_loader import open_loader
 from dashinfer_vlm.frontend.opening import FrontEnd
 from dashinfer_vlm.frontend.prompt import Prompt, PromptBuilder
 from dashinfer_vlm.hub import resolve_model
 from dashinfer_vlm.kernels.threads import engine_cores, engine_threads, set_threads, stay_on
-from dashinfer_vlm.media.loader import MediaLoader
 from dashinfer_vlm.models.base import VisionEncoder
 from dashinfer_vlm.models.config import CheckpointConfig, read_config
 from dashinfer_vlm.models.loading import load_encoder
-from dashinfer_vlm.models.mrope import mrope_positions
 from dashinfer_vlm.offline.background import BackgroundLoop
 from dashinfer_vlm.offline.inputs import Conversation, to_messages
 from dashinfer_vlm.offline.options import configs
-from dashinfer_vlm.processors.qwen import ProcessorConfig
 from dashinfer_vlm.request import Grid, Item
 from dashinfer_vlm.shared_array import SharedArray
 
@@ -71,14 +69,11 @@ class Encoder:
         stay_on(cores)
         self._checkpoint = read_config(folder)
         self._encoder = load_encoder(engine_config)
-        processor = ProcessorConfig.from_checkpoint(
-            folder, min_pixels=engine_config.min_pixels, max_pixels=engine_config.max_pixels
-        )
         with ExitStack() as stack:
             self._loop = BackgroundLoop()
             stack.callback(self._loop.close)
             self._prompts = self._loop.run(
-                _open_prompts(folder, self._checkpoint, media_config, processor, chat_template, stack, self._loop)
+                _open_prompts(self._checkpoint, engine_config, media_config, chat_template, stack, self._loop)
             )
             self._resources = stack.pop_all()
 
@@ -123,17 +118,16 @@ class Encoder:
 
 
 async def _open_prompts(
-    folder: Path,
     checkpoint: CheckpointConfig,
+    engine: EngineConfig,
     media: MediaConfig,
-    processor: ProcessorConfig,
     chat_template: str | None,
     stack: ExitStack,
     loop: BackgroundLoop,
 ) -> PromptBuilder:
     """In the loop that the loader will belong to."""
-    front_end = FrontEnd.from_folder(folder, chat_template)
-    loader = MediaLoader(media, processor)
+    front_end = FrontEnd.from_folder(checkpoint.folder, chat_template)
+    loader = open_loader(checkpoint.folder, engine, media)
     stack.callback(lambda: loop.run(loader.close()))
     text = checkpoint.text
     return front_end.prompts(
@@ -164,9 +158,5 @@ def _patches(item: Item) -> torch.Tensor:
 
 
 def _positions(num_tokens: int, items: Sequence[Item], checkpoint: CheckpointConfig) -> torch.Tensor:
-    section = checkpoint.vision.section
-    tokens_per_second = section.number("tokens_per_second") if section.has("tokens_per_second") else None
-    positions, _ = mrope_positions(
-        num_tokens, items, merge_size=checkpoint.vision.merge_size, tokens_per_second=tokens_per_second
-    )
-    return positions.to(torch.int32).reshape(3, 1, -1)
+    positions, _ = checkpoint.family.positions(checkpoint, num_tokens, items)
+    return torch.from_numpy(positions).to(torch.int32).reshape(3, 1, -1)

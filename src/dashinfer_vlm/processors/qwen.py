@@ -58,13 +58,17 @@ class ProcessorConfig:
     def from_checkpoint(
         cls, folder: str | Path, *, min_pixels: int | None = None, max_pixels: int | None = None
     ) -> ProcessorConfig:
-        """Read a model folder's settings; `min_pixels` and `max_pixels` replace the model's own for every item.
+        """`read`, then `min_pixels` and `max_pixels` replace the model's own for every item."""
+        return cls.read(Path(folder)).with_server_bounds(min_pixels, max_pixels)
+
+    @classmethod
+    def read(cls, folder: Path) -> ProcessorConfig:
+        """Read a model folder's settings.
 
         Understands `preprocessor_config.json`, `video_preprocessor_config.json` and the newer `processor_config.json`
         that nests both. Without settings for videos the image's hold, with at most 768 tokens per frame, which is the
         reference client's limit. Raises CheckpointError when the folder cannot be used.
         """
-        folder = Path(folder)
         both = _read_json(folder / "processor_config.json") or {}
         image = _read_json(folder / "preprocessor_config.json") or both.get("image_processor")
         if not isinstance(image, dict):

@@ -25,7 +25,7 @@ from dashinfer_vlm.errors import CheckpointError, ConfigError
 from dashinfer_vlm.shared_array import SharedArray
 
 PATCH_DIM = 6
-PACKING = EmbeddingBytes(model_id=b"m" * 32, hidden_size=8, dtype=torch.bfloat16)
+PACKING = EmbeddingBytes(model_id=b"m" * 32, num_columns=8, dtype=torch.bfloat16)
 
 
 def picture(number: int, num_tokens: int = 1) -> tuple[Picture, torch.Tensor]:

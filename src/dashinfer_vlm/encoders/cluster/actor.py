@@ -28,7 +28,7 @@ class EncoderActor:
     def __init__(self) -> None:
         self._encoder: VisionEncoder | None = None
         self._model_id = b""
-        self._patch_dim = self._hidden_size = 0
+        self._patch_dim = self._embedding_size = 0
         self._end = threading.Event()
 
     def place(self) -> str:
@@ -60,7 +60,7 @@ class EncoderActor:
         try:
             pictures = unpack_pictures(job, model_id=self._model_id, patch_dim=self._patch_dim)
             embeddings = encode_at_once(self._encoder, pictures.patches, pictures.grids)
-            packing = EmbeddingBytes(self._model_id, self._hidden_size, pictures.dtype)
+            packing = EmbeddingBytes(self._model_id, self._embedding_size, pictures.dtype)
             return pack_embeddings(pictures.content_hashes, embeddings, packing)
         except Exception as error:
             logger.exception("a batch failed")
@@ -74,9 +74,10 @@ class EncoderActor:
         from dashinfer_vlm.models.config import read_config
 
         checkpoint = read_config(Path(config.model))
-        self._patch_dim, self._hidden_size = checkpoint.vision.patch_dim, checkpoint.text.hidden_size
         self._model_id = weights_identity(config)
         self._encoder = load_with_threads(config)
+        assert checkpoint.vision is not None, "a text model has no encoder to load"
+        self._patch_dim, self._embedding_size = checkpoint.vision.patch_dim, checkpoint.embedding_size
 
 
 def _localised(config: EngineConfig) -> EngineConfig:

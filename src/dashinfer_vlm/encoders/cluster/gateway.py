@@ -74,8 +74,8 @@ def load(start: Start, wait: Callable[[str], None]) -> Encode:
     config = start.config
     assert config.cluster is not None
     ray = connect(config.cluster)
-    hidden_size = read_config(Path(config.model)).text.hidden_size
-    packing = EmbeddingBytes(weights_identity(config), hidden_size, getattr(torch, start.embedding_dtype))
+    columns = read_config(Path(config.model)).embedding_size
+    packing = EmbeddingBytes(weights_identity(config), columns, getattr(torch, start.embedding_dtype))
     _wait_for_place(ray, wait)
     gateway = Gateway(ray, config, packing, wait)
     logger.info("an encoder runs in %s", gateway.place)

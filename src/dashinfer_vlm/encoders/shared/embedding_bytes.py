@@ -28,11 +28,12 @@ class EmbeddingFormatError(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class EmbeddingBytes:
-    """Packs and checks the embeddings `[tokens, hidden_size]` of one model."""
+    """Packs and checks the embeddings `[tokens, num_columns]` of one model."""
 
     model_id: bytes
     """32 bytes: identity of the encoder's weights and of how it computes."""
-    hidden_size: int
+    num_columns: int
+    """Columns of one row: the model's `embedding_size`."""
     dtype: torch.dtype
 
     def __post_init__(self) -> None:
@@ -41,7 +42,7 @@ class EmbeddingBytes:
 
     def num_bytes(self, num_tokens: int) -> int:
         """Size of a packed embedding."""
-        return _HEADER.size + num_tokens * self.hidden_size * self.dtype.itemsize
+        return _HEADER.size + num_tokens * self.num_columns * self.dtype.itemsize
 
     def pack(self, content_hash: bytes, embedding: torch.Tensor) -> bytes:
         """Header and rows of `embedding`, which may lie on any device."""
@@ -49,7 +50,7 @@ class EmbeddingBytes:
         return self._header(content_hash, len(embedding), zlib.crc32(rows)) + bytes(rows)
 
     def unpack(self, content_hash: bytes, num_tokens: int, data: bytes) -> torch.Tensor:
-        """The embedding `[num_tokens, hidden_size]` of that content, on the CPU, in memory of its own.
+        """The embedding `[num_tokens, num_columns]` of that content, on the CPU, in memory of its own.
 
         Raises EmbeddingFormatError when `data` is anything else: another version, model, content, type or shape, or
         damaged rows.
@@ -59,11 +60,11 @@ class EmbeddingBytes:
         rows = np.frombuffer(data, dtype=np.uint8, offset=_HEADER.size)
         if data[: _HEADER.size] != self._header(content_hash, num_tokens, zlib.crc32(rows.data)):
             raise EmbeddingFormatError("the header is not that of this content, model, type and shape, or rows changed")
-        embedding = torch.empty(num_tokens, self.hidden_size, dtype=self.dtype)
+        embedding = torch.empty(num_tokens, self.num_columns, dtype=self.dtype)
         embedding.view(torch.uint8).numpy().reshape(-1)[:] = rows
         return embedding
 
     def _header(self, content_hash: bytes, num_tokens: int, checksum: int) -> bytes:
         assert len(content_hash) == HASH_BYTES, len(content_hash)
         kind = _DTYPES[self.dtype]
-        return _HEADER.pack(_MAGIC, VERSION, kind, num_tokens, self.hidden_size, checksum, self.model_id, content_hash)
+        return _HEADER.pack(_MAGIC, VERSION, kind, num_tokens, self.num_columns, checksum, self.model_id, content_hash)

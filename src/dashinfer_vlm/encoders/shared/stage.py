@@ -208,6 +208,6 @@ def with_shared_cache(stage: EncoderStage, model: Model, config: EngineConfig) -
     if config.vision_cache is None:
         return stage
     model_id = encoder_identity(config, model.activation_dtype)
-    packing = EmbeddingBytes(model_id, model.text.hidden_size, model.activation_dtype)
+    packing = EmbeddingBytes(model_id, model.embedding_size, model.activation_dtype)
     redis = RedisCache(config.vision_cache, packing, ttl_s=config.vision_cache_ttl_s)
     return SharedCacheStage(stage, redis, device=model.device, row_bytes=embedding_row_bytes(model))

@@ -1,0 +1,194 @@
+"""The text model that all families share: attention with grouped queries over the paged cache, and a gated MLP.
+
+A family chooses the modules: `Decoder(config.text, weights, backend, attention=partial(Attention, qkv_bias=True))`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Protocol
+
+import torch
+from torch.nn import functional as F
+
+from dashinfer_vlm.errors import CheckpointError
+from dashinfer_vlm.layers.backend import Backend
+from dashinfer_vlm.layers.linear import Linear, Matrix
+from dashinfer_vlm.layers.rotary import axes_of_channels, inverse_frequencies, mrope_cos_sin, yarn_frequencies
+from dashinfer_vlm.models.base import KVCache, StepBatch, TextShape
+from dashinfer_vlm.models.config import Rope, TextConfig
+from dashinfer_vlm.models.weights import Weights
+
+__all__ = ["Attention", "Decoder", "GatedMlp", "Rotary"]
+
+Cache = tuple[torch.Tensor, torch.Tensor]
+"""Keys and values of one layer."""
+Table = tuple[torch.Tensor, torch.Tensor]
+"""float32 [T, head_dim / 2] cosines and sines of the step's positions."""
+
+
+class Mlp(Protocol):
+    """[T, hidden] -> [T, hidden]; `residual` is added."""
+
+    def __call__(self, x: torch.Tensor, *, residual: torch.Tensor) -> torch.Tensor: ...
+
+
+MakeMlp = Callable[[str, TextConfig, Weights, Backend], Mlp]
+
+
+class Attention:
+    """Grouped-query attention. Takes `{prefix}.*`; with `qk_norm`, an RMSNorm over each head of queries and keys."""
+
+    def __init__(
+        self,
+        prefix: str,
+        config: TextConfig,
+        weights: Weights,
+        backend: Backend,
+        *,
+        qkv_bias: bool = False,
+        qk_norm: bool = False,
+    ) -> None:
+        self.config = config
+        self.ops = backend.ops
+        query, key = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+        names, sizes = tuple(f"{prefix}.{x}_proj" for x in "qkv"), (query, key, key)
+        rows = {f"{name}.weight": size for name, size in zip(names, sizes, strict=True)}
+        bias = weights.join(tuple(f"{name}.bias" for name in names), sizes) if qkv_bias else None
+        self.qkv = backend.linear(weights.matrix(rows, config.hidden_size), bias)
+        self.out = backend.linear(weights.matrix({f"{prefix}.o_proj.weight": config.hidden_size}, query))
+        self.norms = [
+            backend.vector(weights.take(f"{prefix}.{x}_norm.weight", config.head_dim))
+            for x in ("qk" if qk_norm else "")
+        ]
+
+    def attend(self, x: torch.Tensor, table: Table, batch: StepBatch, cache: Cache) -> torch.Tensor:
+        """[T, hidden] -> [T, heads * head_dim], which `out` projects; K and V go to `batch.slots` of the cache."""
+        c = self.config
+        heads = self.qkv(x).view(len(x), -1, c.head_dim)
+        q, k, v = heads.split_with_sizes([c.num_heads, c.num_kv_heads, c.num_kv_heads], dim=1)
+        if self.norms:
+            q, k = (self._norm(part, weight) for part, weight in zip((q, k), self.norms, strict=True))
+        self.ops.rope_write_kv(q, k, v, *table, *cache, batch.slots)
+        out = self.ops.paged_attention(
+            q, *cache, batch.block_tables, batch.query_starts, batch.context_lens, c.head_dim**-0.5
+        )
+        return out.flatten(1)
+
+    def _norm(self, heads: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        """[T, H, D], each head by itself."""
+        return self.ops.rms_norm(heads.flatten(0, 1), weight, self.config.rms_norm_eps).view(heads.shape)
+
+
+class GatedMlp:
+    """down(silu(gate x) * up x). Takes `{prefix}.*`."""
+
+    def __init__(self, prefix: str, config: TextConfig, weights: Weights, backend: Backend) -> None:
+        hidden, inner = config.hidden_size, config.intermediate_size
+        rows = {f"{prefix}.gate_proj.weight": inner, f"{prefix}.up_proj.weight": inner}
+        self.gate_up = backend.linear(weights.matrix(rows, hidden), epilogue="silu_mul")
+        self.down = backend.linear(weights.matrix({f"{prefix}.down_proj.weight": hidden}, inner))
+
+    def __call__(self, x: torch.Tensor, *, residual: torch.Tensor) -> torch.Tensor:
+        return self.down(self.gate_up(x), residual=residual)
+
+
+class Rotary:
+    """Turns a step's positions into its table."""
+
+    def __init__(self, rope: Rope, head_dim: int, device: torch.device) -> None:
+        self.frequencies, self.scale = inverse_frequencies(head_dim, rope.theta, device), 1.0
+        if rope.yarn is not None:
+            yarn = rope.yarn
+            self.frequencies = yarn_frequencies(
+                self.frequencies, rope.theta, yarn.factor, yarn.original_length, (yarn.beta_fast, yarn.beta_slow)
+            )
+            self.scale = yarn.attention_factor
+        self.axes = axes_of_channels(rope.sections, device)
+
+    def __call__(self, positions: torch.Tensor) -> Table:
+        cos, sin = mrope_cos_sin(positions, self.frequencies, self.axes)
+        return (cos, sin) if self.scale == 1 else (cos * self.scale, sin * self.scale)
+
+
+class Decoder:
+    """Embedding, layers, final norm and head. Takes every `model.*` and `lm_head.*` tensor of `weights`."""
+
+    def __init__(
+        self,
+        config: TextConfig,
+        weights: Weights,
+        backend: Backend,
+        *,
+        attention: Callable[[str, TextConfig, Weights, Backend], Attention],
+        mlp: MakeMlp = GatedMlp,
+    ) -> None:
+        self.config = config
+        self.backend = backend
+        self.rotary = Rotary(config.rope, config.head_dim, backend.device)
+        shape = (config.vocab_size, config.hidden_size)
+        self.embedding = backend.weight(weights.take("model.embed_tokens.weight", *shape))
+        self.layers = []
+        for i in range(config.num_layers):
+            prefix = f"model.layers.{i}"
+            heads = attention(f"{prefix}.self_attn", config, weights, backend)
+            self.layers.append(_Layer(prefix, heads, mlp(f"{prefix}.mlp", config, weights, backend), weights, backend))
+        self.norm = backend.vector(weights.take("model.norm.weight", config.hidden_size))
+        self.head = self._make_head(weights)
+
+    def _make_head(self, weights: Weights) -> Linear:
+        vocab_size, hidden_size = self.embedding.shape
+        if not self.config.tie_word_embeddings:
+            return self.backend.head(weights.matrix({"lm_head.weight": vocab_size}, hidden_size))
+        if "lm_head.weight" in weights:  # some exports write the tied head once more
+            again = weights.take("lm_head.weight", *self.embedding.shape)
+            if not torch.equal(again.to(self.embedding), self.embedding):
+                raise CheckpointError(
+                    f"{weights.folder}: lm_head.weight differs from model.embed_tokens.weight, yet config.json sets "
+                    "tie_word_embeddings"
+                )
+        tied = Matrix("lm_head.weight", vocab_size, hidden_size, lambda: self.embedding, is_kept=True)
+        return self.backend.head(tied)
+
+    @property
+    def shape(self) -> TextShape:
+        return TextShape(
+            vocab_size=self.config.vocab_size,
+            hidden_size=self.config.hidden_size,
+            num_layers=self.config.num_layers,
+            num_kv_heads=self.config.num_kv_heads,
+            head_dim=self.config.head_dim,
+            max_position_embeddings=self.config.max_position_embeddings,
+        )
+
+    def forward(self, batch: StepBatch, kv: KVCache) -> torch.Tensor:
+        """One step over packed tokens; float32 logits [L, vocab] of `batch.logits_rows`."""
+        x = F.embedding(batch.ids, self.embedding).to(self.backend.activation_dtype)
+        for item in batch.embeddings:
+            x[item.start : item.start + len(item.rows)] = item.rows
+        table = self.rotary(batch.positions)
+        caches = list(zip(kv.keys, kv.values, strict=True))
+        for layer, cache in zip(self.layers[:-1], caches[:-1], strict=True):
+            x = layer.forward(x, table, batch, cache)
+        # the last layer owes K and V of all rows to the cache, but only the wanted rows go on from its attention
+        x = self.layers[-1].forward(x, table, batch, caches[-1], rows=batch.logits_rows)
+        return self.head(self.backend.ops.rms_norm(x, self.norm, self.config.rms_norm_eps)).float()
+
+
+class _Layer:
+    def __init__(self, prefix: str, attention: Attention, mlp: Mlp, weights: Weights, backend: Backend) -> None:
+        self.ops = backend.ops
+        self.attention, self.mlp = attention, mlp
+        self.eps, hidden = attention.config.rms_norm_eps, attention.config.hidden_size
+        self.norm1 = backend.vector(weights.take(f"{prefix}.input_layernorm.weight", hidden))
+        self.norm2 = backend.vector(weights.take(f"{prefix}.post_attention_layernorm.weight", hidden))
+
+    def forward(
+        self, x: torch.Tensor, table: Table, batch: StepBatch, cache: Cache, rows: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """[T, hidden] -> [T, hidden], or [L, hidden] of `rows` alone."""
+        attended = self.attention.attend(self.ops.rms_norm(x, self.norm1, self.eps), table, batch, cache)
+        if rows is not None:
+            x, attended = x[rows], attended[rows]
+        x = self.attention.out(attended, residual=x)
+        return self.mlp(self.ops.rms_norm(x, self.norm2, self.eps), residual=x)

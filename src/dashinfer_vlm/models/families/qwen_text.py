@@ -1,0 +1,43 @@
+"""Qwen2, Qwen2.5 and Qwen3 without eyes (Yang et al. 2024 and 2025)."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import TYPE_CHECKING
+
+from dashinfer_vlm.models.config import CheckpointConfig, TextConfig, read_rope, read_text
+from dashinfer_vlm.models.family import Family
+from dashinfer_vlm.models.section import Section
+
+if TYPE_CHECKING:
+    from dashinfer_vlm.layers.backend import Backend
+    from dashinfer_vlm.models.decoder import Decoder
+    from dashinfer_vlm.models.weights import Weights
+
+__all__ = ["Qwen2", "Qwen3"]
+
+
+class Qwen2(Family):
+    """Biased queries, keys and values."""
+
+    def text(self, section: Section, root: Section) -> TextConfig:
+        return read_text(section, root, read_rope(section))
+
+    def decoder(self, config: CheckpointConfig, weights: Weights, backend: Backend) -> Decoder:
+        from dashinfer_vlm.models.decoder import Attention, Decoder
+
+        return Decoder(config.text, weights, backend, attention=partial(Attention, qkv_bias=True))
+
+
+class Qwen3(Family):
+    """No bias, but a norm over each head of queries and keys."""
+
+    def text(self, section: Section, root: Section) -> TextConfig:
+        if section.boolean("attention_bias", False):
+            raise section.error("attention_bias", "is true; Qwen3 is supported without")
+        return read_text(section, root, read_rope(section))
+
+    def decoder(self, config: CheckpointConfig, weights: Weights, backend: Backend) -> Decoder:
+        from dashinfer_vlm.models.decoder import Attention, Decoder
+
+        return Decoder(config.text, weights, backend, attention=partial(Attention, qk_norm=True))

@@ -1,0 +1,155 @@
+"""What tells one family of models from another: the interface that `families/` implements, one file each.
+
+A family has no state and its module needs no torch, so that the HTTP process may ask it what a placeholder stands for;
+the builders of encoder and decoder import the modules that they put together.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal, get_args
+
+import numpy as np
+
+from dashinfer_vlm.errors import CheckpointError
+from dashinfer_vlm.models.config import CheckpointConfig, TextConfig, VisionConfig
+from dashinfer_vlm.models.mrope import mrope_positions
+from dashinfer_vlm.models.section import Section
+from dashinfer_vlm.processors.qwen import ProcessorConfig
+from dashinfer_vlm.request import Item, ItemKind
+
+if TYPE_CHECKING:  # they bring torch
+    from dashinfer_vlm.layers.backend import Backend
+    from dashinfer_vlm.models.base import VisionEncoder
+    from dashinfer_vlm.models.decoder import Decoder
+    from dashinfer_vlm.models.weights import Weights
+
+__all__ = ["Family", "Names", "Part", "TransformersTower", "VisionFamily", "read_vision"]
+
+Part = Literal["text", "vision"]
+"""Parts of a model that are loaded, quantised and identified each by itself."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Names:
+    """How the tensors of a checkpoint are called. Models ask for them by the names of their first publication."""
+
+    parts: dict[Part, tuple[str, ...]]
+    """Prefixes of the tensors of each part."""
+    renamed: tuple[tuple[str, str], ...] = ()
+    """Prefixes of other exports, each with ours; the first that fits counts."""
+
+    def ours(self, name: str) -> str:
+        """What the models call the tensor that a file calls `name`."""
+        for theirs, ours in self.renamed:
+            if name.startswith(theirs):
+                return ours + name[len(theirs) :]
+        return name
+
+
+@dataclass(frozen=True, slots=True)
+class TransformersTower:
+    """The ViT of the `transformers` library, for `--vision-engine transformers`."""
+
+    module: str
+    """Below `transformers.models`."""
+    name: str
+
+
+class Family(ABC):
+    """One family; without the overrides of `VisionFamily` a text model."""
+
+    names = Names(parts={"text": ("model.", "lm_head.")})
+    tower: TransformersTower | None = None
+
+    @abstractmethod
+    def text(self, section: Section, root: Section) -> TextConfig:
+        """The text model's configuration, from `text_config` and the whole file, which may be the same; raises
+        CheckpointError for what this family cannot do."""
+
+    @abstractmethod
+    def decoder(self, config: CheckpointConfig, weights: Weights, backend: Backend) -> Decoder:
+        """The text model. Takes every tensor of the part `text`."""
+
+    def vision(self, root: Section, text: TextConfig, folder: Path) -> VisionConfig | None:
+        """The ViT's configuration, with the processor's settings, which `folder` holds in other files; None for a text
+        model."""
+        return None
+
+    def encoder(self, config: VisionConfig, weights: Weights, backend: Backend) -> VisionEncoder:
+        """The ViT. Takes every tensor of the part `vision`."""
+        raise NotImplementedError(f"{type(self).__name__} has no encoder")
+
+    def placeholder_ids(self, root: Section) -> dict[ItemKind, int]:
+        """The token that stands for each kind of item that the model takes."""
+        return {}
+
+    def embedding_size(self, config: CheckpointConfig) -> int:
+        """Columns of one row that the encoder makes."""
+        return config.text.hidden_size
+
+    def positions(self, config: CheckpointConfig, num_tokens: int, items: Sequence[Item]) -> tuple[np.ndarray, int]:
+        """int64 [3, num_tokens] of a prompt, and the offset from a later token's index to its position."""
+        return mrope_positions(num_tokens, items, merge_size=config.merge_size)
+
+
+class VisionFamily(Family):
+    """A family whose models see pictures and videos as Qwen2-VL does."""
+
+    names = Names(
+        parts={"text": ("model.", "lm_head."), "vision": ("visual.",)},
+        renamed=(("model.visual.", "visual."), ("model.language_model.", "model.")),
+    )
+
+    @abstractmethod
+    def vision(self, root: Section, text: TextConfig, folder: Path) -> VisionConfig: ...
+
+    @abstractmethod
+    def encoder(self, config: VisionConfig, weights: Weights, backend: Backend) -> VisionEncoder: ...
+
+    def placeholder_ids(self, root: Section) -> dict[ItemKind, int]:
+        kinds = [kind for kind in get_args(ItemKind) if root.has(f"{kind}_token_id")]
+        return {kind: root.integer(f"{kind}_token_id") for kind in kinds}
+
+
+def read_vision(section: Section, text: TextConfig, folder: Path, *, width: str, out_size: str) -> VisionConfig:
+    """The ViT's sizes that all families write alike, and the processor's settings, which must fit them. `width` and
+    `out_size` are this family's keys for those two."""
+    channels = "in_channels" if section.has("in_channels") else "in_chans"  # published files have the second
+    vision = VisionConfig(
+        depth=section.integer("depth"),
+        width=section.integer(width),
+        num_heads=section.integer("num_heads"),
+        out_size=section.integer(out_size),
+        in_channels=section.integer(channels, 3),
+        patch_size=section.integer("patch_size"),
+        temporal_patch_size=section.integer("temporal_patch_size"),
+        merge_size=section.integer("spatial_merge_size"),
+        rope_theta=section.optional("rope_parameters").number("rope_theta", 10000.0),
+        processor=ProcessorConfig.read(folder),
+        section=section,
+    )
+    _check_processor(vision, folder)
+    if vision.width % vision.num_heads or (vision.width // vision.num_heads) % 4:
+        raise section.error("num_heads", f"is {vision.num_heads}; a width of {vision.width} needs a divisor of it")
+    if vision.out_size != text.hidden_size:
+        raise section.error(out_size, f"is {vision.out_size}; the text model's is {text.hidden_size}")
+    return vision
+
+
+def _check_processor(vision: VisionConfig, folder: Path) -> None:
+    processor = vision.processor
+    for key, theirs, ours in (
+        ("patch_size", processor.patch_size, vision.patch_size),
+        ("temporal_patch_size", processor.temporal_patch_size, vision.temporal_patch_size),
+        ("spatial_merge_size", processor.merge_size, vision.merge_size),
+        ("in_channels", 3, vision.in_channels),
+    ):
+        if theirs != ours:
+            raise vision.section.error(key, f"is {ours}, but the image processor's settings give {theirs}")
+    if min(processor.image_std) <= 0:
+        std = processor.image_std
+        raise CheckpointError(f"{folder}: the image processor's image_std is {std}; it must be above 0")
