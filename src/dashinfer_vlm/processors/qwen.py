@@ -74,8 +74,7 @@ class ProcessorConfig:
         if not isinstance(image, dict):
             raise CheckpointError(f"{folder} has no preprocessor_config.json; a vision-language model needs one")
         video = _read_json(folder / "video_preprocessor_config.json") or both.get("video_processor")
-        config = _parse(image, video if isinstance(video, dict) else None)
-        return config.with_server_bounds(min_pixels, max_pixels)
+        return _parse(image, video if isinstance(video, dict) else None)
 
     def with_server_bounds(self, min_pixels: int | None, max_pixels: int | None) -> ProcessorConfig:
         """The same settings under the operator's bounds; a bound that only one side got moves the other along."""
