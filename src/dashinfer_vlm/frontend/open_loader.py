@@ -33,6 +33,7 @@ class NoLoader:
     def __init__(self) -> None:
         self.max_patches: int | None = None
         self.pixel_bounds = (1, 2**31 - 1)
+        self.side_step = 1
         self.counters = MediaCounters()
 
     async def start(self) -> None:
