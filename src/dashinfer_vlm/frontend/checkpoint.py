@@ -5,13 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import msgspec
-
-from dashinfer_vlm.errors import CheckpointError
 from dashinfer_vlm.models.config import read_config
 from dashinfer_vlm.request import ItemKind
+from dashinfer_vlm.tokenizer_file import read_json
 
 _DEFAULTED = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
 
@@ -33,16 +30,6 @@ class FrontendConfig:
             placeholder_ids=read_config(folder).placeholder_ids,
             sampling_defaults=_sampling_defaults(folder / "generation_config.json"),
         )
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in `path`; CheckpointError names the file when it is missing or no object."""
-    try:
-        return msgspec.json.decode(path.read_bytes(), type=dict[str, Any])
-    except FileNotFoundError:
-        raise CheckpointError(f"{path} is missing; is {path.parent} a complete model folder?") from None
-    except msgspec.DecodeError as error:
-        raise CheckpointError(f"{path} does not hold a JSON object: {error}") from error
 
 
 def _sampling_defaults(path: Path) -> dict[str, float | int]:

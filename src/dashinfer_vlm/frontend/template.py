@@ -24,9 +24,9 @@ from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from dashinfer_vlm.errors import CheckpointError, ConfigError, InvalidRequestError, UnsupportedError
-from dashinfer_vlm.frontend.checkpoint import read_json
 from dashinfer_vlm.frontend.messages import Message
 from dashinfer_vlm.frontend.tokenizer import Tokenizer
+from dashinfer_vlm.tokenizer_file import read_json
 
 _WINDOW_CHARS = 1 << 14
 """Characters that a pattern is looked for in at once: Python's lock is held until such a search is over."""

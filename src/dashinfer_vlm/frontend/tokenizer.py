@@ -6,20 +6,13 @@ characters. Special ids enter a prompt only where the chat template writes them 
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import msgspec
 import tokenizers
 
 from dashinfer_vlm.errors import CheckpointError, ContextLengthError, InvalidRequestError
-from dashinfer_vlm.frontend.checkpoint import read_json
-from dashinfer_vlm.optional import require
-
-logger = logging.getLogger(__name__)
+from dashinfer_vlm.tokenizer_file import AddedToken, TokenizerFile
 
 _PIECE_CHARS = 1 << 14
 """Characters that are encoded at once: what Python does with the result, alone in its lock, takes about a millisecond."""
@@ -30,15 +23,6 @@ _UNSURE_WORDS = 3
 characters behind it decide."""
 _COMPOSED_CHARS = 4
 """Characters that Unicode's composition (NFC) makes one of, at most: a letter and three marks."""
-
-
-@dataclass(frozen=True, slots=True)
-class AddedToken:
-    """A token outside the BPE vocabulary; `special` ones are left out of answers."""
-
-    text: str
-    id: int
-    special: bool
 
 
 class Tokenizer:
@@ -60,17 +44,11 @@ class Tokenizer:
     @classmethod
     def from_folder(cls, folder: Path) -> Tokenizer:
         """Read `tokenizer.json`, or what `transformers` makes of the folder without one; raises CheckpointError."""
-        path = folder / "tokenizer.json"
-        text = path.read_bytes() if path.is_file() else _convert(folder)
+        file = TokenizerFile.read(folder)
         try:
-            parts = msgspec.json.decode(text, type=dict[str, msgspec.Raw])
-            added = _added_tokens(parts, folder)
-            null = msgspec.Raw(b"null")
-            parts |= {"added_tokens": msgspec.Raw(b"[]"), "truncation": null, "padding": null, "post_processor": null}
-            _check_byte_level(parts, path)
-            return cls(tokenizers.Tokenizer.from_buffer(msgspec.json.encode(parts)), added)
-        except (msgspec.DecodeError, KeyError, ValueError) as error:
-            raise CheckpointError(f"{path} is not a tokenizer that can be read: {error}") from error
+            return cls(tokenizers.Tokenizer.from_buffer(file.json()), file.added)
+        except ValueError as error:
+            raise CheckpointError(f"the tokenizer in {folder} cannot be read: {error}") from error
 
     def encode_text(self, text: str, *, most: int | None = None) -> list[int]:
         """Ids of `text` as plain text: whatever it says, no added token comes out.
@@ -159,29 +137,3 @@ def _sure(piece: tokenizers.Encoding) -> tuple[int, int]:
     unsure = None if last is None or last < _UNSURE_WORDS else piece.word_to_tokens(last - _UNSURE_WORDS + 1)
     begin = None if unsure is None else piece.token_to_chars(unsure[0])
     return (0, 0) if unsure is None or begin is None else (unsure[0], begin[0])
-
-
-def _convert(folder: Path) -> bytes:
-    if not (folder / "vocab.json").is_file() or not (folder / "merges.txt").is_file():
-        raise CheckpointError(f"{folder} has neither tokenizer.json nor vocab.json with merges.txt")
-    logger.info("%s has no tokenizer.json; it is made from vocab.json and merges.txt", folder)
-    library = require("transformers", "transformers", f"{folder}, which has no tokenizer.json,")
-    text: str = library.AutoTokenizer.from_pretrained(folder, local_files_only=True).backend_tokenizer.to_str()
-    return text.encode()
-
-
-def _added_tokens(parts: dict[str, msgspec.Raw], folder: Path) -> list[AddedToken]:
-    """Those of tokenizer.json, then those that only tokenizer_config.json knows."""
-    rows = msgspec.json.decode(parts["added_tokens"], type=list[dict[str, Any]])
-    found = {row["content"]: AddedToken(row["content"], row["id"], row["special"]) for row in rows}
-    path = folder / "tokenizer_config.json"
-    extra = read_json(path).get("added_tokens_decoder", {}) if path.is_file() else {}
-    for id, row in extra.items():
-        found.setdefault(row["content"], AddedToken(row["content"], int(id), bool(row.get("special"))))
-    return list(found.values())
-
-
-def _check_byte_level(parts: dict[str, msgspec.Raw], path: Path) -> None:
-    decoder = msgspec.json.decode(parts["decoder"], type=dict[str, Any] | None) or {}
-    if decoder.get("type") != "ByteLevel":
-        raise CheckpointError(f"{path} has decoder {decoder.get('type')}; only byte-level BPE is supported")
