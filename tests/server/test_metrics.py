@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 from typing import Any
 
 import httpx
 from prometheus_client.parser import text_string_to_metric_families
 
+from dashinfer_vlm.engine.stats import EngineStats
+from dashinfer_vlm.media.loader import MediaCounters
+from dashinfer_vlm.server.metrics import HELP
 from tests.server.conftest import Running, Serve
 
 CHAT = "/v1/chat/completions"
@@ -90,3 +94,37 @@ async def test_a_dead_engine_is_scraped_as_down(serve: Serve) -> None:
     found = await scrape(running)
     assert found["dashinfer_engine_up"] == 0
     assert "dashinfer_engine_num_running" not in found
+
+
+async def test_requests_in_flight_are_requests_and_models_are_one_route(serve: Serve) -> None:
+    running = await serve("hello", engine={"pauses_after": 1})
+    asking = asyncio.create_task(running.post(CHAT, {"messages": ASK, "n": 3}))
+    await running.engine.paused.wait()
+    await running.get("/v1/models/models/scripted")
+    await running.get("/v1/models/none")
+    found = await scrape(running)
+    assert found["dashinfer_requests_in_flight"] == 1
+    assert found["dashinfer_http_replies_total{route=/v1/models/{name:path},status=200}"] == 1
+    assert found["dashinfer_http_replies_total{route=/v1/models/{name:path},status=404}"] == 1
+    running.engine.resume.set()
+    await asking
+    assert (await scrape(running))["dashinfer_requests_in_flight"] == 0
+
+
+async def test_a_stream_that_was_left_is_counted_as_aborted(serve: Serve) -> None:
+    running = await serve("hello", engine={"pauses_after": 1})
+    body = {"messages": ASK, "stream": True}
+    async with httpx.AsyncClient(base_url=running.url) as client, client.stream("POST", CHAT, json=body) as reply:
+        assert reply.status_code == 200
+    await running.service.drain(timeout_s=60)
+    await running.engine.idle.wait()
+    found = await scrape(running)
+    assert found[f"dashinfer_http_replies_total{{route={CHAT},status=aborted}}"] == 1
+    assert f"dashinfer_http_replies_total{{route={CHAT},status=200}}" not in found
+
+
+def test_every_figure_has_a_help_text_of_its_own() -> None:
+    fields = [f"engine_{name}" for name in EngineStats.__struct_fields__]
+    fields += [f"media_{field.name}" for field in dataclasses.fields(MediaCounters)]
+    assert sorted(HELP) == sorted(fields)
+    assert len(set(HELP.values())) == len(HELP)

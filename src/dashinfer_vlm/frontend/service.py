@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 from dashinfer_vlm.engine.client import EngineClient
-from dashinfer_vlm.errors import EngineDeadError, OverloadedError
+from dashinfer_vlm.errors import EngineDeadError, InvalidRequestError, OverloadedError
 from dashinfer_vlm.frontend.generation import Generation
 from dashinfer_vlm.frontend.messages import Message
 from dashinfer_vlm.frontend.observer import Observer, Silence
@@ -46,6 +46,7 @@ class Service:
             math.inf if max_queued_requests is None else engine.info.max_num_seqs + max_queued_requests
         )
         self._num_in_flight = 0
+        self._num_requests = 0
         self._draining = False
         self._closed = False
         self._generations: set[Generation] = set()
@@ -60,6 +61,11 @@ class Service:
     def num_in_flight(self) -> int:
         """Choices between their admission and the engine's last word."""
         return self._num_in_flight
+
+    @property
+    def num_requests(self) -> int:
+        """Calls between their admission and the engine's last word on the last of their choices."""
+        return self._num_requests
 
     @property
     def ready(self) -> bool:
@@ -109,15 +115,23 @@ class Service:
         """Hold `num_choices` places; whoever leaves the block without an error calls the yielded function later."""
         self._check_open()
         params.validate(self.engine.info.vocab_size)
-        if self._num_in_flight and self._num_in_flight + num_choices > self._max_in_flight:
+        if num_choices > self._max_in_flight:
+            raise InvalidRequestError(
+                f"the request asks for {num_choices} answers, {self._max_in_flight} are the most of all requests together; "
+                "ask for fewer at a time or start with --max-queued-requests",
+                param="n",
+            )
+        if self._num_in_flight + num_choices > self._max_in_flight:
             raise OverloadedError(
                 f"{self._num_in_flight} requests are in flight, {self._max_in_flight} are the most; try again later"
             )
         self._num_in_flight += num_choices
+        self._num_requests += 1
         self._idle.clear()
 
         def leave() -> None:
             self._num_in_flight -= num_choices
+            self._num_requests -= 1
             if not self._num_in_flight:
                 self._idle.set()
 

@@ -9,6 +9,7 @@ from fastapi.routing import APIRoute
 import dashinfer_vlm
 from dashinfer_vlm.config import ServerConfig
 from dashinfer_vlm.frontend.service import Service
+from dashinfer_vlm.server.access import Access
 from dashinfer_vlm.server.auth import OPEN_PATHS, ApiKeys, read_keys
 from dashinfer_vlm.server.chat import chat_routes
 from dashinfer_vlm.server.completions import completion_routes
@@ -24,7 +25,12 @@ from dashinfer_vlm.server.ui import page_files, page_routes
 def create_app(service: Service, config: ServerConfig, *, bodies: BodyReader | None = None) -> FastAPI:
     """The application over a service that is ready; who made the service closes it. Raises ConfigError."""
     app = FastAPI(
-        title="DashInfer-VLM", version=dashinfer_vlm.__version__, docs_url=None, redoc_url=None, openapi_url=None
+        title="DashInfer-VLM",
+        version=dashinfer_vlm.__version__,
+        docs_url=None,
+        redoc_url=None,
+        openapi_url=None,
+        redirect_slashes=False,
     )
     context = Context(service=service, config=config, bodies=bodies or BodyReader(config.max_body_mib * 2**20))
     service.observer = metrics = Metrics(service)
@@ -39,6 +45,7 @@ def create_app(service: Service, config: ServerConfig, *, bodies: BodyReader | N
     if keys := read_keys(config):
         app.add_middleware(ApiKeys, keys=keys, open_paths=OPEN_PATHS.union(page_files() if config.ui else ()))
     app.add_middleware(ReplyCounter, metrics=metrics, paths=paths)
+    app.add_middleware(Access)
     if config.allowed_origins:  # added last, so outermost: a refusal needs its headers too
         app.add_middleware(
             CORSMiddleware,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import msgspec
 from fastapi import APIRouter, Request
@@ -24,6 +24,7 @@ from dashinfer_vlm.server.replies import (
     ChunkChoice,
     DeltaMessage,
     Head,
+    UsageEvents,
     UsageReply,
     chat_logprobs,
 )
@@ -37,8 +38,8 @@ def chat_routes(context: Context) -> APIRouter:
     @router.post("/v1/chat/completions")
     async def chat_completions(request: Request) -> Response:
         body = await read_body(request, ChatBody, context.bodies)
-        head = Head.new("chatcmpl", context.model_name(body.model))
-        writer = ChatWriter(head, service.tokenizer, logprobs=bool(body.logprobs), include_usage=body.include_usage)
+        head = context.head("chatcmpl", body.model)
+        writer = ChatWriter(head, service.tokenizer, logprobs=bool(body.logprobs), usage=body.usage_events)
         messages = body.conversation(service.prompts.loader.pixel_bounds)
         begin = service.chat(messages, body.params(service.sampling_defaults))
         stream = bool(body.stream)
@@ -51,11 +52,11 @@ def chat_routes(context: Context) -> APIRouter:
 class ChatWriter:
     """Answers in the form of OpenAI's chat completions."""
 
-    def __init__(self, head: Head, tokenizer: Tokenizer, *, logprobs: bool, include_usage: bool) -> None:
+    def __init__(self, head: Head, tokenizer: Tokenizer, *, logprobs: bool, usage: UsageEvents) -> None:
         self._head = head
         self._tokenizer = tokenizer
         self._logprobs = logprobs
-        self._include_usage = include_usage
+        self._usage = usage
         self._begun: set[int] = set()
 
     def whole(self, answers: Sequence[Answer], usage: Usage) -> ChatReply:
@@ -64,30 +65,32 @@ class ChatWriter:
             for i, a in enumerate(answers)
         ]
         head = self._head
-        return ChatReply(head.id, head.created, head.model, choices, UsageReply.of(usage))
+        return ChatReply(head.id, head.created, head.model, choices, UsageReply.of(usage), head.fingerprint)
 
-    def news(self, delta: Delta) -> list[msgspec.Struct]:
-        """The role first, then text, then the reason why it ends, each in an event of its own."""
+    def news(self, delta: Delta, usage: Callable[[], Usage]) -> list[msgspec.Struct]:
+        """The role first, then what each step brought, then the reason why it ends, each in an event of its own.
+
+        A step whose tokens show no text (yet) is an event with empty content: clients take their times from events.
+        """
         events: list[msgspec.Struct] = []
         if delta.index not in self._begun:
             self._begun.add(delta.index)
-            events.append(self._chunk(ChunkChoice(delta.index, DeltaMessage(role="assistant", content=""))))
-        if delta.text or (self._logprobs and delta.logprobs):
-            rows = self._rows(delta.logprobs)
-            events.append(self._chunk(ChunkChoice(delta.index, DeltaMessage(content=delta.text), rows)))
+            events.append(self._chunk(ChunkChoice(delta.index, DeltaMessage(role="assistant", content="")), usage))
+        if delta.text or delta.token_ids:
+            choice = ChunkChoice(delta.index, DeltaMessage(content=delta.text), self._rows(delta.logprobs))
+            events.append(self._chunk(choice, usage))
         if delta.finish_reason:
             choice = ChunkChoice(delta.index, DeltaMessage(), finish_reason=delta.finish_reason)
-            events.append(self._chunk(choice))
+            events.append(self._chunk(choice, usage))
         return events
 
     def last(self, usage: Usage) -> list[msgspec.Struct]:
-        return [self._chunk(None, UsageReply.of(usage))] if self._include_usage else []
+        return [self._chunk(None, lambda: usage)] if self._usage.last else []
 
     def _rows(self, logprobs: tuple[TokenLogprob, ...]) -> ChatLogprobs | None:
         return chat_logprobs(logprobs, self._tokenizer) if self._logprobs else None
 
-    def _chunk(self, choice: ChunkChoice | None, usage: UsageReply | None = None) -> Chunk:
-        head = self._head
-        told = usage if self._include_usage else msgspec.UNSET
+    def _chunk(self, choice: ChunkChoice | None, usage: Callable[[], Usage]) -> Chunk:
+        head, told = self._head, self._usage.told(usage, is_last=choice is None)
         choices = [] if choice is None else [choice]
-        return Chunk(head.id, "chat.completion.chunk", head.created, head.model, choices, told)
+        return Chunk(head.id, "chat.completion.chunk", head.created, head.model, head.fingerprint, choices, told)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import msgspec
 from fastapi import APIRouter, Request
@@ -21,6 +21,7 @@ from dashinfer_vlm.server.replies import (
     TextChoice,
     TextLogprobs,
     TextReply,
+    UsageEvents,
     UsageReply,
     text_logprobs,
 )
@@ -34,9 +35,9 @@ def completion_routes(context: Context) -> APIRouter:
     @router.post("/v1/completions")
     async def completions(request: Request) -> Response:
         body = await read_body(request, CompletionBody, context.bodies)
-        head = Head.new("cmpl", context.model_name(body.model))
+        head = context.head("cmpl", body.model)
         wants_logprobs = body.logprobs is not None
-        writer = CompletionWriter(head, service.tokenizer, logprobs=wants_logprobs, include_usage=body.include_usage)
+        writer = CompletionWriter(head, service.tokenizer, logprobs=wants_logprobs, usage=body.usage_events)
         begin = service.complete(body.prompts(), body.params(service.sampling_defaults))
         return await respond(request, begin, writer, stream=bool(body.stream))
 
@@ -46,26 +47,27 @@ def completion_routes(context: Context) -> APIRouter:
 class CompletionWriter:
     """Answers in the form of OpenAI's text completions."""
 
-    def __init__(self, head: Head, tokenizer: Tokenizer, *, logprobs: bool, include_usage: bool) -> None:
+    def __init__(self, head: Head, tokenizer: Tokenizer, *, logprobs: bool, usage: UsageEvents) -> None:
         self._head = head
         self._tokenizer = tokenizer
         self._logprobs = logprobs
-        self._include_usage = include_usage
+        self._usage = usage
         self._offsets: dict[int, int] = {}
 
     def whole(self, answers: Sequence[Answer], usage: Usage) -> TextReply:
         choices = [TextChoice(i, a.text, self._rows(i, a.logprobs), a.finish_reason) for i, a in enumerate(answers)]
         head = self._head
-        return TextReply(head.id, head.created, head.model, choices, UsageReply.of(usage))
+        return TextReply(head.id, head.created, head.model, choices, UsageReply.of(usage), head.fingerprint)
 
-    def news(self, delta: Delta) -> list[msgspec.Struct]:
-        if not (delta.text or delta.finish_reason or (self._logprobs and delta.logprobs)):
+    def news(self, delta: Delta, usage: Callable[[], Usage]) -> list[msgspec.Struct]:
+        """What each step brought, which may be no text (yet), with the reason in the last one."""
+        if not (delta.text or delta.token_ids or delta.finish_reason):
             return []
         rows = self._rows(delta.index, delta.logprobs)
-        return [self._chunk(TextChoice(delta.index, delta.text, rows, delta.finish_reason))]
+        return [self._chunk(TextChoice(delta.index, delta.text, rows, delta.finish_reason), usage)]
 
     def last(self, usage: Usage) -> list[msgspec.Struct]:
-        return [self._chunk(None, UsageReply.of(usage))] if self._include_usage else []
+        return [self._chunk(None, lambda: usage)] if self._usage.last else []
 
     def _rows(self, index: int, logprobs: tuple[TokenLogprob, ...]) -> TextLogprobs | None:
         if not self._logprobs:
@@ -75,7 +77,7 @@ class CompletionWriter:
         self._offsets[index] = offset + sum(map(len, rows.tokens))
         return rows
 
-    def _chunk(self, choice: TextChoice | None, usage: UsageReply | None = None) -> Chunk:
-        head = self._head
-        told = usage if self._include_usage else msgspec.UNSET
-        return Chunk(head.id, "text_completion", head.created, head.model, [] if choice is None else [choice], told)
+    def _chunk(self, choice: TextChoice | None, usage: Callable[[], Usage]) -> Chunk:
+        head, told = self._head, self._usage.told(usage, is_last=choice is None)
+        choices = [] if choice is None else [choice]
+        return Chunk(head.id, "text_completion", head.created, head.model, head.fingerprint, choices, told)

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass, field
+from hashlib import sha256
 
+import dashinfer_vlm
 from dashinfer_vlm.config import ServerConfig
 from dashinfer_vlm.frontend.service import Service
 from dashinfer_vlm.server.errors import HttpError
 from dashinfer_vlm.server.reading import BodyReader
+from dashinfer_vlm.server.replies import Head
 
 ANY_MODEL = "model"
 """The name that the documented client example sends; it always means the model that is served."""
@@ -25,6 +28,17 @@ class Context:
     def model_names(self) -> tuple[str, ...]:
         """Names that clients may call the model by; the first is the one that answers carry."""
         return self.config.served_model_name or (self.service.engine.info.model,)
+
+    def head(self, prefix: str, asked: str | None) -> Head:
+        """The head of an answer by the model that was `asked` for; raises like `model_name`."""
+        return Head.new(prefix, self.model_name(asked), self.fingerprint)
+
+    @property
+    def fingerprint(self) -> str:
+        """Of this version with this model as it was loaded."""
+        info = self.service.engine.info
+        facts = (dashinfer_vlm.__version__, info.model, info.device, info.precision, info.kv_dtype)
+        return "fp_" + sha256("\0".join(facts).encode()).hexdigest()[:10]
 
     def model_name(self, asked: str | None) -> str:
         """The name to answer with; raises HttpError 404 for a model that is not served."""

@@ -19,7 +19,52 @@ from dashinfer_vlm.media.loader import MediaCounters
 
 _PREFIX = "dashinfer_"
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80, 160)
+_ABORTED = "aborted"
+"""Stands for the status of an answer that was not sent to its end."""
 _MEDIA_GAUGES = frozenset({"cache_bytes"})
+
+HELP = {
+    "engine_num_waiting": "Sequences that wait for a place.",
+    "engine_num_running": "Sequences that are prefilled or decode.",
+    "engine_num_blocks": "Blocks of the KV cache.",
+    "engine_num_free_blocks": "Blocks of the KV cache that no sequence holds, cached prefixes among them.",
+    "engine_num_steps_total": "Steps of the engine.",
+    "engine_num_prompt_tokens_total": "Prompt tokens of accepted sequences.",
+    "engine_num_cached_tokens_total": "Prompt tokens that were found in the prefix cache.",
+    "engine_num_computed_tokens_total": "Rows that the text model has computed.",
+    "engine_num_output_tokens_total": "Tokens that were generated.",
+    "engine_num_draft_tokens_total": "Tokens that were guessed and computed by speculative decoding.",
+    "engine_num_accepted_draft_tokens_total": "Guessed tokens that were right.",
+    "engine_num_preemptions_total": "Sequences that had to give their blocks back and begin anew.",
+    "engine_num_items_encoded_total": "Pictures and videos that were encoded.",
+    "engine_num_items_encoded_elsewhere_total": "Pictures and videos that vision workers encoded.",
+    "engine_num_patches_encoded_total": "Patches that were encoded.",
+    "engine_num_encoder_failures_total": "Pictures and videos that could not be encoded.",
+    "engine_num_encoder_retries_total": "Pictures and videos that were encoded again after a failure.",
+    "engine_num_encoder_restarts_total": "Vision workers that were started in place of another one.",
+    "engine_num_encoders": "Vision workers that are ready.",
+    "engine_embedding_hits_total": "Pictures and videos whose embedding was in memory.",
+    "engine_embedding_misses_total": "Pictures and videos whose embedding was not in memory.",
+    "engine_embedding_bytes": "Bytes of embeddings in memory.",
+    "engine_shared_cache_hits_total": "Embeddings that were found in Redis.",
+    "engine_shared_cache_misses_total": "Embeddings that were not in Redis.",
+    "engine_shared_cache_read_bytes_total": "Bytes of embeddings read from Redis.",
+    "engine_shared_cache_written_bytes_total": "Bytes of embeddings written to Redis.",
+    "engine_shared_cache_errors_total": "Commands to Redis that failed, and values from it that were no use.",
+    "engine_shared_cache_dropped_total": "Embeddings that were not written since Redis was away or slow.",
+    "engine_step_seconds_total": "Seconds that steps took.",
+    "engine_encoder_seconds_total": "Seconds of them that the vision encoder took.",
+    "media_fetches": "GETs of http and https URLs, redirects not counted.",
+    "media_fetched_bytes": "Bytes that were fetched.",
+    "media_decodes": "Media that were decoded.",
+    "media_cache_hits": "Media that were found decoded in memory.",
+    "media_cache_misses": "Media that were not in memory.",
+    "media_cache_bytes": "Bytes of decoded media in memory.",
+    "media_refusals": "Media that the policy or a limit refused.",
+    "media_failures": "Media that could not be used, refused ones among them.",
+    "media_worker_restarts": "Decoding processes that were started in place of another one.",
+}
+"""One text for each field of the engine's and the media room's counters."""
 
 
 class Metrics:
@@ -31,19 +76,39 @@ class Metrics:
         self._state = _State()
         registry.register(self._state)
         self.replies = Counter(
-            f"{_PREFIX}http_replies", "Answers by route and status.", ["route", "status"], registry=registry
+            f"{_PREFIX}http_replies",
+            "HTTP answers by route and status; aborted are those that were not sent to their end.",
+            ["route", "status"],
+            registry=registry,
         )
-        self._in_flight = Gauge(f"{_PREFIX}requests_in_flight", "Choices that are not over.", registry=registry)
-        self._in_flight.set_function(lambda: service.num_in_flight)
+        self._in_flight = Gauge(
+            f"{_PREFIX}requests_in_flight", "Requests that are being prepared or answered.", registry=registry
+        )
+        self._in_flight.set_function(lambda: service.num_requests)
         self._choices = Counter(
-            f"{_PREFIX}choices", "Choices that are over, by how they ended.", ["reason"], registry=registry
+            f"{_PREFIX}choices",
+            "Answers that are over (a request may ask for several), by how they ended.",
+            ["reason"],
+            registry=registry,
         )
-        self._prompt = Counter(f"{_PREFIX}prompt_tokens", "Tokens of prompts.", registry=registry)
-        self._cached = Counter(f"{_PREFIX}cached_tokens", "... of them from the prefix cache.", registry=registry)
-        self._output = Counter(f"{_PREFIX}output_tokens", "Tokens of answers.", registry=registry)
-        self._first = _histogram("time_to_first_token_seconds", "From the request to its first token.", registry)
-        self._gap = _histogram("inter_token_seconds", "Between two tokens of an answer.", registry)
-        self._whole = _histogram("request_seconds", "From the request to its last token.", registry)
+        self._prompt = Counter(
+            f"{_PREFIX}prompt_tokens", "Tokens of the prompts of requests that are over.", registry=registry
+        )
+        self._cached = Counter(
+            f"{_PREFIX}cached_tokens",
+            "Those of dashinfer_prompt_tokens that were found in the prefix cache.",
+            registry=registry,
+        )
+        self._output = Counter(f"{_PREFIX}output_tokens", "Tokens that were sent to clients.", registry=registry)
+        self._first = _histogram(
+            "time_to_first_token_seconds",
+            "Seconds from the arrival of a request to the first token of each of its answers.",
+            registry,
+        )
+        self._gap = _histogram("inter_token_seconds", "Seconds between two tokens of an answer.", registry)
+        self._whole = _histogram(
+            "request_seconds", "Seconds from the arrival of a request to the last token of its answers.", registry
+        )
 
     def tokens(self, num_tokens: int, seconds: float, *, first: bool) -> None:
         self._output.inc(num_tokens)
@@ -79,13 +144,28 @@ class ReplyCounter:
         self._paths = paths
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        async def count(message: Message) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        started: list[str] = []
+        """The status of an answer that has begun and is not complete."""
+
+        async def watch(message: Message) -> None:
             if message["type"] == "http.response.start":
-                route = scope["path"] if scope["path"] in self._paths else "other"
-                self._metrics.replies.labels(route, str(message["status"])).inc()
+                started.append(str(message["status"]))
+            elif not message.get("more_body") and started:
+                self._count(scope, started.pop())
             await send(message)
 
-        await self._app(scope, receive, count if scope["type"] == "http" else send)
+        try:
+            await self._app(scope, receive, watch)
+        finally:
+            if started:
+                self._count(scope, _ABORTED)
+
+    def _count(self, scope: Scope, status: str) -> None:
+        route = getattr(scope.get("route"), "path", scope["path"])
+        self._metrics.replies.labels(route if route in self._paths else "other", status).inc()
 
 
 def metrics_routes(metrics: Metrics) -> APIRouter:
@@ -119,10 +199,8 @@ class _State:
 
 
 def _metric(name: str, value: float, *, counts: bool) -> Metric:
-    words = name.removeprefix(_PREFIX).removesuffix("_total").replace("_", " ")
-    if counts:
-        return CounterMetricFamily(name, f"Total of {words}.", value=value)
-    return GaugeMetricFamily(name, f"Present {words}.", value=value)
+    help = HELP[name.removeprefix(_PREFIX)]
+    return (CounterMetricFamily if counts else GaugeMetricFamily)(name, help, value=value)
 
 
 def _histogram(name: str, words: str, registry: CollectorRegistry) -> Histogram:

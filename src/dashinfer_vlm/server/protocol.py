@@ -16,6 +16,7 @@ from dashinfer_vlm.frontend.messages import Message
 from dashinfer_vlm.frontend.params import GenerationParams
 from dashinfer_vlm.frontend.schema import Body, Whole, Wholes, by_shape, only
 from dashinfer_vlm.request import SamplingParams
+from dashinfer_vlm.server.replies import UsageEvents
 
 _SAMPLED = (
     "temperature",
@@ -57,7 +58,8 @@ class StreamOptions(Body):
     include_usage: bool | None = None
     include_obfuscation: bool | None = None
     """OpenAI pads chunks against eavesdroppers when true; the padding is optional and absent here."""
-    continuous_usage_stats: Annotated[Any, only(False)] = None
+    continuous_usage_stats: bool | None = None
+    """Every event tells the tokens so far; as in vLLM, only beside `include_usage`."""
 
 
 class GenerationBody(Body):
@@ -129,8 +131,9 @@ class GenerationBody(Body):
     vllm_xargs: Annotated[Any, only({})] = None
 
     @property
-    def include_usage(self) -> bool:
-        return bool(self.stream_options and self.stream_options.include_usage)
+    def usage_events(self) -> UsageEvents:
+        options = self.stream_options or StreamOptions()
+        return UsageEvents(last=bool(options.include_usage), every=bool(options.continuous_usage_stats))
 
     def check_stream_options(self) -> None:
         if self.stream_options and not self.stream:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 import secrets
 import time
-from collections.abc import Iterable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from itertools import accumulate
 
 import msgspec
@@ -100,6 +100,7 @@ class ChatReply(msgspec.Struct, frozen=True):
     model: str
     choices: list[ChatChoice]
     usage: UsageReply
+    system_fingerprint: str
     object: str = "chat.completion"
 
 
@@ -109,16 +110,18 @@ class TextReply(msgspec.Struct, frozen=True):
     model: str
     choices: list[TextChoice]
     usage: UsageReply
+    system_fingerprint: str
     object: str = "text_completion"
 
 
 class Chunk(msgspec.Struct, frozen=True):
-    """One event of a stream; `usage` is absent unless it was asked for, and then null until the last one."""
+    """One event of a stream; `usage` is absent unless it was asked for, and then null where it was not asked for."""
 
     id: str
     object: str
     created: int
     model: str
+    system_fingerprint: str
     choices: list[ChunkChoice] | list[TextChoice]
     usage: UsageReply | msgspec.UnsetType | None = msgspec.UNSET
 
@@ -127,14 +130,29 @@ class Chunk(msgspec.Struct, frozen=True):
 class Head:
     """What all events of one answer repeat."""
 
+    id: str
+    created: int
     model: str
-    prefix: str
-    id: str = ""
-    created: int = field(default_factory=lambda: int(time.time()))
+    fingerprint: str
+    """Changes whenever the same request with the same seed may be answered otherwise."""
 
     @classmethod
-    def new(cls, prefix: str, model: str) -> Head:
-        return cls(model, prefix, f"{prefix}-{secrets.token_hex(12)}")
+    def new(cls, prefix: str, model: str, fingerprint: str) -> Head:
+        return cls(f"{prefix}-{secrets.token_hex(12)}", int(time.time()), model, fingerprint)
+
+
+@dataclass(frozen=True, slots=True)
+class UsageEvents:
+    """Which events of a stream tell the tokens so far: none, one after the last, or every one as well."""
+
+    last: bool
+    every: bool
+
+    def told(self, usage: Callable[[], Usage], *, is_last: bool) -> UsageReply | msgspec.UnsetType | None:
+        """The `usage` of one event."""
+        if not self.last:
+            return msgspec.UNSET
+        return UsageReply.of(usage()) if is_last or self.every else None
 
 
 def chat_logprobs(logprobs: Iterable[TokenLogprob], tokenizer: Tokenizer) -> ChatLogprobs:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Coroutine, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from typing import Any, Protocol
 
 import msgspec
@@ -24,8 +24,8 @@ class Writer(Protocol):
 
     def whole(self, answers: Sequence[Answer], usage: Usage) -> msgspec.Struct: ...
 
-    def news(self, delta: Delta) -> list[msgspec.Struct]:
-        """The events that tell `delta`; may be none."""
+    def news(self, delta: Delta, usage: Callable[[], Usage]) -> list[msgspec.Struct]:
+        """The events that tell `delta`; may be none. `usage` counts the tokens so far."""
         ...
 
     def last(self, usage: Usage) -> list[msgspec.Struct]:
@@ -68,10 +68,13 @@ async def _open(begin: Coroutine[Any, Any, Generation]) -> tuple[Generation, Del
 
 
 async def _events(generation: Generation, first: Delta, writer: Writer) -> AsyncIterator[msgspec.Struct]:
-    for event in writer.news(first):
+    def usage() -> Usage:
+        return generation.usage
+
+    for event in writer.news(first, usage):
         yield event
     async for delta in generation:
-        for event in writer.news(delta):
+        for event in writer.news(delta, usage):
             yield event
     for event in writer.last(generation.usage):
         yield event

@@ -35,6 +35,7 @@ class HttpServer(uvicorn.Server):
                 host=config.host,
                 port=config.port,
                 log_level=config.log_level,
+                access_log=False,  # see server/access.py
                 ssl_keyfile=tls.key if tls else None,
                 ssl_certfile=tls.certificate if tls else None,
                 lifespan="on",  # "Application startup complete" tells that the server is ready

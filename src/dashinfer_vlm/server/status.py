@@ -38,12 +38,12 @@ def status_routes(context: Context) -> APIRouter:
     async def model(name: str) -> Response:
         return json_response(_model(context, context.model_name(name)))
 
-    @router.get("/health")
+    @router.api_route("/health", methods=["GET", "HEAD"])
     async def health() -> Response:
         """Whether this process still makes sense; restart it if not."""
         return _state("alive" if service.engine.alive() else None)
 
-    @router.get("/ready")
+    @router.api_route("/ready", methods=["GET", "HEAD"])
     async def ready() -> Response:
         """Whether to send requests here."""
         return _state("ready" if service.ready else None)
