@@ -5,9 +5,27 @@ from __future__ import annotations
 import functools
 
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
 
-__all__ = ["hadamard_blocks"]
+from dashinfer_vlm.kernels.cuda.launch import compute_type, launch, power_of_two
+
+__all__ = ["hadamard_blocks", "mixed_queries"]
+
+
+@triton.jit(do_not_specialize=["num_rows"])
+def _mix(q, mixer, out, num_rows, q_t, q_h, H: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, BM: tl.constexpr,
+         C: tl.constexpr):  # fmt: skip
+    row = tl.program_id(0) * BM + tl.arange(0, BM)
+    d = tl.arange(0, DP)
+    inside = (row < num_rows * H)[:, None] & (d < D)[None, :]
+    place = (row // H).to(tl.int64)[:, None] * q_t + (row % H)[:, None] * q_h + d[None, :]
+    x = tl.load(q + place, mask=inside, other=0.0).to(C)
+    square = (d < D)[:, None] & (d < D)[None, :]
+    matrix = tl.load(mixer + d[:, None] * D + d[None, :], mask=square, other=0.0).to(C)
+    y = tl.dot(x, matrix, input_precision="ieee")
+    tl.store(out + row.to(tl.int64)[:, None] * D + d[None, :], y.to(out.dtype.element_ty), mask=inside)
 
 
 @functools.cache
@@ -19,3 +37,21 @@ def hadamard_blocks(dim: int, device: torch.device) -> tuple[Tensor, int]:
     ones = (index[:, None] & index[None, :])[..., None] >> torch.arange(max(size.bit_length(), 1)) & 1
     matrix = 1.0 - 2.0 * (ones.sum(-1) % 2).float()
     return torch.kron(torch.eye(dim // size), matrix).to(device), size
+
+
+@functools.cache
+def _query_mixer(dim: int, device: torch.device) -> Tensor:
+    blocks, size = hadamard_blocks(dim, device)
+    return blocks / size
+
+
+def mixed_queries(q: Tensor) -> Tensor:
+    """Queries [T, H, D] as transformed keys want them, divided by the transform's size; a new contiguous tensor."""
+    num_rows, num_heads, dim = q.shape
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    height = 32
+    launch(
+        _mix, (-(-num_rows * num_heads // height),), q, _query_mixer(dim, q.device), out, num_rows, *q.stride()[:2],
+        num_heads, dim, power_of_two(dim, 16), height, compute_type(q.dtype), num_warps=4,
+    )  # fmt: skip
+    return out

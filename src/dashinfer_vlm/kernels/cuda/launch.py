@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-__all__ = ["INTERPRETED", "compute_type", "launch", "power_of_two"]
+__all__ = ["INTERPRETED", "check", "compute_type", "launch", "power_of_two", "unit_of"]
 
 INTERPRETED: bool = triton.knobs.runtime.interpret
 """Kernels run on the CPU, statement by statement."""
@@ -33,6 +33,14 @@ def compute_type(dtype: torch.dtype) -> Any:
 def power_of_two(value: int, at_least: int = 1) -> int:
     """The smallest power of two from `value` and `at_least` on; tiles have no other sides."""
     return max(at_least, 1 << max(value - 1, 0).bit_length())
+
+
+def unit_of(*strides: int) -> int:
+    """What strides are handed over in multiples of, where the compiler would not see by itself that rows are aligned: it
+    asks an integer only whether 16 divides it."""
+    if all(stride % 16 == 0 for stride in strides):
+        return 1
+    return next((unit for unit in (8, 4) if all(stride % unit == 0 for stride in strides)), 1)
 
 
 def check(condition: bool, message: str, *found: Tensor) -> None:

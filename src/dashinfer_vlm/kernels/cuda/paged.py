@@ -7,7 +7,6 @@ the other alone. A tile's row is a pair (query, head of the group), so that a gr
 
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass
 
 import torch
@@ -15,8 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dashinfer_vlm.kernels.cuda.hadamard import hadamard_blocks
-from dashinfer_vlm.kernels.cuda.launch import check, compute_type, launch, power_of_two
+from dashinfer_vlm.kernels.cuda.hadamard import mixed_queries
+from dashinfer_vlm.kernels.cuda.launch import check, compute_type, launch, power_of_two, unit_of
 
 __all__ = ["FEW_ROWS", "paged_attention"]
 
@@ -72,11 +71,14 @@ def _keys(
 
 @triton.jit(do_not_specialize=["num_sequences", "table_stride"])
 def _attend(
-    q_rows, k_cache, v_cache, tables, starts, contexts, mixer, out, lse, scale, num_sequences, table_stride, q_t, q_h,
+    q_rows, k_cache, v_cache, tables, starts, contexts, out, lse, scale, num_sequences, table_stride, q_t, q_h,
     block_stride, slot_stride, head_stride, o_t, o_h, o_split, l_t, l_split, G: tl.constexpr, D: tl.constexpr,
     DP: tl.constexpr, BS: tl.constexpr, BM: tl.constexpr, BQ: tl.constexpr, BN: tl.constexpr, SPLITS: tl.constexpr,
-    FEW: tl.constexpr, MANY: tl.constexpr, INT8: tl.constexpr, C: tl.constexpr,
+    FEW: tl.constexpr, MANY: tl.constexpr, INT8: tl.constexpr, UNIT: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
+    block_stride *= UNIT
+    slot_stride *= UNIT
+    head_stride *= UNIT
     tile = tl.program_id(0)
     head = tl.program_id(1)
     split = tl.program_id(2)
@@ -99,10 +101,6 @@ def _attend(
     at = (first + row).to(tl.int64)
     inside = mine[:, None] & (d < D)[None, :]
     q = tl.load(q_rows + at[:, None] * q_t + query_head[:, None] * q_h + d[None, :], mask=inside, other=0.0).to(C)
-    if INT8:
-        square = (d < D)[:, None] & (d < D)[None, :]
-        mix = tl.load(mixer + d[:, None] * D + d[None, :], mask=square, other=0.0).to(C)
-        q = tl.dot(q, mix, input_precision="ieee").to(C)
     last = context - n + row
     stop = tl.minimum(context, context - n + local + BQ)
     share = tl.cdiv(tl.cdiv(stop, BN), SPLITS) * BN
@@ -166,10 +164,12 @@ class Tile:
     stages: int
 
 
-def few_tile(dtype: torch.dtype, group: int, dim: int) -> Tile:
+def few_tile(dtype: torch.dtype, cache: torch.dtype, group: int, dim: int) -> Tile:
     """For at most `FEW_ROWS` rows of a sequence; `group` query heads share a key head of `dim` channels."""
     rows = power_of_two(group, 16)
-    return Tile(rows, 32, 4, 2) if dtype == torch.float32 or dim > 128 else Tile(rows, 64, 4, 3)
+    if dtype == torch.float32 or dim > 128:
+        return Tile(rows, 32, 4, 2)
+    return Tile(rows, 32, 4, 3) if cache == torch.int8 else Tile(rows, 64, 4, 3)
 
 
 def many_tile(dtype: torch.dtype, group: int, dim: int) -> Tile:
@@ -183,13 +183,6 @@ def num_splits(num_programs: int, max_context: int, keys: int) -> int:
     """A power of two, so that `num_programs` times it fill a card, and every split has two tiles of `keys`."""
     wanted = min(WANTED_PROGRAMS // max(num_programs, 1), max_context // (2 * keys), 64)
     return power_of_two(wanted + 1) // 2 if wanted > 1 else 1
-
-
-@functools.cache
-def _mixer(dim: int, device: torch.device) -> Tensor:
-    """float32 [dim, dim]: the transform that `write_kv` gives to keys, divided by its size."""
-    blocks, size = hadamard_blocks(dim, device)
-    return blocks / size
 
 
 def paged_attention(
@@ -214,6 +207,8 @@ def paged_attention(
     check(k_cache.stride() == v_cache.stride(), "the caches must have one layout", k_cache, v_cache)
     check(len(query_starts) == num_sequences + 1, "query_starts must be [S + 1]", query_starts, context_lens)
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    if k_cache.dtype == torch.int8:
+        q = mixed_queries(q)
     batch = (q, k_cache, v_cache, block_tables, query_starts, context_lens)
     is_decode = num_rows == num_sequences
     if is_decode or num_sequences > 1 or num_rows <= FEW_ROWS:
@@ -237,7 +232,7 @@ def _few(
 ) -> None:
     num_heads, num_kv_heads, num_sequences = q.shape[1], k_cache.shape[2], len(contexts)
     group = num_heads // num_kv_heads
-    tile = few_tile(q.dtype, group, q.shape[2])
+    tile = few_tile(q.dtype, k_cache.dtype, group, q.shape[2])
     tiles = -(-few // (tile.rows // group)) * num_sequences
     if splits is None:
         splits = num_splits(num_sequences * num_kv_heads, tables.shape[1] * k_cache.shape[1], tile.keys)
@@ -289,10 +284,12 @@ def _start(
     """`out` is [splits, T, H, D], `lse` float32 [splits, T, H] where there are several."""
     dim, int8 = q.shape[2], k_cache.dtype == torch.int8
     group = q.shape[1] // k_cache.shape[2]
+    strides = k_cache.stride()[:3]
+    unit = unit_of(*strides)
     launch(
-        _attend, grid, q, k_cache, v_cache, tables, starts, contexts, _mixer(dim, q.device) if int8 else q, out,
-        out if lse is None else lse, scale, len(contexts), tables.stride(0), *q.stride()[:2], *k_cache.stride()[:3],
-        out.stride(1), out.stride(2), out.stride(0), *((0, 0) if lse is None else (lse.stride(1), lse.stride(0))),
+        _attend, grid, q, k_cache, v_cache, tables, starts, contexts, out, out if lse is None else lse, scale,
+        len(contexts), tables.stride(0), *q.stride()[:2], *(stride // unit for stride in strides), out.stride(1),
+        out.stride(2), out.stride(0), *((0, 0) if lse is None else (lse.stride(1), lse.stride(0))),
         group, dim, power_of_two(dim, 16), k_cache.shape[1], tile.rows, tile.rows // group, tile.keys, grid[2], few,
-        many, int8, compute_type(q.dtype), num_warps=tile.warps, num_stages=tile.stages,
+        many, int8, unit, compute_type(q.dtype), num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip

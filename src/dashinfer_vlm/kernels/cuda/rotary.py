@@ -89,21 +89,22 @@ def _rope_write_kv(
     row = tl.program_id(0).to(tl.int64)
     part = tl.program_id(1)
     if part > 0:
-        low, high, place, inside = _rotated(q + row * q_t, cos, sin, row, (part - 1) * BH, q_h, H, D, BH, BD)
-        tl.store(place, low, mask=inside)
-        tl.store(place + D // 2, high, mask=inside)
+        q_low, q_high, q_place, in_q = _rotated(q + row * q_t, cos, sin, row, (part - 1) * BH, q_h, H, D, BH, BD)
+        tl.store(q_place, q_low, mask=in_q)
+        tl.store(q_place + D // 2, q_high, mask=in_q)
+        return
+    slot = tl.load(slots + row) * slot_stride
+    head = tl.arange(0, BK)
+    k_low, k_high, _, inside = _rotated(k + row * k_t, cos, sin, row, 0, k_h, HK, D, BK, BD)
+    if INT8:
+        mixed_low, mixed_high = _mixed(k_low, k_high, mixer, D, BD, C)
+        _write(k_cache + slot, mixed_low, mixed_high, head, HK, D, c_h, BD, INT8)
     else:
-        slot = tl.load(slots + row) * slot_stride
-        head = tl.arange(0, BK)
-        low, high, place, inside = _rotated(k + row * k_t, cos, sin, row, 0, k_h, HK, D, BK, BD)
-        if INT8:
-            low, high = _mixed(low, high, mixer, D, BD, C)
-        _write(k_cache + slot, low, high, head, HK, D, c_h, BD, INT8)
-        i = tl.arange(0, BD)
-        place = v + row * v_t + head[:, None] * v_h + i[None, :]
-        low = tl.load(place, mask=inside, other=0.0).to(tl.float32)
-        high = tl.load(place + D // 2, mask=inside, other=0.0).to(tl.float32)
-        _write(v_cache + slot, low, high, head, HK, D, c_h, BD, INT8)
+        _write(k_cache + slot, k_low, k_high, head, HK, D, c_h, BD, INT8)
+    place = v + row * v_t + head[:, None] * v_h + tl.arange(0, BD)[None, :]
+    v_low = tl.load(place, mask=inside, other=0.0).to(tl.float32)
+    v_high = tl.load(place + D // 2, mask=inside, other=0.0).to(tl.float32)
+    _write(v_cache + slot, v_low, v_high, head, HK, D, c_h, BD, INT8)
 
 
 def rope(x: Tensor, cos: Tensor, sin: Tensor) -> None:

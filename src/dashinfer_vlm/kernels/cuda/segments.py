@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dashinfer_vlm.kernels.cuda.launch import check, compute_type, launch, power_of_two
+from dashinfer_vlm.kernels.cuda.launch import check, compute_type, launch, power_of_two, unit_of
 
 __all__ = ["TALL", "segment_tiles", "varlen_attention"]
 
@@ -63,8 +63,15 @@ def _keys(
 @triton.jit(do_not_specialize=["first_query"])
 def _attend(
     q_rows, k, v, tiles, out, scale, first_query, q_t, q_h, k_t, k_h, v_t, v_h, o_t, o_h, D: tl.constexpr,
-    DA: tl.constexpr, DB: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, C: tl.constexpr,
+    DA: tl.constexpr, DB: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, UNIT: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
+    """Strides of q, k and v come in units, so that the compiler knows that rows of 72 channels begin at 16 bytes."""
+    q_t *= UNIT
+    q_h *= UNIT
+    k_t *= UNIT
+    k_h *= UNIT
+    v_t *= UNIT
+    v_h *= UNIT
     head = tl.program_id(0)
     tile = tiles + tl.program_id(1) * 4
     row = tl.load(tile)
@@ -141,10 +148,12 @@ def varlen_attention(q: Tensor, k: Tensor, v: Tensor, starts: Tensor, scale: flo
     is_short = len(k) < TALL * (len(starts) - 1)
     height, width, warps, stages = tile_shape(q.dtype, is_short=is_short)
     tiles = segment_tiles(starts, first_query, first_query + num_queries, height)
+    strides = [*q.stride()[:2], *k.stride()[:2], *v.stride()[:2]]
+    unit = unit_of(*strides)
     launch(
-        _attend, (num_heads, len(tiles)), q, k, v, tiles, out, scale, first_query, *q.stride()[:2], *k.stride()[:2],
-        *v.stride()[:2], *out.stride()[:2], dim, *parts_of(dim), height, width, compute_type(q.dtype),
-        num_warps=warps, num_stages=stages,
+        _attend, (num_heads, len(tiles)), q, k, v, tiles, out, scale, first_query, *(x // unit for x in strides),
+        *out.stride()[:2], dim, *parts_of(dim), height, width, unit, compute_type(q.dtype), num_warps=warps,
+        num_stages=stages,
     )  # fmt: skip
     return out
 

@@ -1,0 +1,128 @@
+"""What a served model asks of the kernels: one call for every variant that is compiled, on tensors without memory.
+
+A variant that was not compiled before it is needed costs a second in the middle of service. So a start, the check of a
+card and the tests walk this list.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from dashinfer_vlm.kernels.cuda import paged, patches, rotary, rows, segments
+
+__all__ = ["PUBLISHED", "Sizes", "Variant", "variants"]
+
+BLOCK_SIZE = 16
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sizes:
+    """The sizes of a model that decide what is compiled."""
+
+    hidden: int
+    inner: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    vit_width: int = 0
+    """0 for a model without a ViT."""
+    vit_inner: int = 0
+    vit_heads: int = 1
+    patch_dim: int = 1176
+
+
+PUBLISHED = {
+    "Qwen2-VL-2B": Sizes(
+        hidden=1536, inner=8960, heads=12, kv_heads=2, head_dim=128, vit_width=1280, vit_inner=5120, vit_heads=16
+    ),
+    "Qwen2-VL-7B": Sizes(
+        hidden=3584, inner=18944, heads=28, kv_heads=4, head_dim=128, vit_width=1280, vit_inner=5120, vit_heads=16
+    ),
+    "Qwen2.5-VL-7B": Sizes(
+        hidden=3584, inner=18944, heads=28, kv_heads=4, head_dim=128, vit_width=1280, vit_inner=3420, vit_heads=16
+    ),
+    "Qwen3-VL-8B": Sizes(
+        hidden=4096, inner=12288, heads=32, kv_heads=8, head_dim=128, vit_width=1152, vit_inner=4304, vit_heads=16,
+        patch_dim=1536,
+    ),
+}  # fmt: skip
+"""Of the published models, those whose kernels differ."""
+
+
+@dataclass(frozen=True, slots=True)
+class Variant:
+    name: str
+    call: Callable[[], object]
+
+
+def variants(sizes: Sizes, dtype: torch.dtype) -> Iterator[Variant]:
+    """Calls for a model of 16-bit `dtype`, on tensors without memory: whoever replaced `launch.launch` before these
+    modules were imported sees what is compiled."""
+    meta = torch.device("meta")
+    yield from _text(sizes, dtype, meta)
+    if sizes.vit_width:
+        yield from _vit(sizes, dtype, meta)
+
+
+def _text(s: Sizes, dtype: torch.dtype, device: torch.device) -> Iterator[Variant]:
+    def empty(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
+        return torch.empty(*shape, dtype=dtype, device=device)
+
+    def heads(num_rows: int) -> tuple[Tensor, ...]:
+        joined = empty(num_rows, s.heads + 2 * s.kv_heads, s.head_dim)
+        return torch.split(joined, [s.heads, s.kv_heads, s.kv_heads], dim=1)
+
+    def attend(queries: list[int], cache: torch.dtype, splits: int | None) -> Tensor:
+        num_rows, num_sequences = sum(queries), len(queries)
+        keys = empty(64, BLOCK_SIZE, s.kv_heads, s.head_dim + 4 * (cache == torch.int8), dtype=cache)
+        starts, contexts = (empty(n, dtype=torch.int32) for n in (num_sequences + 1, num_sequences))
+        tables = empty(num_sequences, 64, dtype=torch.int32)
+        return paged.paged_attention(heads(num_rows)[0], keys, keys, tables, starts, contexts, 0.1, splits)
+
+    def write(cache: torch.dtype) -> None:
+        keys = empty(64, BLOCK_SIZE, s.kv_heads, s.head_dim + 4 * (cache == torch.int8), dtype=cache)
+        table = empty(16, s.head_dim // 2, dtype=torch.float32)
+        q, k, v = heads(16)
+        rotary.rope_write_kv(q, k, v, table, table, keys, keys, empty(16, dtype=torch.int64))
+
+    yield Variant("rms_norm", lambda: rows.rms_norm(empty(16, s.hidden), empty(s.hidden), 1e-6))
+    yield Variant("silu_mul", lambda: rows.silu_mul(empty(16, 2 * s.inner)))
+    for cache in (dtype, torch.int8):
+        kind = "int8" if cache == torch.int8 else "plain"
+        yield Variant(f"rope_write_kv {kind}", partial(write, cache))
+        yield Variant(f"decode {kind}", partial(attend, [1] * 16, cache, 1))
+        yield Variant(f"decode in 8 splits {kind}", partial(attend, [1] * 16, cache, 8))
+        yield Variant(f"prefill {kind}", partial(attend, [1024], cache, None))
+
+
+def _vit(s: Sizes, dtype: torch.dtype, device: torch.device) -> Iterator[Variant]:
+    dim = s.vit_width // s.vit_heads
+
+    def empty(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
+        return torch.empty(*shape, dtype=dtype, device=device)
+
+    def attend(num_segments: int) -> Tensor:
+        q, k, v = torch.split(empty(1024, 3 * s.vit_heads, dim), s.vit_heads, dim=1)
+        return segments.varlen_attention(q, k, v, empty(num_segments + 1, dtype=torch.int32), 0.1)
+
+    def embed() -> Tensor:
+        halves = empty(2, s.vit_width, -(-s.patch_dim // patches.DEPTH) * patches.DEPTH, dtype=torch.bfloat16)
+        pixels, bias = empty(1024, s.patch_dim, dtype=torch.uint8), empty(s.vit_width, dtype=torch.float32)
+        return patches.embed_patches(pixels, halves, bias, dtype)
+
+    table = empty(1024, dim // 2, dtype=torch.float32)
+    weight = empty(s.vit_width)
+    yield Variant("embed_patches", embed)
+    yield Variant("ViT layer_norm", lambda: rows.layer_norm(empty(16, s.vit_width), weight, weight, 1e-6))
+    yield Variant("ViT rms_norm", lambda: rows.rms_norm(empty(16, s.vit_width), weight, 1e-6))
+    yield Variant("ViT quick_gelu", lambda: rows.quick_gelu(empty(16, s.vit_inner)))
+    yield Variant(
+        "ViT rope", lambda: rotary.rope(empty(1024, 3 * s.vit_heads, dim)[:, : 2 * s.vit_heads], table, table)
+    )
+    yield Variant("ViT attention in frames", lambda: attend(1))
+    yield Variant("ViT attention in windows", lambda: attend(16))

@@ -1,0 +1,79 @@
+"""What the compiler makes of the kernels for an H100 (sm_90), on a machine that has none."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("triton")
+
+ROOT = Path(__file__).resolve().parents[3]
+REGISTERS = 65536
+"""Of a multiprocessor; a program's are `registers * warps * 32`."""
+SHARED = 227 << 10
+"""Bytes that one program can have."""
+PRODUCTS_OF_WARP_GROUPS = ("prefill plain", "prefill int8", "embed_patches", "ViT attention in frames")
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    variants: list[dict[str, Any]]
+
+    def of(self, kernel: str) -> list[dict[str, Any]]:
+        return [x for x in self.variants if x["kernel"] == kernel]
+
+
+@pytest.fixture(scope="module", params=["Qwen2-VL-7B", "Qwen3-VL-8B"])
+def found(request: pytest.FixtureRequest) -> Found:
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["TRITON_CACHE_DIR"] = str(ROOT / "build" / "triton")
+    done = subprocess.run(
+        [sys.executable, ROOT / "tools" / "compile_kernels.py", "--model", request.param],
+        capture_output=True,
+        text=True,
+        env=environment,
+    )
+    assert done.returncode == 0, done.stderr
+    return Found([json.loads(line) for line in done.stdout.splitlines()])
+
+
+def test_every_variant_compiles_and_fits_without_spills(found: Found) -> None:
+    assert len(found.variants) >= 20
+    for x in found.variants:
+        assert x["stack"] == x["spills"] == 0, x
+        assert x["shared"] <= SHARED, x
+        assert x["registers"] * x["warps"] * 32 <= REGISTERS, x
+
+
+def test_decode_leaves_room_for_three_programs_side_by_side(found: Found) -> None:
+    decode = [x for x in found.of("_attend") if x["variant"].startswith("decode")]
+    assert decode
+    for x in decode:
+        assert x["registers"] * x["warps"] * 32 <= REGISTERS // 3, x
+        assert x["shared"] <= SHARED // 3, x
+
+
+def test_tall_tiles_multiply_in_warp_groups(found: Found) -> None:
+    seen = {x["variant"] for x in found.variants if x["hgmma"]}
+    assert seen.issuperset(PRODUCTS_OF_WARP_GROUPS)
+
+
+def test_keys_and_values_of_16_bits_are_copied_by_128_bits_beside_the_arithmetic(found: Found) -> None:
+    attention = [x for x in found.of("_attend") if "int8" not in x["variant"]]
+    assert attention
+    for x in attention:
+        assert x["wide_copies"] >= 12, x
+
+
+def test_rows_take_few_registers(found: Found) -> None:
+    for kernel in ("_rms_norm", "_layer_norm", "_silu_mul", "_quick_gelu", "_combine"):
+        rows = found.of(kernel)
+        assert rows, kernel
+        assert all(x["registers"] <= 64 for x in rows), rows
