@@ -70,16 +70,32 @@ static int first_equal(const Spans& spans, const float* largest, float value) {
   return s * kSpan + i;
 }
 
+// Bit i says whether lane i of a is at least that of b.
+DI_INLINE unsigned at_least(F8 a, F8 b) {
+#ifdef __AVX__
+  return (unsigned)_mm256_movemask_ps(_mm256_cmp_ps((__m256)a, (__m256)b, _CMP_GE_OQ));
+#else
+  unsigned lanes = 0;
+  for (int i = 0; i < 8; ++i) lanes |= (unsigned)(a[i] >= b[i]) << i;
+  return lanes;
+#endif
+}
+
 // Candidates are the logits from `least` up, in order; returns how many there are.
 static int gather(const Spans& spans, float least, const SampleBuffers& b) {
   int n = 0;
   for (int s = 0; s < spans.count; ++s) {
     if (!(b.largest[s] >= least)) continue;
     const float* x = spans[s];
-    for (int i = 0; i < spans.size(s); ++i) {  // without a branch: which logits are kept is not to be foreseen
-      b.values[n] = x[i];
-      b.ids[n] = s * kSpan + i;
-      n += x[i] >= least;
+    const int size = spans.size(s);
+    for (int i = 0; i < size; i += 8) {
+      unsigned lanes = at_least(load(x + i), splat(least));
+      if (size - i < 8) lanes &= (1u << (size - i)) - 1;
+      for (; lanes; lanes &= lanes - 1) {
+        const int at = i + __builtin_ctz(lanes);
+        b.values[n] = x[at];
+        b.ids[n++] = s * kSpan + at;
+      }
     }
   }
   return n;
@@ -97,11 +113,10 @@ DI_INLINE float middle(float a, float b, float c) {
 }
 
 // The fewest of n >= 1 values, the largest first, that make up `goal`: by their number, or by their sum. At least one.
-// Moves the values about (Hoare's selection with three parts).
+// Larger values elsewhere are `kept` already. Moves the values about (Hoare's selection with three parts).
 template <bool by_sum>
-static Cut find_cut(float* v, int n, double goal) {
+static Cut find_cut(float* v, int n, double goal, double kept = 0) {
   int low = 0, high = n;  // those before `low` are kept, those from `high` on are not
-  double kept = 0;
   for (;;) {
     const float pivot = middle(v[low], v[low + (high - low) / 2], v[high - 1]);
     int above = low, at = low, below = high;
@@ -138,11 +153,13 @@ static Cut find_cut(float* v, int n, double goal) {
 
 static int keep(const SampleBuffers& b, int n, Cut cut) {
   int kept = 0;
-  for (int i = 0; i < n; ++i) {
+  for (int i = 0; i < n; ++i) {  // without a branch: which are kept cannot be foreseen
     const float value = b.values[i];
-    if (value < cut.least || (value == cut.least && cut.equal-- <= 0)) continue;
+    const bool equal = value == cut.least;
     b.values[kept] = value;
-    b.ids[kept++] = b.ids[i];
+    b.ids[kept] = b.ids[i];
+    kept += (value > cut.least) | (equal & (cut.equal > 0));
+    cut.equal -= equal;
   }
   return kept;
 }
@@ -186,16 +203,51 @@ static void weigh_candidates(const Weigh& weigh, float* values, int n) {
   for_columns(n, [&](int c, int lanes) { store_lanes(values + c, weigh(load_lanes(values + c, lanes)), lanes); });
 }
 
+// In spans, as all sums of weights.
 static double sum_of(const float* values, int n) {
   double total = 0;
-  for (int i = 0; i < n; ++i) total += values[i];
+  for (int first = 0; first < n; first += kSpan) {
+    F8 span = splat(0.f);
+    for_columns(n - first < kSpan ? n - first : kSpan,
+                [&](int c, int lanes) { span += load_lanes(values + first + c, lanes); });
+    total += sum(span);
+  }
   return total;
+}
+
+// Weights from 0 to 1 in classes, eight to an octave: their order is that of the weights.
+constexpr int kClasses = (127 << 3) + 1;
+
+DI_INLINE int class_of(float weight) {
+  uint32_t bits;
+  __builtin_memcpy(&bits, &weight, sizeof bits);
+  const int c = (int)(bits >> 20);
+  return c < kClasses ? c : kClasses - 1;  // 1 + a rounding error
+}
+
+// find_cut for many weights, of which it looks closely at one class only: the parting of all is slow, since no branch of
+// it can be foreseen.
+static Cut find_nucleus(float* weights, int n, double goal) {
+  double sums[kClasses] = {};
+  for (int i = 0; i < n; ++i) sums[class_of(weights[i])] += weights[i];
+  double kept = 0;
+  int at = kClasses - 1, lowest = 0;
+  while (!(sums[lowest] > 0)) ++lowest;
+  for (; at > lowest && !(sums[at] > 0 && kept + sums[at] >= goal); --at) kept += sums[at];
+  int count = 0;
+  for (int i = 0; i < n; ++i) {
+    const float weight = weights[i];
+    weights[count] = weight;
+    count += class_of(weight) == at;
+  }
+  return find_cut<true>(weights, count, goal, kept);
 }
 
 // Candidates are weights; those that make up the share top_p of `total` stay.
 static int keep_nucleus(const SampleBuffers& b, int n, double top_p, double total) {
   __builtin_memcpy(b.order, b.values, n * sizeof(float));
-  return keep(b, n, find_cut<true>(b.order, n, top_p * total));
+  const double goal = top_p * total;
+  return keep(b, n, n < kClasses ? find_cut<true>(b.order, n, goal) : find_nucleus(b.order, n, goal));
 }
 
 // Never the sum itself, whatever was rounded: what lies behind the last weight above 0 must not be drawn.
