@@ -62,10 +62,13 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     logprobs: int | None = None
     """None: none. n: the chosen token's log probability and those of the n likeliest (0 to 20)."""
 
-    def validate(self, vocab_size: int) -> None:
-        """Raise InvalidRequestError unless every field is finite and in range for a vocabulary of `vocab_size`."""
+    def validate(self, vocab_size: int, max_tokens_name: str = "max_tokens") -> None:
+        """Raise InvalidRequestError unless every field is finite and in range for a vocabulary of `vocab_size`.
+
+        `max_tokens_name` is what the caller calls `max_tokens`.
+        """
         limits: tuple[tuple[str, float | None, float, float], ...] = (
-            ("max_tokens", self.max_tokens, 1, _MOST),
+            (max_tokens_name, self.max_tokens, 1, _MOST),
             ("min_tokens", self.min_tokens, 0, _MOST),
             ("temperature", self.temperature, 0, 100),
             ("top_k", self.top_k, 0, _MOST),
@@ -87,7 +90,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
             raise InvalidRequestError(f"seed is {self.seed}; it must fit 64 bits", param="seed")
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
             raise InvalidRequestError(
-                f"min_tokens is {self.min_tokens}, more than max_tokens {self.max_tokens}", param="min_tokens"
+                f"min_tokens is {self.min_tokens}, more than {max_tokens_name} {self.max_tokens}", param="min_tokens"
             )
         self._validate_lists(vocab_size)
 

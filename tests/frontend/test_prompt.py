@@ -1,16 +1,18 @@
 from __future__ import annotations
 
 import asyncio
+import re
 
 import pytest
 
 from dashinfer_vlm.errors import ContextLengthError, InvalidRequestError, MediaFetchError
 from dashinfer_vlm.frontend.messages import MediaPart, Message, TextPart
+from dashinfer_vlm.frontend.params import GenerationParams
 from dashinfer_vlm.frontend.prompt import PromptBuilder
 from dashinfer_vlm.frontend.template import ChatTemplate
 from dashinfer_vlm.frontend.tokenizer import Tokenizer
 from dashinfer_vlm.media.types import MediaRef
-from dashinfer_vlm.request import ItemKind
+from dashinfer_vlm.request import ItemKind, SamplingParams
 from tests.frontend.scripted import ScriptedLoader
 
 IMAGE, VIDEO = 151655, 151656
@@ -82,24 +84,48 @@ async def test_a_prompt_longer_than_the_context_is_refused_before_anything_is_fe
 ) -> None:
     loader = ScriptedLoader()
     with pytest.raises(
-        ContextLengthError, match=r"prompt has \d+ tokens, the model's context is 100; shorten it or st"
+        ContextLengthError, match=r"maximum context length is 100 tokens\. .* at least 5\d\d tokens.* one"
     ):
-        await builder(template, tokenizer, loader).chat([user("a" * 500, medium("one"))])
+        await builder(template, tokenizer, loader).chat([user("q!" * 250, medium("one"))])
     assert not loader.loaded
 
 
 async def test_images_count_towards_the_context(template: ChatTemplate, tokenizer: Tokenizer) -> None:
     loader = ScriptedLoader(num_tokens=90)
-    with pytest.raises(ContextLengthError, match="the model's context is 100"):
+    with pytest.raises(ContextLengthError, match=r"maximum context length is 100 tokens\. .* resulted in 1\d\d tokens"):
         await builder(template, tokenizer, loader).chat([user(medium("one"))])
     assert loader.num_held == 0
 
 
+def asks_for(max_tokens: int, name: str = "max_tokens") -> GenerationParams:
+    return GenerationParams(sampling=SamplingParams(max_tokens=max_tokens), max_tokens_name=name)
+
+
 async def test_outputs_that_cannot_fit_are_refused_with_their_sum(template: ChatTemplate, tokenizer: Tokenizer) -> None:
     prompts = builder(template, tokenizer, ScriptedLoader())
-    await prompts.text([1] * 60, max_tokens=40)
-    with pytest.raises(ContextLengthError, match="max_tokens is 41, together 101"):
-        await prompts.text([1] * 60, max_tokens=41)
+    await prompts.text([1] * 60, asks_for(40))
+    with pytest.raises(ContextLengthError, match=r"requested 101 tokens \(60 in the prompt, 41 in the completion\)"):
+        await prompts.text([1] * 60, asks_for(41))
+
+
+async def test_following_the_error_about_an_answers_length_works_with_images_too(
+    template: ChatTemplate, tokenizer: Tokenizer
+) -> None:
+    prompts = builder(template, tokenizer, ScriptedLoader(num_tokens=40))
+    look = [user("What?", medium("one"))]
+    with pytest.raises(ContextLengthError, match=r"lower max_completion_tokens to at most \d+,") as caught:
+        await prompts.chat(look, asks_for(90, "max_completion_tokens"))
+    told = re.search(r"at most (\d+)", str(caught.value))
+    assert told is not None
+    prompt = await prompts.chat(look, asks_for(int(told[1])))
+    assert len(prompt.ids) + int(told[1]) == 100
+
+
+async def test_a_text_is_not_a_conversation_to_continue(template: ChatTemplate, tokenizer: Tokenizer) -> None:
+    prompts = builder(template, tokenizer, ScriptedLoader())
+    for params in (GenerationParams(continue_final_message=True), GenerationParams(add_generation_prompt=False)):
+        with pytest.raises(InvalidRequestError, match="about conversations"):
+            await prompts.text("x", params)
 
 
 async def test_more_items_than_the_limit_are_refused_with_both_numbers(

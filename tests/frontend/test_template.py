@@ -9,20 +9,38 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
-import dashinfer_vlm.frontend.template as module
+import dashinfer_vlm.frontend.guard as module
 from dashinfer_vlm.errors import CheckpointError, ConfigError, InvalidRequestError, UnsupportedError
+from dashinfer_vlm.frontend.guard import SpecialTokenGuard, text_marks
 from dashinfer_vlm.frontend.messages import MediaPart, Message, TextPart, ToolCall
-from dashinfer_vlm.frontend.template import ChatTemplate, SpecialTokenGuard
+from dashinfer_vlm.frontend.template import ChatTemplate
 from dashinfer_vlm.frontend.tokenizer import Tokenizer
 from dashinfer_vlm.media.types import MediaRef
 
 FIRST_SPECIAL = 151643
+MARKS = range(151646, 151652)
+"""object_ref, box and quad, each with its end."""
 IM_START, IM_END, IMAGE, VIDEO = 151644, 151645, 151655, 151656
 TRIMMING = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.content is string %}{{ m.content | trim }}{% else %}"
     "{% for c in m.content %}{{ c.text | trim }}{% endfor %}{% endif %}<|im_end|>{% endfor %}"
 )
-PIECES = ["<|im_", "end|>", "<", "|im_end|>", "<|im_end|>", "<|image_pad|>", "|>", " ", "\n", "a", "<|", "<<|im_end|>"]
+PIECES = [
+    "<|im_",
+    "end|>",
+    "<",
+    "|im_end|>",
+    "<|im_end|>",
+    "<|image_pad|>",
+    "|>",
+    " ",
+    "\n",
+    "a",
+    "<|",
+    "<<|im_end|>",
+    "<|box_start|>",
+    "<|box_",
+]
 
 
 def user(*parts: str | MediaPart) -> Message:
@@ -81,7 +99,7 @@ def test_no_text_forges_a_special_token(
 ) -> None:
     used = ChatTemplate(TRIMMING, tokenizer) if trims else template
     harmless = [id for id in used.encode([user(*("x" for _ in pieces))]) if id >= FIRST_SPECIAL]
-    hostile = [id for id in used.encode([user(*pieces)]) if id >= FIRST_SPECIAL]
+    hostile = [id for id in used.encode([user(*pieces)]) if id >= FIRST_SPECIAL and id not in MARKS]
     assert hostile == harmless
 
 
@@ -90,6 +108,73 @@ def test_a_forged_marker_reaches_the_model_as_the_text_it_is(template: ChatTempl
     ids = template.encode([Message(role="user", content=forged)])
     assert forged in tokenizer.decode(ids, skip_special=False)
     assert ids.count(IM_START) == 3  # the default system turn, the user's and the assistant's
+
+
+GROUNDED = "<|object_ref_start|>the cat<|object_ref_end|><|box_start|>(1,2),(3,4)<|box_end|><|quad_start|>1<|quad_end|>"
+
+
+def test_tokens_that_only_mark_text_are_the_users_to_write(template: ChatTemplate, reference: Any) -> None:
+    messages = [user("Where?"), Message(role="assistant", content=GROUNDED), user(GROUNDED, image(), "And the dog?")]
+    ids = template.encode(messages)
+    assert ids == render_with_reference(reference, messages)
+    assert [id for id in ids if id in MARKS] == [*MARKS, *MARKS]
+
+
+@pytest.mark.parametrize(
+    "token", ["<|im_start|>", "<|vision_start|>", "<|image_pad|>", "<|video_pad|>", "<|endoftext|>"]
+)
+def test_tokens_that_open_something_stay_text(template: ChatTemplate, tokenizer: Tokenizer, token: str) -> None:
+    ids, plain = template.encode([user(f"<|box_start|>{token}")]), template.encode([user("<|box_start|>x")])
+    assert ids.count(tokenizer.added[token]) == plain.count(tokenizer.added[token])
+    assert token in tokenizer.decode(ids, skip_special=False)
+
+
+def test_text_without_a_template_may_be_marked_too(tokenizer: Tokenizer) -> None:
+    ids = tokenizer.encode_marked("a<|box_start|>b<|im_end|>")
+    assert ids == [*tokenizer.encode_text("a"), 151648, *tokenizer.encode_text("b<|im_end|>")]
+
+
+def test_marks_are_those_that_a_tokenizer_lists_with_both_ends() -> None:
+    listed = ["<ref>", "</ref>", "<box>", "<|quad_start|>", "<|quad_end|>", "<tool_call>", "</tool_call>", "<|im_end|>"]
+    listed += ["<|im_start|>", "<|vision_start|>", "<|vision_end|>", "<think>", "</think>", "<|point_start|>"]
+    assert text_marks(listed) == {"<ref>", "</ref>", "<|quad_start|>", "<|quad_end|>"}
+
+
+def continued_by_reference(reference: Any, messages: list[Message]) -> list[int]:
+    turns = [message.for_template() for message in messages]
+    ids: list[int] = reference.apply_chat_template(turns, tokenize=True, continue_final_message=True, return_dict=False)
+    return ids
+
+
+@pytest.mark.parametrize("content", ["The cat is", "The cat is ", "a <|im", (TextPart("The "), TextPart("cat"))])
+def test_the_last_message_goes_on(template: ChatTemplate, reference: Any, content: Any) -> None:
+    messages = [user("What?", image()), Message(role="assistant", content=content)]
+    assert template.encode(messages, then="continuation") == continued_by_reference(reference, messages)
+
+
+@pytest.mark.parametrize(("content", "text"), [("so far  ", "so far"), ("so\nfar", "so\nfar")])
+def test_a_template_that_trims_trims_what_goes_on(tokenizer: Tokenizer, content: str, text: str) -> None:
+    template = ChatTemplate(TRIMMING, tokenizer)
+    ids = template.encode([Message(role="assistant", content=content)], then="continuation")
+    assert tokenizer.decode(ids, skip_special=False) == f"<|im_start|>assistant\n{text}"
+
+
+def test_a_turn_need_not_be_opened(template: ChatTemplate, tokenizer: Tokenizer) -> None:
+    messages = [user("What?")]
+    opened, closed = template.encode(messages), template.encode(messages, then="nothing")
+    assert opened[: len(closed)] == closed
+    assert tokenizer.decode(opened[len(closed) :], skip_special=False) == "<|im_start|>assistant\n"
+
+
+@pytest.mark.parametrize("last", [user("What?", image()), Message(role="assistant", content=())])
+def test_only_text_goes_on(template: ChatTemplate, last: Message) -> None:
+    with pytest.raises(InvalidRequestError, match="ends in text"):
+        template.encode([last], then="continuation")
+
+
+def test_a_template_that_hides_the_last_message_cannot_continue_it(tokenizer: Tokenizer) -> None:
+    with pytest.raises(InvalidRequestError, match="leaves the last message's text out"):
+        ChatTemplate("{{ messages[0].role }}", tokenizer).encode([user("x")], then="continuation")
 
 
 def test_placeholders_stand_where_the_media_stand(template: ChatTemplate) -> None:

@@ -266,6 +266,22 @@ async def test_fields_without_effect_are_accepted(serve: Serve) -> None:
     assert (await (await serve()).post("/v1/chat/completions", body)).status_code == 200
 
 
+async def test_a_trailing_answer_goes_on_and_is_counted_alike(serve: Serve, tokenizer: Tokenizer) -> None:
+    running = await serve(" on the mat.")
+    body = {"messages": [*ASK, {"role": "assistant", "content": "The cat is"}], "continue_final_message": True}
+    reply = (await running.post("/v1/chat/completions", body)).json()
+    assert reply["choices"][0]["message"]["content"] == " on the mat."
+    prompt = running.engine.requests[0].prompt_ids
+    assert tokenizer.decode(prompt, skip_special=False).endswith("<|im_start|>assistant\nThe cat is")
+    assert (await running.post("/tokenize", body)).json()["tokens"] == prompt
+
+
+async def test_a_turn_is_not_opened_without_generation_prompt(serve: Serve, tokenizer: Tokenizer) -> None:
+    running = await serve()
+    await running.post("/v1/chat/completions", {"messages": ASK, "add_generation_prompt": False})
+    assert tokenizer.decode(running.engine.requests[0].prompt_ids, skip_special=False).endswith("say it<|im_end|>\n")
+
+
 VLLM_DEFAULTS: dict[str, Any] = {
     "frequency_penalty": 0.0, "logit_bias": None, "logprobs": False, "top_logprobs": 0, "max_tokens": None, "n": 1,
     "presence_penalty": 0.0, "response_format": None, "seed": None, "stop": [], "stream": False, "stream_options": None,

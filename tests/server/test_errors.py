@@ -63,7 +63,15 @@ BAD_BODIES: list[tuple[dict[str, Any], str, str]] = [
     ({"messages": ASK, "max_tokens": -5}, "max_tokens", "max_tokens is -5"),
     ({"messages": ASK, "max_tokens": 1.5}, "max_tokens", "valid integer"),
     ({"messages": ASK, "max_tokens": 1, "max_completion_tokens": 2}, "max_completion_tokens", "send one of them"),
+    ({"messages": ASK, "max_completion_tokens": 0}, "max_completion_tokens", "max_completion_tokens is 0"),
+    ({"messages": ASK, "max_completion_tokens": 2, "min_tokens": 5}, "min_tokens", "more than max_completion_tokens 2"),
+    ({"messages": ASK, "max_completion_tokens": 5000}, "messages", "lower max_completion_tokens to at most"),
     ({"messages": ASK, "n": 0}, "n", "n is 0"),
+    (
+        {"messages": ASK, "continue_final_message": True, "add_generation_prompt": True},
+        "continue_final_message",
+        "both true",
+    ),
     ({"messages": ASK, "n": 10**30}, "n", ""),
     ({"messages": ASK, "stop": [""]}, "stop", "empty"),
     ({"messages": ASK, "seed": 2**64}, "seed", "64 bits"),
@@ -166,7 +174,7 @@ async def test_a_prompt_that_is_too_long_is_context_length_exceeded(serve: Serve
     reply = await running.post(CHAT, {"messages": [{"role": "user", "content": "q" * 5000}]})
     error = error_of(reply)
     assert (reply.status_code, error["code"], error["param"]) == (400, "context_length_exceeded", "messages")
-    assert "the model's context is 4096" in error["message"]
+    assert error["message"].startswith("This model's maximum context length is 4096 tokens. However, your messages")
 
 
 async def test_more_images_than_the_limit_are_400(serve: Serve) -> None:

@@ -60,15 +60,15 @@ def check_request(request: Request, limits: Limits) -> int:
     room = limits.max_model_len - num_prompt
     if room < 1:
         raise ContextLengthError(
-            f"prompt has {num_prompt} tokens, the model's context is {limits.max_model_len}; "
-            "shorten it or start with --max-model-len",
+            f"This model's maximum context length is {limits.max_model_len} tokens. However, the prompt has "
+            f"{num_prompt}; shorten it or start with --max-model-len.",
             param="messages",
         )
     max_tokens = request.params.max_tokens
     if max_tokens is not None and max_tokens > room:
         raise ContextLengthError(
-            f"prompt has {num_prompt} tokens and max_tokens asks for {max_tokens} more, "
-            f"the model's context is {limits.max_model_len}; ask for at most {room}",
+            f"This model's maximum context length is {limits.max_model_len} tokens. However, the prompt has "
+            f"{num_prompt} and max_tokens asks for {max_tokens} more; ask for at most {room}.",
             param="max_tokens",
         )
     _check_ids(request, limits)

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import secrets
 from dataclasses import dataclass, field
+from typing import Literal
 
 import msgspec
 
 from dashinfer_vlm.errors import InvalidRequestError
 from dashinfer_vlm.request import SamplingParams
+
+Next = Literal["answer", "continuation", "nothing"]
+"""Behind a conversation the assistant's turn is opened, the last message goes on, or nothing is added."""
 
 MAX_CHOICES = 128
 MAX_STOP_STRINGS = 64
@@ -27,6 +31,19 @@ class GenerationParams:
     include_stop_str_in_output: bool = False
     """... or right after it; the text of a stop token that is not special is then kept as well."""
     skip_special_tokens: bool = True
+    add_generation_prompt: bool | None = None
+    """Whether the assistant's turn is opened behind a conversation; None: unless `continue_final_message` says no."""
+    continue_final_message: bool = False
+    """The answer goes on with a conversation's last message, which is left open."""
+    max_tokens_name: str = "max_tokens"
+    """What the caller calls the bound of an answer's tokens, for error messages."""
+
+    @property
+    def next(self) -> Next:
+        """What comes behind a conversation."""
+        if self.continue_final_message:
+            return "continuation"
+        return "nothing" if self.add_generation_prompt is False else "answer"
 
     def validate(self, vocab_size: int) -> None:
         """Raise InvalidRequestError with the field, its value and the limit."""
@@ -38,7 +55,13 @@ class GenerationParams:
             )
         if not all(self.stop):
             raise InvalidRequestError("stop has an empty string, which would end every answer at once", param="stop")
-        self.sampling.validate(vocab_size)
+        if self.continue_final_message and self.add_generation_prompt:
+            raise InvalidRequestError(
+                "continue_final_message and add_generation_prompt are both true, and either excludes the other; "
+                "send one of them",
+                param="continue_final_message",
+            )
+        self.sampling.validate(vocab_size, self.max_tokens_name)
 
     def of_choice(self, index: int) -> SamplingParams:
         """The engine's parameters of answer `index`: equal but for the seed, so that answers differ."""
@@ -46,6 +69,9 @@ class GenerationParams:
             return self.sampling
         seed = self.sampling.seed
         return msgspec.structs.replace(self.sampling, seed=secrets.randbits(62) if seed is None else _plus(seed, index))
+
+
+DEFAULT_PARAMS = GenerationParams()
 
 
 def _plus(seed: int, index: int) -> int:

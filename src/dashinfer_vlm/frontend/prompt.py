@@ -5,10 +5,13 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Protocol, TypeVar
 
-from dashinfer_vlm.errors import ContextLengthError, InvalidRequestError
+from dashinfer_vlm.errors import InvalidRequestError
+from dashinfer_vlm.frontend.context import check_prompt, check_total, too_long
 from dashinfer_vlm.frontend.messages import Message, validate_messages
+from dashinfer_vlm.frontend.params import DEFAULT_PARAMS, GenerationParams
 from dashinfer_vlm.frontend.template import ChatTemplate
 from dashinfer_vlm.frontend.tokenizer import Tokenizer
 from dashinfer_vlm.media.loader import MediaCounters
@@ -85,11 +88,10 @@ class PromptBuilder:
     max_items: Mapping[str, int] = field(default_factory=dict)
     """Items of a kind in one prompt at most; kinds that are absent have no limit."""
 
-    async def chat(self, messages: Sequence[Message], max_tokens: int | None = None) -> Prompt:
-        """Render, fetch and expand.
+    async def chat(self, messages: Sequence[Message], params: GenerationParams = DEFAULT_PARAMS) -> Prompt:
+        """Render, fetch and expand; `params` say how the prompt ends, and how many tokens are to follow.
 
-        Raises InvalidRequestError for messages that cannot be, ContextLengthError when prompt and `max_tokens` do not
-        fit, and MediaError for the first medium that cannot be used (the others are given back).
+        Raises InvalidRequestError for messages that cannot be, ContextLengthError when prompt and answer do not fit, and MediaError for the first medium that cannot be used (the others are given back).
         """
         validate_messages(messages)
         refs = [ref for message in messages for ref in message.refs]
@@ -97,20 +99,27 @@ class PromptBuilder:
         num_chars = sum(message.num_chars for message in messages)
         self._check_chars(num_chars, "messages", self.max_model_len)
         effort = num_chars + sum(_TURN_CHARS + message.num_argument_chars for message in messages)
-        ids = await _encode(effort, self.template.encode, messages, self.max_model_len, "messages")
-        self._check_length(len(ids), max_tokens, "messages")  # before anything is fetched
+        encode = partial(self.template.encode, then=params.next)
+        ids = await _encode(effort, encode, messages, self.max_model_len, "messages")
+        check_prompt(len(ids), self.max_model_len, "messages", len(refs))  # before anything is fetched
         if not refs:
-            return self._finish(ids, (), max_tokens, "messages")
+            return self._finish(ids, (), params, "messages")
         media = await _load_all(self.loader, refs)
         try:
-            return self._finish(ids, media, max_tokens, "messages")
+            return self._finish(ids, media, params, "messages")
         except InvalidRequestError:
             for medium in media:
                 medium.release()
             raise
 
-    async def text(self, prompt: str | Sequence[int], max_tokens: int | None = None) -> Prompt:
-        """A prompt without template and items; text is plain text, ids may be any of the vocabulary."""
+    async def text(self, prompt: str | Sequence[int], params: GenerationParams = DEFAULT_PARAMS) -> Prompt:
+        """A prompt without template and items; text is plain text, ids may be any of the vocabulary.
+
+        Raises as `chat` does.
+        """
+        if params.next != "answer":
+            name = "continue_final_message" if params.continue_final_message else "add_generation_prompt"
+            raise InvalidRequestError(f"{name} is about conversations; a text goes on anyway", param=name)
         ids = await self.text_ids(prompt, self.max_model_len) if isinstance(prompt, str) else list(prompt)
         if not ids:
             raise InvalidRequestError("the prompt is empty", param="prompt")
@@ -119,20 +128,20 @@ class PromptBuilder:
                 raise InvalidRequestError(
                     f"the prompt holds id {id}; ids are from 0 to {self.vocab_size - 1}", param="prompt"
                 )
-        return self._finish(ids, (), max_tokens, "prompt")
+        return self._finish(ids, (), params, "prompt")
 
     async def text_ids(self, text: str, most: int) -> list[int]:
-        """Ids of plain text; raises ContextLengthError for more than `most`."""
+        """Ids of plain text, in which only marks are special; raises ContextLengthError for more than `most`."""
         self._check_chars(len(text), "prompt", most)
 
         def encode(text: str, most: int) -> list[int]:
-            return self.tokenizer.encode_text(text, most=most)
+            return self.tokenizer.encode_marked(text, most=most)
 
         return await _encode(len(text), encode, text, most, "prompt")
 
-    def _finish(self, ids: Sequence[int], media: Sequence[LoadedMedia], max_tokens: int | None, param: str) -> Prompt:
+    def _finish(self, ids: Sequence[int], media: Sequence[LoadedMedia], params: GenerationParams, param: str) -> Prompt:
         full, items = expand(ids, media, self.placeholder_ids, param)
-        self._check_length(len(full), max_tokens, param)
+        check_total(len(full), params.sampling.max_tokens, self.max_model_len, param, params.max_tokens_name)
         return Prompt(full, items, tuple(media))
 
     def _check_items(self, refs: Sequence[MediaRef]) -> None:
@@ -151,26 +160,8 @@ class PromptBuilder:
         """What cannot fit is refused before it costs anything."""
         most = most_tokens * self.tokenizer.max_chars_per_token
         if num_chars > most:
-            raise ContextLengthError(
-                f"the model's maximum context length is {self.max_model_len} tokens, and no text of more than {most} "
-                f"characters is taken; this one has {num_chars}; shorten it or start with --max-model-len",
-                param=param,
-            )
-
-    def _check_length(self, num_tokens: int, max_tokens: int | None, param: str) -> None:
-        limit = self.max_model_len
-        if num_tokens >= limit:
-            raise ContextLengthError(
-                f"prompt has {num_tokens} tokens, the model's context is {limit}; shorten it or start with "
-                "--max-model-len",
-                param=param,
-            )
-        if max_tokens is not None and num_tokens + max_tokens > limit:
-            raise ContextLengthError(
-                f"prompt has {num_tokens} tokens and max_tokens is {max_tokens}, together {num_tokens + max_tokens}; "
-                f"the model's context is {limit}; lower max_tokens, shorten the prompt or start with --max-model-len",
-                param=param,
-            )
+            reason = f"your {param} have {num_chars} characters, and no text of more than {most} fits; shorten it."
+            raise too_long(self.max_model_len, reason, param)
 
 
 def expand(

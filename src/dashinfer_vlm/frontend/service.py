@@ -13,7 +13,7 @@ from dashinfer_vlm.errors import EngineDeadError, InvalidRequestError, Overloade
 from dashinfer_vlm.frontend.generation import Generation
 from dashinfer_vlm.frontend.messages import Message
 from dashinfer_vlm.frontend.observer import Observer, Silence
-from dashinfer_vlm.frontend.params import GenerationParams
+from dashinfer_vlm.frontend.params import DEFAULT_PARAMS, GenerationParams
 from dashinfer_vlm.frontend.prompt import Prompt, PromptBuilder
 from dashinfer_vlm.frontend.tokenizer import Tokenizer
 
@@ -80,20 +80,20 @@ class Service:
         """
         with self._admitted(params, params.n) as leave:
             started_s = time.perf_counter()
-            prompt = await self.prompts.chat(messages, params.sampling.max_tokens)
+            prompt = await self.prompts.chat(messages, params)
             return self._start([prompt], params, leave, started_s)
 
     async def complete(self, prompts: Sequence[PromptText], params: GenerationParams) -> Generation:
         """Continue texts or ids; choice `i` belongs to prompt `i // n`. Raises like `chat`."""
         with self._admitted(params, params.n * len(prompts)) as leave:
             started_s = time.perf_counter()
-            built = [await self.prompts.text(prompt, params.sampling.max_tokens) for prompt in prompts]
+            built = [await self.prompts.text(prompt, params) for prompt in prompts]
             return self._start(built, params, leave, started_s)
 
-    async def count(self, messages: Sequence[Message]) -> list[int]:
+    async def count(self, messages: Sequence[Message], params: GenerationParams = DEFAULT_PARAMS) -> list[int]:
         """The prompt's ids as `chat` would send them, media expanded; the media are loaded for it. Raises like it."""
-        with self._admitted(GenerationParams(), 1) as leave:
-            prompt = await self.prompts.chat(messages)
+        with self._admitted(params, 1) as leave:
+            prompt = await self.prompts.chat(messages, params)
             prompt.release()
             leave()
             return prompt.ids

@@ -2,18 +2,17 @@
 
 A rendered template is text in which the template's markers and the user's words look alike. So before rendering, every
 special token's text inside a user's string is broken by a sentinel that nobody can guess; after rendering, the special
-tokens that are found are the template's own, and the sentinels are dropped from the plain text between them. Text that
-forges nothing is encoded exactly as `transformers.apply_chat_template(tokenize=True)` encodes it.
+tokens that are found are the template's own, and the sentinels are dropped from the plain text between them. Tokens that
+only mark text (`guard.text_marks`) may be the user's. Text that forges nothing is encoded exactly as
+`transformers.apply_chat_template(tokenize=True)` encodes it.
 """
 
 from __future__ import annotations
 
 import json
-import re
 import secrets
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from datetime import datetime
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +23,12 @@ from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from dashinfer_vlm.errors import CheckpointError, ConfigError, InvalidRequestError, UnsupportedError
+from dashinfer_vlm.frontend.guard import SpecialTokenGuard
 from dashinfer_vlm.frontend.messages import Message
+from dashinfer_vlm.frontend.params import Next
 from dashinfer_vlm.frontend.tokenizer import Tokenizer
 from dashinfer_vlm.tokenizer_file import read_json
 
-_WINDOW_CHARS = 1 << 14
-"""Characters that a pattern is looked for in at once: Python's lock is held until such a search is over."""
 _NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
 
@@ -41,7 +40,7 @@ class ChatTemplate:
         self.source = source
         self._tokenizer = tokenizer
         self._variables = variables or {}
-        self._guard = SpecialTokenGuard(tuple(tokenizer.added))
+        self._guard = SpecialTokenGuard(tokenizer.added, tokenizer.marks)
         try:
             self._template = _environment().from_string(source)
         except jinja2.TemplateSyntaxError as error:
@@ -53,22 +52,24 @@ class ChatTemplate:
         source = _read_override(override) if override else _find_template(folder)
         return cls(source, tokenizer, _named_tokens(folder))
 
-    def encode(self, messages: Sequence[Message], most: int | None = None) -> list[int]:
-        """Prompt ids up to where the assistant speaks next, one placeholder per item.
+    def encode(self, messages: Sequence[Message], most: int | None = None, then: Next = "answer") -> list[int]:
+        """Prompt ids up to where the model goes on, one placeholder per item; `then` says with what.
 
         Raises InvalidRequestError when the template refuses the messages, ContextLengthError for more than `most` ids.
         """
         self._check_tools(messages)
-        sentinel = f"\ue000{secrets.token_hex(8)}\ue001"
+        sentinel, end = _unguessable(), _unguessable()
         turns = [self._guard.break_tokens(message.for_template(), sentinel) for message in messages]
+        if then == "continuation":
+            _mark_end(messages[-1], turns[-1], end)
         try:
-            text = self._template.render(messages=turns, add_generation_prompt=True, **self._variables)
+            text = self._template.render(messages=turns, add_generation_prompt=then == "answer", **self._variables)
         except jinja2.TemplateError as error:
             reason = str(error.message).replace(sentinel, "")
             raise InvalidRequestError(
                 f"the chat template refuses these messages: {reason}", param="messages"
             ) from error
-        return self._encode(text, sentinel, most)
+        return self._encode(_cut(text, end) if then == "continuation" else text, sentinel, most)
 
     def _encode(self, text: str, sentinel: str, most: int | None) -> list[int]:
         ids: list[int] = []
@@ -85,61 +86,28 @@ class ChatTemplate:
             raise UnsupportedError("the model's chat template knows no tool calls", param="messages")
 
 
-class SpecialTokenGuard:
-    """Finds special tokens in text, and breaks those that a user wrote."""
+def _unguessable() -> str:
+    """No user can write it, and no template looks for its characters."""
+    return f"\ue000{secrets.token_hex(8)}\ue001"
 
-    def __init__(self, tokens: tuple[str, ...]) -> None:
-        short = [token for token in tokens if len(token) < 2]
-        if short:
-            raise CheckpointError(f"the added tokens {short} have one character and cannot be told from text")
-        longest_first = "|".join(re.escape(token) for token in sorted(tokens, key=len, reverse=True))
-        self._any = re.compile(f"({longest_first})") if tokens else None
-        self._starts = re.compile(f"(?=(?:{longest_first}))(.)", re.DOTALL) if tokens else None
-        self._prefixes = {token[:n] for token in tokens for n in range(1, len(token))}
-        self._longest = max(map(len, tokens), default=0)
 
-    def break_tokens(self, value: Any, sentinel: str) -> Any:
-        """A copy of the JSON value with no special token in any of its strings, nor one that begins at their end."""
-        if isinstance(value, str):
-            return self._break_text(value, sentinel)
-        if isinstance(value, list):
-            return [self.break_tokens(item, sentinel) for item in value]
-        if isinstance(value, dict):
-            return {self.break_tokens(k, sentinel): self.break_tokens(v, sentinel) for k, v in value.items()}
-        return value
+def _mark_end(message: Message, turn: dict[str, Any], end: str) -> None:
+    """Write `end` and a blank behind the text of `turn`, which is `message` as the template sees it."""
+    content = turn["content"]
+    if message.tool_calls or (isinstance(content, list) and not (content and content[-1]["type"] == "text")):
+        raise InvalidRequestError("continue_final_message needs a last message that ends in text", param="messages")
+    if isinstance(content, list):
+        content[-1]["text"] += f"{end} "
+    else:
+        turn["content"] = f"{content}{end} "
 
-    def split(self, text: str) -> list[tuple[str, str]]:
-        """Pairs of plain text and the special token after it; the last one's is empty."""
-        pieces: list[tuple[str, str]] = []
-        begin = 0
-        for match in self._matches(self._any, text) if self._any else ():
-            pieces.append((text[begin : match.start()], match[0]))
-            begin = match.end()
-        return [*pieces, (text[begin:], "")]
 
-    def _break_text(self, text: str, sentinel: str) -> str:
-        if self._starts is None:
-            return text
-        cuts = [0, *(match.end() for match in self._matches(self._starts, text)), len(text)]
-        text = sentinel.join(text[a:b] for a, b in pairwise(cuts))
-        # a template may trim the string before it joins it to the next one, so the blanks at its end do not count
-        end = len(text.rstrip())
-        lengths = range(1, min(self._longest, end + 1))
-        if any(text[end - n : end] in self._prefixes for n in lengths):
-            return text[:end] + sentinel + text[end:]
-        return text
-
-    def _matches(self, pattern: re.Pattern[str], text: str) -> Iterator[re.Match[str]]:
-        """Like `finditer`, in windows that other threads run between."""
-        at = 0
-        while at < len(text):
-            end = at + _WINDOW_CHARS
-            for match in pattern.finditer(text, at, end + self._longest):
-                if match.start() >= end:
-                    break
-                yield match
-                at = match.end()
-            at = max(at, end)
+def _cut(text: str, end: str) -> str:
+    """What stands before `end`; a template that has trimmed the blank behind it trims those before it too."""
+    before, found, after = text.rpartition(end)
+    if not found:
+        raise InvalidRequestError("the chat template leaves the last message's text out", param="messages")
+    return before if after.startswith(" ") else before.rstrip()
 
 
 class _GenerationTag(Extension):

@@ -1,7 +1,8 @@
 """Byte-level BPE in which text can never become a special token.
 
-The tokenizer that encodes holds no added tokens at all, so that the text "<|im_end|>" is encoded as eleven ordinary
-characters. Special ids enter a prompt only where the chat template writes them (see template.py).
+The tokenizer that encodes holds no added tokens at all, so that the text "<|im_end|>" is encoded as ten ordinary
+characters. Special ids enter a prompt only where the chat template writes them (see template.py), and where a text has
+those that only mark it (see guard.py).
 """
 
 from __future__ import annotations
@@ -11,7 +12,9 @@ from pathlib import Path
 
 import tokenizers
 
-from dashinfer_vlm.errors import CheckpointError, ContextLengthError, InvalidRequestError
+from dashinfer_vlm.errors import CheckpointError, InvalidRequestError
+from dashinfer_vlm.frontend.context import too_long
+from dashinfer_vlm.frontend.guard import SpecialTokenGuard, text_marks
 from dashinfer_vlm.tokenizer_file import AddedToken, TokenizerFile
 
 _PIECE_CHARS = 1 << 14
@@ -32,6 +35,9 @@ class Tokenizer:
         self._plain = plain
         self.added = {token.text: token.id for token in added}
         """Every token that plain text must not yield, by its text."""
+        self.marks = text_marks(self.added)
+        """Those that callers may write."""
+        self._marks = SpecialTokenGuard(self.marks)
         self._added_texts = {token.id: token.text for token in added}
         self.special_ids = frozenset(token.id for token in added if token.special)
         """Ids that are left out of answers."""
@@ -74,11 +80,17 @@ class Tokenizer:
             ids += piece.ids[:num_tokens]
             start, size = start + num_chars, _PIECE_CHARS
             if most is not None and len(ids) > most:
-                raise ContextLengthError(
-                    f"the model's maximum context length is {most} tokens; the first {start} of {len(text)} characters "
-                    f"have {len(ids)} already; shorten the text or start with --max-model-len"
-                )
+                reason = f"the first {start} of {len(text)} characters have {len(ids)} already; shorten the text."
+                raise too_long(most, reason)
         return ids + self._encode(text[start:]).ids
+
+    def encode_marked(self, text: str, *, most: int | None = None) -> list[int]:
+        """`encode_text`, but for the tokens that only mark text: they become what they say."""
+        ids: list[int] = []
+        for plain, mark in self._marks.split(text):
+            ids += self.encode_text(plain, most=most) if plain else []
+            ids += [self.added[mark]] if mark else []
+        return ids
 
     def token_bytes(self, token: int) -> bytes:
         """What `token` writes; nothing for ids that only pad the vocabulary."""

@@ -6,6 +6,7 @@ accepted; or it is known and unsupported, and then any value but "not used" is r
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Annotated, Any
 
 from pydantic import Discriminator, Tag
@@ -168,6 +169,8 @@ class ChatBody(GenerationBody):
 
     messages: list[MessageBody]
     max_completion_tokens: Whole | None = None
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
     logprobs: bool | None = None
     top_logprobs: Whole | None = None
 
@@ -187,8 +190,6 @@ class ChatBody(GenerationBody):
     verbosity: Annotated[Any, only()] = None
     web_search_options: Annotated[Any, only()] = None
     echo: Annotated[Any, only(False)] = None
-    add_generation_prompt: Annotated[Any, only(True)] = None
-    continue_final_message: Annotated[Any, only(False)] = None
     chat_template: Annotated[Any, only()] = None
     chat_template_kwargs: Annotated[Any, only({})] = None
     documents: Annotated[Any, only([])] = None
@@ -209,7 +210,13 @@ class ChatBody(GenerationBody):
             )
         if self.top_logprobs and not self.logprobs:
             raise InvalidRequestError("top_logprobs needs logprobs: true", param="top_logprobs")
-        return self._params(defaults, limits.pop() if limits else None, self._num_logprobs())
+        params = self._params(defaults, limits.pop() if limits else None, self._num_logprobs())
+        return replace(
+            params,
+            add_generation_prompt=self.add_generation_prompt,
+            continue_final_message=bool(self.continue_final_message),
+            max_tokens_name="max_tokens" if self.max_completion_tokens is None else "max_completion_tokens",
+        )
 
     def _num_logprobs(self) -> int | None:
         return (self.top_logprobs or 0) if self.logprobs else None

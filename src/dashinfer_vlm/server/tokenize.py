@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from typing import Annotated, Any
+from typing import Annotated
 
 import msgspec
 from fastapi import APIRouter, Request
@@ -12,7 +12,8 @@ from starlette.responses import Response
 
 from dashinfer_vlm.errors import InvalidRequestError
 from dashinfer_vlm.frontend.conversation import MessageBody, ProcessorBody, read_conversation
-from dashinfer_vlm.frontend.schema import Body, all_whole, only
+from dashinfer_vlm.frontend.params import GenerationParams
+from dashinfer_vlm.frontend.schema import Body, all_whole
 from dashinfer_vlm.frontend.tokenizer import Tokenizer
 from dashinfer_vlm.server.body import read_body, unless_gone
 from dashinfer_vlm.server.context import Context
@@ -31,7 +32,8 @@ class TokenizeBody(Body):
     return_token_strs: bool | None = None
     add_special_tokens: bool | None = None
     """No effect: these tokenizers add none of their own to a text."""
-    add_generation_prompt: Annotated[Any, only(True)] = None
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
     mm_processor_kwargs: ProcessorBody | None = None
 
 
@@ -83,7 +85,10 @@ def _texts(tokenizer: Tokenizer, ids: list[int]) -> list[str]:
 async def _ids(context: Context, body: TokenizeBody) -> list[int]:
     service, bounds = context.service, context.service.prompts.loader.pixel_bounds
     if body.messages is not None and body.prompt is None:
-        return await service.count(read_conversation(body.messages, bounds, body.mm_processor_kwargs))
+        ending = GenerationParams(
+            add_generation_prompt=body.add_generation_prompt, continue_final_message=bool(body.continue_final_message)
+        )
+        return await service.count(read_conversation(body.messages, bounds, body.mm_processor_kwargs), ending)
     if body.prompt is not None and body.messages is None:
         return await service.prompts.text_ids(body.prompt, max(service.engine.info.max_model_len, _MOST_IDS))
     raise InvalidRequestError("send either prompt or messages", param="prompt")
