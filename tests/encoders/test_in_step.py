@@ -79,7 +79,7 @@ def test_a_full_batch_leaves_at_once_and_a_small_one_waits_for_company(stage: Wo
     told.may_encode.set()
     while stage.has_work():
         stage.advance(0.5)
-    assert stage.counters.num_encoded == 2
+    assert stage.stats.num_items_encoded_total == 2
 
 
 @pytest.mark.parametrize(

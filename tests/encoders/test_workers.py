@@ -83,7 +83,7 @@ def test_a_worker_killed_under_fifty_requests_costs_no_answer(folder: Path, expe
         killed: list[int] = []
 
         def kill_once_the_other_is_through() -> None:
-            if not killed and stage.counters.num_encoded:
+            if not killed and stage.stats.num_items_encoded_total:
                 os.kill(victim, signal.SIGKILL)
                 killed.append(victim)
 

@@ -10,12 +10,13 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import msgspec
 import numpy as np
 import torch
 
 from dashinfer_vlm.encoders.cache import EmbeddingCache
 from dashinfer_vlm.encoders.queue import ItemQueue, grid, raw_patches
-from dashinfer_vlm.encoders.stage import EncoderCounters
+from dashinfer_vlm.encoders.stats import StageStats
 from dashinfer_vlm.models.base import EncoderState, VisionEncoder
 from dashinfer_vlm.request import Item
 
@@ -47,9 +48,8 @@ class InStepEncoder:
         return self.queue.cache
 
     @property
-    def counters(self) -> EncoderCounters:
-        q = self.queue
-        return EncoderCounters(q.num_encoded, q.num_patches, q.num_failures, q.num_retries, 0, self.seconds)
+    def stats(self) -> StageStats:
+        return msgspec.structs.replace(self.queue.stats, encoder_seconds_total=self.seconds)
 
     @property
     def is_busy(self) -> bool:

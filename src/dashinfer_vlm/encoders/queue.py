@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from dashinfer_vlm.encoders.cache import EmbeddingCache
+from dashinfer_vlm.encoders.stats import StageStats
 from dashinfer_vlm.request import Item
 
 log = logging.getLogger(__name__)
@@ -40,6 +41,19 @@ class ItemQueue:
         self._deaths: Counter[bytes] = Counter()
         self._failures: dict[bytes, str] = {}
         self._oldest_s = 0.0
+
+    @property
+    def stats(self) -> StageStats:
+        """What became of items, and of the cache; whoever encodes adds how."""
+        return StageStats(
+            num_items_encoded_total=self.num_encoded,
+            num_patches_encoded_total=self.num_patches,
+            num_encoder_failures_total=self.num_failures,
+            num_encoder_retries_total=self.num_retries,
+            embedding_hits_total=self.cache.hits,
+            embedding_misses_total=self.cache.misses,
+            embedding_bytes=self.cache.num_bytes,
+        )
 
     def request(self, item: Item) -> None:
         """See `stage.EncoderStage.request`."""

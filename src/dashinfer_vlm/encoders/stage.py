@@ -1,14 +1,15 @@
-"""The encoder as a stage of its own: items in, embeddings out. The scheduler sees only these verbs, wherever it runs."""
+"""The encoder as a stage of its own: items in, embeddings out. The scheduler sees only these verbs, wherever the stage
+runs."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Protocol
 
 from dashinfer_vlm.encoders.cache import EmbeddingCache
+from dashinfer_vlm.encoders.stats import StageStats
 from dashinfer_vlm.request import Item
 
-__all__ = ["EncoderCounters", "EncoderStage", "NoEncoder"]
+__all__ = ["EncoderStage", "NoEncoder"]
 
 
 class EncoderStage(Protocol):
@@ -18,7 +19,7 @@ class EncoderStage(Protocol):
     def cache(self) -> EmbeddingCache: ...
 
     @property
-    def counters(self) -> EncoderCounters: ...
+    def stats(self) -> StageStats: ...
 
     def request(self, item: Item) -> None:
         """Pin the item's embedding and see to it that it will be there; a second request for the same content shares
@@ -50,32 +51,12 @@ class EncoderStage(Protocol):
         ...
 
 
-@dataclass(frozen=True, slots=True)
-class EncoderCounters:
-    """What a stage has done since its start."""
-
-    num_encoded: int
-    num_patches: int
-    num_failures: int
-    """Items that were given up."""
-    num_retries: int
-    """Items that were tried again, after a failed batch or the death of an encoder."""
-    num_restarts: int
-    """Encoders elsewhere that were started in place of another one."""
-    seconds: float
-    """Time of all encoders together."""
-    num_elsewhere: int = 0
-    """Of `num_encoded`, those that other processes or machines have encoded."""
-    num_ready: int = 0
-    """Encoders elsewhere that are ready now."""
-
-
 class NoEncoder:
     """The stage of a text model, which is asked for nothing: requests with something to encode are refused before."""
 
     def __init__(self) -> None:
         self.cache = EmbeddingCache(0)
-        self.counters = EncoderCounters(0, 0, 0, 0, 0, 0.0)
+        self.stats = StageStats()
         self.computes_here = False
 
     def request(self, item: Item) -> None:

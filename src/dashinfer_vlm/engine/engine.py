@@ -7,11 +7,12 @@ import logging
 from collections import deque
 from collections.abc import Iterable
 
+import msgspec
 import torch
 
 from dashinfer_vlm.config import EngineConfig
 from dashinfer_vlm.encoders.placement import make_stage
-from dashinfer_vlm.encoders.shared.stage import SharedCacheCounters, SharedCacheStage, with_shared_cache
+from dashinfer_vlm.encoders.shared.stage import with_shared_cache
 from dashinfer_vlm.engine.admission import Limits, check_request
 from dashinfer_vlm.engine.blocks import BlockPool
 from dashinfer_vlm.engine.cost import StepCost
@@ -56,7 +57,7 @@ class Engine:
         self._flights: deque[Flight] = deque()  # steps under way, the oldest first
         self._news: list[Output] = []  # what no step has delivered yet
         self._seeds = itertools.count(config.seed)
-        self._counters: dict[str, float] = dict.fromkeys(_COUNTERS, 0)
+        self._counted = EngineStats()  # what only grows
 
     def add(self, request: Request) -> None:
         """Accept a request, which then ends in exactly one final Output; or raise and know nothing of it.
@@ -78,7 +79,7 @@ class Engine:
         )
         self._sequences[request.id] = sequence
         self.scheduler.add(sequence)
-        self._counters["num_prompt_tokens_total"] += len(request.prompt_ids)
+        self._counted.num_prompt_tokens_total += len(request.prompt_ids)
 
     def abort(self, request_id: str) -> None:
         """End a sequence; its final Output comes with the next step. An id that has ended already is no error."""
@@ -113,33 +114,15 @@ class Engine:
         self.stage.close()
 
     def stats(self) -> EngineStats:
-        pool, cache, encoder = self.scheduler.pool, self.stage.cache, self.stage.counters
-        shared = self.stage.shared_counters if isinstance(self.stage, SharedCacheStage) else SharedCacheCounters()
-        return EngineStats(
+        pool = self.scheduler.pool
+        return msgspec.structs.replace(
+            self._counted,
             num_waiting=len(self.scheduler.waiting),
             num_running=len(self.scheduler.running),
             num_blocks=pool.num_blocks,
             num_free_blocks=pool.num_free,
             num_preemptions_total=self.scheduler.num_preemptions,
-            num_items_encoded_total=encoder.num_encoded,
-            num_items_encoded_elsewhere_total=encoder.num_elsewhere,
-            num_encoders=encoder.num_ready,
-            num_patches_encoded_total=encoder.num_patches,
-            num_encoder_failures_total=encoder.num_failures,
-            num_encoder_retries_total=encoder.num_retries,
-            num_encoder_restarts_total=encoder.num_restarts,
-            embedding_hits_total=cache.hits,
-            embedding_misses_total=cache.misses,
-            embedding_bytes=cache.num_bytes,
-            shared_cache_hits_total=shared.hits,
-            shared_cache_misses_total=shared.misses,
-            shared_cache_read_bytes_total=shared.bytes_read,
-            shared_cache_written_bytes_total=shared.bytes_written,
-            shared_cache_errors_total=shared.errors,
-            shared_cache_dropped_total=shared.dropped,
-            encoder_seconds_total=encoder.seconds,
-            step_seconds_total=self._counters["step_seconds_total"],
-            **{name: int(self._counters[name]) for name in _COUNTERS if name.startswith("num_")},
+            **msgspec.structs.asdict(self.stage.stats),
         )
 
     def _needs_tokens(self) -> bool:
@@ -166,7 +149,7 @@ class Engine:
         """Give the sequence its next token, and one more for each guess that came true in front of it."""
         sequence, num_before = chunk.sequence, chunk.sequence.num_known
         if not sequence.num_known_output:
-            self._counters["num_cached_tokens_total"] += sequence.num_cached
+            self._counted.num_cached_tokens_total += sequence.num_cached
         logprobs = []
         for sampled, guess in zip(rows, (*chunk.draft, None), strict=True):
             finish = self._accept(sequence, sampled)
@@ -174,12 +157,12 @@ class Engine:
             if finish is not None or sampled.token != guess:
                 break
             self.scheduler.computed(sequence, 1)
-            self._counters["num_accepted_draft_tokens_total"] += 1
+            self._counted.num_accepted_draft_tokens_total += 1
         tokens = sequence.tokens[num_before : sequence.num_known]
         if finish is None:
             self.scheduler.publish(sequence)
-        self._counters["num_draft_tokens_total"] += len(chunk.draft)
-        self._counters["num_output_tokens_total"] += len(tokens)
+        self._counted.num_draft_tokens_total += len(chunk.draft)
+        self._counted.num_output_tokens_total += len(tokens)
         return self._output(sequence, tokens, logprobs[: len(tokens)], finish)
 
     def _accept(self, sequence: Sequence, sampled: Sampled) -> Finish | None:
@@ -197,9 +180,9 @@ class Engine:
 
     def _count(self, plan: Plan, seconds: float) -> None:
         self.scheduler.cost.observe(plan.num_tokens, seconds)
-        self._counters["step_seconds_total"] += seconds
-        self._counters["num_steps_total"] += 1
-        self._counters["num_computed_tokens_total"] += plan.num_tokens
+        self._counted.step_seconds_total += seconds
+        self._counted.num_steps_total += 1
+        self._counted.num_computed_tokens_total += plan.num_tokens
 
     def _output(
         self,
@@ -241,15 +224,3 @@ class Engine:
     def _take_news(self) -> list[Output]:
         news, self._news = self._news, []
         return news
-
-
-_COUNTERS = (
-    "num_steps_total",
-    "num_prompt_tokens_total",
-    "num_cached_tokens_total",
-    "num_computed_tokens_total",
-    "num_output_tokens_total",
-    "num_draft_tokens_total",
-    "num_accepted_draft_tokens_total",
-    "step_seconds_total",
-)

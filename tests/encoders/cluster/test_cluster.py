@@ -87,10 +87,10 @@ def test_a_machine_killed_under_fifty_requests_costs_no_answer_and_another_takes
         serve_until(engine, folder, num_ready=2)
         (actor,) = nodes[0].actors
         os.kill(actor, signal.SIGSTOP)  # so that it surely holds a batch when it dies
-        already, stage, victims = stage_of(engine).counters.num_encoded, stage_of(engine), [nodes[0]]
+        already, stage, victims = stage_of(engine).stats.num_items_encoded_total, stage_of(engine), [nodes[0]]
 
         def kill_once_the_other_is_through() -> None:
-            if victims and stage.counters.num_encoded > already:
+            if victims and stage.stats.num_items_encoded_total > already:
                 victims.pop().kill()
 
         requests = [request(folder, str(i), picture(i)) for i in range(NUM_REQUESTS)]

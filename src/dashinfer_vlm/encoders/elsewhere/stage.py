@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import logging
 
+import msgspec
+
 from dashinfer_vlm.encoders.cache import EmbeddingCache
 from dashinfer_vlm.encoders.elsewhere.crew import Crew, Encoded, Lost, Outcome, Refused
 from dashinfer_vlm.encoders.in_step import InStepEncoder
 from dashinfer_vlm.encoders.queue import ItemQueue
-from dashinfer_vlm.encoders.stage import EncoderCounters
+from dashinfer_vlm.encoders.stats import StageStats
 from dashinfer_vlm.request import Item
 
 log = logging.getLogger(__name__)
@@ -45,17 +47,13 @@ class WorkerEncoder:
         return self.queue.cache
 
     @property
-    def counters(self) -> EncoderCounters:
-        q, seconds = self.queue, self._seconds + self.own.seconds
-        return EncoderCounters(
-            num_encoded=q.num_encoded,
-            num_patches=q.num_patches,
-            num_failures=q.num_failures,
-            num_retries=q.num_retries,
-            num_restarts=self.crew.num_restarts,
-            seconds=seconds,
-            num_elsewhere=self._num_elsewhere,
-            num_ready=self.crew.num_ready,
+    def stats(self) -> StageStats:
+        return msgspec.structs.replace(
+            self.queue.stats,
+            num_items_encoded_elsewhere_total=self._num_elsewhere,
+            num_encoder_restarts_total=self.crew.num_restarts,
+            num_encoders=self.crew.num_ready,
+            encoder_seconds_total=self._seconds + self.own.seconds,
         )
 
     def request(self, item: Item) -> None:

@@ -12,18 +12,20 @@ import time
 from collections import Counter
 from dataclasses import dataclass
 
+import msgspec
 import torch
 
 from dashinfer_vlm.config import EngineConfig
 from dashinfer_vlm.encoders.cache import EmbeddingCache
 from dashinfer_vlm.encoders.shared.embedding_bytes import EmbeddingBytes
 from dashinfer_vlm.encoders.shared.redis_cache import Answer, RedisCache
-from dashinfer_vlm.encoders.stage import EncoderCounters, EncoderStage
+from dashinfer_vlm.encoders.stage import EncoderStage
+from dashinfer_vlm.encoders.stats import StageStats
 from dashinfer_vlm.models.base import Model, embedding_row_bytes
 from dashinfer_vlm.models.identity import encoder_identity
 from dashinfer_vlm.request import Item
 
-__all__ = ["SharedCacheCounters", "SharedCacheStage", "with_shared_cache"]
+__all__ = ["SharedCacheStage", "with_shared_cache"]
 
 ANSWER_TIMEOUT_S = 0.3
 """Until the first byte of an answer; then encoding starts without it."""
@@ -32,21 +34,6 @@ SLOWEST_BYTES_PER_S = 20e6
 MAX_WAIT_S = 0.005
 WAIT_SHARE = 0.01
 """Waiting for an answer when there is nothing else to do, as a share of the step's budget; no stream would feel it."""
-
-
-@dataclass(frozen=True, slots=True)
-class SharedCacheCounters:
-    """What the second level has done since the start."""
-
-    hits: int = 0
-    misses: int = 0
-    """Asked for and not delivered: not there, not usable, late, or Redis is away."""
-    bytes_read: int = 0
-    bytes_written: int = 0
-    errors: int = 0
-    """Commands that failed and values that were no use."""
-    dropped: int = 0
-    """Embeddings that should have been written and were not."""
 
 
 @dataclass(slots=True)
@@ -76,19 +63,16 @@ class SharedCacheStage:
         return self.inner.cache
 
     @property
-    def counters(self) -> EncoderCounters:
-        return self.inner.counters
-
-    @property
-    def shared_counters(self) -> SharedCacheCounters:
+    def stats(self) -> StageStats:
         redis = self._redis
-        return SharedCacheCounters(
-            hits=self._hits,
-            misses=self._misses,
-            bytes_read=redis.reads.num_bytes,
-            bytes_written=redis.writes.num_bytes,
-            errors=redis.reads.num_errors + redis.writes.num_errors,
-            dropped=redis.num_dropped,
+        return msgspec.structs.replace(
+            self.inner.stats,
+            shared_cache_hits_total=self._hits,
+            shared_cache_misses_total=self._misses,
+            shared_cache_read_bytes_total=redis.reads.num_bytes,
+            shared_cache_written_bytes_total=redis.writes.num_bytes,
+            shared_cache_errors_total=redis.reads.num_errors + redis.writes.num_errors,
+            shared_cache_dropped_total=redis.num_dropped,
         )
 
     def request(self, item: Item) -> None:
