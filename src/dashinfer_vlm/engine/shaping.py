@@ -5,7 +5,6 @@ Everything is prepared once and kept up token by token: a step's cost does not g
 
 from __future__ import annotations
 
-import itertools
 import secrets
 from array import array
 from collections import defaultdict
@@ -58,11 +57,11 @@ class SeenTokens:
     """The distinct tokens of prompt and output, and how often the output has each."""
 
     def __init__(self, prompt: Ids) -> None:
-        distinct = np.unique(prompt)
-        self._num_prompt = self._size = len(distinct)
-        self._ids = np.concatenate([distinct, np.zeros(64, np.int32)])
+        self._prompt = np.unique(prompt)
+        self._size = len(self._prompt)
+        self._ids = np.concatenate([self._prompt, np.zeros(64, np.int32)])
         self._counts = np.zeros(len(self._ids), np.int32)
-        self._places = dict(zip(distinct.tolist(), itertools.count(), strict=False))
+        self._places: dict[int, int] = {}  # of the output's tokens
         self._output: list[int] = []
 
     @property
@@ -76,7 +75,9 @@ class SeenTokens:
         return np.array(self._counts[: self._size])
 
     def push(self, token: int) -> None:
-        place = self._places.setdefault(token, self._size)
+        place = self._places.get(token)
+        if place is None:
+            place = self._places[token] = self._place_in_prompt(token)
         if place == self._size:
             self._grow()
             self._ids[place] = token
@@ -88,9 +89,14 @@ class SeenTokens:
         token = self._output.pop()
         place = self._places[token]
         self._counts[place] -= 1
-        if not self._counts[place] and place >= self._num_prompt:  # it came with this token, so it is the last one
+        if not self._counts[place] and place >= len(self._prompt):  # it came with this token, so it is the last one
             del self._places[token]
             self._size -= 1
+
+    def _place_in_prompt(self, token: int) -> int:
+        """Or the next free one."""
+        place = int(np.searchsorted(self._prompt, token))
+        return place if place < len(self._prompt) and self._prompt[place] == token else self._size
 
     def _grow(self) -> None:
         if self._size == len(self._ids):

@@ -330,8 +330,8 @@ static void shape_row(const ChooseArgs& args, int row, float* x) {
   for (int i = args.seen_starts[row]; i < args.seen_starts[row + 1]; ++i) {
     const float count = (float)args.seen_counts[i];
     float& logit = x[args.seen_ids[i]];
-    logit = logit > 0 ? logit / repetition : logit * repetition;
-    if (count > 0) logit -= presence + frequency * count;
+    const float divided = logit / repetition, multiplied = logit * repetition;  // both: signs cannot be foreseen
+    logit = (logit > 0 ? divided : multiplied) - (count > 0 ? presence + frequency * count : 0.f);
   }
   for (int i = args.forbidden_starts[row]; i < args.forbidden_starts[row + 1]; ++i) x[args.forbidden_ids[i]] = -INFINITY;
   if (args.mask) forbid_masked(args.mask + row * args.mask_stride, x, args.width);
