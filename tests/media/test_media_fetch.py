@@ -361,6 +361,7 @@ def test_a_million_frames_are_not_taken_apart() -> None:
         ("data:image/png;base64,", "empty"),
         ("data:image/png;base64,AAAAA", "not valid base64"),
         ("data:image/png;base64,A;AA", "not valid base64"),
+        ("data:image/png;base64,AA==" + "A" * (1 << 21), "not valid base64"),
         ("data:image/png;base64,AA==AA==", "not valid base64"),
         ("data:image/png;base64,ääää", "not valid base64"),
         ("data:image/png;base64,%41%41", "not valid base64"),
@@ -368,7 +369,15 @@ def test_a_million_frames_are_not_taken_apart() -> None:
 )
 def test_a_data_url_that_is_none_is_explained(url: str, message: str) -> None:
     with pytest.raises(MediaError, match=message):
-        decode_data_url(url, 1000)
+        decode_data_url(url, 1 << 22)
+
+
+@pytest.mark.parametrize("line", [10, 76, (1 << 18) - 1])
+def test_a_long_data_url_is_decoded_across_its_windows(line: int) -> None:
+    data = bytes(range(256)) * (1 << 13) + b"end"
+    digits = base64.urlsafe_b64encode(data).decode()
+    lines = "\r\n".join(digits[i : i + line] for i in range(0, len(digits), line))
+    assert decode_data_url("data:;base64," + lines, len(data)) == data
 
 
 def test_a_data_url_beyond_the_limit_is_refused_before_it_is_decoded() -> None:

@@ -40,12 +40,16 @@ def user(*content: Any) -> list[dict[str, Any]]:
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 LARGE = f"data:image/png;base64,{picture(840, 644)}"
+BARE = "\n".join(picture(112, 84).rstrip("=").replace("+", "-").replace("/", "_").partition("A"))
 FRAMES = ",".join(picture(112, 112, "JPEG") for _ in range(4))
 CONVERSATIONS: dict[str, list[dict[str, Any]]] = {
     "text": [{"role": "developer", "content": "Be brief."}, {"role": "user", "content": "Hi", "name": "Søren"}],
     "low detail": user({"type": "image_url", "image_url": {"url": LARGE, "detail": "low"}}, "What?"),
     "original detail": user({"type": "image_url", "image_url": {"url": LARGE, "detail": "original"}}, "What?"),
     "qwen's form": user({"type": "image", "image": LARGE, "max_pixels": 50_000.0}, {"type": "text", "text": "What?"}),
+    "a size": user({"type": "image", "image": LARGE, "resized_height": 280, "resized_width": 420}, "What?"),
+    "bare base64": user({"type": "image_url", "image_url": f"data:image;base64,{BARE}"}, "What?"),
+    "places": [*user("Where?"), {"role": "assistant", "content": "<|box_start|>(1,2)<|box_end|>"}, *user("Sure?")],
     "frames": user({"type": "video_url", "video_url": f"data:video/jpeg;base64,{FRAMES}", "fps": [2.0]}),
     "no type": user({"text": "Hi"}),
     "unknown field": user({"type": "image", "image": LARGE, "size": 3}),

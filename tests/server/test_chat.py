@@ -330,6 +330,7 @@ async def test_minus_one_runs_to_the_end_of_the_context(serve: Serve, name: str)
 async def test_integers_may_be_written_as_whole_floats(serve: Serve) -> None:
     running = await serve()
     body = {"messages": ASK, "max_tokens": 16.0, "top_k": 5.0, "seed": 7.0, "n": 1.0, "stop_token_ids": [9.0]}
+    body |= {"best_of": 1.0, "priority": 0.0, "length_penalty": 1}
     assert (await running.post("/v1/chat/completions", body)).status_code == 200
     params = running.engine.requests[0].params
     assert (params.max_tokens, params.top_k, params.seed, params.stop_token_ids) == (16, 5, 7, (9,))

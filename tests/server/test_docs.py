@@ -5,7 +5,12 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+import pytest
+from pydantic import BaseModel
+
 from dashinfer_vlm import errors
+from dashinfer_vlm.frontend.conversation import MessageBody, ProcessorBody
+from dashinfer_vlm.frontend.parts import ImageBody, ImageUrlBody, VideoBody, VideoUrlBody
 from dashinfer_vlm.server.errors import reply_to
 from dashinfer_vlm.server.protocol import ChatBody, CompletionBody, GenerationBody
 
@@ -25,3 +30,10 @@ def test_every_sampling_field_is_on_the_page() -> None:
         assert re.search(rf"`{name}\b", PAGE), name
     for body in (ChatBody, CompletionBody):
         assert body.model_fields.keys() > served
+
+
+@pytest.mark.parametrize("body", [MessageBody, ImageUrlBody, VideoUrlBody, ImageBody, VideoBody, ProcessorBody])
+def test_every_served_field_of_a_message_is_on_the_page(body: type[BaseModel]) -> None:
+    served = {name for name, info in body.model_fields.items() if not info.metadata}
+    for name in served:
+        assert re.search(rf"`{name}\b", PAGE), name

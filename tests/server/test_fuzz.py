@@ -17,12 +17,25 @@ values = st.recursive(
 )
 urls = st.fixed_dictionaries({"url": st.just("x") | values}, optional={"detail": values, "max_pixels": values})
 part_values = st.fixed_dictionaries(
-    {"type": st.sampled_from(["text", "image_url", "video_url", "video"]) | values},
-    optional={"text": values, "image_url": urls | values, "video_url": urls, "video": values, "fps": values},
+    {"type": st.sampled_from(["text", "image_url", "video_url", "image", "video"]) | values},
+    optional={
+        "text": values,
+        "image_url": urls | values,
+        "video_url": urls,
+        "image": values,
+        "video": values,
+        "fps": values,
+        "num_frames": values,
+        "detail": values,
+    },
 )
 message_values = st.fixed_dictionaries(
     {"role": st.sampled_from(["user", "system", "assistant", "tool"]) | values},
-    optional={"content": st.text() | st.lists(part_values, max_size=3) | values, "tool_calls": values, "name": values},
+    optional={
+        "content": st.text() | st.lists(part_values | values, max_size=3) | values,
+        "tool_calls": values,
+        "name": values,
+    },
 )
 
 

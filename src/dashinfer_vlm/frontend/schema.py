@@ -42,7 +42,7 @@ def only(*neutral: Any) -> Any:
     """Annotation of a known field that is accepted only with a value that means "not used"."""
 
     def check(value: Any) -> Any:
-        if value is None or any(type(value) is type(n) and value == n for n in neutral):
+        if value is None or any(isinstance(value, bool) == isinstance(n, bool) and value == n for n in neutral):
             return value
         raise unsupported("is not supported by this server; leave it out")
 

@@ -36,7 +36,7 @@ from dashinfer_vlm.request import Grid
 from dashinfer_vlm.shared_array import SharedArray, SharedFolder
 
 _LARGE_BYTES = 1 << 20
-"""What takes longer than a millisecond or so to hash is hashed in a thread."""
+"""What takes longer than some milliseconds to decode or hash is left to a thread."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -245,7 +245,9 @@ class MediaLoader:
         if isinstance(source, bytes):
             return check_size(source, max_bytes, "the item")
         if source[:5].lower() == "data:":
-            return decode_data_url(source, max_bytes)
+            if len(source) < _LARGE_BYTES:
+                return decode_data_url(source, max_bytes)
+            return await asyncio.to_thread(decode_data_url, source, max_bytes)
         return await asyncio.to_thread(lambda: read_file(self._policy.local_path(source), max_bytes))
 
     async def _fetch(self, url: str, max_bytes: int, timeout_s: float, reserve: bool) -> _Encoded:

@@ -108,7 +108,7 @@ class GenerationBody(Body):
     # known, not served
     best_of: Annotated[Any, only(1)] = None
     use_beam_search: Annotated[Any, only(False)] = None
-    length_penalty: Annotated[Any, only(1, 1.0)] = None
+    length_penalty: Annotated[Any, only(1)] = None
     response_format: Annotated[Any, only({"type": "text"})] = None
     structured_outputs: Annotated[Any, only()] = None
     guided_json: Annotated[Any, only()] = None
