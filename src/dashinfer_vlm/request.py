@@ -29,6 +29,29 @@ MAX_STOP_SEQUENCE_TOKENS = 1024
 FinishReason = Literal["stop", "length", "abort", "error"]
 
 
+GrammarKind = Literal["json_schema", "regex", "choice", "grammar"]
+MAX_GRAMMAR_CHARS = 1 << 17
+
+
+class Grammar(msgspec.Struct, frozen=True, array_like=True):
+    """What an answer must be, whole: only tokens that lead there are drawn, and it ends when nothing may follow."""
+
+    kind: GrammarKind
+    text: str
+    """A JSON schema; a regular expression, of the whole answer; a JSON list of strings; a grammar in Lark or GBNF."""
+    param: str = "structured_outputs"
+    """The request's field that it came in, for what is said about it."""
+
+    def validate(self) -> None:
+        """Raise InvalidRequestError for one that is not worth looking at."""
+        if not self.text:
+            raise InvalidRequestError("it is empty", param=self.param)
+        if len(self.text) > MAX_GRAMMAR_CHARS:
+            raise InvalidRequestError(
+                f"it has {len(self.text)} characters; {MAX_GRAMMAR_CHARS} are the most", param=self.param
+            )
+
+
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """How the tokens of one request are chosen.
 
@@ -61,6 +84,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     ignore_eos: bool = False
     logprobs: int | None = None
     """None: none. n: the chosen token's log probability and those of the n likeliest (0 to 20)."""
+    grammar: Grammar | None = None
 
     def validate(self, vocab_size: int, max_tokens_name: str = "max_tokens") -> None:
         """Raise InvalidRequestError unless every field is finite and in range for a vocabulary of `vocab_size`.
@@ -93,6 +117,8 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
                 f"min_tokens is {self.min_tokens}, more than {max_tokens_name} {self.max_tokens}", param="min_tokens"
             )
         self._validate_lists(vocab_size)
+        if self.grammar is not None:
+            self.grammar.validate()
 
     def _validate_lists(self, vocab_size: int) -> None:
         lengths: tuple[tuple[str, str, int, int], ...] = (

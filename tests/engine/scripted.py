@@ -58,6 +58,9 @@ class ScriptedEngine:
         self._produced: dict[str, int] = {}
         self._ended: list[Output] = []
 
+    def prepare(self, request: Request) -> None:
+        return None
+
     def add(self, request: Request) -> None:
         match request.prompt_ids[0]:
             case Script.REFUSE_LENGTH:

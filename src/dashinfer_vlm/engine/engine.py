@@ -6,6 +6,8 @@ import itertools
 import logging
 from collections import deque
 from collections.abc import Iterable
+from concurrent.futures import Future
+from typing import Any
 
 import msgspec
 import torch
@@ -17,6 +19,7 @@ from dashinfer_vlm.engine.admission import Limits, check_request
 from dashinfer_vlm.engine.blocks import BlockPool
 from dashinfer_vlm.engine.cost import StepCost
 from dashinfer_vlm.engine.drafts import Drafter
+from dashinfer_vlm.engine.grammars.compiler import Compiler
 from dashinfer_vlm.engine.memory import max_item_patches, max_pinned_tokens
 from dashinfer_vlm.engine.runner import Runner
 from dashinfer_vlm.engine.sampler import Sampled
@@ -24,9 +27,9 @@ from dashinfer_vlm.engine.scheduler import Scheduler
 from dashinfer_vlm.engine.sequence import Sequence
 from dashinfer_vlm.engine.stats import EngineStats
 from dashinfer_vlm.engine.steps import Chunk, Flight, Plan, StepRunner
-from dashinfer_vlm.errors import InvalidRequestError
+from dashinfer_vlm.errors import InvalidRequestError, UnsupportedError
 from dashinfer_vlm.models.base import KVCache, Model
-from dashinfer_vlm.request import Finish, Output, Request, TokenLogprob
+from dashinfer_vlm.request import Finish, Grammar, Output, Request, TokenLogprob
 
 log = logging.getLogger(__name__)
 
@@ -37,8 +40,10 @@ _FIRST_COST = StepCost(fixed_s=0.02, token_s=0.001)
 class Engine:
     """Runs many sequences over one model. Not thread-safe: one loop owns it (see loop.py)."""
 
-    def __init__(self, model: Model, kv: KVCache, config: EngineConfig) -> None:
+    def __init__(self, model: Model, kv: KVCache, config: EngineConfig, grammars: Compiler | None = None) -> None:
+        """Without `grammars`, which are the engine's own from now on, requests that need them are refused."""
         self.model = model
+        self.grammars = grammars
         self.config = config
         self.limits = Limits.of(model, kv, config, max_item_patches=max_item_patches(model, kv))
         self.stage = with_shared_cache(make_stage(model, config), model, config)
@@ -59,6 +64,17 @@ class Engine:
         self._seeds = itertools.count(config.seed)
         self._counted = EngineStats()  # what only grows
 
+    def prepare(self, request: Request) -> Future[Any] | None:
+        """Begin what takes time before `add`, elsewhere: the future is done when `add` will not wait. None: nothing.
+
+        Raises like `add`.
+        """
+        grammar = request.params.grammar
+        if grammar is None:
+            return None
+        check_request(request, self.limits)
+        return self._compiler(grammar).prepare(grammar)
+
     def add(self, request: Request) -> None:
         """Accept a request, which then ends in exactly one final Output; or raise and know nothing of it.
 
@@ -74,8 +90,15 @@ class Engine:
             offset = int(positions.max()) + 1 - len(request.prompt_ids)
         seed = next(self._seeds) if request.params.seed is None else request.params.seed
         drafter = None if self._speculation is None else Drafter(self._speculation, self.limits.vocab_size)
+        grammar = request.params.grammar
         sequence = Sequence(
-            request, positions=positions, offset=offset, max_tokens=max_tokens, seed=seed, drafter=drafter
+            request,
+            positions=positions,
+            offset=offset,
+            max_tokens=max_tokens,
+            seed=seed,
+            drafter=drafter,
+            matcher=None if grammar is None else self._compiler(grammar).matcher(grammar),
         )
         self._sequences[request.id] = sequence
         self.scheduler.add(sequence)
@@ -112,6 +135,8 @@ class Engine:
     def close(self) -> None:
         """Give back what runs outside this process; the engine is not used any more. Idempotent."""
         self.stage.close()
+        if self.grammars is not None:
+            self.grammars.close()
 
     def stats(self) -> EngineStats:
         pool = self.scheduler.pool
@@ -124,6 +149,11 @@ class Engine:
             num_preemptions_total=self.scheduler.num_preemptions,
             **msgspec.structs.asdict(self.stage.stats),
         )
+
+    def _compiler(self, grammar: Grammar) -> Compiler:
+        if self.grammars is None:
+            raise UnsupportedError("this engine has no tokenizer for structured output", param=grammar.param)
+        return self.grammars
 
     def _needs_tokens(self) -> bool:
         """Whether the next step can be planned and started only when the tokens that are owed are here."""
@@ -170,11 +200,14 @@ class Engine:
         params = sequence.request.params
         if sampled.problem is not None:
             return Finish("error", message=sampled.problem)
+        if sequence.matcher is not None and (problem := sequence.matcher.problem):
+            return Finish("error", message=problem)
         is_end = sampled.token in self.model.eos_token_ids and not params.ignore_eos
         if (is_end or sampled.token in sequence.stop_token_ids) and sequence.num_known_output >= params.min_tokens:
             return Finish("stop", stop_token=sampled.token)
         sequence.append(sampled.token)
-        if sequence.num_known_output >= params.min_tokens and sequence.ends_with_a_stop_sequence:
+        is_complete = sequence.matcher is not None and sequence.matcher.is_complete
+        if is_complete or (sequence.num_known_output >= params.min_tokens and sequence.ends_with_a_stop_sequence):
             return Finish("stop")
         return Finish("length") if sequence.num_known_output >= sequence.max_tokens else None
 

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import logging
 import time
+from functools import partial
+from pathlib import Path
 
 import torch
 
 from dashinfer_vlm.config import EngineConfig
 from dashinfer_vlm.engine.client import OnProgress
 from dashinfer_vlm.engine.engine import Engine
+from dashinfer_vlm.engine.grammars.compiler import Compiler, read_vocabulary
 from dashinfer_vlm.engine.info import EngineInfo
 from dashinfer_vlm.engine.memory import kv_block_bytes, kv_dtype, num_kv_blocks
 from dashinfer_vlm.kernels.threads import engine_cores, engine_threads, set_threads, stay_on
@@ -34,7 +37,9 @@ def load_engine(config: EngineConfig, progress: OnProgress) -> tuple[Engine, Eng
     set_threads(num_threads, cores)
     model = load_model(config, progress=lambda done, total: progress("weights", done, total))
     num_blocks = num_kv_blocks(model, config)
-    engine = Engine(model, allocate_kv(model, num_blocks, config.block_size, kv_dtype(model, config)), config)
+    kv = allocate_kv(model, num_blocks, config.block_size, kv_dtype(model, config))
+    grammars = Compiler(partial(read_vocabulary, Path(config.model)), model.text.vocab_size, model.eos_token_ids)
+    engine = Engine(model, kv, config, grammars)
     info = _info(engine, engine.runner.kv)
     logger.info(
         "loaded %s on %s as %s in %.1f s; %s KV cache: %d blocks of %d tokens, %d tokens in %.2f GiB",

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from dashinfer_vlm.encoders.cache import EmbeddingCache
+from dashinfer_vlm.engine.grammars.masks import Masks
 from dashinfer_vlm.engine.sampler import Sampled, Sampler
 from dashinfer_vlm.engine.sequence import Sequence
 from dashinfer_vlm.engine.steps import Chunk, Plan
@@ -43,16 +44,18 @@ class Runner:
         self.kv = kv
         self.embeddings = embeddings
         self.sampler = Sampler(model.eos_token_ids, model.device)
+        self.masks = Masks(model.text.vocab_size, model.eos_token_ids)
 
     def start(self, plan: Plan) -> DoneStep:
         begun = time.perf_counter()
-        logits = self.run(plan.chunks)
         wanted = [(chunk.sequence, chunk.draft) for chunk in plan.sampled_chunks]
-        sampled = self.sampler.sample(logits, wanted) if wanted else []
+        mask = self.masks.begin(wanted)
+        logits = self.run(plan.chunks)
+        sampled = self.sampler.sample(logits, wanted, mask()) if wanted else []
         return DoneStep(plan, sampled, time.perf_counter() - begun)
 
     def needs_tokens(self, sequence: Sequence) -> bool:
-        return sequence.shaping.follows_output
+        return sequence.shaping.follows_output or sequence.matcher is not None
 
     @torch.inference_mode()
     def run(self, chunks: tuple[Chunk, ...]) -> torch.Tensor:

@@ -179,6 +179,8 @@ class Scheduler:
             if (drafter := sequence.drafter) is not None:
                 num_useful = sequence.max_tokens - sequence.num_output - 1
                 guess = drafter.propose(sequence.tokens, min(num_useful, drafter.settings.num_speculative_tokens))
+                if guess and sequence.matcher is not None:
+                    guess = guess[: sequence.matcher.num_allowed(guess)]
                 found += [(drafter.chance ** (place + 1), index, token) for place, token in enumerate(guess)]
         return sorted(found, key=lambda guess: -guess[0])
 

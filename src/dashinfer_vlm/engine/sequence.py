@@ -15,6 +15,7 @@ from dashinfer_vlm.request import Finish, Item, Request
 if TYPE_CHECKING:
     from dashinfer_vlm.engine.blocks import BlockHash
     from dashinfer_vlm.engine.drafts import Drafter
+    from dashinfer_vlm.engine.grammars.matcher import Matcher
 
 
 PENDING = -1
@@ -37,6 +38,7 @@ class Sequence:
         max_tokens: int,
         seed: int,
         drafter: Drafter | None = None,
+        matcher: Matcher | None = None,
     ) -> None:
         self.request = request
         self.num_prompt = len(request.prompt_ids)
@@ -46,6 +48,7 @@ class Sequence:
         self.max_tokens = max_tokens
         self.seed = seed
         self.drafter = drafter
+        self.matcher = matcher
         self.blocks: list[int] = []
         self.num_computed = 0
         """Tokens whose K and V are in `blocks`, or will be before a step that is started from now on."""
@@ -113,6 +116,8 @@ class Sequence:
         else:
             self.tokens.append(token)
         self.shaping.push(token)
+        if self.matcher is not None:
+            self.matcher.accept(token)
         if self.drafter is not None:
             self.drafter.observe(token)
 

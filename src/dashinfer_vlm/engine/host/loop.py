@@ -7,9 +7,11 @@ Every request that the engine accepted gets exactly one final Output from here, 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, wait
+from contextlib import contextmanager
 from dataclasses import replace
-from typing import Protocol
+from typing import Any, Protocol
 
 from dashinfer_vlm.engine.host.mapping import map_tensor
 from dashinfer_vlm.engine.host.wire import (
@@ -34,10 +36,14 @@ logger = logging.getLogger(__name__)
 MAX_FAILURES = 3
 """Failed steps without a single token in between after which the engine counts as broken."""
 
+_LOOK_S = 0.01
+"""How often to look for commands while nothing but the preparation of requests is under way."""
+
 
 class SteppedEngine(Protocol):
     """What the loop needs of an engine."""
 
+    def prepare(self, request: Request) -> Future[Any] | None: ...
     def add(self, request: Request) -> None: ...
     def abort(self, request_id: str) -> None: ...
     def step(self) -> list[Output]: ...
@@ -64,13 +70,16 @@ class EngineLoop:
         self._engine = engine
         self._channel = channel
         self._live: set[str] = set()
-        """Accepted requests that have had no final Output yet."""
+        """Requests that have had no final Output and no refusal yet."""
+        self._preparing: dict[str, tuple[Request, Future[Any]]] = {}
+        """Those among them that are added when their future is done."""
         self._num_failures = 0
 
     def run(self) -> None:
         """Serve until a Close command, or until the engine is broken: then the last event is `Failed`."""
         try:
-            while self._obey(self._channel.receive(wait=not self._engine.has_work())):
+            while self._obey(self._channel.receive(wait=not (self._engine.has_work() or self._preparing))):
+                self._add_prepared()
                 if self._engine.has_work():
                     self._step()
         except Exception as error:
@@ -86,27 +95,54 @@ class EngineLoop:
         for command in commands:
             match command:
                 case Request():
-                    self._add(command)
+                    self._take(command)
                 case Abort(request_id):
-                    self._engine.abort(request_id)
+                    self._abort(request_id)
                 case AskStats(ticket):
                     self._channel.send(StatsReply(ticket, self._engine.stats()))
                 case Close():
                     return False
         return True
 
-    def _add(self, request: Request) -> None:
-        try:
+    def _take(self, request: Request) -> None:
+        with self._refusing(request.id):
             if request.id in self._live:
                 raise InvalidRequestError(f"request id {request.id!r} is in use", param="id")
-            self._engine.add(_with_mapped_patches(request))
-        except DashInferError as error:
-            self._channel.send(Refused(request.id, Fault.of(error)))
-        except Exception as error:
-            logger.exception("the engine failed to take request %s", request.id)
-            self._channel.send(Refused(request.id, Fault.of(error)))
-        else:
+            request = _with_mapped_patches(request)
+            ready = self._engine.prepare(request)
+            if ready is None:
+                self._engine.add(request)
+            else:
+                self._preparing[request.id] = (request, ready)
             self._live.add(request.id)
+
+    def _add_prepared(self) -> None:
+        """Those that are ready. While the engine has nothing to do, it waits a little for one of them."""
+        if self._preparing and not self._engine.has_work():
+            wait([ready for _, ready in self._preparing.values()], _LOOK_S, FIRST_COMPLETED)
+        for request, ready in tuple(self._preparing.values()):
+            if ready.done():
+                del self._preparing[request.id]
+                self._live.discard(request.id)
+                with self._refusing(request.id):
+                    self._engine.add(request)
+                    self._live.add(request.id)
+
+    def _abort(self, request_id: str) -> None:
+        if self._preparing.pop(request_id, None):
+            self._publish([Output(request_id, finish=Finish("abort"))])
+        else:
+            self._engine.abort(request_id)
+
+    @contextmanager
+    def _refusing(self, request_id: str) -> Iterator[None]:
+        try:
+            yield
+        except DashInferError as error:
+            self._channel.send(Refused(request_id, Fault.of(error)))
+        except Exception as error:
+            logger.exception("the engine failed to take request %s", request_id)
+            self._channel.send(Refused(request_id, Fault.of(error)))
 
     def _step(self) -> None:
         try:
@@ -135,6 +171,7 @@ class EngineLoop:
         self._end_live("error", message)  # those whose last output was lost with the step
 
     def _end_live(self, reason: FinishReason, message: str | None = None) -> None:
+        self._preparing.clear()
         finish = Finish(reason, None, message)
         self._publish([Output(request_id, finish=finish) for request_id in sorted(self._live)])
 

@@ -1,0 +1,117 @@
+"""Grammars of one model: tried, compiled and kept, in threads of their own, so that no step waits for them."""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+from collections import OrderedDict
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import llguidance
+import msgspec
+
+from dashinfer_vlm.engine.grammars.forms import compile_for, complaint
+from dashinfer_vlm.engine.grammars.matcher import Matcher
+from dashinfer_vlm.engine.grammars.trial import Trial
+from dashinfer_vlm.errors import UnsupportedError
+from dashinfer_vlm.request import Grammar
+from dashinfer_vlm.tokenizer_file import TokenizerFile
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+__all__ = ["Compiler", "read_vocabulary"]
+
+logger = logging.getLogger(__name__)
+
+MAX_KEPT = 256
+"""Compiled grammars and refusals; the least recently used goes first. A compiled one begins with a few kilobytes."""
+_NUM_THREADS = 2
+"""So that a grammar that is slow to compile does not keep the others waiting."""
+
+Kept = Future[llguidance.LLMatcher]
+
+
+class Compiler:
+    """Owns its threads and the processes in which grammars are tried: `close` ends them. Thread-safe."""
+
+    def __init__(self, vocabulary: Callable[[], str], vocab_size: int, eos_token_ids: tuple[int, ...]) -> None:
+        """`vocabulary` gives the text of a `tokenizer.json` whose added tokens no answer may hold; it is called, and the
+        masks' index of all tokens made of it, in a thread, at once: that takes a second for 150,000 tokens, during which
+        Python's lock is held, so it should not happen later.
+        """
+        self._lock = threading.Lock()
+        self._kept: OrderedDict[tuple[str, str], Kept] = OrderedDict()
+        self._pool = ThreadPoolExecutor(_NUM_THREADS, thread_name_prefix="grammars")
+        self._trials: queue.LifoQueue[Trial] = queue.LifoQueue()
+        for _ in range(_NUM_THREADS):
+            self._trials.put(Trial())
+        self._tokenizer = self._pool.submit(_index, vocabulary, vocab_size, eos_token_ids)
+
+    def prepare(self, grammar: Grammar) -> Kept:
+        """Begin to compile, unless it is kept already. The future raises UnsupportedError with the reason why not."""
+        key = (grammar.kind, grammar.text)
+        with self._lock:
+            found = self._kept.pop(key, None) or self._pool.submit(self._compile, grammar)
+            self._kept[key] = found
+            while len(self._kept) > MAX_KEPT:
+                self._kept.popitem(last=False)
+        return found
+
+    def matcher(self, grammar: Grammar) -> Matcher:
+        """At the beginning of the grammar; waits until it is compiled, and raises UnsupportedError if it cannot be."""
+        try:
+            return Matcher(self.prepare(grammar).result().deep_copy())
+        except UnsupportedError as error:  # it is kept for whoever sends the grammar, under whatever name
+            raise UnsupportedError(str(error), param=grammar.param) from None
+
+    def close(self) -> None:
+        """Wait for what is being compiled, seconds at most. Idempotent."""
+        self._pool.shutdown(cancel_futures=True)
+        while not self._trials.empty():
+            self._trials.get().close()
+
+    def _compile(self, grammar: Grammar) -> llguidance.LLMatcher:
+        try:
+            tokenizer = self._tokenizer.result()
+        except Exception as error:
+            raise UnsupportedError(f"this model's tokenizer cannot be used for structured output: {error}") from error
+        with self._trial() as trial:
+            problem = trial.problem(grammar)
+        if problem is not None:
+            raise UnsupportedError(complaint(grammar, problem), param=grammar.param)
+        try:
+            return compile_for(tokenizer, grammar)
+        except ValueError as error:
+            raise UnsupportedError(complaint(grammar, str(error)), param=grammar.param) from error
+
+    @contextmanager
+    def _trial(self) -> Iterator[Trial]:
+        trial = self._trials.get()
+        try:
+            yield trial
+        finally:
+            self._trials.put(trial)
+
+
+def read_vocabulary(folder: Path) -> str:
+    """The tokenizer of a model folder with every added token a special one. Raises CheckpointError or ConfigError."""
+    file = TokenizerFile.read(folder)
+    same = {"special": True, "single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
+    added = [
+        {"id": token.id, "content": token.text, **same} for token in sorted(file.added, key=lambda token: token.id)
+    ]
+    return file.json(msgspec.json.encode(added)).decode()
+
+
+def _index(vocabulary: Callable[[], str], vocab_size: int, eos_token_ids: tuple[int, ...]) -> llguidance.LLTokenizer:
+    try:
+        return llguidance.LLTokenizer(vocabulary(), n_vocab=vocab_size, eos_token=list(eos_token_ids) or None)
+    except Exception:
+        logger.warning("structured output is not available with this model's tokenizer", exc_info=True)
+        raise
