@@ -3,8 +3,8 @@
 
     compile_kernels.py [--target 90] [--model Qwen2-VL-7B]...
 
-Prints one JSON object a line: model, variant, kernel, registers, bytes of stack, spills, bytes of shared memory, and how
-often the instructions occur that decide the speed: `HGMMA` (products of a warp group), `HMMA` (of a warp), and
+Prints one JSON object a line: model, variant, kernel, registers, bytes of stack, spills, bytes of shared memory, and
+how often the instructions occur that decide the speed: `HGMMA` (products of a warp group), `HMMA` (of a warp), and
 asynchronous copies, those of 128 bits apart.
 """
 

@@ -1,4 +1,5 @@
-"""The engine over real models against `transformers`: the same greedy tokens over 64 steps, however they are computed."""
+"""The engine over real models against `transformers`: the same greedy tokens over 64 steps, however they are
+computed."""
 
 from __future__ import annotations
 

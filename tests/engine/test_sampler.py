@@ -1,4 +1,5 @@
-"""Sampling against a float64 reference written out in numpy, and its statistics, in the kernels and in the reference."""
+"""Sampling against a float64 reference written out in numpy, and its statistics, in the kernels and in the
+reference."""
 
 from __future__ import annotations
 

@@ -7,7 +7,8 @@ from torch import Tensor
 
 
 def numbers(rows: Tensor) -> Tensor:
-    """[..., D + 4] int8 as [..., D]: numbers times the float32 scale in the last four bytes. Other types as they are."""
+    """[..., D + 4] int8 as [..., D]: numbers times the float32 scale in the last four bytes. Other types as they
+    are."""
     if rows.dtype != torch.int8:
         return rows.double()
     return (

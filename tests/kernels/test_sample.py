@@ -61,7 +61,8 @@ def assert_equal_but_for_rounding(logits: Tensor, given: Choices) -> None:
     assert torch.equal(logits, before)
     near = set()
     for step in (-1e-5, 0, 1e-5):
-        moved = Choices(**{n: getattr(given, n) for n in Choices.__slots__} | {"uniform": (given.uniform + step).clamp(0, 1 - 2**-24)})  # fmt: skip
+        uniform = (given.uniform + step).clamp(0, 1 - 2**-24)
+        moved = Choices(**{n: getattr(given, n) for n in Choices.__slots__} | {"uniform": uniform})
         near |= set(enumerate(sampling.choose(logits, moved).tolist()))
     assert set(enumerate(got.tolist())) <= near
 

@@ -218,7 +218,8 @@ data = open(sys.argv[1], "rb").read()
 resource.setrlimit(resource.RLIMIT_AS, (2 << 30, 2 << 30))
 started, before = time.process_time(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 processed = process(data, num_frames=64)
-print(time.process_time() - started, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before, numbers(processed)[-1])
+print(time.process_time() - started, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before,
+numbers(processed)[-1])
 """
 
 

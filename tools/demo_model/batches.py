@@ -34,7 +34,8 @@ class Looks:
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """B samples of one kind and picture size; `segments` is 0 in the beginning, k in question k and -1 in the padding."""
+    """B samples of one kind and picture size; `segments` is 0 in the beginning, k in question k and -1 in the
+    padding."""
 
     kind: str
     grid: tuple[int, int]  # patch rows and columns

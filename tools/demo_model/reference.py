@@ -37,7 +37,8 @@ class Spoken:
 
 
 class Reference:
-    """One greedy answer at a time in float32; a video goes in as the frames that its processor would cut into patches."""
+    """One greedy answer at a time in float32; a video goes in as the frames that its processor would cut into
+    patches."""
 
     def __init__(self, folder: Path) -> None:
         self.model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).eval()

@@ -204,7 +204,8 @@ def sizes_for(rng: Rng, kind: str, progress: float) -> tuple[int, int]:
 
 
 def video_pairs(frames: tuple[Pixels, ...]) -> tuple[Pixels, ...]:
-    """Frames two by two as their mean: with equal halves of the patch embedding that is what the model sees of a pair."""
+    """Frames two by two as their mean: with equal halves of the patch embedding that is what the model sees of a
+    pair."""
     means = [(a.astype(np.float32) + b) / 2 for a, b in zip(frames[::2], frames[1::2], strict=True)]
     return tuple(mean for mean in means)  # type: ignore[misc]
 

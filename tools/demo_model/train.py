@@ -44,7 +44,8 @@ class DemoModel(nn.Module):
         self.differs = nn.Linear(shape.hidden_size, len(DIFFERENCES))
 
     def forward(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
-        """Hidden states [B, T, hidden] after the last norm and halfway, and merged picture tokens [N, P / 4, hidden]."""
+        """Hidden states [B, T, hidden] after the last norm and halfway, and merged picture tokens [N, P / 4,
+        hidden]."""
         rotary = vision_rotary(*batch.grid, self.vision.head_dim)
         tokens: Tensor = self.vision(batch.patches, *rotary)
         x = self.text.embed(batch.ids)
@@ -65,7 +66,8 @@ class DemoModel(nn.Module):
         return F.cross_entropy(logits, batch.differs.flatten(), weight=weight)
 
     def looks_loss(self, batch: Batch, halfway: Tensor) -> Tensor:
-        """How far the first head of the middle block is from looking, before an answer, at what the question is about."""
+        """How far the first head of the middle block is from looking, before an answer, at what the question is
+        about."""
         assert batch.looks is not None
         block, rows, queries = self.text.blocks[len(self.text.blocks) // 2], batch.looks.rows, batch.looks.queries
         assert isinstance(block, TextBlock)
@@ -94,7 +96,8 @@ def build_model(tokenizer: Tokenizer) -> DemoModel:
 
 
 def loss_of(model: DemoModel, batch: Batch, *, with_heads: bool = True) -> tuple[Tensor, dict[str, float]]:
-    """`with_heads` adds what the extra heads say; a published checkpoint has none, and new ones would only disturb it."""
+    """`with_heads` adds what the extra heads say; a published checkpoint has none, and new ones would only disturb
+    it."""
     hidden, halfway, tokens = model(batch)
     learned = batch.targets != NO_TARGET
     logits, targets = model.logits(hidden[learned]), batch.targets[learned]

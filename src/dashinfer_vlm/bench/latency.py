@@ -1,4 +1,5 @@
-"""One engine in this process, without HTTP: what a decode step, a prompt and a picture take, and which part takes it."""
+"""One engine in this process, without HTTP: what a decode step, a prompt and a picture take, and which part takes
+it."""
 
 from __future__ import annotations
 

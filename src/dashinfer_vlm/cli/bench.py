@@ -40,23 +40,66 @@ def bench() -> None:
 
 
 @bench.command(context_settings=CONTEXT)
-@click.option("--target", "targets", multiple=True, metavar="NAME=URL", help="An OpenAI-compatible server. Repeatable: targets take turns, and figures are compared with the last one's.")  # fmt: skip
-@click.option("--workload", type=click.Choice(list(WORKLOADS)), default=_DEFAULTS.workload, show_default=True, help="; ".join(f"{name}: {w.summary}" for name, w in WORKLOADS.items()) + ".")  # fmt: skip
+@click.option(
+    "--target",
+    "targets",
+    multiple=True,
+    metavar="NAME=URL",
+    help="An OpenAI-compatible server. Repeatable: targets take turns, and figures are compared with the last one's.",
+)
+@click.option(
+    "--workload",
+    type=click.Choice(list(WORKLOADS)),
+    default=_DEFAULTS.workload,
+    show_default=True,
+    help="; ".join(f"{name}: {w.summary}" for name, w in WORKLOADS.items()) + ".",
+)
 @click.option("--clients", default=_DEFAULTS.clients, show_default=True, help="Requests at a time; of mixed: streams.")
-@click.option("--requests", default=_DEFAULTS.requests, show_default=True, help="Requests of a round; each turn is one.")  # fmt: skip
+@click.option(
+    "--requests", default=_DEFAULTS.requests, show_default=True, help="Requests of a round; each turn is one."
+)
 @click.option("--rounds", default=_DEFAULTS.rounds, show_default=True, help="How often each target has its turn.")
-@click.option("--warmup", type=int, help="Conversations before a target's first round that are not counted; one per client when absent. Later rounds begin with one.")  # fmt: skip
+@click.option(
+    "--warmup",
+    type=int,
+    help="Conversations before a target's first round that are not counted; one per client when absent. Later rounds "
+    "begin with one.",
+)
 @click.option("--output-tokens", type=int, help="Tokens of every answer; 64 when absent, of docs 120.")
 @click.option("--prompt-words", default=_DEFAULTS.prompt_words, show_default=True, help="Words of every question.")
-@click.option("--image-size", metavar="PX|WxH", help="Size of the pictures; 448, of mixed 896, of docs three sizes when absent.")  # fmt: skip
-@click.option("--seconds", default=_DEFAULTS.seconds, show_default=True, help="Of mixed: length of its two windows, the first without pictures.")  # fmt: skip
+@click.option(
+    "--image-size", metavar="PX|WxH", help="Size of the pictures; 448, of mixed 896, of docs three sizes when absent."
+)
+@click.option(
+    "--seconds",
+    default=_DEFAULTS.seconds,
+    show_default=True,
+    help="Of mixed: length of its two windows, the first without pictures.",
+)
 @click.option("--every", default=_DEFAULTS.every, show_default=True, help="Of mixed: seconds between two pictures.")
-@click.option("--seed", type=int, help="What words and pictures are made from; drawn when absent, so that no server knows them from an earlier run.")  # fmt: skip
-@click.option("--timeout-s", default=_DEFAULTS.timeout_s, show_default=True, help="Silence after which a request has failed.")  # fmt: skip
+@click.option(
+    "--seed",
+    type=int,
+    help="What words and pictures are made from; drawn when absent, so that no server knows them from an earlier run.",
+)
+@click.option(
+    "--timeout-s", default=_DEFAULTS.timeout_s, show_default=True, help="Silence after which a request has failed."
+)
 @click.option("--api-key", help="Sent to every target.", envvar="DASHINFER_API_KEY")
-@click.option("--pid", "pids", multiple=True, metavar="NAME=PID", help="Process of a target; its memory is measured, its descendants' included.")  # fmt: skip
+@click.option(
+    "--pid",
+    "pids",
+    multiple=True,
+    metavar="NAME=PID",
+    help="Process of a target; its memory is measured, its descendants' included.",
+)
 @click.option("--pause-idle", is_flag=True, help="Stop the processes of all other targets while one is measured.")
-@click.option("--plot", "plot_file", type=click.Path(dir_okay=False, path_type=Path), help="Also draw the waits into this PNG, SVG or PDF file.")  # fmt: skip
+@click.option(
+    "--plot",
+    "plot_file",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="Also draw the waits into this PNG, SVG or PDF file.",
+)
 def serve(
     targets: tuple[str, ...], pids: tuple[str, ...], image_size: str | None, seed: int | None, plot_file: Path | None,
     **values: Any,
@@ -134,7 +177,15 @@ def latency(
 
 
 @bench.command(context_settings=CONTEXT)
-@click.option("--image-size", "image_sizes", multiple=True, metavar="PX|WxH", default=("448", "896"), show_default=True, help="Size of the pictures, multiples of 28. Repeatable.")  # fmt: skip
+@click.option(
+    "--image-size",
+    "image_sizes",
+    multiple=True,
+    metavar="PX|WxH",
+    default=("448", "896"),
+    show_default=True,
+    help="Size of the pictures, multiples of 28. Repeatable.",
+)
 @click.option("--repeats", default=5, show_default=True, metavar="COUNT", help="Pairs of each size, after a first one.")
 @options(EngineConfig)
 def slicing(image_sizes: tuple[str, ...], repeats: int, **values: Any) -> None:

@@ -29,7 +29,8 @@ def set_up_logging(level: str) -> None:
 def announce(name: str, info: EngineInfo) -> None:
     """One line that says what was loaded, where, as what, and what fits into the KV cache."""
     logger.info(
-        "Loaded %s on %s as %s, KV cache as %s: %s blocks of %d tokens hold %s tokens; %d requests at once, %s tokens each at most",
+        "Loaded %s on %s as %s, KV cache as %s: %s blocks of %d tokens hold %s tokens; "
+        "%d requests at once, %s tokens each at most",
         name,
         info.device,
         info.precision,

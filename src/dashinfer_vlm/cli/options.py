@@ -75,8 +75,8 @@ def reference_page() -> str:
     rows = [
         "# Flags of `dashinfer_vlm_serve`",
         "",
-        "Made from the fields of `src/dashinfer_vlm/config.py` by `make docs`. `-` and `_` are alike in flags; lists are",
-        "comma separated or JSON; a flag on the command line wins over its variable.",
+        "Made from the fields of `src/dashinfer_vlm/config.py` by `make docs`. `-` and `_` are alike in flags; lists",
+        "are comma separated or JSON; a flag on the command line wins over its variable.",
     ]
     group = ""
     for item in (item for face in FACES for item in flags_of(face)):

@@ -8,7 +8,8 @@ __all__ = ["StageStats"]
 
 
 class StageStats(msgspec.Struct, kw_only=True):
-    """What a stage has done since its start (`..._total`), and how it is doing; zero where a stage has no such thing."""
+    """What a stage has done since its start (`..._total`), and how it is doing; zero where a stage has no such
+    thing."""
 
     num_items_encoded_total: int = 0
     num_items_encoded_elsewhere_total: int = 0

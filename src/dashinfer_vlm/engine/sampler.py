@@ -1,8 +1,9 @@
-"""The tokens of a step: collects what its rows ask for as arrays, has all of them chosen at once, tells what came of it.
+"""The tokens of a step: collects what its rows ask for as arrays, has all of them chosen at once, tells what came of
+it.
 
-Rows are independent: what a sequence gets depends on its own tokens, parameters and seed, never on its neighbours in the
-batch. A sequence that has guessed tokens owns several rows. Each is chosen as if the guesses in front of it had come
-true, by the penalties and the random number that belong to that place, so that a token is the same whether it was
+Rows are independent: what a sequence gets depends on its own tokens, parameters and seed, never on its neighbours in
+the batch. A sequence that has guessed tokens owns several rows. Each is chosen as if the guesses in front of it had
+come true, by the penalties and the random number that belong to that place, so that a token is the same whether it was
 guessed or not; the engine takes them as far as the guesses did come true.
 """
 
@@ -31,8 +32,8 @@ _NO_BIASES = np.zeros(0, np.float32)
 _LEAST_TEMPERATURE = float(np.finfo(np.float32).tiny)
 _PROBLEMS = {
     NOT_A_NUMBER: "the model produced a value that is not a number",
-    NOTHING_ALLOWED: "min_tokens, no_repeat_ngram_size, the stop tokens and the mask of allowed tokens forbid every token "
-    "that could come next; ask for fewer tokens or relax one of them",
+    NOTHING_ALLOWED: "min_tokens, no_repeat_ngram_size, the stop tokens and the mask of allowed tokens forbid every "
+    "token that could come next; ask for fewer tokens or relax one of them",
 }
 _FAILED = "no token could be chosen with these sampling parameters; the server's log says more"
 

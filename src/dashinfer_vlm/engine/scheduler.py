@@ -10,9 +10,9 @@ Order of side effects in `schedule()`:
    extra time does: no step pays for both, and neither waits for the end of the other's queue.
 
 While anything decodes, the extra work of a step is limited to a share of what the decode itself costs: every stream's
-gap between tokens grows by that share at most. The share grows with the requests that wait for each stream (`extra_share`),
-so that a burst of arrivals does not crawl in behind one stream. Guesses are not part of that share: each is expected to
-shorten the time per token of all streams together.
+gap between tokens grows by that share at most. The share grows with the requests that wait for each stream
+(`extra_share`), so that a burst of arrivals does not crawl in behind one stream. Guesses are not part of that share:
+each is expected to shorten the time per token of all streams together.
 """
 
 from __future__ import annotations
@@ -32,7 +32,8 @@ tokens below 1.5 times its undisturbed value, with room for error in the estimat
 CROWDED_SLACK = 5.0
 """The same when about as many wait as decode, or more: a step is six times as long as its decode then."""
 FAR_S = 1.0
-"""Prefill of this many seconds, or an item to be encoded, makes a request a far one; less makes it partly a near one."""
+"""Prefill of this many seconds, or an item to be encoded, makes a request a far one; less makes it partly a near one.
+"""
 IDLE_STEP_S = 0.5
 """Encoder time of a step in which nothing decodes: long enough to be efficient, short enough to notice arrivals."""
 
@@ -40,11 +41,11 @@ IDLE_STEP_S = 0.5
 def extra_share(num_far: float, num_near: float, num_decoding: int) -> float:
     """Extra work of a step, as a share of its decode, when so many requests are far from decoding, or near.
 
-    Each has an equal claim on the machine: that is the ratio of those who wait to those who decode. Near ones are as good
-    as decoding for the far ones: they come and go all the time, and the streams' gaps would jump with each of them. Where
-    far ones are about as many as others, the machine spends its time on reading weights for few streams at once, and
-    everybody is done sooner if the far ones catch up first (docs/log.md has what was measured): the share then rises
-    steeply, up to CROWDED_SLACK. Below one half it does not.
+    Each has an equal claim on the machine: that is the ratio of those who wait to those who decode. Near ones are as
+    good as decoding for the far ones: they come and go all the time, and the streams' gaps would jump with each of
+    them. Where far ones are about as many as others, the machine spends its time on reading weights for few streams at
+    once, and everybody is done sooner if the far ones catch up first (docs/log.md has what was measured): the share
+    then rises steeply, up to CROWDED_SLACK. Below one half it does not.
     """
     crowd = num_far / (num_decoding + num_near)
     return max(DECODE_SLACK, num_near / num_decoding, crowd, min(4 * crowd**3, CROWDED_SLACK))

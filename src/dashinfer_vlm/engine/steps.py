@@ -1,7 +1,8 @@
 """What a step is: what the scheduler plans, what a runner starts, and what comes back of it, at once or a step later.
 
 `Engine.step` starts a step and settles an older one. How many may be under way is for the runner to say: none on the
-CPU, which computes while it is asked; one on a card, which works while the next step is planned. What a plan may assume:
+CPU, which computes while it is asked; one on a card, which works while the next step is planned. What a plan may
+assume:
 
 - Steps run in the order in which they were started. Whoever reads what another step writes was started later.
 - A token that a step will give is owed to its sequence as soon as the step is started (`Sequence.owe`): it has a place,

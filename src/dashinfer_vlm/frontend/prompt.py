@@ -91,7 +91,8 @@ class PromptBuilder:
     async def chat(self, messages: Sequence[Message], params: GenerationParams = DEFAULT_PARAMS) -> Prompt:
         """Render, fetch and expand; `params` say how the prompt ends, and how many tokens are to follow.
 
-        Raises InvalidRequestError for messages that cannot be, ContextLengthError when prompt and answer do not fit, and MediaError for the first medium that cannot be used (the others are given back).
+        Raises InvalidRequestError for messages that cannot be, ContextLengthError when prompt and answer do not fit,
+        and MediaError for the first medium that cannot be used (the others are given back).
         """
         validate_messages(messages)
         refs = [ref for message in messages for ref in message.refs]

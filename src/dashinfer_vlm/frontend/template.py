@@ -2,8 +2,8 @@
 
 A rendered template is text in which the template's markers and the user's words look alike. So before rendering, every
 special token's text inside a user's string is broken by a sentinel that nobody can guess; after rendering, the special
-tokens that are found are the template's own, and the sentinels are dropped from the plain text between them. Tokens that
-only mark text (`guard.text_marks`) may be the user's. Text that forges nothing is encoded exactly as
+tokens that are found are the template's own, and the sentinels are dropped from the plain text between them. Tokens
+that only mark text (`guard.text_marks`) may be the user's. Text that forges nothing is encoded exactly as
 `transformers.apply_chat_template(tokenize=True)` encodes it.
 """
 

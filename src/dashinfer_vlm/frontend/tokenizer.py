@@ -18,7 +18,8 @@ from dashinfer_vlm.frontend.guard import SpecialTokenGuard, text_marks
 from dashinfer_vlm.tokenizer_file import AddedToken, TokenizerFile
 
 _PIECE_CHARS = 1 << 14
-"""Characters that are encoded at once: what Python does with the result, alone in its lock, takes about a millisecond."""
+"""Characters that are encoded at once: what Python does with the result, alone in its lock, takes about a millisecond.
+"""
 _MAX_WORD_CHARS = 1 << 17
 """Characters without any place to cut at; all of them must be encoded at once."""
 _UNSURE_WORDS = 3

@@ -1,5 +1,5 @@
-"""The layers on NVIDIA cards: the kernels of `kernels/cuda` around products by cuBLAS. Imports triton, so it is imported
-by `backend` alone, when a card is chosen.
+"""The layers on NVIDIA cards: the kernels of `kernels/cuda` around products by cuBLAS. Imports triton, so it is
+imported by `backend` alone, when a card is chosen.
 """
 
 from __future__ import annotations

@@ -33,7 +33,8 @@ def process(job: DecodeJob) -> Processed:
 def content_hash(processed: Processed, config: ProcessorConfig) -> bytes:
     """32 bytes: what the encoder sees, and all that decides what it makes of it.
 
-    Over the features (pixels after decoding and resizing), so that the same image in another file is the same content, and over the grid and the settings, so that equal bytes in another shape are not.
+    Over the features (pixels after decoding and resizing), so that the same image in another file is the same content,
+    and over the grid and the settings, so that equal bytes in another shape are not.
     """
     shape = (config.patch_size, config.temporal_patch_size, config.merge_size, config.image_mean, config.image_std)
     settings = repr((1, processed.grid, processed.seconds_per_grid, config.rescale_factor, *shape))

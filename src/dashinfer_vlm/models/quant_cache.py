@@ -1,7 +1,7 @@
 """Quantised weights that one start leaves on disk for the next.
 
-`QuantStore` is what a model in the making asks (`layers.quantise.PackedStore` over a file), `QuantFolder` knows what lies
-where and how much may, `Entry` is a file's format: safetensors, so that other tools can look at it, with one more
+`QuantStore` is what a model in the making asks (`layers.quantise.PackedStore` over a file), `QuantFolder` knows what
+lies where and how much may, `Entry` is a file's format: safetensors, so that other tools can look at it, with one more
 description in its metadata.
 
 Files appear at once and whole, so any number of processes may read and write; of two that write the same, the later one
@@ -298,7 +298,8 @@ class QuantStore:
         self._weights.clear()  # the layers have them
 
     def find(self, name: str, shape: PackedShape) -> PackedWeight | None:
-        """The weight `name` as the file has it. Once something is wrong with the file, nothing more is taken from it."""
+        """The weight `name` as the file has it. Once something is wrong with the file, nothing more is taken from
+        it."""
         if self._entry is None:
             return None
         try:

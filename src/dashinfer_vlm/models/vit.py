@@ -269,8 +269,8 @@ class PackedVit:
 
     @property
     def bytes_per_patch(self) -> int:
-        """Rows of hidden states, projected heads, attention and its packed keys, and where slices are whole phases, of an
-        MLP."""
+        """Rows of hidden states, projected heads, attention and its packed keys, and where slices are whole phases, of
+        an MLP."""
         num_rows = 7 if self.backend.device.type == "cpu" else 16
         return num_rows * self.width * self.backend.activation_dtype.itemsize
 

@@ -36,8 +36,8 @@ def power_of_two(value: int, at_least: int = 1) -> int:
 
 
 def unit_of(*strides: int) -> int:
-    """What strides are handed over in multiples of, where the compiler would not see by itself that rows are aligned: it
-    asks an integer only whether 16 divides it."""
+    """What strides are handed over in multiples of, where the compiler would not see by itself that rows are aligned:
+    it asks an integer only whether 16 divides it."""
     if all(stride % 16 == 0 for stride in strides):
         return 1
     return next((unit for unit in (8, 4) if all(stride % unit == 0 for stride in strides)), 1)

@@ -1,8 +1,8 @@
 """Causal grouped-query attention over the paged cache, driven by what lies on the device: no length is read back.
 
-One source, two launches. *Few* is for sequences of at most `FEW_ROWS` rows (decode, guesses): small tiles whose keys are
-split over several programs, joined by `_combine`. *Many* is for the rest: tall tiles. A launch leaves the sequences of
-the other alone. A tile's row is a pair (query, head of the group), so that a group reads its keys once.
+One source, two launches. *Few* is for sequences of at most `FEW_ROWS` rows (decode, guesses): small tiles whose keys
+are split over several programs, joined by `_combine`. *Many* is for the rest: tall tiles. A launch leaves the sequences
+of the other alone. A tile's row is a pair (query, head of the group), so that a group reads its keys once.
 """
 
 from __future__ import annotations
@@ -198,8 +198,8 @@ def paged_attention(
     """`layers.attention.paged_attention`: [T, H, D] of q's dtype. Waits for nothing and reads nothing back.
 
     Where T equals the number of sequences, each may own one row at most: such a step is decode alone, and one launch.
-    Rows that no sequence owns (equal `query_starts`) are neither read nor written. `splits`, a power of two, is how many
-    programs share the keys of a sequence of few rows; None chooses. Raises ValueError for shapes that do not fit.
+    Rows that no sequence owns (equal `query_starts`) are neither read nor written. `splits`, a power of two, is how
+    many programs share the keys of a sequence of few rows; None chooses. Raises ValueError for shapes that do not fit.
     """
     num_rows, num_heads, _ = q.shape
     num_sequences, num_kv_heads = len(context_lens), k_cache.shape[2]

@@ -1,5 +1,5 @@
-"""The first layer of a ViT from bytes: exact in bfloat16, which a card multiplies fast; the float32 weight is the sum of
-two bfloat16 halves, so that the product is as good as one of float32 numbers with 16 bits.
+"""The first layer of a ViT from bytes: exact in bfloat16, which a card multiplies fast; the float32 weight is the sum
+of two bfloat16 halves, so that the product is as good as one of float32 numbers with 16 bits.
 """
 
 from __future__ import annotations

@@ -1,4 +1,5 @@
-"""Qwen2.5-VL: a ViT with RMSNorm, SwiGLU and attention in windows, in front of the Qwen2 text model (Bai et al. 2025)."""
+"""Qwen2.5-VL: a ViT with RMSNorm, SwiGLU and attention in windows, in front of the Qwen2 text model (Bai et al.
+2025)."""
 
 from __future__ import annotations
 
