@@ -240,7 +240,7 @@ class MediaConfig:
     )
     max_image_mib: int = option(64, "Bytes of one image at most, in MiB.", group="Media", least=1)
     max_image_mpx: int = option(
-        179, "Pixels of one image at most, in millions, before decoding.", group="Media", least=1
+        64, "Pixels of one image at most, in millions, before decoding.", group="Media", least=1
     )
     image_fetch_timeout_s: float = option(5.0, "Seconds to fetch one image.", group="Media", least=0.001)
     media_workers: int = option(1, "Processes that decode media.", group="Media", least=1)

@@ -7,7 +7,7 @@ who holds what.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 
 from dashinfer_vlm.engine.info import EngineInfo
@@ -144,7 +144,7 @@ class ScriptedLoader:
     async def close(self) -> None:
         pass
 
-    async def load(self, ref: MediaRef) -> LoadedMedia:
+    async def load(self, ref: MediaRef, party: Hashable = None) -> LoadedMedia:
         source = ref.source if isinstance(ref.source, str) else "frames"
         if source in self.fails:
             raise self.fails[source]

@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dashinfer_vlm.errors import OverloadedError
 from dashinfer_vlm.media.cache import ByteBudget, Lease, LeasedCache
 
 
@@ -150,17 +151,18 @@ def test_any_course_of_events_keeps_the_books(steps: list[tuple[str, int]], budg
 
 async def test_bytes_are_given_in_the_order_of_asking() -> None:
     budget = ByteBudget(10)
-    await budget.acquire(8)
+    first = budget.account()
+    await first.grow(8)
     order: list[int] = []
 
     async def take(num_bytes: int) -> None:
-        await budget.acquire(num_bytes)
+        await budget.account().grow(num_bytes)
         order.append(num_bytes)
 
     large, small = asyncio.create_task(take(9)), asyncio.create_task(take(1))
     await asyncio.sleep(0)
     assert order == [], "the small one does not overtake"
-    budget.release(8)
+    first.close()
     await asyncio.gather(large, small)
     assert order == [9, 1]
     assert budget.free_bytes == 0
@@ -168,23 +170,40 @@ async def test_bytes_are_given_in_the_order_of_asking() -> None:
 
 async def test_one_who_leaves_the_line_makes_room_for_the_next() -> None:
     budget = ByteBudget(10)
-    await budget.acquire(8)
-    large, small = asyncio.create_task(budget.acquire(9)), asyncio.create_task(budget.acquire(2))
+    first = budget.account()
+    await first.grow(8)
+    large, small = asyncio.create_task(budget.account().grow(9)), asyncio.create_task(budget.account().grow(2))
     await asyncio.sleep(0)
     large.cancel()
     await small
     assert budget.free_bytes == 0
-    budget.release(10)
-    assert budget.free_bytes == 10
+    first.close()
+    first.close()
+    assert budget.free_bytes == 8
 
 
 async def test_bytes_given_to_one_who_just_left_come_back() -> None:
     budget = ByteBudget(10)
-    await budget.acquire(10)
-    waiting = asyncio.create_task(budget.acquire(4))
+    first = budget.account()
+    await first.grow(10)
+    waiting = asyncio.create_task(budget.account().grow(4))
     await asyncio.sleep(0)
-    budget.release(10)
+    first.close()
     waiting.cancel()
     with pytest.raises(asyncio.CancelledError):
         await waiting
     assert budget.free_bytes == 10
+
+
+async def test_when_all_who_hold_bytes_want_more_the_last_one_gives_way() -> None:
+    budget = ByteBudget(10)
+    first, second = budget.account(), budget.account()
+    await first.grow(5)
+    await second.grow(5)
+    waiting = asyncio.create_task(first.grow(2))
+    await asyncio.sleep(0)
+    with pytest.raises(OverloadedError, match="busy with other media"):
+        await second.grow(1)
+    second.close()
+    await waiting
+    assert (first.num_bytes, budget.free_bytes) == (7, 3)

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from tests.media.site import LoaderMaker, PictureMaker, Site, until
+from tests.media.site import LoaderMaker, PictureMaker, Route, Site, until
 
 from dashinfer_vlm.errors import (
     MediaError,
@@ -23,7 +23,7 @@ from dashinfer_vlm.errors import (
 )
 from dashinfer_vlm.media.loader import MediaLoader
 from dashinfer_vlm.media.medium import MediaLimits
-from dashinfer_vlm.media.types import MediaRef
+from dashinfer_vlm.media.types import LoadedMedia, MediaRef
 from dashinfer_vlm.processors.qwen import ProcessorConfig, process_image
 
 
@@ -212,53 +212,132 @@ async def test_a_failed_load_is_tried_again_by_the_next(
     assert (await loader.load(ref(url))).num_tokens == 4
 
 
+def dripping(first: bytes, arrived: asyncio.Semaphore, go: asyncio.Event, rest: bytes = b"", size: int = 0) -> Route:
+    """Announces `size` bytes, sends the first ones, and the rest when told to."""
+
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(f"HTTP/1.1 200 OK\r\ncontent-length: {size or len(first + rest)}\r\n\r\n".encode() + first)
+        await writer.drain()
+        arrived.release()
+        await go.wait()
+        writer.write(rest)
+
+    return answer
+
+
 async def test_raw_bytes_in_flight_are_bounded(site: Site, make_loader: LoaderMaker, picture: PictureMaker) -> None:
     limits = MediaLimits(max_video_bytes=1 << 20, max_raw_bytes=1 << 20)
     loader = make_loader(limits=limits, max_image_mib=1)
-    asked, go = asyncio.Semaphore(0), asyncio.Event()
-    data = picture()
-
-    async def wait(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        writer.write(b"HTTP/1.1 200 OK\r\n\r\n")  # an unknown length takes the whole limit
-        await writer.drain()
-        asked.release()
-        await go.wait()
-        writer.write(data)
-
-    for name in "abc":
-        site.routes[f"/{name}"] = wait
-    loads = [asyncio.create_task(loader.load(ref(site.url(f"/{name}")))) for name in "abc"]
+    arrived, go = asyncio.Semaphore(0), asyncio.Event()
+    data = picture(300, 300)
+    assert (1 << 20) / 5 < len(data) < (1 << 20) / 3
+    for n in range(5):
+        site.routes[f"/{n}"] = dripping(data[:-1], arrived, go, data[-1:])
+    loads = [asyncio.create_task(loader.load(ref(site.url(f"/{n}")))) for n in range(5)]
     for _ in loads:
-        await asked.acquire()
-    await until(lambda: loader.raw_bytes_free == 0)
+        await arrived.acquire()
+    await until(lambda: loader.raw_bytes_free < len(data))
+    assert loader.raw_bytes_free >= 0
     go.set()
-    for media in await asyncio.gather(*loads):
-        media.release()
+    results = await asyncio.gather(*loads, return_exceptions=True)
+    for media in results:
+        assert isinstance(media, LoadedMedia | OverloadedError), media
+    assert sum(isinstance(media, LoadedMedia) for media in results) >= 3
     assert loader.raw_bytes_free == 1 << 20
+
+
+async def test_videos_that_announce_much_and_drip_hold_only_what_has_arrived(
+    site: Site, make_loader: LoaderMaker, picture: PictureMaker
+) -> None:
+    loader = make_loader()
+    whole = loader.raw_bytes_free
+    arrived, go = asyncio.Semaphore(0), asyncio.Event()
+    for n in range(4):
+        site.routes[f"/{n}"] = dripping(b"x" * 100, arrived, go, size=256 << 20)
+    drips = [asyncio.create_task(loader.load(MediaRef(kind="video", source=site.url(f"/{n}")))) for n in range(4)]
+    for _ in drips:
+        await arrived.acquire()
+    await until(lambda: loader.raw_bytes_free == whole - 400)
+    (await loader.load(ref(picture()))).release()
+    (await loader.load(ref(site.serve("/a.png", picture(seed=1))))).release()
+    go.set()
+    for error in await asyncio.gather(*drips, return_exceptions=True):
+        assert isinstance(error, MediaFetchError)
+    assert loader.raw_bytes_free == whole
 
 
 async def test_no_room_for_raw_bytes_is_an_overload_not_a_wait_for_ever(
     site: Site, make_loader: LoaderMaker, picture: PictureMaker
 ) -> None:
-    limits = MediaLimits(max_video_bytes=1 << 20, max_raw_bytes=1 << 20, raw_bytes_timeout_s=0.05)
+    limits = MediaLimits(max_video_bytes=1 << 20, max_raw_bytes=1 << 20, wait_timeout_s=0.05)
     loader = make_loader(limits=limits, max_image_mib=1)
-    asked, go = asyncio.Event(), asyncio.Event()
-
-    async def wait(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        writer.write(b"HTTP/1.1 200 OK\r\n\r\n")
-        await writer.drain()
-        asked.set()
-        await go.wait()
-        writer.write(picture())
-
-    site.routes["/slow"] = wait
+    arrived, go = asyncio.Semaphore(0), asyncio.Event()
+    data = picture().ljust((1 << 20) - 1, b"\0")
+    site.routes["/slow"] = dripping(data[:-1], arrived, go, data[-1:])
     slow = asyncio.create_task(loader.load(ref(site.url("/slow"))))
-    await asked.wait()
-    await until(lambda: loader.raw_bytes_free == 0)
+    await until(lambda: loader.raw_bytes_free < 100)
     with pytest.raises(OverloadedError, match="busy with other media"):
         await loader.load(ref(picture(seed=9)))
     go.set()
-    assert (await slow).num_tokens == 4
+    (await slow).release()
+
+
+async def test_one_host_that_is_silent_leaves_the_places_of_others_free(
+    site: Site, make_loader: LoaderMaker, picture: PictureMaker
+) -> None:
+    limits = MediaLimits(max_fetches=6, max_fetches_per_host=4)
+    resolver = ("127.0.0.1",)
+
+    async def resolve(host: str, port: int) -> list[str]:
+        return list(resolver)
+
+    hosts = (f"silent.test:{site.port}", f"other.test:{site.port}")
+    loader = make_loader(limits=limits, resolve=resolve, allowed_media_domains=hosts)
+    arrived, go = asyncio.Semaphore(0), asyncio.Event()
+    site.routes["/silent"] = dripping(b"", arrived, go, size=100)
+    for n in range(20):
+        site.routes[f"/{n}"] = site.routes["/silent"]
+    silent = [asyncio.create_task(loader.load(ref(site.url(f"/{n}", "silent.test")), n)) for n in range(20)]
+    for _ in range(4):
+        await arrived.acquire()
+    site.serve("/a.png", picture())
+    (await loader.load(ref(site.url("/a.png", "other.test")))).release()
+    assert len(site.requests) == 5
+    for task in silent:
+        task.cancel()
+    go.set()
+    await asyncio.gather(*silent, return_exceptions=True)
+
+
+async def test_one_request_of_many_silent_urls_leaves_places_for_others(
+    site: Site, make_loader: LoaderMaker, picture: PictureMaker
+) -> None:
+    loader = make_loader(limits=MediaLimits(max_fetches=6, max_fetches_per_host=6, max_fetches_per_request=4))
+    arrived, go = asyncio.Semaphore(0), asyncio.Event()
+    for n in range(20):
+        site.routes[f"/{n}"] = dripping(b"", arrived, go, size=100)
+    silent = [asyncio.create_task(loader.load(ref(site.url(f"/{n}")), "greedy")) for n in range(20)]
+    for _ in range(4):
+        await arrived.acquire()
+    (await loader.load(ref(site.serve("/a.png", picture())), "modest")).release()
+    for task in silent:
+        task.cancel()
+    go.set()
+    await asyncio.gather(*silent, return_exceptions=True)
+
+
+async def test_when_no_place_comes_free_in_time_the_server_says_that_it_is_busy(
+    site: Site, make_loader: LoaderMaker
+) -> None:
+    loader = make_loader(limits=MediaLimits(max_fetches=1, wait_timeout_s=0.05))
+    arrived, go = asyncio.Semaphore(0), asyncio.Event()
+    site.routes["/silent"] = dripping(b"", arrived, go, size=100)
+    silent = asyncio.create_task(loader.load(ref(site.url("/silent"))))
+    await arrived.acquire()
+    with pytest.raises(OverloadedError, match="busy with other media; try again later"):
+        await loader.load(ref(site.serve("/a.png", b"x")))
+    silent.cancel()
+    go.set()
 
 
 @pytest.mark.parametrize(

@@ -74,6 +74,39 @@ async def test_a_killed_process_costs_its_medium_only_and_is_replaced(
     assert os.listdir(tmp_path) == [Path(array.path).name]
 
 
+async def test_requests_take_turns_at_the_processes(make_pool: PoolMaker, picture: PictureMaker) -> None:
+    pool = make_pool()
+    await pool.start()
+    [pid] = pool.pids
+    os.kill(pid, signal.SIGSTOP)
+    order: list[str] = []
+
+    async def run(party: str, seed: int) -> None:
+        await pool.run(job(picture(seed=seed)), 60, party)
+        order.append(party)
+
+    parties = ["greedy"] * 4 + ["modest"]
+    jobs = [asyncio.create_task(run(party, seed)) for seed, party in enumerate(parties)]
+    await until(lambda: pool.num_waiting == 4)
+    os.kill(pid, signal.SIGCONT)
+    await asyncio.gather(*jobs)
+    assert order == ["greedy", "modest", "greedy", "greedy", "greedy"]
+
+
+async def test_waiting_for_a_process_is_bounded(tmp_path: Path, picture: PictureMaker) -> None:
+    pool = WorkerPool(1, memory_mib=2048, folder=tmp_path, wait_timeout_s=0.05)
+    await pool.start()
+    os.kill(pool.pids[0], signal.SIGSTOP)
+    running = asyncio.create_task(pool.run(job(picture()), 60))
+    await until(lambda: pool.num_busy == 1)
+    with pytest.raises(OverloadedError, match="busy with other media; try again later"):
+        await pool.run(job(picture(seed=1)), 60)
+    os.kill(pool.pids[0], signal.SIGCONT)
+    await running
+    (await pool.run(job(picture(seed=1)), 60))[1].remove()
+    await pool.close()
+
+
 async def test_a_process_that_died_while_idle_costs_nothing(make_pool: PoolMaker, picture: PictureMaker) -> None:
     pool = make_pool()
     await pool.start()

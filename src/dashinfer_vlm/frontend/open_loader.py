@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from pathlib import Path
 
 from dashinfer_vlm.config import EngineConfig, MediaConfig
@@ -39,7 +40,7 @@ class NoLoader:
     async def start(self) -> None:
         """There is nothing to start."""
 
-    async def load(self, ref: MediaRef) -> LoadedMedia:
+    async def load(self, ref: MediaRef, party: Hashable = None) -> LoadedMedia:
         raise InvalidRequestError(f"the model takes no {ref.kind} input", param=ref.param)
 
     async def close(self) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Protocol, TypeVar
@@ -53,7 +53,9 @@ class Loader(Protocol):
         """Get ready ahead of the first load."""
         ...
 
-    async def load(self, ref: MediaRef) -> LoadedMedia: ...
+    async def load(self, ref: MediaRef, party: Hashable = None) -> LoadedMedia:
+        """`party` is whom it is for; parties take turns."""
+        ...
 
     async def close(self) -> None:
         """Give back what was started; idempotent."""
@@ -219,11 +221,11 @@ def _item(medium: LoadedMedia, start: int) -> Item:
 
 async def _load_all(loader: Loader, refs: Sequence[MediaRef]) -> tuple[LoadedMedia, ...]:
     """Load a few at a time; when one fails, or the caller leaves, the others are stopped and given back."""
-    places = asyncio.Semaphore(_LOADS_AT_ONCE)
+    places, party = asyncio.Semaphore(_LOADS_AT_ONCE), object()
 
     async def load(ref: MediaRef) -> LoadedMedia:
         async with places:
-            return await loader.load(ref)
+            return await loader.load(ref, party)
 
     tasks = [asyncio.ensure_future(load(ref)) for ref in refs]
     try:

@@ -9,6 +9,10 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, Generic, TypeVar
 
+from dashinfer_vlm.errors import OverloadedError
+
+BUSY = "the server is busy with other media; try again later"
+
 V = TypeVar("V")
 
 
@@ -74,6 +78,13 @@ class LeasedCache(Generic[V]):
             raise
         return Lease(value, partial(self._give_back, key, entry))
 
+    def drop_unused(self) -> int:
+        """Remove every value that nobody leases; how many there were."""
+        unused = [(k, e) for k, e in self._entries.items() if e.leases == 0 and e.num_bytes is not None]
+        for key, entry in unused:
+            self._remove(key, entry)
+        return len(unused)
+
     async def close(self) -> None:
         """Cancel what is in the making and dispose of everything, leased or not."""
         entries = list(self._entries.items())
@@ -116,37 +127,70 @@ class LeasedCache(Generic[V]):
 
 
 class ByteBudget:
-    """Bytes that may be held at once; who finds no room waits in line. Belongs to one event loop."""
+    """Bytes that may be held at once, taken as they arrive; who finds no room waits in line. Belongs to one event loop."""
 
     def __init__(self, total_bytes: int) -> None:
         self.total_bytes = total_bytes
         self.free_bytes = total_bytes
-        self._line: deque[tuple[int, asyncio.Future[None]]] = deque()
+        self._line: deque[tuple[int, asyncio.Future[None], Account]] = deque()
 
-    async def acquire(self, num_bytes: int) -> None:
-        """Take `num_bytes`, at most the total, first come first served."""
-        assert num_bytes <= self.total_bytes, (num_bytes, self.total_bytes)
+    def account(self) -> Account:
+        """For one owner, who closes it."""
+        return Account(self)
+
+    async def take(self, num_bytes: int, account: Account) -> None:
+        """See `Account.grow`."""
         if not self._line and num_bytes <= self.free_bytes:
             self.free_bytes -= num_bytes
             return
+        self._check_that_somebody_can_finish(account)
         place = asyncio.get_running_loop().create_future()
-        self._line.append((num_bytes, place))
+        entry = num_bytes, place, account
+        self._line.append(entry)
         try:
             await place
         except asyncio.CancelledError:
             if place.done() and not place.cancelled():  # its turn came in the same moment
-                self.release(num_bytes)
+                self.give_back(num_bytes)
             else:
-                self._line.remove((num_bytes, place))
+                self._line.remove(entry)
                 self._admit()
             raise
 
-    def release(self, num_bytes: int) -> None:
+    def give_back(self, num_bytes: int) -> None:
         self.free_bytes += num_bytes
         self._admit()
 
+    def _check_that_somebody_can_finish(self, account: Account) -> None:
+        """If all bytes were held by those who wait for more, nobody would ever give any back."""
+        waiting = {account, *(other for _, _, other in self._line)}
+        if self.free_bytes + sum(other.num_bytes for other in waiting) >= self.total_bytes:
+            raise OverloadedError(BUSY)
+
     def _admit(self) -> None:
         while self._line and self._line[0][0] <= self.free_bytes:
-            num_bytes, place = self._line.popleft()
+            num_bytes, place, _ = self._line.popleft()
             self.free_bytes -= num_bytes
             place.set_result(None)
+
+
+class Account:
+    """What one owner holds of a budget."""
+
+    def __init__(self, budget: ByteBudget) -> None:
+        self._budget = budget
+        self.num_bytes = 0
+
+    async def grow(self, num_bytes: int) -> None:
+        """Take `num_bytes` more, first come, first served.
+
+        Raises OverloadedError when everybody who holds bytes waits for more: the one who comes last gives way.
+        """
+        assert self.num_bytes + num_bytes <= self._budget.total_bytes, (self.num_bytes, num_bytes)
+        await self._budget.take(num_bytes, self)
+        self.num_bytes += num_bytes
+
+    def close(self) -> None:
+        """Give everything back; may be called again."""
+        num_bytes, self.num_bytes = self.num_bytes, 0
+        self._budget.give_back(num_bytes)

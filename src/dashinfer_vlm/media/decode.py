@@ -19,7 +19,7 @@ import msgspec
 
 from dashinfer_vlm.errors import MediaError, MediaTooLargeError
 from dashinfer_vlm.media.registry import MEDIA
-from dashinfer_vlm.media.wire import LENGTH_BYTES, Decoded, DecodeJob, Failed, Ready, Reply
+from dashinfer_vlm.media.wire import LENGTH_BYTES, NO_ROOM, Decoded, DecodeJob, Failed, Ready, Reply
 from dashinfer_vlm.processors.qwen import Processed, ProcessorConfig
 from dashinfer_vlm.shared_array import put
 
@@ -57,7 +57,7 @@ def answer(job: DecodeJob) -> Reply:
     except OSError as error:
         if error.errno != errno.ENOSPC:
             raise
-        return Failed("overloaded", "no room in shared memory for the decoded item; try again later")
+        return Failed("no_room", NO_ROOM)
     return Decoded(
         grid=processed.grid,
         content_hash=content_hash(processed, job.terms.config),

@@ -8,13 +8,15 @@ from __future__ import annotations
 import asyncio
 import base64
 import ipaddress
+import math
 import os
 import re
 import socket
 import ssl
 import stat
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Hashable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 from typing import TypeVar
 
@@ -27,8 +29,12 @@ from dashinfer_vlm.errors import (
     MediaTimeoutError,
     MediaTooLargeError,
     MediaUnavailableError,
+    OverloadedError,
 )
+from dashinfer_vlm.media.cache import BUSY
+from dashinfer_vlm.media.medium import DEFAULT_LIMITS, MediaLimits
 from dashinfer_vlm.media.policy import IPAddress, MediaPolicy, Target
+from dashinfer_vlm.media.turns import Turns
 
 _T = TypeVar("_T")
 
@@ -36,13 +42,11 @@ Resolver = Callable[[str, int], Awaitable[list[str]]]
 """(host, port) to addresses, best first; raises OSError."""
 
 Reserve = Callable[[int], Awaitable[None]]
-"""Called with the bytes that a body may take, before it is read; may wait for room."""
+"""Called with the bytes of each part of a body that has arrived; may wait for room."""
 
 MAX_REDIRECTS = 3
 MAX_ADDRESSES = 3
 """Addresses of one host that are tried before giving up."""
-
-MAX_CONNECTIONS = 100
 
 _REDIRECTS = {301, 302, 303, 307, 308}
 _HEADERS = {
@@ -70,41 +74,73 @@ class Fetcher:
     """Fetches http and https URLs. Belongs to one event loop."""
 
     def __init__(
-        self, policy: MediaPolicy, *, resolve: Resolver | None = None, verify: ssl.SSLContext | None = None
+        self,
+        policy: MediaPolicy,
+        *,
+        limits: MediaLimits = DEFAULT_LIMITS,
+        resolve: Resolver | None = None,
+        verify: ssl.SSLContext | None = None,
     ) -> None:
         """`resolve` and `verify` stand in for the system's resolver and the public certificate authorities."""
         self._policy = policy
+        self._limits = limits
         self._threads = ThreadPoolExecutor(32, thread_name_prefix="resolve")  # slow names hold up only other names
         self._resolve = resolve or self._getaddrinfo
         # httpx's pool looks at all who wait whenever one comes or goes; who waits here costs nothing
-        self._places = asyncio.Semaphore(MAX_CONNECTIONS)
+        self._places = Turns(limits.max_fetches, most_each=limits.max_fetches_per_request)
+        self._hosts: dict[str, Turns] = {}
         # A transport, not a client: it has no cookies, redirects or memory of its own. Connections are not kept: one
         # that was verified for a host must not serve another host of the same address.
         self._transport = httpx.AsyncHTTPTransport(
             verify=verify or httpx.create_ssl_context(trust_env=False),
             trust_env=False,
-            limits=httpx.Limits(max_connections=MAX_CONNECTIONS, max_keepalive_connections=0),
+            limits=httpx.Limits(max_connections=limits.max_fetches, max_keepalive_connections=0),
         )
 
-    async def fetch(self, url: str, *, max_bytes: int, timeout_s: float, reserve: Reserve | None = None) -> bytes:
+    async def fetch(
+        self, url: str, *, max_bytes: int, timeout_s: float, reserve: Reserve | None = None, party: Hashable = None
+    ) -> bytes:
         """GET `url`, following at most three redirects, each of which is judged anew.
 
-        `timeout_s` covers everything but the waits for a connection and in `reserve`. Raises MediaError and its kinds.
+        `timeout_s` covers everything but the waits for a place and in `reserve`. Places of a host and places in all are
+        taken in turns by the parties. Raises MediaError and its kinds, and OverloadedError when no place comes free.
         """
         target = self._policy.check_url(url)
-        async with self._places:
+        async with self._place(target.host, party):
             return await self._fetch(target, max_bytes, timeout_s, reserve)
+
+    @asynccontextmanager
+    async def _place(self, host: str, party: Hashable) -> AsyncIterator[None]:
+        """The host's place first: who waits for a slow host must not hold one of the others'."""
+        turns = self._hosts.setdefault(host, Turns(self._limits.max_fetches_per_host))
+        try:
+            async with AsyncExitStack() as stack:
+                await self._wait_for(turns, party)
+                stack.callback(turns.give_back, party)
+                await self._wait_for(self._places, party)
+                stack.callback(self._places.give_back, party)
+                yield
+        finally:
+            if turns.free == self._limits.max_fetches_per_host and not turns.num_waiting:
+                self._hosts.pop(host, None)
+
+    async def _wait_for(self, turns: Turns, party: Hashable) -> None:
+        try:
+            with anyio.fail_after(self._limits.wait_timeout_s):
+                await turns.take(party)
+        except TimeoutError as error:
+            raise OverloadedError(BUSY) from error
 
     async def _fetch(self, target: Target, max_bytes: int, timeout_s: float, reserve: Reserve | None) -> bytes:
         clock = asyncio.get_running_loop().time
         started = clock()
         response = await _within(timeout_s, self._open(target, timeout_s), target)
         try:
-            left_s = timeout_s - (clock() - started)
-            size = _announced_size(response, target, max_bytes)
-            if reserve is not None:
-                await reserve(size)
-            return await _within(left_s, _read(response, target, max_bytes), target)
+            _check_announced(response, target, max_bytes)
+            with anyio.fail_after(timeout_s - (clock() - started)) as scope:
+                return await _read(response, target, max_bytes, _outside(scope, reserve))
+        except TimeoutError as error:
+            raise MediaTimeoutError(f"{target.host} did not deliver in time") from error
         finally:
             await response.aclose()
 
@@ -245,19 +281,15 @@ def _request(target: Target, address: IPAddress, timeout_s: float) -> httpx.Requ
     )
 
 
-def _announced_size(response: httpx.Response, target: Target, max_bytes: int) -> int:
-    """Bytes to expect: the announced ones, or the limit without an announcement."""
+def _check_announced(response: httpx.Response, target: Target, max_bytes: int) -> None:
     if response.headers.get("content-encoding", "identity").lower() != "identity":
         raise MediaFetchError(f"{target.host} compressed the answer although it was asked not to")
     announced = response.headers.get("content-length", "")
-    if not (announced.isascii() and announced.isdigit()):
-        return max_bytes
-    if int(announced) > max_bytes:
+    if announced.isascii() and announced.isdigit() and int(announced) > max_bytes:
         raise MediaTooLargeError(f"{target.host} announces {announced} bytes; the limit is {max_bytes}")
-    return int(announced)
 
 
-async def _read(response: httpx.Response, target: Target, max_bytes: int) -> bytes:
+async def _read(response: httpx.Response, target: Target, max_bytes: int, reserve: Reserve) -> bytes:
     chunks: list[bytes] = []
     size = 0
     try:
@@ -265,12 +297,28 @@ async def _read(response: httpx.Response, target: Target, max_bytes: int) -> byt
             size += len(chunk)
             if size > max_bytes:
                 raise MediaTooLargeError(f"{target.host} sends more than the limit of {max_bytes} bytes")
+            await reserve(len(chunk))
             chunks.append(chunk)
     except httpx.TransportError as error:
         raise MediaFetchError(f"{target.host} broke off the answer") from error
     if not size:
         raise MediaFetchError(f"{target.host} delivered no bytes")
     return b"".join(chunks)
+
+
+def _outside(scope: anyio.CancelScope, reserve: Reserve | None) -> Reserve:
+    """`reserve` with its waits added to the scope's time: they are not the host's doing."""
+    clock = asyncio.get_running_loop().time
+
+    async def wait(num_bytes: int) -> None:
+        if reserve is None:
+            return
+        started, deadline = clock(), scope.deadline
+        scope.deadline = math.inf
+        await reserve(num_bytes)
+        scope.deadline = deadline + clock() - started
+
+    return wait
 
 
 async def _within(timeout_s: float, work: Awaitable[_T], target: Target) -> _T:

@@ -12,31 +12,32 @@ from __future__ import annotations
 import asyncio
 import errno
 import hashlib
+import logging
+import shutil
 from collections.abc import Hashable
 from dataclasses import dataclass
 from functools import partial
 
-import anyio
 import numpy as np
 
 from dashinfer_vlm.config import MediaConfig
-from dashinfer_vlm.errors import MediaError, MediaRefusedError, MediaTooLargeError, OverloadedError
-from dashinfer_vlm.media.cache import ByteBudget, Lease, LeasedCache
+from dashinfer_vlm.errors import MediaError, MediaRefusedError, MediaTooLargeError
+from dashinfer_vlm.media.cache import Lease, LeasedCache
 from dashinfer_vlm.media.decode import content_hash
-from dashinfer_vlm.media.fetch import Fetcher, Resolver, check_size, decode_data_url, read_file
+from dashinfer_vlm.media.fetch import Resolver
 from dashinfer_vlm.media.medium import DEFAULT_LIMITS, MediaLimits, Medium
 from dashinfer_vlm.media.policy import MediaPolicy
 from dashinfer_vlm.media.registry import MEDIA
+from dashinfer_vlm.media.sources import Encoded, Sources
 from dashinfer_vlm.media.types import LoadedMedia, MediaRef, Source
-from dashinfer_vlm.media.wire import DecodeJob, Terms
-from dashinfer_vlm.media.workers import WorkerPool
+from dashinfer_vlm.media.wire import NO_ROOM, DecodeJob, Terms
+from dashinfer_vlm.media.workers import SharedMemoryFullError, WorkerPool
 from dashinfer_vlm.processors.qwen import ProcessorConfig
 from dashinfer_vlm.processors.videos import Sampling
 from dashinfer_vlm.request import Grid
 from dashinfer_vlm.shared_array import SharedArray, SharedFolder
 
-_LARGE_BYTES = 1 << 20
-"""What takes longer than some milliseconds to decode or hash is left to a thread."""
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,15 +55,6 @@ class MediaCounters:
     failures: int = 0
     """Loads that ended in a MediaError, refusals included."""
     worker_restarts: int = 0
-
-
-@dataclass(frozen=True, slots=True)
-class _Encoded:
-    """Bytes as they came, their SHA-256, and how many bytes of the raw budget they occupy."""
-
-    data: bytes
-    digest: bytes
-    reserved: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,24 +84,30 @@ class MediaLoader:
         self._max_pixels = config.max_image_mpx * 1_000_000
         self.max_patches: int | None = None
         """Rows of one item's features that the encoder has memory for; known once the engine is, None until then."""
-        self._policy = MediaPolicy(config.allowed_media_domains, config.allowed_local_media_path)
-        self._fetcher = Fetcher(self._policy, resolve=resolve)
-        self._folder = SharedFolder()
-        # Up to four copies of four bytes per pixel exist while transparency is composited; the rest is the program.
-        memory_mib = 1024 + config.max_image_mpx * 16
-        self._workers = WorkerPool(config.media_workers, memory_mib=memory_mib, folder=self._folder.path)
+        policy = MediaPolicy(config.allowed_media_domains, config.allowed_local_media_path)
         largest = max(medium.limits(config, limits).max_bytes for medium in MEDIA.values())
-        self._raw_bytes = ByteBudget(max(limits.max_raw_bytes, largest))
-        self._fetched = LeasedCache[_Encoded](0, size_of=lambda e: len(e.data), dispose=self._dispose_encoded)
-        self._features = LeasedCache[_Features](
-            config.media_cache_mib << 20, size_of=lambda p: p.array.nbytes, dispose=lambda p: p.array.remove()
+        self._sources = Sources(policy, limits, largest, resolve=resolve)
+        self._folder = SharedFolder()
+        # Up to four copies of four bytes per pixel exist while transparency is composited; the rest is the program and
+        # the frames of a video, which exist three times while they are cut.
+        memory_mib = 3072 + config.max_image_mpx * 16
+        self._workers = WorkerPool(
+            config.media_workers,
+            memory_mib=memory_mib,
+            folder=self._folder.path,
+            wait_timeout_s=limits.wait_timeout_s,
         )
-        self._fetches = self._fetched_bytes = self._decodes = self._refusals = self._failures = 0
+        self._features = LeasedCache[_Features](
+            _cache_bytes(config.media_cache_mib << 20, self._folder),
+            size_of=lambda p: p.array.nbytes,
+            dispose=lambda p: p.array.remove(),
+        )
+        self._decodes = self._refusals = self._failures = 0
 
     @property
     def raw_bytes_free(self) -> int:
         """Room that is left for encoded bytes; the whole budget when nothing is being loaded."""
-        return self._raw_bytes.free_bytes
+        return self._sources.free_bytes
 
     @property
     def pixel_bounds(self) -> tuple[int, int]:
@@ -124,8 +122,8 @@ class MediaLoader:
     @property
     def counters(self) -> MediaCounters:
         return MediaCounters(
-            fetches=self._fetches,
-            fetched_bytes=self._fetched_bytes,
+            fetches=self._sources.num_fetches,
+            fetched_bytes=self._sources.num_fetched_bytes,
             decodes=self._decodes,
             cache_hits=self._features.num_hits,
             cache_misses=self._features.num_misses,
@@ -141,21 +139,20 @@ class MediaLoader:
 
     async def close(self) -> None:
         """End processes and connections, remove all features; loads that still run are cancelled."""
-        await self._fetched.close()
+        await self._sources.close()
         await self._features.close()
         await self._workers.close()
-        await self._fetcher.close()
         self._folder.close()
 
-    async def load(self, ref: MediaRef) -> LoadedMedia:
+    async def load(self, ref: MediaRef, party: Hashable = None) -> LoadedMedia:
         """Fetch, decode and process; the caller must call `release` of the result once.
 
-        Raises MediaError and its kinds, with `param` from the reference, and OverloadedError.
+        `party` is whom the item is for (a request): parties take turns, however many items each has. Raises MediaError and its kinds, with `param` from the reference, and OverloadedError.
         """
         medium = MEDIA[ref.kind]
         try:
             terms = self._terms(ref)
-            lease = await self._load(medium, ref.source, terms)
+            lease = await self._load(medium, ref.source, terms, party)
         except MediaError as error:
             self._failures += 1
             self._refusals += isinstance(error, MediaRefusedError)
@@ -189,98 +186,43 @@ class MediaLoader:
             max_patches=self.max_patches,
         )
 
-    async def _load(self, medium: Medium, source: Source, terms: Terms) -> Lease[_Features]:
+    async def _load(self, medium: Medium, source: Source, terms: Terms, party: Hashable) -> Lease[_Features]:
         if isinstance(source, np.ndarray):
             return await self._load_array(medium, source, terms)
         if isinstance(source, tuple):
-            return await self._load_parts(medium, source, terms)
-        limits = medium.limits(self._config, self._limits)
-        encoded = await self._encoded(source, limits.max_bytes, limits.fetch_timeout_s)
+            return await self._load_parts(medium, source, terms, party)
+        encoded = await self._sources.encoded(source, medium.limits(self._config, self._limits), party)
         try:
-            return await self._decoded(medium, (encoded.value,), terms, in_parts=False)
+            return await self._decoded(medium, (encoded.value,), terms, party, in_parts=False)
         finally:
             encoded.release()
 
-    async def _load_parts(self, medium: Medium, sources: tuple[str | bytes, ...], terms: Terms) -> Lease[_Features]:
-        """The frames of one video. Room for all of them is taken at once: taken one by one, two loads could each
-        hold what the other waits for."""
+    async def _load_parts(
+        self, medium: Medium, sources: tuple[str | bytes, ...], terms: Terms, party: Hashable
+    ) -> Lease[_Features]:
         medium.check_parts(len(sources), terms.config)
         most = medium.limits(self._config, self._limits).max_bytes
-        part = medium.part_limits(self._config, self._limits)
-        reserved = min(most, sum(_size_hint(source, part.max_bytes) for source in sources))
-        await self._reserve(reserved)
-        fetches = asyncio.Semaphore(self._limits.num_frame_fetches)
+        limits = medium.part_limits(self._config, self._limits)
+        left = most
 
-        async def fetch(source: str | bytes) -> Lease[_Encoded]:
-            async with fetches:
-                return await self._encoded(source, part.max_bytes, part.fetch_timeout_s, reserve=False)
+        async def fetch(source: str | bytes) -> Lease[Encoded]:
+            nonlocal left
+            part = await self._sources.encoded(source, limits, party)
+            left -= len(part.value.data)
+            if left < 0:
+                part.release()
+                raise MediaTooLargeError(f"the frames are together larger than the limit of {most} bytes")
+            return part
 
         tasks = [asyncio.create_task(fetch(source)) for source in sources]
         try:
-            parts = [lease.value for lease in await asyncio.gather(*tasks)]
-            if sum(len(part.data) for part in parts) > most:
-                raise MediaTooLargeError(f"the frames are together larger than the limit of {most} bytes")
-            return await self._decoded(medium, tuple(parts), terms, in_parts=True)
+            parts = tuple(lease.value for lease in await asyncio.gather(*tasks))
+            return await self._decoded(medium, parts, terms, party, in_parts=True)
         finally:
             await _release_all(tasks)
-            self._raw_bytes.release(reserved)
-
-    async def _encoded(
-        self, source: str | bytes, max_bytes: int, timeout_s: float, *, reserve: bool = True
-    ) -> Lease[_Encoded]:
-        if isinstance(source, str) and source[:5].lower() != "data:" and source[:7].lower() != "file://":
-            make = partial(self._fetch, source, max_bytes, timeout_s, reserve)
-            return await self._fetched.lease((source, max_bytes, reserve), make)
-        reserved = min(_size_hint(source, max_bytes), max_bytes) if reserve else 0
-        await self._reserve(reserved)
-        try:
-            data = await self._local_bytes(source, max_bytes)
-            encoded = _Encoded(data, await _digest(data), reserved)
-        except BaseException:
-            self._raw_bytes.release(reserved)
-            raise
-        return Lease(encoded, partial(self._dispose_encoded, encoded))
-
-    async def _local_bytes(self, source: str | bytes, max_bytes: int) -> bytes:
-        if isinstance(source, bytes):
-            return check_size(source, max_bytes, "the item")
-        if source[:5].lower() == "data:":
-            if len(source) < _LARGE_BYTES:
-                return decode_data_url(source, max_bytes)
-            return await asyncio.to_thread(decode_data_url, source, max_bytes)
-        return await asyncio.to_thread(lambda: read_file(self._policy.local_path(source), max_bytes))
-
-    async def _fetch(self, url: str, max_bytes: int, timeout_s: float, reserve: bool) -> _Encoded:
-        self._fetches += 1
-        reserved = 0
-
-        async def make_room(num_bytes: int) -> None:
-            nonlocal reserved
-            await self._reserve(num_bytes)
-            reserved = num_bytes
-
-        try:
-            data = await self._fetcher.fetch(
-                url, max_bytes=max_bytes, timeout_s=timeout_s, reserve=make_room if reserve else None
-            )
-            self._fetched_bytes += len(data)
-            return _Encoded(data, await _digest(data), reserved)
-        except BaseException:
-            self._raw_bytes.release(reserved)
-            raise
-
-    async def _reserve(self, num_bytes: int) -> None:
-        try:
-            with anyio.fail_after(self._limits.raw_bytes_timeout_s):
-                await self._raw_bytes.acquire(num_bytes)
-        except TimeoutError as error:
-            raise OverloadedError("the server is busy with other media; try again later") from error
-
-    def _dispose_encoded(self, encoded: _Encoded) -> None:
-        self._raw_bytes.release(encoded.reserved)
 
     async def _decoded(
-        self, medium: Medium, sources: tuple[_Encoded, ...], terms: Terms, *, in_parts: bool
+        self, medium: Medium, sources: tuple[Encoded, ...], terms: Terms, party: Hashable, *, in_parts: bool
     ) -> Lease[_Features]:
         key: Hashable = (medium.kind, in_parts, tuple(source.digest for source in sources), terms)
         job = DecodeJob(
@@ -292,11 +234,15 @@ class MediaLoader:
             name="",
         )
         timeout_s = medium.limits(self._config, self._limits).decode_timeout_s
-        return await self._features.lease(key, partial(self._decode, job, timeout_s))
+        return await self._features.lease(key, partial(self._decode, job, timeout_s, party))
 
-    async def _decode(self, job: DecodeJob, timeout_s: float) -> _Features:
+    async def _decode(self, job: DecodeJob, timeout_s: float, party: Hashable) -> _Features:
         self._decodes += 1
-        decoded, array = await self._workers.run(job, timeout_s)
+        try:
+            decoded, array = await self._workers.run(job, timeout_s, party)
+        except SharedMemoryFullError:
+            self._features.drop_unused()
+            decoded, array = await self._workers.run(job, timeout_s, party)
         return _Features(decoded.grid, decoded.content_hash, decoded.seconds_per_grid, decoded.timestamps, array)
 
     async def _load_array(self, medium: Medium, array: np.ndarray, terms: Terms) -> Lease[_Features]:
@@ -317,15 +263,37 @@ class MediaLoader:
                 content_hash(processed, terms.config),
                 processed.seconds_per_grid,
                 processed.timestamps,
-                self._folder.put(processed.features),
+                _put(self._folder, processed.features),
             )
 
         try:
             return await asyncio.to_thread(work)
-        except OSError as error:
-            if error.errno != errno.ENOSPC:
-                raise
-            raise OverloadedError("no room in shared memory for the item; try again later") from error
+        except SharedMemoryFullError:
+            self._features.drop_unused()
+            return await asyncio.to_thread(work)
+
+
+def _put(folder: SharedFolder, features: np.ndarray) -> SharedArray:
+    try:
+        return folder.put(features)
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        raise SharedMemoryFullError(NO_ROOM) from error
+
+
+def _cache_bytes(wanted: int, folder: SharedFolder) -> int:
+    """No more than half of the memory folder: the rest is for items of running requests, and for other users of it."""
+    allowed = min(wanted, shutil.disk_usage(folder.path).total // 2)
+    if allowed < wanted:
+        log.warning(
+            "the cache of decoded media holds %d MiB instead of %d: half of what the memory folder %s has; give it more "
+            "room (docker: --shm-size)",
+            allowed >> 20,
+            wanted >> 20,
+            folder.path.parent,
+        )
+    return allowed
 
 
 def _resized(ref: MediaRef) -> tuple[int, int] | None:
@@ -336,20 +304,7 @@ def _resized(ref: MediaRef) -> tuple[int, int] | None:
     return ref.resized_width, ref.resized_height
 
 
-def _size_hint(source: str | bytes, unknown: int) -> int:
-    """Bytes that a source turns into, as far as it can be told before it is read."""
-    if isinstance(source, bytes):
-        return len(source)
-    return len(source) * 3 // 4 if source[:5].lower() == "data:" else unknown
-
-
-async def _digest(data: bytes) -> bytes:
-    if len(data) < _LARGE_BYTES:
-        return hashlib.sha256(data).digest()
-    return await asyncio.to_thread(lambda: hashlib.sha256(data).digest())
-
-
-async def _release_all(tasks: list[asyncio.Task[Lease[_Encoded]]]) -> None:
+async def _release_all(tasks: list[asyncio.Task[Lease[Encoded]]]) -> None:
     """Give back every lease that was got, also when another task failed or all were cancelled."""
     for task in tasks:
         task.cancel()

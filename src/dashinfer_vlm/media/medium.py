@@ -29,11 +29,13 @@ class MediaLimits:
     image_decode_timeout_s: float = 30.0
     video_decode_timeout_s: float = 120.0
     max_raw_bytes: int = 512 << 20
-    """Encoded bytes held at once by all loads together."""
-    raw_bytes_timeout_s: float = 30.0
-    """Waiting for room among them."""
-    num_frame_fetches: int = 8
-    """Frames of one list that are fetched at once."""
+    """Encoded bytes held at once by all loads together, counted as they arrive."""
+    wait_timeout_s: float = 30.0
+    """Waiting for room among them, for a place to fetch, or for a decoding process, each."""
+    max_fetches: int = 100
+    """Fetches under way at once, of all requests together."""
+    max_fetches_per_host: int = 32
+    max_fetches_per_request: int = 16
 
 
 DEFAULT_LIMITS = MediaLimits()

@@ -13,7 +13,9 @@ from dashinfer_vlm.request import ItemKind
 LENGTH_BYTES = 8
 """Every message is preceded by its length, big endian."""
 
-FailureKind = Literal["media", "too_large", "overloaded"]
+NO_ROOM = "no room in shared memory for the decoded item; try again later, or give it more (docker: --shm-size)"
+
+FailureKind = Literal["media", "too_large", "no_room"]
 
 
 class Terms(msgspec.Struct, frozen=True, kw_only=True):

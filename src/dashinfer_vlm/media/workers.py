@@ -11,13 +11,16 @@ import os
 import secrets
 import sys
 from collections import deque
+from collections.abc import Hashable
 from pathlib import Path
 
 import anyio
 import msgspec
 
 from dashinfer_vlm.errors import EngineError, MediaError, MediaTooLargeError, OverloadedError
+from dashinfer_vlm.media.cache import BUSY
 from dashinfer_vlm.media.registry import MEDIA
+from dashinfer_vlm.media.turns import Turns
 from dashinfer_vlm.media.wire import LENGTH_BYTES, Decoded, DecodeJob, Failed, Ready, Reply
 from dashinfer_vlm.shared_array import SharedArray
 
@@ -31,16 +34,23 @@ MAX_REPLY_BYTES = 1 << 20
 _STDERR_LINES = 20
 
 
+class SharedMemoryFullError(OverloadedError):
+    """The features of an item do not fit the memory folder now."""
+
+
+_FAILURES = {"media": MediaError, "too_large": MediaTooLargeError, "no_room": SharedMemoryFullError}
+
+
 class WorkerPool:
     """`num_workers` decoding processes behind one call. Belongs to one event loop."""
 
-    def __init__(self, num_workers: int, *, memory_mib: int, folder: Path) -> None:
+    def __init__(self, num_workers: int, *, memory_mib: int, folder: Path, wait_timeout_s: float = 30.0) -> None:
         self._folder = folder
+        self._wait_timeout_s = wait_timeout_s
         self._workers = [_Worker(memory_mib) for _ in range(num_workers)]
-        self._idle: asyncio.Queue[_Worker] = asyncio.Queue()
+        self._idle = list(self._workers)
+        self._turns = Turns(num_workers)
         self._running: set[asyncio.Task[tuple[Decoded, SharedArray]]] = set()
-        for worker in self._workers:
-            self._idle.put_nowait(worker)
 
     @property
     def num_restarts(self) -> int:
@@ -54,21 +64,32 @@ class WorkerPool:
 
     @property
     def num_busy(self) -> int:
-        return len(self._workers) - self._idle.qsize()
+        return len(self._workers) - len(self._idle)
+
+    @property
+    def num_waiting(self) -> int:
+        """Jobs that wait for a process."""
+        return self._turns.num_waiting
 
     async def start(self) -> None:
         """Start all processes ahead of the first job. Raises EngineError when one does not come up."""
         await asyncio.gather(*(worker.start() for worker in self._workers))
 
-    async def run(self, job: DecodeJob, timeout_s: float) -> tuple[Decoded, SharedArray]:
-        """Do `job` (its folder and name are filled in here); the caller owns the array.
+    async def run(self, job: DecodeJob, timeout_s: float, party: Hashable = None) -> tuple[Decoded, SharedArray]:
+        """Do `job` (its folder and name are filled in here) for `party`, with which all parties take turns; the caller
+        owns the array.
 
         Raises MediaError for what the item causes, a death of the process included, OverloadedError without shared
-        memory. Waits for a free process without limit; `timeout_s` is for the work itself.
+        memory and when no process is free in time; `timeout_s` is for the work itself.
         """
         job = msgspec.structs.replace(job, folder=str(self._folder), name=secrets.token_hex(8))
-        worker = await self._idle.get()
-        task = asyncio.create_task(self._occupy(worker, job, timeout_s))
+        try:
+            with anyio.fail_after(self._wait_timeout_s):
+                await self._turns.take(party)
+        except TimeoutError as error:
+            raise OverloadedError(BUSY) from error
+        worker = self._idle.pop()
+        task = asyncio.create_task(self._occupy(worker, job, timeout_s, party))
         self._running.add(task)
         task.add_done_callback(self._running.discard)
         try:
@@ -77,7 +98,9 @@ class WorkerPool:
             _abandon(task, worker)
             raise
 
-    async def _occupy(self, worker: _Worker, job: DecodeJob, timeout_s: float) -> tuple[Decoded, SharedArray]:
+    async def _occupy(
+        self, worker: _Worker, job: DecodeJob, timeout_s: float, party: Hashable
+    ) -> tuple[Decoded, SharedArray]:
         path = self._folder / job.name
         try:
             decoded = await self._work(worker, job, timeout_s)
@@ -86,7 +109,8 @@ class WorkerPool:
             path.unlink(missing_ok=True)
             raise
         finally:
-            self._idle.put_nowait(worker)
+            self._idle.append(worker)
+            self._turns.give_back(party)
 
     async def _work(self, worker: _Worker, job: DecodeJob, timeout_s: float) -> Decoded:
         await worker.start()
@@ -95,7 +119,9 @@ class WorkerPool:
                 reply = await worker.call(msgspec.msgpack.encode(job))
         except TimeoutError as error:
             worker.kill()
-            raise MediaTooLargeError(f"decoding it takes longer than {timeout_s:g} s") from error
+            raise MediaTooLargeError(
+                f"decoding the {job.kind} takes longer than {timeout_s:g} s; send a smaller one"
+            ) from error
         except (asyncio.IncompleteReadError, ConnectionError, msgspec.DecodeError) as error:
             worker.kill()
             log.warning("a media process died on a %s of %d bytes: %s", job.kind, _num_bytes(job), worker.last_words)
@@ -104,9 +130,7 @@ class WorkerPool:
             worker.kill()  # its answer would be taken for the next job's
             raise
         if isinstance(reply, Failed):
-            raise {"media": MediaError, "too_large": MediaTooLargeError, "overloaded": OverloadedError}[reply.kind](
-                reply.message
-            )
+            raise _FAILURES[reply.kind](reply.message)
         assert isinstance(reply, Decoded), reply
         return reply
 
