@@ -121,6 +121,13 @@ async def test_following_the_error_about_an_answers_length_works_with_images_too
     assert len(prompt.ids) + int(told[1]) == 100
 
 
+async def test_a_text_may_hold_marks_and_nothing_else_that_is_special(
+    template: ChatTemplate, tokenizer: Tokenizer
+) -> None:
+    prompt = await builder(template, tokenizer, ScriptedLoader()).text("<|box_start|>1<|im_end|>")
+    assert [id for id in prompt.ids if id >= 151643] == [151648]
+
+
 async def test_a_text_is_not_a_conversation_to_continue(template: ChatTemplate, tokenizer: Tokenizer) -> None:
     prompts = builder(template, tokenizer, ScriptedLoader())
     for params in (GenerationParams(continue_final_message=True), GenerationParams(add_generation_prompt=False)):

@@ -51,6 +51,7 @@ CONVERSATIONS: dict[str, list[dict[str, Any]]] = {
     "bare base64": user({"type": "image_url", "image_url": f"data:image;base64,{BARE}"}, "What?"),
     "places": [*user("Where?"), {"role": "assistant", "content": "<|box_start|>(1,2)<|box_end|>"}, *user("Sure?")],
     "frames": user({"type": "video_url", "video_url": f"data:video/jpeg;base64,{FRAMES}", "fps": [2.0]}),
+    "broken picture": user("Look:", {"type": "image_url", "image_url": {"url": "data:image/png;base64,AAAA"}}),
     "no type": user({"text": "Hi"}),
     "unknown field": user({"type": "image", "image": LARGE, "size": 3}),
     "unknown role": [{"role": "robot", "content": "Hi"}],
@@ -112,6 +113,10 @@ async def test_a_conversation_is_answered_alike_in_every_way(name: str, app: Fas
     answer = told(await through_http(app, body))
     assert told(await through_a_batch(app, body, tmp_path)) == answer
     assert await through_python(vlm, conversation) == answer
+
+
+async def test_an_error_of_a_medium_names_the_field_that_holds_its_url(vlm: VLM) -> None:
+    assert (await through_python(vlm, CONVERSATIONS["broken picture"]))[1] == "messages[0].content[1].image_url.url"
 
 
 async def test_low_detail_costs_fewer_tokens_in_python_too(vlm: VLM) -> None:
