@@ -38,6 +38,8 @@ class Flag:
     aliases: tuple[str, ...]
     group: str
     secret: bool
+    offered: tuple[Any, ...]
+    """The values that work today, where not all do."""
 
     @property
     def env(self) -> str:
@@ -64,10 +66,11 @@ def flags_of(face: type[Any]) -> list[Flag]:
             field=field.name,
             type=_without_none(hints[field.name]),
             default=field.default,
-            help=_help(field.metadata),
+            help=field.metadata["help"],
             aliases=field.metadata["aliases"],
             group=field.metadata["group"],
             secret=field.metadata["secret"],
+            offered=field.metadata["only"],
         )
         for field in dataclasses.fields(face)
     ]
@@ -85,11 +88,6 @@ def check_variables(*faces: type[Any]) -> None:
 def build(face: type[Config], values: Mapping[str, Any]) -> Config:
     """The config of class `face` out of a command's parsed values."""
     return face(**{item.field: values[item.field] for item in flags_of(face)})
-
-
-def _help(meta: Mapping[str, Any]) -> str:
-    offered = ", ".join(str(value) for value in meta["only"])
-    return f"{meta['help']} Offered today: {offered}." if offered else str(meta["help"])
 
 
 def _without_none(hint: Any) -> Any:

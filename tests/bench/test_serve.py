@@ -156,7 +156,7 @@ def test_what_cannot_be_measured_with_is_refused(changes: dict[str, Any], messag
         replace(config, **changes).validate()
 
 
-@pytest.mark.parametrize("text", ["http://x", "=http://x", "a=localhost:8000", "a="])
+@pytest.mark.parametrize("text", ["=http://x", "a=localhost:8000", "a=", "localhost:8000"])
 def test_a_target_needs_a_name_and_a_url(text: str) -> None:
     with pytest.raises(ConfigError, match="NAME=URL"):
         parse_target(text)
@@ -165,3 +165,7 @@ def test_a_target_needs_a_name_and_a_url(text: str) -> None:
 @pytest.mark.parametrize("url", ["http://h:1", "http://h:1/", "http://h:1/v1", "http://h:1/v1/"])
 def test_a_url_may_end_in_v1_or_not(url: str) -> None:
     assert parse_target(f"a={url}") == Target("a", "http://h:1/v1")
+
+
+def test_a_url_alone_is_named_by_its_host_and_port() -> None:
+    assert parse_target("https://h:1/v1") == Target("h:1", "https://h:1/v1")

@@ -13,6 +13,7 @@ import rich_click as click
 from dashinfer_vlm import flags
 from dashinfer_vlm.cli.command import CONTEXT, execute
 from dashinfer_vlm.cli.options import options, reference_page
+from dashinfer_vlm.cli.serve import command
 from dashinfer_vlm.config import EngineConfig, MediaConfig, ServerConfig
 from dashinfer_vlm.errors import ConfigError
 
@@ -157,3 +158,20 @@ def test_no_two_flags_share_a_spelling() -> None:
 
 def test_the_page_of_flags_is_current() -> None:
     assert DOCS.read_text() == reference_page(), "run `make docs`"
+
+
+def test_values_that_are_not_offered_are_not_listed(capsys: pytest.CaptureFixture[str]) -> None:
+    assert execute(command, ["-h"]) == 0
+    told = capsys.readouterr().out
+    assert "tensorrt" not in told + reference_page()
+    assert "`native`, `transformers` |" in reference_page()
+    assert execute(command, ["--vision-engine", "tensorrt"]) == 2
+    assert "is not offered yet" in capsys.readouterr().err
+
+
+def test_a_file_of_keys_that_cannot_be_read_is_found_before_the_model_is_loaded(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("dashinfer_vlm.cli.serve.resolve_model", lambda _: pytest.fail("looked for the model"))
+    assert execute(command, ["--port", "0", "--api-keys-file", "/nowhere"]) == 2
+    assert "--api-keys-file /nowhere cannot be read" in capsys.readouterr().err

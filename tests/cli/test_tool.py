@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 
 import dashinfer_vlm
@@ -31,3 +34,20 @@ def test_an_unknown_subcommand_is_one_line(capsys: pytest.CaptureFixture[str]) -
     error = capsys.readouterr().err
     assert "No such command 'bnech'" in error
     assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("typed", "hint"),
+    [("bnech", "did you mean bench?"), ("serve", "dashinfer_vlm_serve starts"), ("zzz", "-h lists the commands")],
+)
+def test_a_near_miss_is_told_what_was_meant(typed: str, hint: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert execute(tool, [typed]) == 2
+    assert hint in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("module", ["dashinfer_vlm", "dashinfer_vlm.cli.serve"])
+def test_both_commands_say_their_version_without_torch(module: str) -> None:
+    command = [sys.executable, "-X", "importtime", "-m", module, "--version"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout) == (0, f"dashinfer-vlm {dashinfer_vlm.__version__}\n")
+    assert not [line for line in done.stderr.splitlines() if line.endswith("| torch")]

@@ -40,11 +40,16 @@ Send: TypeAlias = Callable[[Turn, int, int], Awaitable[Outcome]]
 """Sends one turn, of which so many tokens and which place in its conversation are told, and waits for its end."""
 
 
+_SCHEMES = ("http://", "https://")
+
+
 def parse_target(text: str) -> Target:
-    """`NAME=URL`, the URL with or without `/v1`; raises ConfigError."""
+    """`NAME=URL`, or a URL, which its host and port then name, with or without `/v1`; raises ConfigError."""
     name, separator, url = text.partition("=")
-    if not name or not separator or not url.startswith(("http://", "https://")):
-        raise ConfigError(f"--target is {text!r}; it must be NAME=URL, such as ours=http://localhost:8000")
+    if text.startswith(_SCHEMES):
+        name, separator, url = text.partition("://")[2].partition("/")[0], "=", text
+    if not name or not separator or not url.startswith(_SCHEMES):
+        raise ConfigError(f"--target is {text!r}; it must be a URL or NAME=URL, such as ours=http://localhost:8000")
     url = url.rstrip("/")
     return Target(name, url if url.endswith("/v1") else f"{url}/v1")
 

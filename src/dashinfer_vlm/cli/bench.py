@@ -40,6 +40,7 @@ def bench() -> None:
 
 
 @bench.command(context_settings=CONTEXT)
+@click.argument("urls", nargs=-1, metavar="[URL]...")
 @click.option(
     "--target",
     "targets",
@@ -101,15 +102,20 @@ def bench() -> None:
     help="Also draw the waits into this PNG, SVG or PDF file.",
 )
 def serve(
-    targets: tuple[str, ...], pids: tuple[str, ...], image_size: str | None, seed: int | None, plot_file: Path | None,
+    urls: tuple[str, ...],
+    targets: tuple[str, ...],
+    pids: tuple[str, ...],
+    image_size: str | None,
+    seed: int | None,
+    plot_file: Path | None,
     **values: Any,
-) -> int:  # fmt: skip
+) -> int:
     """Measure OpenAI-compatible servers with equal requests, answers of forced length and new pictures.
 
     Ends with a table and, as the last line, one JSON object. The exit code is 1 when a request failed.
     """
     config = ServeBench(
-        targets=tuple(parse_target(text) for text in targets),
+        targets=tuple(parse_target(text) for text in (*targets, *urls)),
         pids=dict(_parse_pid(text) for text in pids),
         image_size=parse_size(image_size) if image_size else None,
         seed=secrets.randbelow(2**31) if seed is None else seed,

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 import rich_click as click
 
+from dashinfer_vlm import __version__
 from dashinfer_vlm.errors import ConfigError, DashInferError
 
-__all__ = ["CONTEXT", "execute"]
+__all__ = ["CONTEXT", "execute", "version_option"]
+
+Command = TypeVar("Command", bound=Callable[..., Any])
 
 CONTEXT: dict[str, Any] = {
     "help_option_names": ["-h", "--help"],
@@ -20,6 +23,11 @@ CONTEXT: dict[str, Any] = {
 """Context settings of every command: `-h`, and `-` and `_` alike."""
 
 _FAILED, _USAGE, _INTERRUPTED = 1, 2, 130
+
+
+def version_option(command: Command) -> Command:
+    """Add `--version`, which imports nothing else and says so at once."""
+    return click.version_option(__version__, message="dashinfer-vlm %(version)s")(command)
 
 
 def execute(command: click.Command, args: Sequence[str] | None = None) -> int:

@@ -84,13 +84,13 @@ def reference_page() -> str:
             group = item.group
             rows += ["", f"## {group}", "", "| flag | variable | values | default | |", "|---|---|---|---|---|"]
         names = ", ".join(f"`{name}`" for name in item.spellings)
-        rows.append(f"| {names} | `{item.env}` | {_values(item.type)} | {_default(item.default)} | {item.help} |")
+        rows.append(f"| {names} | `{item.env}` | {_values(item)} | {_default(item.default)} | {item.help} |")
     return "\n".join(rows) + "\n"
 
 
 def _option(item: Flag) -> Callable[[Command], Command]:
     """The click option; its default is the field's own."""
-    values = get_args(item.type) if get_origin(item.type) is Literal else ()
+    values = [str(value) for value in item.offered or (get_args(item.type) if get_origin(item.type) is Literal else ())]
     shown = ",".join(item.default) if isinstance(item.default, tuple) else item.default
     details: dict[str, Any] = {} if item.type is bool else {"type": _param_type(item.type), "metavar": _metavar(item)}
     return click.option(
@@ -128,9 +128,10 @@ def _param_type(kind: Any) -> Any:
     return converters.get(kind, kind)
 
 
-def _values(kind: Any) -> str:
-    if get_origin(kind) is Literal:
-        return ", ".join(f"`{value}`" for value in get_args(kind))
+def _values(item: Flag) -> str:
+    kind = item.type
+    if item.offered or get_origin(kind) is Literal:
+        return ", ".join(f"`{value}`" for value in item.offered or get_args(kind))
     names: dict[Any, str] = {str: "text", int: "whole number", float: "number", bool: "", tuple: "list", dict: "JSON"}
     return names[get_origin(kind) or kind]
 

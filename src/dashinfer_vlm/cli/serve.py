@@ -20,7 +20,7 @@ from typing import Any
 import rich_click as click
 
 from dashinfer_vlm import envs, flags
-from dashinfer_vlm.cli.command import CONTEXT, execute
+from dashinfer_vlm.cli.command import CONTEXT, execute, version_option
 from dashinfer_vlm.cli.listen import listen
 from dashinfer_vlm.cli.logs import announce, set_up_logging
 from dashinfer_vlm.cli.options import options
@@ -37,6 +37,7 @@ logger = logging.getLogger(__name__)
     context_settings=CONTEXT,
     epilog="Every flag can also be given as a variable: --max-batch 8 is DASHINFER_MAX_NUM_SEQS=8. See docs/flags.md.",
 )
+@version_option
 @options(*flags.FACES)
 def command(**values: Any) -> None:
     """Serve a vision-language model behind an OpenAI-compatible API.
@@ -51,6 +52,7 @@ def command(**values: Any) -> None:
     for name in envs.unknown([env for face in flags.FACES for item in flags.flags_of(face) for env in item.envs]):
         logger.warning("%s is no variable of this server and means nothing; see docs/flags.md", name)
     with ExitStack() as stack:
+        _check_keys(server)
         tls = envs.tls_files() if server.ssl else None
         sockets = [stack.enter_context(each) for each in listen(server.host, server.port)]
         folder = resolve_model(engine)
@@ -58,6 +60,14 @@ def command(**values: Any) -> None:
         # SIGTERM ends loading as Ctrl-C does; uvicorn handles both once it runs
         signal.signal(signal.SIGTERM, signal.default_int_handler)
         asyncio.run(_serve(folder, engine, media, dataclasses.replace(server, served_model_name=names), sockets, tls))
+
+
+def _check_keys(config: ServerConfig) -> None:
+    """The file of keys is read again when the server starts; here a wrong one is found before the model is loaded."""
+    if config.api_keys_file is not None:
+        from dashinfer_vlm.server.auth import read_keys  # brings the web framework
+
+        read_keys(config)
 
 
 async def _serve(

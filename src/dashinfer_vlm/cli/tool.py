@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import platform
 import sys
+from difflib import get_close_matches
 from importlib import import_module
 
 import rich_click as click
 
 from dashinfer_vlm import __version__
-from dashinfer_vlm.cli.command import CONTEXT, execute
+from dashinfer_vlm.cli.command import CONTEXT, execute, version_option
 from dashinfer_vlm.cli.options import reference_page
 
 __all__ = ["main", "tool"]
@@ -22,12 +23,32 @@ ELSEWHERE = {
 }
 """Subcommands that live in modules of their own."""
 
+_MEANT = {
+    "serve": "dashinfer_vlm_serve starts the server",
+    "chat": "dashinfer_vlm_serve starts a server with a page to chat at /",
+    "batch": "dashinfer-vlm run answers a file of requests",
+    "run-batch": "dashinfer-vlm run answers a file of requests",
+    "benchmark": "dashinfer-vlm bench measures",
+}
+"""What people who know other servers type, and what it is called here."""
+
 
 class LazyGroup(click.RichGroup):
     """A group that imports the subcommands of `ELSEWHERE` when they are needed."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return sorted([*super().list_commands(ctx), *ELSEWHERE])
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        """An unknown subcommand is answered with the nearest one."""
+        name = args[0]
+        if self.get_command(ctx, name) is None and not name.startswith("-"):
+            near = get_close_matches(name, self.list_commands(ctx), n=1)
+            hint = _MEANT.get(name) or (f"did you mean {near[0]}?" if near else "-h lists the commands")
+            raise click.UsageError(f"No such command {name!r}; {hint}", ctx)
+        return super().resolve_command(ctx, args)
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         if cmd_name not in ELSEWHERE:
@@ -39,6 +60,7 @@ class LazyGroup(click.RichGroup):
 
 
 @click.command("dashinfer-vlm", cls=LazyGroup, context_settings=CONTEXT)
+@version_option
 def tool() -> None:
     """Measure and inspect DashInfer-VLM. The server itself is dashinfer_vlm_serve."""
 

@@ -14,9 +14,14 @@ from fastapi import FastAPI
 from dashinfer_vlm.config import ServerConfig
 from dashinfer_vlm.frontend.service import Service
 from dashinfer_vlm.server.app import create_app
+from dashinfer_vlm.server.connection import Connection, raise_file_limit
 
-_GRACE_S = 3.0
-"""What uvicorn waits longer than the service, so that the last answers can leave."""
+_GRACE_S = 3
+"""What uvicorn waits for connections once the service has drained, so that the last answers can leave."""
+_LAST_WORDS_S = 1.0
+"""What streams that were ended get to say why."""
+_LOOK_S = 0.1
+"""How often a second Ctrl-C is looked for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +46,8 @@ class HttpServer(uvicorn.Server):
                 lifespan="on",  # "Application startup complete" tells that the server is ready
                 ws="none",
                 timeout_keep_alive=config.keep_alive_s,  # type: ignore[arg-type]  # a delay in seconds, whole or not
-                timeout_graceful_shutdown=int(config.shutdown_timeout_s + _GRACE_S),
+                timeout_graceful_shutdown=_GRACE_S,
+                http=Connection,
             )
         )
         self._service = service
@@ -54,14 +60,21 @@ class HttpServer(uvicorn.Server):
             self._log_started_message(sockets)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        """Refuse new requests, let the running ones end for the configured time, abort the rest."""
-        drain = asyncio.create_task(self._service.drain(0 if self.force_exit else self._drain_s))
-        await super().shutdown(sockets)
+        """Refuse new requests, let the running ones end for the configured time, abort the rest, then stop listening.
+
+        Until then clients are told to come back later, and probes that this server goes.
+        """
+        drain = asyncio.create_task(self._service.drain(self._drain_s))
+        while not drain.done() and not self.force_exit:
+            await asyncio.wait({drain}, timeout=_LOOK_S)
         if self.force_exit:
             drain.cancel()
+            await self._service.drain(0)
+        if self.server_state.tasks:
+            await asyncio.wait(self.server_state.tasks, timeout=_LAST_WORDS_S)
+        await super().shutdown(sockets)
+        if self.force_exit:
             await self.lifespan.shutdown()  # uvicorn skips it, and its task would end with a traceback
-        else:
-            await drain
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -81,4 +94,5 @@ async def serve(
 
     Raises ConfigError before, SystemExit when the address cannot be had.
     """
+    Connection.max_connections = raise_file_limit()
     await HttpServer(create_app(service, config), service, config, tls).serve(sockets)

@@ -1,0 +1,168 @@
+"""Clients that are slow, silent or many, and those that come while the server goes."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import resource
+import signal
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any
+
+import httpx
+import pytest
+
+from dashinfer_vlm.server.connection import Connection, raise_file_limit
+from tests.media.site import until
+from tests.server.conftest import Running, Serve
+
+CHAT = "/v1/chat/completions"
+ASK: Any = [{"role": "user", "content": "say it"}]
+HEALTH = b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n"
+
+
+Connect = Callable[[Running], Awaitable[tuple[asyncio.StreamReader, asyncio.StreamWriter]]]
+
+
+@pytest.fixture
+async def connect() -> AsyncIterator[Connect]:
+    """`await connect(running)` opens a connection that is closed at the end of the test."""
+    writers: list[asyncio.StreamWriter] = []
+
+    async def open_one(running: Running) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+        reader, writer = await asyncio.open_connection("127.0.0.1", running.port)
+        writers.append(writer)
+        return reader, writer
+
+    yield open_one
+    for writer in writers:
+        writer.transport.abort()
+    await asyncio.sleep(0)
+
+
+async def closed(reader: asyncio.StreamReader) -> bool:
+    """Whether the other side ends the connection."""
+    try:
+        while await asyncio.wait_for(reader.read(1 << 20), 60):
+            pass
+    except ConnectionResetError:
+        pass
+    return True
+
+
+@pytest.mark.parametrize("sent", [b"", b"GET /health HTTP/1.1\r\nHo"])
+async def test_headers_that_stop_coming_end_the_connection(
+    serve: Serve, connect: Connect, monkeypatch: pytest.MonkeyPatch, sent: bytes
+) -> None:
+    monkeypatch.setattr(Connection, "headers_s", 0.1)
+    reader, writer = await connect(await serve())
+    writer.write(sent)
+    assert await closed(reader)
+
+
+async def test_headers_of_a_second_request_that_stop_coming_end_the_connection(
+    serve: Serve, connect: Connect, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Connection, "headers_s", 0.1)
+    reader, writer = await connect(await serve())
+    writer.write(HEALTH)
+    assert (await reader.readuntil(b'{"status":"alive"}')).startswith(b"HTTP/1.1 200")
+    writer.write(b"GET /health HT")
+    assert await closed(reader)
+
+
+async def test_a_connection_between_requests_is_kept_and_a_slow_answer_too(
+    serve: Serve, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Connection, "headers_s", 0.1)
+    running = await serve("hello", engine={"pauses_after": 1})
+    async with httpx.AsyncClient(base_url=running.url, timeout=60) as client:
+        asking = asyncio.create_task(client.post(CHAT, json={"messages": ASK}))
+        await running.engine.paused.wait()
+        await asyncio.sleep(0.3)  # longer than headers may take
+        running.engine.resume.set()
+        assert (await asking).status_code == 200
+        await asyncio.sleep(0.3)
+        assert len(running.server.server_state.connections) == 1
+        assert (await client.get("/health")).status_code == 200
+
+
+async def test_a_stream_that_nobody_reads_is_let_go(
+    serve: Serve, connect: Connect, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Connection, "write_s", 0.1)
+    running = await serve("word " * 200_000)
+    _, writer = await connect(running)
+    writer.transport.pause_reading()  # type: ignore[attr-defined]
+    body = b'{"messages": [{"role": "user", "content": "x"}], "stream": true, "logprobs": true, "top_logprobs": 2}'
+    writer.write(f"POST {CHAT} HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n".encode() + body)
+    await until(lambda: bool(running.engine.requests))
+    await until(lambda: not running.server.server_state.connections)
+
+
+async def test_where_too_many_connections_are_open_an_idle_one_goes(
+    serve: Serve, connect: Connect, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Connection, "max_connections", 3)
+    running = await serve()
+    opened = []
+    for _ in range(3):
+        reader, writer = await connect(running)
+        writer.write(HEALTH)
+        assert (await reader.readline()).startswith(b"HTTP/1.1 200")
+        opened.append((reader, writer))
+    assert (await running.get("/health")).status_code == 200
+    assert await closed(opened[0][0])
+
+
+@pytest.mark.parametrize("body", [b"zz\r\n", b'5\r\n{"a":zzz', b"-1\r\n\r\n"])
+async def test_a_malformed_body_is_one_line_in_the_log(
+    serve: Serve, connect: Connect, caplog: pytest.LogCaptureFixture, body: bytes
+) -> None:
+    running = await serve()
+    logging.getLogger("uvicorn").addHandler(caplog.handler)  # it does not propagate
+    reader, writer = await connect(running)
+    writer.write(f"POST {CHAT} HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n".encode())
+    await writer.drain()
+    await until(lambda: bool(running.server.server_state.tasks))
+    writer.write(body)
+    assert await closed(reader)
+    await until(lambda: not running.server.server_state.tasks)
+    logging.getLogger("uvicorn").removeHandler(caplog.handler)
+    assert [record.exc_info for record in caplog.records if record.levelno >= logging.WARNING] == [None]
+
+
+async def test_whoever_comes_while_the_server_drains_is_told_to_come_back(serve: Serve) -> None:
+    running = await serve("hello", engine={"pauses_after": 1})
+    asking = asyncio.create_task(running.post(CHAT, {"messages": ASK}))
+    await running.engine.paused.wait()
+    os.kill(os.getpid(), signal.SIGTERM)
+    while running.service.ready:
+        await asyncio.wait((asking,), timeout=0.01)
+    refused = await running.post(CHAT, {"messages": ASK})
+    assert (refused.status_code, refused.headers["retry-after"]) == (503, "30")
+    assert (await running.get("/ready")).status_code == 503
+    running.engine.resume.set()
+    assert (await asking).json()["choices"][0]["message"]["content"] == "hello"
+
+
+async def test_a_second_ctrl_c_ends_streams_with_the_true_reason(serve: Serve) -> None:
+    running = await serve("hello", engine={"pauses_after": 1})
+    asking = asyncio.create_task(running.post(CHAT, {"messages": ASK, "stream": True}))
+    await running.engine.paused.wait()
+    os.kill(os.getpid(), signal.SIGINT)
+    while running.service.ready:
+        await asyncio.wait((asking,), timeout=0.01)
+    os.kill(os.getpid(), signal.SIGINT)
+    assert "the server is shutting down" in (await asking).text
+
+
+def test_the_limit_of_open_files_is_raised_as_far_as_it_goes() -> None:
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (300, before[1]))
+        assert raise_file_limit() == max(1, before[1] - 256)
+        assert resource.getrlimit(resource.RLIMIT_NOFILE)[0] == before[1]
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
