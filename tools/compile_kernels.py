@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Compile every kernel for a card that is not there, and tell what the compiler made of it.
 
-    compile_kernels.py [--target 90] [--model Qwen2-VL-7B]...
+    compile_kernels.py [--target 90] [--model Qwen2-VL-7B]... [--first 5]
 
 Prints one JSON object a line: model, variant, kernel, registers, bytes of stack, spills, bytes of shared memory, and
 how often the instructions occur that decide the speed: `HGMMA` (products of a warp group), `HMMA` (of a warp), and
@@ -17,6 +17,7 @@ import subprocess
 import tempfile
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -77,15 +78,16 @@ class Recorder:
         return found
 
 
-def compile_all(models: list[str], capability: int) -> Iterator[Compiled]:
-    """Every variant of the published `models` in bfloat16, for cards of compute capability `capability` / 10."""
+def compile_all(models: list[str], capability: int, first: int | None = None) -> Iterator[Compiled]:
+    """Every variant, or the `first` ones, of the published `models` in bfloat16, for cards of compute capability
+    `capability` / 10."""
     triton.runtime.driver.set_active(AbsentCard(capability))
     recorder = Recorder()
     launching.launch = recorder  # before the kernels' modules take it
     from dashinfer_vlm.kernels.cuda.variants import PUBLISHED, variants
 
     for model in models or PUBLISHED:
-        for variant in variants(PUBLISHED[model], torch.bfloat16):
+        for variant in islice(variants(PUBLISHED[model], torch.bfloat16), first):
             variant.call()
             for kernel, compiled in recorder.take():
                 yield _read(model, variant.name, kernel, compiled)
@@ -121,8 +123,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--target", type=int, default=90, help="compute capability times ten")
     parser.add_argument("--model", action="append", default=[], help="a published model; all when none is named")
+    parser.add_argument("--first", type=int, help="variants of each model; all when absent")
     options = parser.parse_args()
-    for compiled in compile_all(options.model, options.target):
+    for compiled in compile_all(options.model, options.target, options.first):
         print(json.dumps(asdict(compiled)), flush=True)
 
 

@@ -18,8 +18,6 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedTokenizerFast
 
 SPECIAL = """<|endoftext|> <|im_start|> <|im_end|> <|object_ref_start|> <|object_ref_end|> <|box_start|> <|box_end|>
 <|quad_start|> <|quad_end|> <|vision_start|> <|vision_end|> <|vision_pad|> <|image_pad|> <|video_pad|>""".split()
@@ -105,6 +103,10 @@ def write_checkpoint(out: Path, arch: str, size: str, *, seed: int, dtype: str) 
 
 
 def write_tokenizer(out: Path) -> None:
+    # imported where they are used: tools/gpu_check.py takes the configurations on machines that have neither library
+    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
     vocab, merges = vocabulary()
     tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=merges))
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
@@ -130,6 +132,8 @@ def write_tokenizer(out: Path) -> None:
 
 def vocabulary() -> tuple[dict[str, int], list[tuple[str, str]]]:
     """Bytes, the common words with their merges, and fillers up to the published size."""
+    from tokenizers import pre_tokenizers
+
     vocab = {char: index for index, char in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
     merges: list[tuple[str, str]] = []
     for word in WORDS:
@@ -246,6 +250,8 @@ def preprocessor_config(processor: str) -> dict[str, Any]:
 
 def write_weights(out: Path, *, sees: bool, seed: int, dtype: str, randomise: bool) -> None:
     """Random weights of the model that `out/config.json` describes, under the published tensor names."""
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
+
     torch.manual_seed(seed)
     torch.set_default_dtype(getattr(torch, dtype))
     config = AutoConfig.from_pretrained(out)

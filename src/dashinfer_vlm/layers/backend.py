@@ -21,7 +21,7 @@ from dashinfer_vlm.layers.memory import in_huge_pages
 from dashinfer_vlm.layers.patches import NativePatches, Patches, TorchPatches
 from dashinfer_vlm.layers.quantise import QUANT_TYPES, PackedStore, QuantisedLinears
 
-__all__ = ["NATIVE", "NATIVE_BFLOAT16", "REFERENCE", "Backend", "LinearFactory", "Ops", "choose_backend"]
+__all__ = ["NATIVE", "NATIVE_BFLOAT16", "REFERENCE", "Backend", "LinearFactory", "Ops", "choose_backend", "on_card"]
 
 logger = logging.getLogger(__name__)
 
@@ -129,7 +129,7 @@ def _choose(device: torch.device, weight_dtype: torch.dtype, quant_type: str, st
     if device.type == "cuda":
         why = cuda.why_unavailable()
         if why is None:
-            return _on_card(device, weight_dtype)
+            return on_card(device, weight_dtype)
         logger.warning("no kernels for the card: %s; plain torch computes, many times slower", why)
     if device.type != "cpu":
         make = _of_own_copies(TorchLinear, device, weight_dtype)
@@ -146,21 +146,22 @@ def _choose(device: torch.device, weight_dtype: torch.dtype, quant_type: str, st
     return Backend("torch", device, weight_dtype, torch.float32, REFERENCE, make)
 
 
-def _on_card(device: torch.device, dtype: torch.dtype) -> Backend:
-    from dashinfer_vlm.layers import cuda as on_card
+def on_card(device: torch.device, dtype: torch.dtype) -> Backend:
+    """The kernels of `kernels/cuda`, which must be available; on a CPU where triton interprets them."""
+    from dashinfer_vlm.layers.cuda import OPS, CudaHead, CudaLinear, CudaPatches, multiplies_into_float32
 
-    head: TensorLinear = on_card.CudaHead if on_card.multiplies_into_float32() else on_card.CudaLinear
+    head: TensorLinear = CudaHead if multiplies_into_float32(device, dtype) else CudaLinear
 
     def patches(weight: Tensor, bias: Tensor) -> Patches:
-        return TorchPatches(weight, bias) if dtype == torch.float32 else on_card.CudaPatches(weight, bias, dtype)
+        return TorchPatches(weight, bias) if dtype == torch.float32 else CudaPatches(weight, bias, dtype)
 
     return Backend(
         name="triton",
         device=device,
         weight_dtype=dtype,
         activation_dtype=dtype,
-        ops=on_card.OPS,
-        make_linear=_of_own_copies(on_card.CudaLinear, device, dtype),
+        ops=OPS,
+        make_linear=_of_own_copies(CudaLinear, device, dtype),
         make_head=_of_own_copies(head, device, dtype),
         make_patches=patches,
     )

@@ -71,9 +71,9 @@ class CudaHead:
         return torch.mm(x, self.weight.t(), out_dtype=torch.float32, out=out)
 
 
-def multiplies_into_float32() -> bool:
-    """Whether this torch has the product that `CudaHead` needs (2.8 and later)."""
-    return hasattr(torch.ops.aten.mm, "dtype_out")
+def multiplies_into_float32(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether torch has the product that `CudaHead` needs: from 2.8 on, and for 16 bits on cards alone."""
+    return dtype == torch.float32 or (device.type == "cuda" and hasattr(torch.ops.aten.mm, "dtype_out"))
 
 
 class CudaPatches:

@@ -1,0 +1,201 @@
+"""Each kernel against its reference, and against what the device allows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import accumulate
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from card_checks.models import checked_backend
+from card_checks.results import Row, Setting, error
+from dashinfer_vlm.layers import activation, attention, norm, rotary
+from dashinfer_vlm.layers.backend import Ops
+
+BLOCK_SIZE = 16
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """One call of a kernel and what it should give."""
+
+    name: str
+    run: Callable[[], Tensor]
+    want: Callable[[], Tensor]
+    num_bytes: float = 0
+    flops: float = 0
+    """Of products in attention."""
+    bar: float = 1.5
+
+
+@dataclass(frozen=True, slots=True)
+class Heads:
+    query: int
+    key: int
+    dim: int
+
+
+def check(setting: Setting) -> Iterator[Row]:
+    """Small and odd sizes, every type, against float64."""
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        allowed = 1e-5 if dtype == torch.float32 else 1e-2
+        for case in _cases(setting, dtype, small=True):
+            yield Row(f"{case.name} {_short(dtype)}", error=error(case.run(), case.want()), allowed=allowed)
+
+
+def measure(setting: Setting) -> Iterator[Row]:
+    """Sizes of service in bfloat16."""
+    dtype = torch.bfloat16
+    for case in _cases(setting, dtype, small=setting.tiny):
+        seconds = setting.time(case.run)
+        floor = setting.ceilings.seconds(num_bytes=case.num_bytes, attention_flops=case.flops)
+        yield Row(f"{case.name} {_short(dtype)}", seconds, floor, case.bar)
+    if not setting.tiny:
+        yield from _yardsticks(setting)
+
+
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _cases(setting: Setting, dtype: torch.dtype, *, small: bool) -> Iterator[Case]:
+    torch.manual_seed(0)
+    ops = checked_backend(setting, dtype).ops
+    yield from _rows(setting, ops, dtype, 5 if small else 8192, 33 if small else 3584)
+    heads = Heads(6, 2, 32) if small else Heads(28, 4, 128)
+    for name, rows, contexts in _steps(small):
+        for cache in (dtype, torch.int8):
+            yield _paged(setting, ops, dtype, f"{name} over {_short(cache)}", heads, rows, contexts, cache)
+    if small:
+        yield _segments(setting, ops, dtype, "frames", [37, 1, 64, 5], 2, 80)
+        yield _segments(setting, ops, dtype, "heads of 72", [30, 9], 2, 72)
+    else:
+        yield _segments(setting, ops, dtype, "16 pictures of 1024^2", [5476] * 16, 16, 80)
+        yield _segments(setting, ops, dtype, "heads of 72", [4096] * 16, 16, 72)
+        yield _segments(setting, ops, dtype, "windows", [64] * 1369, 16, 80)
+
+
+def _steps(small: bool) -> list[tuple[str, list[int], list[int]]]:
+    if small:
+        return [("decode", [1, 1, 1], [1, 37, 70]), ("mixed step", [1, 19, 3], [40, 30, 33])]
+    return [
+        ("decode 1 of 1k", [1], [1024]),
+        ("decode 64 of 1k", [1] * 64, [1024] * 64),
+        ("decode 8 of 8k", [1] * 8, [8192] * 8),
+        ("prefill 8k", [8192], [8192]),
+        ("mixed step", [1] * 64 + [1984], [1024] * 64 + [4096]),
+    ]
+
+
+def _rows(setting: Setting, ops: Ops, dtype: torch.dtype, num_rows: int, size: int) -> Iterator[Case]:
+    def random(*shape: int) -> Tensor:
+        return torch.randn(*shape, device=setting.device).to(dtype)
+
+    x, weight, bias = random(num_rows, size), random(size), random(size)
+    moved = 2 * x.nbytes
+    yield Case(
+        "rms_norm",
+        lambda: ops.rms_norm(x, weight, 1e-6),
+        lambda: norm.rms_norm(x.double(), weight.double(), 1e-6),
+        moved,
+    )
+    yield Case(
+        "layer_norm",
+        lambda: ops.layer_norm(x, weight, bias, 1e-6),
+        lambda: norm.layer_norm(x.double(), weight.double(), bias.double(), 1e-6),
+        moved,
+    )
+    heads, dim = (3, 16) if num_rows < 100 else (32, 80)
+    turned, angles = random(num_rows, heads, dim), torch.randn(num_rows, dim // 2, device=setting.device)
+    cos, sin = angles.cos(), angles.sin()
+
+    def rotate(function: Callable[[Tensor, Tensor, Tensor], None], values: Tensor) -> Tensor:
+        function(values, cos, sin)
+        return values
+
+    yield Case(
+        "rope and a copy",
+        lambda: rotate(ops.rope, turned.clone()),
+        lambda: rotate(rotary.rope, turned.double()),
+        4 * turned.nbytes,
+    )
+    from dashinfer_vlm.kernels.cuda import rows as row_kernels  # triton reads the environment when it is imported
+
+    wide = random(num_rows, 2 * size)
+    yield Case(
+        "silu_mul", lambda: row_kernels.silu_mul(wide), lambda: activation.silu_mul(wide.double()), 1.5 * wide.nbytes
+    )
+
+
+def _paged(
+    setting: Setting,
+    ops: Ops,
+    dtype: torch.dtype,
+    name: str,
+    heads: Heads,
+    rows: list[int],
+    contexts: list[int],
+    cache: torch.dtype,
+) -> Case:
+    """A step whose rows are written and then read, in blocks that lie in no order."""
+    needed = [-(-n // BLOCK_SIZE) for n in contexts]
+    order = torch.randperm(sum(needed), dtype=torch.int32)
+    tables = torch.zeros(len(contexts), max(needed), dtype=torch.int32)
+    for table, begin, count in zip(tables, [0, *accumulate(needed)], needed, strict=False):
+        table[:count] = order[begin : begin + count]
+    shape = (len(order), BLOCK_SIZE, heads.key, attention.cache_row_size(heads.dim, cache))
+    keys, values = (torch.zeros(shape, dtype=cache, device=setting.device) for _ in range(2))
+    slots = torch.arange(len(order) * BLOCK_SIZE, device=setting.device)
+    for begin in range(0, len(slots), 4096):
+        k, v = torch.randn(2, len(slots[begin : begin + 4096]), heads.key, heads.dim, device=setting.device)
+        attention.write_kv(k, v, keys, values, slots[begin : begin + 4096])
+    q = torch.randn(sum(rows), heads.query, heads.dim, device=setting.device).to(dtype)
+    starts = torch.tensor([0, *accumulate(rows)], dtype=torch.int32, device=setting.device)
+    lengths = torch.tensor(contexts, dtype=torch.int32, device=setting.device)
+    tables = tables.to(setting.device)
+    scale = heads.dim**-0.5
+
+    def want() -> Tensor:
+        wide = (x if cache == torch.int8 else x.double() for x in (keys, values))
+        return attention.paged_attention(q.double(), *wide, tables, starts, lengths, scale)
+
+    pairs = sum(n * (2 * context - n + 1) / 2 for n, context in zip(rows, contexts, strict=True))
+    flops = 4 * heads.query * heads.dim * pairs if max(rows) > 8 else 0  # few rows are bound by reading
+    moved = 2 * sum(contexts) * heads.key * keys.shape[3] * keys.itemsize + 2 * q.nbytes
+    return Case(
+        name,
+        lambda: ops.paged_attention(q, keys, values, tables, starts, lengths, scale),
+        want,
+        moved,
+        flops,
+        bar=2.0,
+    )
+
+
+def _segments(
+    setting: Setting, ops: Ops, dtype: torch.dtype, name: str, lengths: list[int], heads: int, dim: int
+) -> Case:
+    qkv = torch.randn(sum(lengths), 3 * heads, dim, device=setting.device).to(dtype)
+    q, k, v = torch.split(qkv, heads, dim=1)
+    starts = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=setting.device)
+    return Case(
+        f"ViT attention, {name}",
+        lambda: ops.varlen_attention(q, k, v, starts, dim**-0.5, 0),
+        lambda: attention.varlen_attention(q.double(), k.double(), v.double(), starts, dim**-0.5),
+        qkv.nbytes * 4 / 3,
+        sum(4.0 * n * n * heads * dim for n in lengths),
+        bar=1.6,
+    )
+
+
+def _yardsticks(setting: Setting) -> Iterator[Row]:
+    """torch's own attention over one picture of 1024^2, as cuDNN and FlashAttention 2 do it: what is to be beaten."""
+    q, k, v = torch.randn(3, 16, 16, 5476, 80, device=setting.device, dtype=torch.bfloat16)
+    floor = setting.ceilings.seconds(attention_flops=16 * 4.0 * 5476**2 * 16 * 80)
+    for backend in (torch.nn.attention.SDPBackend.CUDNN_ATTENTION, torch.nn.attention.SDPBackend.FLASH_ATTENTION):
+        with torch.nn.attention.sdpa_kernel(backend):
+            seconds = setting.time(lambda: F.scaled_dot_product_attention(q, k, v), rounds=5)
+        yield Row(f"torch, {backend.name.lower()}, 16 of 1024^2", seconds, floor)

@@ -1,0 +1,288 @@
+"""Whole models with random weights, made where they are needed: no checkpoint has to be at hand."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import tempfile
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from card_checks.results import Row, Setting, error
+from dashinfer_vlm.config import EngineConfig
+from dashinfer_vlm.engine.engine import Engine
+from dashinfer_vlm.layers.backend import Backend, choose_backend, on_card
+from dashinfer_vlm.layers.linear import Matrix
+from dashinfer_vlm.models.base import KVCache, StepBatch
+from dashinfer_vlm.models.config import CheckpointConfig, read_config
+from dashinfer_vlm.models.loading import allocate_kv
+from dashinfer_vlm.models.model import LoadedModel
+from dashinfer_vlm.models.weights import Weights
+from dashinfer_vlm.request import Grid, Item, Request, SamplingParams
+from make_checkpoint import RECIPES, generation_config, preprocessor_config
+
+BLOCK_SIZE = 16
+
+
+class RandomWeights(Weights):
+    """Tensors that no file holds, the same for a name whenever it is asked for."""
+
+    def __init__(self, config: CheckpointConfig, device: torch.device, *, same_everywhere: bool) -> None:
+        self.folder = config.folder
+        self._device = device
+        self._maker = torch.device("cpu") if same_everywhere else device
+
+    def __contains__(self, name: str) -> bool:
+        return False
+
+    def take(self, name: str, *shape: int) -> Tensor:
+        generator = torch.Generator(self._maker)
+        generator.manual_seed(int.from_bytes(hashlib.sha256(name.encode()).digest()[:7]))
+        values = torch.randn(shape, generator=generator, device=self._maker).to(self._device)
+        if len(shape) == 1:
+            return 0.1 * values + (0.0 if name.endswith("bias") else 1.0)
+        return values / math.sqrt(math.prod(shape[1:]))
+
+    def join(self, names: tuple[str, ...], sizes: tuple[int, ...]) -> Tensor:
+        return torch.cat([self.take(name, size) for name, size in zip(names, sizes, strict=True)])
+
+    def matrix(self, rows: Mapping[str, int], depth: int) -> Matrix:
+        def read() -> Tensor:
+            return torch.cat([self.take(name, num_rows, depth) for name, num_rows in rows.items()])
+
+        return Matrix("+".join(rows), sum(rows.values()), depth, read)
+
+    def finish(self) -> None:
+        """Nothing can be left."""
+
+
+def published_config(arch: str, size: str) -> CheckpointConfig:
+    """What the JSON files of a published model of this size say."""
+    architecture, config, processor = RECIPES[arch]
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        told = {"architectures": [architecture], "model_type": arch, "torch_dtype": "bfloat16"} | config(size)
+        (folder / "config.json").write_text(json.dumps(told))
+        (folder / "generation_config.json").write_text(json.dumps(generation_config()))
+        if processor is not None:
+            (folder / "preprocessor_config.json").write_text(json.dumps(preprocessor_config(processor)))
+        return read_config(folder)
+
+
+def checked_backend(setting: Setting, dtype: torch.dtype) -> Backend:
+    """The card's; in a rehearsal the same kernels, interpreted."""
+    if setting.device.type == "cuda":
+        return choose_backend(setting.device, dtype)
+    return on_card(setting.device, dtype)
+
+
+def make_model(config: CheckpointConfig, backend: Backend, *, small: bool) -> LoadedModel:
+    weights = RandomWeights(config, backend.device, same_everywhere=small)
+    encoder = None if config.vision is None else config.family.encoder(config.vision, weights, backend)
+    return LoadedModel(config, config.family.decoder(config, weights, backend), encoder, backend)
+
+
+def make_engine(model: LoadedModel, num_tokens: int, max_model_len: int, **options: object) -> Engine:
+    """An engine with a KV cache for `num_tokens`."""
+    config = EngineConfig(device=model.device.type, max_model_len=max_model_len, **options)  # type: ignore[arg-type]
+    return Engine(model, allocate_kv(model, -(-num_tokens // BLOCK_SIZE), BLOCK_SIZE), config)
+
+
+def picture(config: CheckpointConfig, grid: Grid, start: int, seed: int) -> Item:
+    """Noise; `seed` is its identity."""
+    assert config.vision is not None
+    random = np.random.default_rng(seed)
+    patches = random.integers(0, 256, (math.prod(grid), config.vision.patch_dim), dtype=np.uint8)
+    return Item(
+        kind="image",
+        start=start,
+        num_tokens=len(patches) // config.merge_size**2,
+        content_hash=seed.to_bytes(32),
+        grid=grid,
+        patches=patches,
+    )
+
+
+def request(
+    config: CheckpointConfig, name: str, grids: list[Grid], num_text: int, max_tokens: int, seed: int
+) -> Request:
+    """Pictures, then words, of which one stands between any two pictures; greedy, to the last token."""
+    words = np.random.default_rng(seed).integers(0, 1000, num_text + len(grids)).tolist()
+    ids: list[int] = []
+    items: list[Item] = []
+    for number, grid in enumerate(grids):
+        item = picture(config, grid, len(ids), 1000 * seed + number)
+        items.append(item)
+        ids += [config.placeholder_ids["image"]] * item.num_tokens + [words.pop()]
+    params = SamplingParams(temperature=0, max_tokens=max_tokens, ignore_eos=True)
+    return Request(id=name, prompt_ids=ids + words, params=params, items=tuple(items))
+
+
+def tokens_of(engine: Engine, requests: list[Request]) -> dict[str, list[int]]:
+    """Run all requests to their end."""
+    found: dict[str, list[int]] = {r.id: [] for r in requests}
+    for r in requests:
+        engine.add(r)
+    while engine.has_work():
+        for output in engine.step():
+            found[output.request_id] += output.token_ids
+    return found
+
+
+def families(setting: Setting) -> Iterator[Row]:
+    """Greedy tokens of a tiny model of each family in float32: the device's are the CPU's; logits in bfloat16 nearly."""
+    cpu = torch.device("cpu")
+    for arch, (_, _, processor) in RECIPES.items():
+        config = published_config(arch, "tiny")
+        grids: list[Grid] = [(1, 4, 6), (1, 8, 4)] if processor else []
+        count, answer = (2, 3) if setting.tiny else (4, 12)
+        requests = [request(config, str(i), grids[: i % 3], 20 + 9 * i, answer, i) for i in range(1, 1 + count)]
+        ours, theirs = (
+            tokens_of(make_engine(make_model(config, backend, small=True), 4096, 512), requests)
+            for backend in (checked_backend(setting, torch.float32), choose_backend(cpu, torch.float32))
+        )
+        apart = sum(a != b for name in ours for a, b in zip(ours[name], theirs[name], strict=True))
+        total = sum(map(len, theirs.values()))
+        yield Row(f"tokens of a tiny {arch}", error=apart / total, allowed=0, note=f"{total} tokens")
+        yield _rounding(setting, config)
+
+
+def _rounding(setting: Setting, config: CheckpointConfig) -> Row:
+    """Logits of a text in bfloat16 beside those in float32; torch's own kernels lose about a hundredth here."""
+    logits = []
+    for dtype in (torch.float32, torch.bfloat16):
+        model = make_model(config, checked_backend(setting, dtype), small=True)
+        kv = allocate_kv(model, 8, BLOCK_SIZE)
+        logits.append(model.forward(text_batch(setting.device, [40], [40]), kv))
+    return Row(f"logits of a tiny {config.architecture} in bfloat16", error=error(logits[1], logits[0]), allowed=0.05)
+
+
+def text_batch(device: torch.device, rows: list[int], contexts: list[int]) -> StepBatch:
+    """The last `rows[s]` tokens of a text of `contexts[s]`, in blocks one behind the other."""
+    blocks = [-(-n // BLOCK_SIZE) for n in contexts]
+    tables = torch.zeros(len(rows), max(blocks), dtype=torch.int32)
+    slots, positions, first = [], [], 0
+    for table, count, n, context in zip(tables, blocks, rows, contexts, strict=True):
+        table[:count] = torch.arange(first, first + count)
+        places = torch.arange(context - n, context)
+        slots.append(places + first * BLOCK_SIZE)
+        positions.append(places)
+        first += count
+    starts = torch.tensor([0, *rows]).cumsum(0)
+    ids = torch.randint(0, 1000, (sum(rows),), generator=torch.Generator().manual_seed(0))
+    return StepBatch(
+        ids=ids.to(device),
+        positions=torch.cat(positions).expand(3, -1).to(device),
+        slots=torch.cat(slots).to(device),
+        query_starts=starts.int().to(device),
+        context_lens=torch.tensor(contexts, dtype=torch.int32, device=device),
+        block_tables=tables.to(device),
+        logits_rows=(starts[1:] - 1).to(device),
+    )
+
+
+def shapes(setting: Setting) -> Iterator[Row]:
+    """Decode, prefill and the ViT of the published sizes, next to their floors."""
+    sizes = ("tiny",) if setting.tiny else ("2b", "7b")
+    dtype = torch.float32 if setting.device.type == "cpu" else torch.bfloat16
+    for size in sizes:
+        bars = {"2b": (1.4, 1.35, 1.5), "7b": (1.15, 1.2, 1.3)}.get(size, (1.0, 1.0, 1.0))
+        config = published_config("qwen2_vl", size)
+        backend = checked_backend(setting, dtype)
+        model = make_model(config, backend, small=setting.tiny)
+        yield from _decoding(setting, model, f"{size} decode", bars)
+        yield _encoding(setting, model, f"Qwen2-VL ViT for {size}")
+        if size != "2b":
+            config = published_config("qwen2_5_vl", size)
+            yield _encoding(setting, make_model(config, backend, small=setting.tiny), "Qwen2.5-VL ViT")
+        del model
+        if setting.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+
+def _decoding(setting: Setting, model: LoadedModel, name: str, bars: tuple[float, float, float]) -> Iterator[Row]:
+    context, long = (33, 70) if setting.tiny else (1024, 8192)
+    streams = (1, 2) if setting.tiny else (1, 8, 64)
+    kv = allocate_kv(model, max(streams[-1] * -(-context // BLOCK_SIZE), -(-long // BLOCK_SIZE)), BLOCK_SIZE)
+    for count in streams:
+        batch = text_batch(setting.device, [1] * count, [context] * count)
+        seconds = setting.time(lambda batch=batch: model.forward(batch, kv))
+        moved = weight_bytes(model) + count * context * kv_bytes(kv)
+        floor = setting.ceilings.seconds(moved, 2 * weight_bytes(model) / model.kv_dtype.itemsize * count)
+        bar = bars[1] if count == streams[-1] else bars[0]
+        yield Row(f"{name} {count} of {context}", seconds, floor, bar, note=_host(setting, model, batch, kv))
+    batch = text_batch(setting.device, [long], [long])
+    text = model.config.text
+    attention = 2 * text.num_heads * text.head_dim * text.num_layers * long**2
+    floor = setting.ceilings.seconds(0, 2 * layer_numbers(model) * long, attention)
+    yield Row(f"{name} {long}".replace("decode", "prefill"), setting.time(lambda: model.forward(batch, kv), rounds=5),
+              floor, bars[2])  # fmt: skip
+
+
+def _host(setting: Setting, model: LoadedModel, batch: StepBatch, kv: KVCache) -> str:
+    """How long the CPU takes to start a step; where that is more than the card's time, the card idles."""
+    setting.wait()
+    begin = time.perf_counter()
+    model.forward(batch, kv)
+    return f"host {1e3 * (time.perf_counter() - begin):.2f} ms"
+
+
+def _encoding(setting: Setting, model: LoadedModel, name: str) -> Row:
+    grids: list[Grid] = [(1, 4, 6)] * 2 if setting.tiny else [(1, 74, 74)] * 16
+    encoder, vision = model.encoder, model.config.vision
+    assert encoder is not None
+    assert vision is not None
+    patches = [
+        torch.randint(0, 256, (math.prod(g), vision.patch_dim), dtype=torch.uint8, device=setting.device) for g in grids
+    ]
+
+    def run() -> list[Tensor]:
+        state = encoder.begin(patches, grids)
+        while not state.done:
+            encoder.run(state, 1 << 20)
+        return encoder.finish(state)
+
+    floor = setting.ceilings.seconds(0, *vit_flops(model.config, grids))
+    return Row(f"{name}, {len(grids)} of {grids[0][1]}x{grids[0][2]}", setting.time(run, rounds=5), floor, 1.5)
+
+
+def layer_numbers(model: LoadedModel) -> int:
+    """Weights of all layers, without embedding and head."""
+    t = model.config.text
+    attention = t.hidden_size * t.head_dim * (2 * t.num_heads + 2 * t.num_kv_heads)
+    return t.num_layers * (attention + 3 * t.hidden_size * t.intermediate_size)
+
+
+def weight_bytes(model: LoadedModel) -> int:
+    """What a step reads of them."""
+    text = model.config.text
+    return (layer_numbers(model) + text.hidden_size * text.vocab_size) * model.kv_dtype.itemsize
+
+
+def kv_bytes(kv: KVCache) -> float:
+    """Of one token."""
+    return sum(x.nbytes for x in (*kv.keys, *kv.values)) / (kv.num_blocks * kv.block_size)
+
+
+def vit_flops(config: CheckpointConfig, grids: list[Grid]) -> tuple[float, float]:
+    """Of products and of attention (the ViTs of Qwen2-VL and Qwen2.5-VL)."""
+    vision = config.vision
+    assert vision is not None
+    width, section = vision.width, vision.section
+    gated = section.has("intermediate_size")
+    inner = section.integer("intermediate_size") if gated else int(width * section.number("mlp_ratio"))
+    per_layer = 4 * width**2 + (3 if gated else 2) * width * inner
+    num_patches = sum(math.prod(g) for g in grids)
+    group = width * vision.merge_size**2
+    merger = 2 * (num_patches / vision.merge_size**2) * group * (group + vision.out_size)
+    products = 2 * num_patches * (vision.patch_dim * width + vision.depth * per_layer) + merger
+    full = len(section.integers("fullatt_block_indexes")) if gated else vision.depth
+    window = (section.integer("window_size") // vision.patch_size) ** 2 if gated else 0
+    pairs = sum(t * (h * w) ** 2 for t, h, w in grids)
+    return products, 4.0 * width * (full * pairs + (vision.depth - full) * num_patches * window)

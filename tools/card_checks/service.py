@@ -1,0 +1,102 @@
+"""The engine at work in this process: the published workload, and pictures that arrive beside streams."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from itertools import pairwise
+
+import torch
+
+from card_checks.models import (
+    checked_backend,
+    layer_numbers,
+    make_engine,
+    make_model,
+    published_config,
+    request,
+    tokens_of,
+    vit_flops,
+    weight_bytes,
+)
+from card_checks.results import Row, Setting
+from dashinfer_vlm.engine.engine import Engine
+from dashinfer_vlm.models.model import LoadedModel
+from dashinfer_vlm.request import Grid
+
+PUBLISHED_PICTURES: list[Grid] = [(1, 64, 64), (1, 48, 72), (1, 72, 48)]
+PUBLISHED_TEXT, PUBLISHED_TOKENS, CLIENTS = 52, 120, 32
+"""Words of the prompt beside its pictures, tokens of an answer, and requests that run at a time."""
+
+
+def published(setting: Setting) -> Iterator[Row]:
+    """Seconds per request; the floor takes the ViT, the prefill and a share of the decode one after the other."""
+    for size, bar in (("tiny", 1.0),) if setting.tiny else (("2b", 1 / 0.65), ("7b", 1 / 0.70)):
+        model = _model(setting, size)
+        grids, text, answer = PUBLISHED_PICTURES, PUBLISHED_TEXT, PUBLISHED_TOKENS
+        if setting.tiny:
+            grids, text, answer = [(1, 4, 4)], 10, 2
+        clients = 2 if setting.tiny else CLIENTS
+        length = text + len(grids) + sum(map(math.prod, grids)) // model.config.merge_size**2
+        engine = make_engine(
+            model, (clients + 1) * (length + answer + 16), length + answer, max_num_seqs=clients,
+            max_num_batched_tokens=2048, prefix_cache=False, vision_cache_gib=0.0,
+        )  # fmt: skip
+        tokens_of(engine, [request(model.config, "first", grids, text, answer, 999)])
+        count = clients * (1 if setting.tiny else 3)
+        requests = [request(model.config, str(i), grids, text, answer, i) for i in range(count)]
+        setting.wait()
+        begin = time.perf_counter()
+        tokens_of(engine, requests)
+        seconds = (time.perf_counter() - begin) / count
+        floor = _floor(setting, model, grids, length, answer, clients)
+        yield Row(f"{size} published work, s per request", seconds, floor, bar, note=f"{1 / seconds:.2f} requests/s")
+        engine.close()
+
+
+def _floor(setting: Setting, model: LoadedModel, grids: list[Grid], length: int, answer: int, clients: int) -> float:
+    c, t = setting.ceilings, model.config.text
+    attention = 2 * t.num_heads * t.head_dim * t.num_layers * length**2
+    prefill = c.seconds(0, 2 * layer_numbers(model) * length, attention)
+    per_token = 2 * t.num_layers * t.num_kv_heads * t.head_dim * model.kv_dtype.itemsize
+    step = c.seconds(weight_bytes(model) + clients * (length + answer / 2) * per_token)
+    return c.seconds(0, *vit_flops(model.config, grids)) + prefill + answer * step / clients
+
+
+def beside(setting: Setting) -> Iterator[Row]:
+    """99th percentile of the gaps of streams while pictures arrive; the floor is that without pictures."""
+    size = "tiny" if setting.tiny else "2b"
+    model = _model(setting, size)
+    streams, answer, every_s = (2, 4, 0.0) if setting.tiny else (16, 400, 0.25)
+    grid = (1, 4, 6) if setting.tiny else (1, 74, 74)
+    p99 = []
+    for with_pictures in (False, True):
+        engine = make_engine(model, 200_000 if not setting.tiny else 4096, 2048 if not setting.tiny else 256)
+        p99.append(_gaps(engine, model, streams, answer, grid if with_pictures else None, every_s))
+        engine.close()
+    yield Row(f"{size}, P99 gap of {streams} streams with pictures", p99[1], p99[0], 1.2)
+
+
+def _gaps(engine: Engine, model: LoadedModel, streams: int, answer: int, grid: Grid | None, every_s: float) -> float:
+    for i in range(streams):
+        engine.add(request(model.config, f"stream {i}", [], 100, answer, i))
+    seen: dict[str, list[float]] = defaultdict(list)
+    pictures, last = 0, time.perf_counter()
+    while engine.has_work():
+        outputs, now = engine.step(), time.perf_counter()
+        for output in outputs:
+            seen[output.request_id] += [now] * bool(output.token_ids)
+        if all(len(seen[f"stream {i}"]) == answer for i in range(streams)):
+            break
+        if grid is not None and now - last >= every_s:
+            engine.add(request(model.config, f"picture {pictures}", [grid], 20, 1, 5000 + pictures))
+            pictures, last = pictures + 1, now
+    gaps = sorted(b - a for i in range(streams) for a, b in pairwise(seen[f"stream {i}"]))
+    return gaps[int(0.99 * (len(gaps) - 1))]
+
+
+def _model(setting: Setting, size: str) -> LoadedModel:
+    dtype = torch.float32 if setting.device.type == "cpu" else torch.bfloat16
+    return make_model(published_config("qwen2_vl", size), checked_backend(setting, dtype), small=setting.tiny)
