@@ -14,8 +14,10 @@ import pytest
 from openai import AsyncOpenAI
 
 import dashinfer_vlm
+from dashinfer_vlm.cli.listen import listen
 from dashinfer_vlm.config import ServerConfig
-from dashinfer_vlm.errors import ConfigError
+from dashinfer_vlm.errors import ConfigError, EngineDeadError
+from dashinfer_vlm.server import run
 from dashinfer_vlm.server.auth import read_keys
 from tests.server.conftest import Serve
 
@@ -109,3 +111,13 @@ async def test_a_signal_ends_answers_that_take_too_long_with_an_error(serve: Ser
     reply = await asking
     assert '"code":"overloaded"' in reply.text
     assert "[DONE]" not in reply.text
+
+
+async def test_a_server_whose_engine_has_died_ends_with_an_error(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The command's exit status is then 1, and whoever started it starts another one."""
+    monkeypatch.setattr(run, "_TICKS_WITHOUT_ENGINE", 1)
+    running = await serve()
+    running.engine.is_alive = False
+    config = ServerConfig(host="127.0.0.1", port=0, log_level="warning")
+    with pytest.raises(EngineDeadError, match="the engine has stopped"):
+        await asyncio.wait_for(run.serve(running.service, config, sockets=listen("127.0.0.1", 0)), 60)

@@ -7,11 +7,12 @@ import dataclasses
 from typing import Any
 
 import httpx
+import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from dashinfer_vlm.engine.stats import EngineStats
 from dashinfer_vlm.media.loader import MediaCounters
-from dashinfer_vlm.server.metrics import HELP
+from dashinfer_vlm.server.metrics import HELP, Metrics
 from tests.server.conftest import Running, Serve
 
 CHAT = "/v1/chat/completions"
@@ -128,3 +129,16 @@ def test_every_figure_has_a_help_text_of_its_own() -> None:
     fields += [f"media_{field.name}" for field in dataclasses.fields(MediaCounters)]
     assert sorted(HELP) == sorted(fields)
     assert len(set(HELP.values())) == len(HELP)
+
+
+async def test_an_engine_that_does_not_answer_is_scraped_as_down(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stopped process is alive and says nothing."""
+    running = await serve()
+
+    async def silence() -> EngineStats:
+        await asyncio.Event().wait()
+        raise AssertionError("nobody sets it")
+
+    monkeypatch.setattr(running.engine, "stats", silence)
+    text = (await Metrics(running.service, patience_s=0.05).render()).decode()
+    assert "dashinfer_engine_up 0.0" in text

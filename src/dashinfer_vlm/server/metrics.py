@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
 from collections.abc import Iterator
 
@@ -19,6 +20,8 @@ from dashinfer_vlm.media.loader import MediaCounters
 
 _PREFIX = "dashinfer_"
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80, 160)
+_PATIENCE_S = 5.0
+"""Less than Prometheus waits for an answer, more than a step takes."""
 _ABORTED = "aborted"
 """Stands for the status of an answer that was not sent to its end."""
 _MEDIA_GAUGES = frozenset({"cache_bytes"})
@@ -70,8 +73,10 @@ HELP = {
 class Metrics:
     """An Observer that counts for Prometheus; engine and media are asked when somebody scrapes."""
 
-    def __init__(self, service: Service) -> None:
+    def __init__(self, service: Service, *, patience_s: float = _PATIENCE_S) -> None:
+        """An engine that says nothing for `patience_s` counts as down."""
         self._service = service
+        self._patience_s = patience_s
         self.registry = registry = CollectorRegistry()
         self._state = _State()
         registry.register(self._state)
@@ -126,10 +131,10 @@ class Metrics:
             self._choices.labels(reason).inc()
 
     async def render(self) -> bytes:
-        """The text format; without an engine its figures are absent and `dashinfer_engine_up` is 0."""
+        """The text format; without an engine that answers, its figures are absent and `dashinfer_engine_up` is 0."""
         try:
-            stats = await self._service.engine.stats()
-        except EngineDeadError:
+            stats = await asyncio.wait_for(self._service.engine.stats(), self._patience_s)
+        except (EngineDeadError, asyncio.TimeoutError):
             stats = None
         self._state.update(stats, self._service.prompts.loader.counters)
         return generate_latest(self.registry)

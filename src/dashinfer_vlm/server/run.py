@@ -12,6 +12,7 @@ import uvicorn
 from fastapi import FastAPI
 
 from dashinfer_vlm.config import ServerConfig
+from dashinfer_vlm.errors import EngineDeadError
 from dashinfer_vlm.frontend.service import Service
 from dashinfer_vlm.server.app import create_app
 from dashinfer_vlm.server.connection import Connection, raise_file_limit
@@ -20,6 +21,8 @@ _GRACE_S = 3
 """What uvicorn waits for connections once the service has drained, so that the last answers can leave."""
 _LAST_WORDS_S = 1.0
 """What streams that were ended get to say why."""
+_TICKS_WITHOUT_ENGINE = 30
+"""Tenths of a second that a server stays up once its engine is dead."""
 _LOOK_S = 0.1
 """How often a second Ctrl-C is looked for."""
 
@@ -52,12 +55,22 @@ class HttpServer(uvicorn.Server):
         )
         self._service = service
         self._drain_s = config.shutdown_timeout_s
+        self._num_ticks_dead = 0
+        self.engine_is_gone = False
+        """The server ends, or has ended, since there is no engine any more."""
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """uvicorn announces itself only on sockets that it has bound; people and scripts wait for that line."""
         await super().startup(sockets)
         if sockets and self.started:
             self._log_started_message(sockets)
+
+    async def on_tick(self, counter: int) -> bool:
+        """Whether to end: told so, or without an engine for a while, in which clients and probes hear of it."""
+        alive = self._service.engine.alive()
+        self._num_ticks_dead = 0 if alive else self._num_ticks_dead + 1
+        self.engine_is_gone = self._num_ticks_dead > _TICKS_WITHOUT_ENGINE
+        return await super().on_tick(counter) or self.engine_is_gone
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Refuse new requests, let the running ones end for the configured time, abort the rest, then stop listening.
@@ -92,7 +105,11 @@ async def serve(
 ) -> None:
     """Serve until a signal, on `sockets` when the address is bound already.
 
-    Raises ConfigError before, SystemExit when the address cannot be had.
+    Raises ConfigError before, SystemExit when the address cannot be had, EngineDeadError when the engine has died: who
+    started the server then starts another one.
     """
     Connection.max_connections = raise_file_limit()
-    await HttpServer(create_app(service, config), service, config, tls).serve(sockets)
+    server = HttpServer(create_app(service, config), service, config, tls)
+    await server.serve(sockets)
+    if server.engine_is_gone:
+        raise EngineDeadError("the engine has stopped, and the server with it")
