@@ -64,7 +64,7 @@ BAD: dict[str, tuple[dict[str, Any] | bytes, int, str]] = {
         "context",
     ),
     "more images than the limit": (body(*[image_part(png(56, 56))] * 9), 400, "8"),
-    "negative max_tokens": (body(max_tokens=-1), 400, "max_tokens"),
+    "negative max_tokens": (body(max_tokens=-5), 400, "max_tokens"),
     "temperature below 0": (body(temperature=-0.5), 400, "temperature"),
     "top_p above 1": (body(top_p=1.5), 400, "top_p"),
     "NaN temperature": (raw(', "temperature": NaN}'), 400, "temperature"),
