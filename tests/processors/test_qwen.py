@@ -29,7 +29,7 @@ from dashinfer_vlm.processors.qwen import (
     video_grid,
 )
 from dashinfer_vlm.processors.sizes import smart_resize
-from dashinfer_vlm.processors.videos import Qwen2Video
+from dashinfer_vlm.processors.videos import Qwen2Video, Qwen3Video
 
 CONFIG = ProcessorConfig(max_pixels=12845056)
 MEAN = np.asarray(CONFIG.image_mean, np.float32)
@@ -256,3 +256,25 @@ def test_settings_that_cannot_be_used_are_named(tmp_path: Path, settings: object
 def test_a_folder_without_settings_is_named(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"has no preprocessor_config\.json"):
         ProcessorConfig.from_checkpoint(tmp_path)
+
+
+def test_the_published_settings_of_qwen3_vl_are_read(tmp_path: Path) -> None:
+    shared = {
+        "patch_size": 16,
+        "temporal_patch_size": 2,
+        "merge_size": 2,
+        "image_mean": [0.5] * 3,
+        "image_std": [0.5] * 3,
+    }
+    image = {
+        "size": {"longest_edge": 16777216, "shortest_edge": 65536},
+        "processor_class": "Qwen3VLProcessor",
+        **shared,
+    }
+    video = {"size": {"longest_edge": 25165824, "shortest_edge": 4096}, "video_processor_type": "Qwen3VLVideoProcessor"}
+    write(tmp_path, "preprocessor_config.json", image)
+    write(tmp_path, "video_preprocessor_config.json", {**video, **shared})
+    config = ProcessorConfig.from_checkpoint(tmp_path)
+    assert (config.factor, config.min_pixels, config.max_pixels) == (32, 65536, 16777216)
+    assert (config.image_mean, config.patch_dim) == ((0.5, 0.5, 0.5), 1536)
+    assert config.video == Qwen3Video()

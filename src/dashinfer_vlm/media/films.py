@@ -33,6 +33,8 @@ CODECS = ("h264", "hevc", "vp8", "vp9", "av1", "libdav1d", "mpeg4", "mpeg2video"
 
 _WHOLE = ("gif",)
 """Codecs whose key frames may need what came before them: decoded from the start."""
+_DELAY = 64
+"""Packets behind its own by which a frame has come out of any decoder."""
 _SKIPS = ("h264", "hevc", "mpeg2video", "mpeg4")
 """Codecs that leave out frames that no other frame needs when they are told to."""
 
@@ -64,7 +66,10 @@ class _Contents:
 class _Wanted:
     moment: int
     stamp: int
+    place: int
+    """Number of the packet that holds it."""
     start: int
+    """Number of the packet to decode from."""
 
 
 def process_film(data: bytes, terms: Terms) -> Processed:
@@ -103,7 +108,7 @@ def _shown(data: bytes, chosen: list[int], contents: _Contents, max_pixels: int)
 def _wanted(chosen: list[int], contents: _Contents) -> Iterator[_Wanted]:
     for moment in chosen:
         frame = contents.timeline.frame(moment)
-        yield _Wanted(moment, contents.stamps[frame], contents.start(frame))
+        yield _Wanted(moment, contents.stamps[frame], contents.places[frame], contents.start(frame))
 
 
 @contextmanager
@@ -172,58 +177,59 @@ def _packets(container: Any, stream: Any) -> Iterator[Any]:
 def _decode(
     data: bytes, wanted: Sequence[_Wanted], stamped: bool, max_pixels: int, missed: list[_Wanted]
 ) -> Iterator[tuple[int, Pixels]]:
-    """The wanted frames in order, with their moments; those that do not come are added to `missed`.
+    """The wanted frames as they come, with their moments; those that do not come are added to `missed`.
 
     Between the frames, decoding is taken up again at the key frame before the next one. Each is held on its own.
     """
-    left = deque(wanted)
-    stamps = {want.stamp for want in left}
-    shown = _Shown(left, stamped, max_pixels, missed)
+    shown = _Shown(wanted, stamped, max_pixels)
     with _opened(data) as (container, stream):
         decoder, running = stream.codec_context, False
         skips = stamped and decoder.name in _SKIPS
         for number, packet in enumerate(_packets(container, stream)):
-            if not left:
+            missed += shown.overdue(number)
+            if not shown.left:
                 return
-            if number < left[0].start:
+            if number < shown.left[0].start:
                 if running:
                     decoder.flush_buffers()
                 running = False
                 continue
             running = True
             if skips:
-                decoder.skip_frame = "DEFAULT" if packet.pts in stamps else "NONREF"
+                decoder.skip_frame = "DEFAULT" if packet.pts in shown.stamps else "NONREF"
             yield from shown.take(_decoded(decoder, packet))
         yield from shown.take(_decoded(decoder, None))
-    missed += left
+    missed += shown.left
 
 
 class _Shown:
     """Picks the wanted frames out of what a decoder delivers."""
 
-    def __init__(self, left: deque[_Wanted], stamped: bool, max_pixels: int, missed: list[_Wanted]) -> None:
-        self._left = left
-        self._missed = missed
+    def __init__(self, wanted: Sequence[_Wanted], stamped: bool, max_pixels: int) -> None:
+        self.left = deque(wanted)
+        """Those that have not come yet, in the order of showing."""
+        self.stamps = {want.stamp for want in wanted}
         self._stamped = stamped
         self._max_pixels = max_pixels
         self._number = 0
         self._size: tuple[int, int] | None = None
 
+    def overdue(self, number: int) -> list[_Wanted]:
+        """Give up those that should have come long before packet `number`."""
+        late: list[_Wanted] = []
+        while self.left and self.left[0].place + _DELAY < number:
+            late.append(self.left.popleft())
+        return late
+
     def take(self, frames: list[Any]) -> Iterator[tuple[int, Pixels]]:
         for frame in frames:
             stamp = frame.pts if self._stamped else self._number
             self._number += 1
-            if stamp is None:
-                continue
-            while self._left and self._left[0].stamp < stamp:
-                self._missed.append(self._left.popleft())
-            yield from self._moments(frame, stamp)
-
-    def _moments(self, frame: Any, stamp: int) -> Iterator[tuple[int, Pixels]]:
-        pixels: Pixels | None = None
-        while self._left and self._left[0].stamp == stamp:
-            pixels = self._pixels(frame) if pixels is None else pixels
-            yield self._left.popleft().moment, pixels
+            found = [want for want in self.left if want.stamp == stamp] if stamp in self.stamps else []
+            if found:
+                self.left = deque(want for want in self.left if want.stamp != stamp)
+                pixels = self._pixels(frame)
+                yield from ((want.moment, pixels) for want in found)
 
     def _pixels(self, frame: Any) -> Pixels:
         """uint8 [H, W, 3], upright (a phone's rotation applied), of the first frame's size."""

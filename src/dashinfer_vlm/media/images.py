@@ -14,7 +14,7 @@ from PIL import Image, UnidentifiedImageError
 
 from dashinfer_vlm.config import MediaConfig
 from dashinfer_vlm.errors import MediaError, MediaTooLargeError
-from dashinfer_vlm.media.jpeg import MAX_SCANS, num_scans
+from dashinfer_vlm.media.jpeg import most_scans, num_scans
 from dashinfer_vlm.media.medium import Limits, MediaLimits, Medium
 from dashinfer_vlm.media.png import without_descriptions
 from dashinfer_vlm.media.wire import Terms
@@ -70,10 +70,9 @@ def open_image(data: bytes, max_pixels: int) -> Image.Image:
             f"the image has {image.width}x{image.height} pixels; the limit is {max_pixels / 1e6:g} million; send a "
             "smaller one, or start with --max-image-mpx"
         )
-    if num_scans(data) > MAX_SCANS:
-        raise MediaTooLargeError(
-            f"the image has more than {MAX_SCANS} scans; save it with fewer, or as a baseline JPEG"
-        )
+    most = most_scans(math.prod(image.size), max_pixels)
+    if num_scans(data, most) > most:
+        raise MediaTooLargeError(f"the image has more than {most} scans; save it with fewer, or as a baseline JPEG")
     return image
 
 
