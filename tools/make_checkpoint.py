@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
 """Write a random-weight Qwen checkpoint in the published format: real tensor names, real config keys, a tokenizer.
 
-    make_checkpoint.py OUT --arch qwen2_vl|qwen2_5_vl|qwen2|qwen3 --size tiny|small|2b|7b [--seed 0] [--dtype bfloat16]
+    make_checkpoint.py OUT --arch qwen2_vl|qwen2_5_vl|qwen2|qwen3 --size tiny|small|2b|7b|8b [--seed 0] [--dtype bfloat16]
 
-`2b` and `7b` have the published shapes, so that speed and memory are the real ones; the text that comes out is noise.
+`2b`, `7b` and `8b` (Qwen3-VL) have the published shapes, so that speed and memory are the real ones; the text that comes out is noise.
 `tiny` and `small` are for parity tests against `transformers`; their norms and biases are random too, since an error
 in a norm of ones or a bias of zeros would not show. A new family is one more row of RECIPES.
 """
@@ -73,6 +73,15 @@ TEXT: dict[str, dict[str, Any]] = {
         "tie_word_embeddings": True,
         "vocab_size": 151936,
     },
+    "8b": {
+        "hidden_size": 4096,
+        "intermediate_size": 12288,
+        "num_hidden_layers": 36,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "tie_word_embeddings": False,
+        "vocab_size": 151936,
+    },
     "7b": {
         "hidden_size": 3584,
         "intermediate_size": 18944,
@@ -83,8 +92,10 @@ TEXT: dict[str, dict[str, Any]] = {
         "vocab_size": 152064,
     },
 }
+QWEN3_2B = {"hidden_size": 2048, "intermediate_size": 6144, "num_attention_heads": 16, "num_key_value_heads": 8}
+"""Where the published Qwen3-VL-2B differs from the 2B shape of Qwen2-VL."""
 MROPE_SECTION = {"tiny": [4, 6, 6], "small": [8, 12, 12], "2b": [16, 24, 24], "7b": [16, 24, 24]}
-VISION = {"tiny": (3, 64, 4), "small": (5, 160, 4), "2b": (32, 1280, 16), "7b": (32, 1280, 16)}
+VISION = {"tiny": (3, 64, 4), "small": (5, 160, 4), "2b": (32, 1280, 16), "7b": (32, 1280, 16), "8b": (27, 1152, 16)}
 """Depth, width and heads of the vision encoder."""
 
 
@@ -98,7 +109,8 @@ def write_checkpoint(out: Path, arch: str, size: str, *, seed: int, dtype: str) 
     write_json(out / "chat_template.json", {"chat_template": CHAT_TEMPLATE})
     write_json(out / "generation_config.json", generation_config())
     if processor is not None:
-        write_json(out / "preprocessor_config.json", preprocessor_config(processor))
+        for name, settings in processor_configs(processor).items():
+            write_json(out / name, settings)
     write_weights(out, sees=processor is not None, seed=seed, dtype=dtype, randomise=size in ("tiny", "small"))
 
 
@@ -212,9 +224,50 @@ def qwen3(size: str) -> dict[str, Any]:
     return text_config(size) | {"head_dim": min(head_dim, 128), "attention_bias": False}
 
 
+def qwen3_vl(size: str) -> dict[str, Any]:
+    """Text values in `text_config`, as published. The small sizes have a table of 8 x 8 positions, which no grid fits."""
+    depth, width, heads = (24, 1024, 16) if size == "2b" else VISION[size]
+    text = qwen3(size) | {
+        "model_type": "qwen3_vl_text",
+        "num_hidden_layers": max(TEXT[size]["num_hidden_layers"], 4),
+        **(QWEN3_2B if size == "2b" else {}),
+        "rope_theta": 5000000.0,
+        "max_position_embeddings": 262144,
+    }
+    section = {32: [8, 4, 4], 64: [12, 10, 10], 128: [24, 20, 20]}[text["head_dim"]]
+    text["rope_scaling"] = {"mrope_interleaved": True, "mrope_section": section, "rope_type": "default"}
+    for key in ("sliding_window", "use_sliding_window", "max_window_layers"):
+        del text[key]
+    vision = {
+        "model_type": "qwen3_vl",
+        "depth": depth,
+        "hidden_size": width,
+        "num_heads": heads,
+        "in_channels": 3,
+        "intermediate_size": {1024: 4096, 1152: 4304}.get(width, width * 3),
+        "out_hidden_size": text["hidden_size"],
+        "patch_size": 16,
+        "spatial_merge_size": 2,
+        "temporal_patch_size": 2,
+        "num_position_embeddings": 2304 if size in ("2b", "8b") else 64,
+        "deepstack_visual_indexes": {24: [5, 11, 17], 27: [8, 16, 24]}.get(depth, [0, 1, 2]),
+        "hidden_act": "gelu_pytorch_tanh",
+    }
+    return {
+        "text_config": text,
+        "vision_config": vision,
+        "tie_word_embeddings": text["tie_word_embeddings"],
+        "vision_start_token_id": IDS["<|vision_start|>"],
+        "vision_end_token_id": IDS["<|vision_end|>"],
+        "image_token_id": IDS["<|image_pad|>"],
+        "video_token_id": IDS["<|video_pad|>"],
+    }
+
+
 RECIPES: dict[str, tuple[str, Callable[[str], dict[str, Any]], str | None]] = {
     "qwen2_vl": ("Qwen2VLForConditionalGeneration", qwen2_vl, "Qwen2VLProcessor"),
     "qwen2_5_vl": ("Qwen2_5_VLForConditionalGeneration", qwen2_5_vl, "Qwen2_5_VLProcessor"),
+    "qwen3_vl": ("Qwen3VLForConditionalGeneration", qwen3_vl, "Qwen3VLProcessor"),
     "qwen2": ("Qwen2ForCausalLM", text_config, None),
     "qwen3": ("Qwen3ForCausalLM", qwen3, None),
 }
@@ -234,8 +287,18 @@ def generation_config() -> dict[str, Any]:
     }
 
 
-def preprocessor_config(processor: str) -> dict[str, Any]:
-    return {
+def processor_configs(processor: str) -> dict[str, dict[str, Any]]:
+    """The files that say how pictures and videos are cut."""
+    if processor == "Qwen3VLProcessor":
+        half = {"image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.5, 0.5], "processor_class": processor}
+        cut = {"patch_size": 16, "temporal_patch_size": 2, "merge_size": 2}
+        image = {"size": {"longest_edge": 16777216, "shortest_edge": 65536}, **cut, **half}
+        video = {"size": {"longest_edge": 25165824, "shortest_edge": 4096}, **cut, **half}
+        return {
+            "preprocessor_config.json": image | {"image_processor_type": "Qwen2VLImageProcessorFast"},
+            "video_preprocessor_config.json": video | {"video_processor_type": "Qwen3VLVideoProcessor"},
+        }
+    settings = {
         "min_pixels": 4 * 28 * 28,
         "max_pixels": 16384 * 28 * 28,
         "patch_size": 14,
@@ -246,6 +309,7 @@ def preprocessor_config(processor: str) -> dict[str, Any]:
         "image_processor_type": "Qwen2VLImageProcessor",
         "processor_class": processor,
     }
+    return {"preprocessor_config.json": settings}
 
 
 def write_weights(out: Path, *, sees: bool, seed: int, dtype: str, randomise: bool) -> None:
@@ -256,9 +320,10 @@ def write_weights(out: Path, *, sees: bool, seed: int, dtype: str, randomise: bo
     torch.set_default_dtype(getattr(torch, dtype))
     config = AutoConfig.from_pretrained(out)
     weights = (AutoModelForImageTextToText if sees else AutoModelForCausalLM).from_config(config).state_dict()
-    tied = json.loads((out / "config.json").read_text())["tie_word_embeddings"]
+    described = json.loads((out / "config.json").read_text())
+    tied, is_new = described["tie_word_embeddings"], "text_config" in described
     tensors = {
-        name.replace("model.visual.", "visual.").replace("model.language_model.", "model."): weight.contiguous()
+        (name if is_new else first_name(name)): weight.contiguous()
         for name, weight in weights.items()
         if not (tied and name == "lm_head.weight")
     }
@@ -268,6 +333,11 @@ def write_weights(out: Path, *, sees: bool, seed: int, dtype: str, randomise: bo
     save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
     num_parameters = sum(weight.numel() for weight in tensors.values())
     print(f"{out}: {num_parameters / 1e9:.3f} B parameters, {len(tensors)} tensors")
+
+
+def first_name(name: str) -> str:
+    """As tensors were called before `model.visual` and `model.language_model`."""
+    return name.replace("model.visual.", "visual.").replace("model.language_model.", "model.")
 
 
 def write_json(path: Path, value: dict[str, Any]) -> None:

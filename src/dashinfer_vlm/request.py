@@ -150,7 +150,8 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Item:
-    """One image or video of a request: a run of placeholder tokens and what stands behind it.
+    """A run of placeholder tokens of a request and what stands behind it: an image, a video, or a part of a video that
+    is written as several runs. Parts share features and `content_hash`, and follow each other row by row.
 
     Exactly one of `patches` (the encoder turns them into embeddings) and `embedding` (ready made) is given.
     """
@@ -167,9 +168,28 @@ class Item:
     """The item's features; of images and videos uint8 [P, patch_dim], rows in the processor's merge order (see
     processors/qwen.py). The engine's loop maps a shared array before the engine sees it."""
     embedding: torch.Tensor | None = None
-    """float [num_tokens, hidden]."""
+    """float [num_tokens, embedding size]."""
+    first_row: int = 0
+    """Row of the encoder's output that the first placeholder stands for."""
+    encoded_rows: int | None = None
+    """Rows of the encoder's output; None: `num_tokens`."""
     seconds_per_grid: float = 1.0
     """Seconds of video per temporal grid step; scales Qwen2.5-VL's temporal axis."""
+
+    @property
+    def end(self) -> int:
+        """Index in the prompt behind the last placeholder token."""
+        return self.start + self.num_tokens
+
+    @property
+    def num_rows(self) -> int:
+        """Rows of the encoder's output, of which this run may be a part."""
+        return self.num_tokens if self.encoded_rows is None else self.encoded_rows
+
+    @property
+    def is_last_part(self) -> bool:
+        """Whether no later run needs the encoder's output."""
+        return self.first_row + self.num_tokens == self.num_rows
 
     @property
     def work(self) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
@@ -69,6 +70,7 @@ def test_linear_reads_strided_rows_and_writes_strided_rows() -> None:
 FINISH: dict[Epilogue, Callable[[Tensor], Tensor]] = {
     "none": lambda v: v,
     "gelu": F.gelu,
+    "gelu_tanh": partial(F.gelu, approximate="tanh"),
     "quick_gelu": lambda v: v * torch.sigmoid(1.702 * v),
 }
 
@@ -110,7 +112,7 @@ def test_silu_mul_multiplies_gate_and_up_of_one_weight(rows: int, inner: int, wi
 def test_extreme_sums_saturate_instead_of_turning_into_nan() -> None:
     x, weight = torch.tensor([[1e4]]), torch.tensor([[1.0], [-1.0]])
     plain, gated = cpu_ops.pack_linear(weight), cpu_ops.pack_linear(weight, gate_up=True)
-    epilogues: list[Epilogue] = ["gelu", "quick_gelu"]
+    epilogues: list[Epilogue] = ["gelu", "gelu_tanh", "quick_gelu"]
     for epilogue in epilogues:
         torch.testing.assert_close(cpu_ops.linear(x, plain, epilogue=epilogue), torch.tensor([[1e4, 0.0]]))
     torch.testing.assert_close(cpu_ops.linear(-x, gated, epilogue="silu_mul"), torch.tensor([[0.0]]))

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from dashinfer_vlm.layers.activation import gelu, quick_gelu, silu_mul
+from dashinfer_vlm.layers.activation import gelu, gelu_tanh, quick_gelu, silu_mul
 from dashinfer_vlm.layers.memory import huge_pages, huge_zeros, in_huge_pages
 from dashinfer_vlm.layers.norm import layer_norm, rms_norm
 from dashinfer_vlm.layers.rotary import axes_of_channels, inverse_frequencies, mrope_cos_sin, rope, vision_cos_sin
@@ -35,6 +35,8 @@ def test_activations_follow_their_formulas() -> None:
     x = torch.linspace(-6, 6, 24, dtype=torch.float64).view(3, 8)
     torch.testing.assert_close(silu_mul(x), x[:, :4] / (1 + (-x[:, :4]).exp()) * x[:, 4:])
     torch.testing.assert_close(quick_gelu(x), x / (1 + (-1.702 * x).exp()))
+    inner = math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)
+    torch.testing.assert_close(gelu_tanh(x), x * 0.5 * (1 + torch.tanh(inner)))
     torch.testing.assert_close(gelu(x), x * 0.5 * (1 + torch.erf(x / math.sqrt(2))))
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ TEXT_IDS = 1000
 class Prompt:
     ids: list[int]
     items: tuple[Item, ...]
+    processor: ProcessorConfig | None = None
 
     def hf_inputs(self) -> dict[str, torch.Tensor]:
         """The same prompt as `transformers` takes it, pixel values normalised by the processor's constants."""
@@ -39,9 +41,9 @@ class Prompt:
             ("image", "pixel_values", "image_grid_thw"),
             ("video", "pixel_values_videos", "video_grid_thw"),
         ):
-            items = [item for item in self.items if item.kind == kind]
+            items = [item for item in self.items if item.kind == kind and item.is_last_part]
             if items:
-                inputs[pixels] = torch.cat([normalised(patches_of(item)) for item in items])
+                inputs[pixels] = torch.cat([normalised(patches_of(item), self.processor) for item in items])
                 inputs[grids] = torch.tensor([item.grid for item in items])
         if any(item.kind == "video" for item in self.items):
             seconds = [item.seconds_per_grid for item in self.items if item.kind == "video"]
@@ -125,8 +127,12 @@ def hf_logits(model: Any, prompt: Prompt) -> torch.Tensor:
 
 
 def encode(model: Model, items: Sequence[Item], slices_at_once: int = 1000) -> list[torch.Tensor]:
-    grids = [item.grid or (0, 0, 0) for item in items]
-    return run_vit(model, [patches_of(item) for item in items], grids, slices_at_once) if items else []
+    """For each run its rows of the embedding of the item that it is a part of."""
+    whole = [item for item in items if item.is_last_part]
+    grids = [item.grid or (0, 0, 0) for item in whole]
+    made = run_vit(model, [patches_of(item) for item in whole], grids, slices_at_once) if whole else []
+    numbers = accumulate(int(item.first_row == 0) for item in items)
+    return [made[n - 1][i.first_row : i.first_row + i.num_tokens] for i, n in zip(items, numbers, strict=True)]
 
 
 def run_vit(

@@ -116,8 +116,8 @@ class ItemQueue:
     def store(self, items: Sequence[Item], embeddings: Sequence[torch.Tensor]) -> None:
         """Cache `[tokens, hidden]` for each item; one with a wrong number of rows fails."""
         for item, embedding in zip(items, embeddings, strict=True):
-            if len(embedding) != item.num_tokens:
-                self.fail([item], ValueError(f"{len(embedding)} embedding rows for {item.num_tokens} placeholders"))
+            if len(embedding) != item.num_rows:
+                self.fail([item], ValueError(f"{len(embedding)} embedding rows for {item.num_rows} placeholders"))
                 continue
             self.cache.put(item.content_hash, embedding)
             self._forget(item.content_hash)

@@ -79,6 +79,7 @@ def check_request(request: Request, limits: Limits) -> int:
 def _check_ids(request: Request, limits: Limits) -> None:
     """Items lie in order, inside the prompt, without overlap; every other id is a word of the vocabulary."""
     end = 0
+    _check_parts(request.items)
     for item in request.items:
         _check_item(item, limits)
         if item.start < end or item.start + item.num_tokens > len(request.prompt_ids):
@@ -101,13 +102,26 @@ def _check_words(ids: list[int], start: int, stop: int, vocab_size: int) -> None
             )
 
 
+def _check_parts(items: tuple[Item, ...]) -> None:
+    """The parts of an item follow each other, whole and in order: the last one stands for the encoder's work."""
+    content, next_row = b"", 0
+    for item in items:
+        if item.first_row != next_row or (next_row and item.content_hash != content):
+            raise InvalidRequestError(f"an item begins with row {item.first_row} of its embedding, not {next_row}")
+        if item.first_row + item.num_tokens > item.num_rows:
+            raise InvalidRequestError(f"an item has more placeholders than its embedding's {item.num_rows} rows")
+        content, next_row = item.content_hash, 0 if item.is_last_part else item.first_row + item.num_tokens
+    if next_row:
+        raise InvalidRequestError(f"the last item ends with row {next_row} of {items[-1].num_rows}")
+
+
 def _check_item(item: Item, limits: Limits) -> None:
     if item.num_tokens < 1:
         raise InvalidRequestError(f"an item stands for {item.num_tokens} tokens; it needs at least 1")
     if (item.patches is None) == (item.embedding is None):
         raise InvalidRequestError("an item needs either patches or an embedding")
     if item.embedding is not None:
-        _check_embedding(item.num_tokens, tuple(item.embedding.shape), limits)
+        _check_embedding(item.num_rows, tuple(item.embedding.shape), limits)
     if item.patches is not None and not limits.max_item_patches:
         raise InvalidRequestError(f"the model takes no {item.kind} input")
     if item.patches is not None and item.grid is None:

@@ -92,7 +92,8 @@ class Runner:
             if first < last:
                 at = row + first - start
                 ids[at : at + last - first] = 0
-                yield EmbeddingRows(start=at, rows=self._embedding(item)[first - item.start : last - item.start])
+                offset = item.first_row - item.start
+                yield EmbeddingRows(start=at, rows=self._embedding(item)[first + offset : last + offset])
 
     def _embedding(self, item: Item) -> torch.Tensor:
         found = item.embedding if item.embedding is not None else self.embeddings.get(item.content_hash)

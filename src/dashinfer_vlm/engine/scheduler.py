@@ -238,8 +238,8 @@ class Scheduler:
     def _embeddings_fit(self, wanted: list[Item]) -> bool:
         """Content that several sequences wait for counts once. Who holds nothing that others wait for fits always, or
         a long video would never run."""
-        pinned = {item.content_hash: item.num_tokens for items in self._wanted.values() for item in items}
-        wanted_too = {item.content_hash: item.num_tokens for item in wanted}
+        pinned = {item.content_hash: item.num_rows for items in self._wanted.values() for item in items}
+        wanted_too = {item.content_hash: item.num_rows for item in wanted}
         return not pinned or sum((pinned | wanted_too).values()) <= self.max_pinned_tokens
 
     def _find_prefix(self, sequence: Sequence) -> list[int]:

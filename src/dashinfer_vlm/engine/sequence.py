@@ -97,11 +97,15 @@ class Sequence:
     @property
     def pending_items(self) -> list[Item]:
         """Items of which at least one row is still to be computed."""
-        return [item for item in self.request.items if item.start + item.num_tokens > self.num_computed]
+        items = self.request.items
+        if not items or items[-1].end <= self.num_computed:  # every decoding sequence is asked in every step
+            return []
+        return [item for item in items if item.end > self.num_computed]
 
     def items_to_encode(self, *, behind: int) -> list[Item]:
-        """Items that the encoder is asked for when the first `behind` tokens are computed."""
-        return [i for i in self.request.items if i.embedding is None and i.start + i.num_tokens > behind]
+        """Items that the encoder is asked for when the first `behind` tokens are computed; of one in several parts the
+        last, which is needed longest."""
+        return [i for i in self.request.items if i.embedding is None and i.is_last_part and i.end > behind]
 
     def owe(self) -> None:
         """A step that was started will give one more token."""
@@ -159,6 +163,7 @@ class Sequence:
 
 
 def _item_key(item: Item) -> bytes:
-    """Content and layout: equal pixels under another grid or frame rate have other positions."""
-    layout = f"{item.kind} {item.grid} {item.seconds_per_grid} {item.num_tokens}".encode()
+    """Content and layout: equal pixels under another grid or frame rate have other positions, and each part of an item
+    its own rows."""
+    layout = f"{item.kind} {item.grid} {item.seconds_per_grid} {item.first_row} {item.num_tokens}".encode()
     return blake2b(item.content_hash + layout, digest_size=16).digest()

@@ -4,11 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from dashinfer_vlm.models.config import read_config
 from dashinfer_vlm.request import ItemKind
 from dashinfer_vlm.tokenizer_file import read_json
+
+if TYPE_CHECKING:  # the tokenizer stands on this module
+    from dashinfer_vlm.frontend.expansion import ExpandItem
 
 _DEFAULTED = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
 
@@ -19,6 +24,8 @@ class FrontendConfig:
 
     placeholder_ids: Mapping[ItemKind, int]
     """The token that stands for each kind of item; a kind that is absent cannot be sent to this model."""
+    expand_item: ExpandItem
+    """What the model's family puts in the place of a placeholder."""
     sampling_defaults: dict[str, float | int]
     """Fields of SamplingParams that `generation_config.json` sets for requests that do not."""
 
@@ -26,8 +33,10 @@ class FrontendConfig:
     def from_folder(cls, folder: Path) -> FrontendConfig:
         """What the model's family reads in `config.json`, and `generation_config.json` where there is one; raises
         CheckpointError."""
+        config = read_config(folder)
         return cls(
-            placeholder_ids=read_config(folder).placeholder_ids,
+            placeholder_ids=config.placeholder_ids,
+            expand_item=partial(config.family.expand, config),
             sampling_defaults=_sampling_defaults(folder / "generation_config.json"),
         )
 

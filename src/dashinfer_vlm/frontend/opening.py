@@ -45,6 +45,7 @@ class FrontEnd:
             template=self.template,
             loader=loader,
             placeholder_ids=self.checkpoint.placeholder_ids,
+            expand_item=self.checkpoint.expand_item,
             max_model_len=max_model_len,
             vocab_size=vocab_size,
             max_items=max_items,

@@ -10,6 +10,7 @@ from typing import Protocol, TypeVar
 
 from dashinfer_vlm.errors import InvalidRequestError
 from dashinfer_vlm.frontend.context import check_prompt, check_total, too_long
+from dashinfer_vlm.frontend.expansion import Expander, ExpandItem, one_run
 from dashinfer_vlm.frontend.messages import Message, validate_messages
 from dashinfer_vlm.frontend.params import DEFAULT_PARAMS, GenerationParams
 from dashinfer_vlm.frontend.template import ChatTemplate
@@ -87,6 +88,8 @@ class PromptBuilder:
     max_model_len: int
     """Prompt plus output tokens at most."""
     vocab_size: int
+    expand_item: ExpandItem = one_run
+    """What the model's family puts in the place of a placeholder."""
     max_items: Mapping[str, int] = field(default_factory=dict)
     """Items of a kind in one prompt at most; kinds that are absent have no limit."""
 
@@ -143,7 +146,7 @@ class PromptBuilder:
         return await _encode(len(text), encode, text, most, "prompt")
 
     def _finish(self, ids: Sequence[int], media: Sequence[LoadedMedia], params: GenerationParams, param: str) -> Prompt:
-        full, items = expand(ids, media, self.placeholder_ids, param)
+        full, items = Expander(self.tokenizer, self.placeholder_ids, self.expand_item)(ids, media, param)
         check_total(len(full), params.sampling.max_tokens, self.max_model_len, param, params.max_tokens_name)
         return Prompt(full, items, tuple(media))
 
@@ -167,35 +170,6 @@ class PromptBuilder:
             raise too_long(self.max_model_len, reason, param)
 
 
-def expand(
-    ids: Sequence[int], media: Sequence[LoadedMedia], placeholder_ids: Mapping[ItemKind, int], param: str
-) -> tuple[list[int], tuple[Item, ...]]:
-    """Repeat the n-th placeholder of a kind as often as the n-th medium of that kind has tokens.
-
-    Raises InvalidRequestError when the numbers of placeholders and media differ.
-    """
-    kind_of = {token: kind for kind, token in placeholder_ids.items()}
-    queues = {kind: [medium for medium in media if medium.kind == kind] for kind in placeholder_ids}
-    for kind, token in placeholder_ids.items():
-        found = ids.count(token)
-        if found != len(queues[kind]):
-            raise InvalidRequestError(
-                f"the prompt has {found} {kind} placeholders for {len(queues[kind])} {kind}s", param=param
-            )
-    if not media:
-        return list(ids), ()
-    full: list[int] = []
-    items: list[Item] = []
-    for token in ids:
-        if token not in kind_of:
-            full.append(token)
-            continue
-        item = _item(queues[kind_of[token]].pop(0), len(full))
-        items.append(item)
-        full += [token] * item.num_tokens
-    return full, tuple(items)
-
-
 async def _encode(effort: int, encode: Callable[[T, int], list[int]], text: T, most: int, param: str) -> list[int]:
     """Long texts are encoded in a thread; for short ones the change of threads would cost more than it saves."""
     try:
@@ -205,18 +179,6 @@ async def _encode(effort: int, encode: Callable[[T, int], list[int]], text: T, m
     except InvalidRequestError as error:
         error.param = error.param or param
         raise
-
-
-def _item(medium: LoadedMedia, start: int) -> Item:
-    return Item(
-        kind=medium.kind,
-        start=start,
-        num_tokens=medium.num_tokens,
-        content_hash=medium.content_hash,
-        grid=medium.grid,
-        patches=medium.features,
-        seconds_per_grid=medium.seconds_per_grid,
-    )
 
 
 async def _load_all(loader: Loader, refs: Sequence[MediaRef]) -> tuple[LoadedMedia, ...]:

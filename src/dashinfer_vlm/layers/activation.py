@@ -8,9 +8,9 @@ from typing import Literal
 import torch
 from torch.nn import functional as F
 
-__all__ = ["EPILOGUES", "Epilogue", "gelu", "quick_gelu", "silu_mul"]
+__all__ = ["EPILOGUES", "Epilogue", "gelu", "gelu_tanh", "quick_gelu", "silu_mul"]
 
-Epilogue = Literal["none", "silu_mul", "quick_gelu", "gelu"]
+Epilogue = Literal["none", "silu_mul", "quick_gelu", "gelu", "gelu_tanh"]
 """What a linear layer does to its product before it adds the residual."""
 
 
@@ -30,6 +30,11 @@ def gelu(x: torch.Tensor) -> torch.Tensor:
     return F.gelu(x)
 
 
+def gelu_tanh(x: torch.Tensor) -> torch.Tensor:
+    """GELU approximated by tanh, of any shape (Hendrycks and Gimpel 2016)."""
+    return F.gelu(x, approximate="tanh")
+
+
 def _none(x: torch.Tensor) -> torch.Tensor:
     return x
 
@@ -39,4 +44,5 @@ EPILOGUES: dict[Epilogue, Callable[[torch.Tensor], torch.Tensor]] = {
     "silu_mul": silu_mul,
     "quick_gelu": quick_gelu,
     "gelu": gelu,
+    "gelu_tanh": gelu_tanh,
 }

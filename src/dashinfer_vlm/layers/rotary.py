@@ -45,11 +45,19 @@ def yarn_frequencies(
     return frequencies / factor * stretched + frequencies * (1 - stretched)
 
 
-def axes_of_channels(sections: Sequence[int], device: torch.device) -> torch.Tensor:
-    """int64 [D / 2]: the axis that each pair of channels turns with, the first `sections[0]` with the temporal one, the
-    next with the height, the rest with the width (Qwen2-VL, Wang et al. 2024)."""
-    axes = [axis for axis, count in enumerate(sections) for _ in range(count)]
-    return torch.tensor(axes, device=device)
+def axes_of_channels(sections: Sequence[int], device: torch.device, *, interleaved: bool = False) -> torch.Tensor:
+    """int64 [D / 2]: the axis that each pair of channels turns with; `sections` says how many pairs each axis has.
+
+    Temporal ones come first, then height, then width (Qwen2-VL, Wang et al. 2024). Interleaved, they take turns from
+    the fastest channel on, until height and width have theirs; the rest is temporal (Qwen3-VL, Bai et al. 2025).
+    """
+    if not interleaved:
+        axes = [axis for axis, count in enumerate(sections) for _ in range(count)]
+        return torch.tensor(axes, device=device)
+    table = torch.zeros(sum(sections), dtype=torch.int64, device=device)
+    for axis in (1, 2):
+        table[axis : 3 * sections[axis] : 3] = axis
+    return table
 
 
 def mrope_cos_sin(

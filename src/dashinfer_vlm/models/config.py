@@ -42,6 +42,8 @@ class Rope:
     theta: float
     sections: tuple[int, int, int]
     """Pairs of channels that turn with the temporal, height and width axis; text models have only the first."""
+    interleaved: bool = False
+    """Whether the axes take turns from channel to channel; else each has its own range of channels."""
     yarn: Yarn | None = None
 
 
@@ -100,6 +102,8 @@ class CheckpointConfig:
     placeholder_ids: Mapping[ItemKind, int]
     """The token that stands for each kind of item; a kind that is absent cannot be sent to this model."""
     eos_token_ids: tuple[int, ...]
+    root: Section
+    """The whole `config.json`, for what one family adds."""
 
     @property
     def embedding_size(self) -> int:
@@ -140,6 +144,7 @@ def read_config(folder: Path) -> CheckpointConfig:
         vision=family.vision(root, text, folder),
         placeholder_ids=family.placeholder_ids(root),
         eos_token_ids=_eos_token_ids(folder, root, section),
+        root=root,
     )
 
 
@@ -175,15 +180,20 @@ def read_head_dim(section: Section) -> int:
     return section.integer("head_dim", max(1, hidden_size // num_heads))
 
 
-def read_mrope(section: Section) -> Rope:
-    """M-RoPE: `rope_parameters` of newer files, else `rope_scaling` beside `rope_theta`."""
+def read_mrope(section: Section, *, interleaved: bool = False) -> Rope:
+    """M-RoPE: `rope_parameters` of newer files, else `rope_scaling` beside `rope_theta`. `interleaved` is what the family
+    is; a file that says otherwise is refused."""
     rope = section.section("rope_parameters" if section.has("rope_parameters") else "rope_scaling")
     for key in ("rope_type", "type"):
         rope.choice(key, ("mrope", "default"), "default")
+    if rope.boolean("mrope_interleaved", interleaved) != interleaved:
+        raise rope.error(
+            "mrope_interleaved", f"is {not interleaved}; this architecture is supported with {interleaved}"
+        )
     sections, half = rope.integers("mrope_section"), read_head_dim(section) // 2
     if len(sections) != 3 or sum(sections) != half:
         raise rope.error("mrope_section", f"is {list(sections)}; three numbers must add up to {half}")
-    return Rope(theta=_theta(rope, section), sections=(sections[0], sections[1], sections[2]))
+    return Rope(theta=_theta(rope, section), sections=(sections[0], sections[1], sections[2]), interleaved=interleaved)
 
 
 def read_rope(section: Section) -> Rope:

@@ -104,7 +104,7 @@ class Rotary:
                 self.frequencies, rope.theta, yarn.factor, yarn.original_length, (yarn.beta_fast, yarn.beta_slow)
             )
             self.scale = yarn.attention_factor
-        self.axes = axes_of_channels(rope.sections, device)
+        self.axes = axes_of_channels(rope.sections, device, interleaved=rope.interleaved)
 
     def __call__(self, positions: torch.Tensor) -> Table:
         cos, sin = mrope_cos_sin(positions, self.frequencies, self.axes)
@@ -122,7 +122,12 @@ class Decoder:
         *,
         attention: Callable[[str, TextConfig, Weights, Backend], Attention],
         mlp: MakeMlp = GatedMlp,
+        deepstack: int = 0,
     ) -> None:
+        """`deepstack` layers from the first on add columns of an item's embedding to its rows (DeepStack, Meng et al.
+        2024): those of layer i follow the columns that overwrite word embeddings, after i times as many."""
+        assert deepstack < config.num_layers, (deepstack, config.num_layers)
+        self.deepstack = deepstack
         self.config = config
         self.backend = backend
         self.rotary = Rotary(config.rope, config.head_dim, backend.device)
@@ -165,14 +170,23 @@ class Decoder:
         """One step over packed tokens; float32 logits [L, vocab] of `batch.logits_rows`."""
         x = F.embedding(batch.ids, self.embedding).to(self.backend.activation_dtype)
         for item in batch.embeddings:
-            x[item.start : item.start + len(item.rows)] = item.rows
+            x[item.start : item.start + len(item.rows)] = item.rows[:, : self.config.hidden_size]
         table = self.rotary(batch.positions)
         caches = list(zip(kv.keys, kv.values, strict=True))
-        for layer, cache in zip(self.layers[:-1], caches[:-1], strict=True):
+        for i, (layer, cache) in enumerate(zip(self.layers[:-1], caches[:-1], strict=True)):
             x = layer.forward(x, table, batch, cache)
+            if i < self.deepstack:
+                self._add_deepstack(x, i, batch)
         # the last layer owes K and V of all rows to the cache, but only the wanted rows go on from its attention
         x = self.layers[-1].forward(x, table, batch, caches[-1], rows=batch.logits_rows)
         return self.head(self.backend.ops.rms_norm(x, self.norm, self.config.rms_norm_eps)).float()
+
+    def _add_deepstack(self, x: torch.Tensor, layer: int, batch: StepBatch) -> None:
+        """Ready-made embeddings of the hidden size have nothing to add."""
+        size = self.config.hidden_size
+        for item in batch.embeddings:
+            if item.rows.shape[1] > size:
+                x[item.start : item.start + len(item.rows)] += item.rows[:, (layer + 1) * size : (layer + 2) * size]
 
 
 class _Layer:

@@ -7,10 +7,10 @@ the builders of encoder and decoder import the modules that they put together.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import TYPE_CHECKING, Literal, Protocol, get_args
 
 import numpy as np
 
@@ -27,7 +27,18 @@ if TYPE_CHECKING:  # they bring torch
     from dashinfer_vlm.models.decoder import Decoder
     from dashinfer_vlm.models.weights import Weights
 
-__all__ = ["Family", "Names", "Part", "TransformersTower", "VisionFamily", "read_vision"]
+__all__ = [
+    "Expansion",
+    "Family",
+    "LoadedItem",
+    "Names",
+    "Part",
+    "Run",
+    "TransformersTower",
+    "VisionFamily",
+    "read_vision",
+    "refuse_attention_bias",
+]
 
 Part = Literal["text", "vision"]
 """Parts of a model that are loaded, quantised and identified each by itself."""
@@ -57,6 +68,41 @@ class TransformersTower:
     module: str
     """Below `transformers.models`."""
     name: str
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """Placeholders for `num_tokens` rows of an item's embedding, from `first_row` on."""
+
+    first_row: int
+    num_tokens: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Expansion:
+    """What stands in the prompt instead of the placeholder that the chat template wrote."""
+
+    pieces: tuple[int | Run, ...]
+    """Tokens, and the runs that stand for all rows of the item in order."""
+    lead: str = ""
+    """Text in front of the pieces, which is encoded together with the text before it."""
+    around: tuple[int, int] | None = None
+    """Tokens to the left and right of the placeholder that are replaced with it, if they stand there."""
+
+
+class LoadedItem(Protocol):
+    """What the media room knows of an item."""
+
+    @property
+    def kind(self) -> ItemKind: ...
+
+    @property
+    def num_tokens(self) -> int: ...
+
+    @property
+    def timestamps(self) -> tuple[float, ...]:
+        """Seconds from the start of a video, one per temporal step of the grid."""
+        ...
 
 
 class Family(ABC):
@@ -91,6 +137,10 @@ class Family(ABC):
         """Columns of one row that the encoder makes."""
         return config.text.hidden_size
 
+    def expand(self, config: CheckpointConfig, item: LoadedItem, encode: Callable[[str], list[int]]) -> Expansion:
+        """What an item's placeholder expands to; `encode` turns plain text into ids."""
+        return Expansion(pieces=(Run(0, item.num_tokens),))
+
     def positions(self, config: CheckpointConfig, num_tokens: int, items: Sequence[Item]) -> tuple[np.ndarray, int]:
         """int64 [3, num_tokens] of a prompt, and the offset from a later token's index to its position."""
         return mrope_positions(num_tokens, items, merge_size=config.merge_size)
@@ -113,6 +163,12 @@ class VisionFamily(Family):
     def placeholder_ids(self, root: Section) -> dict[ItemKind, int]:
         kinds = [kind for kind in get_args(ItemKind) if root.has(f"{kind}_token_id")]
         return {kind: root.integer(f"{kind}_token_id") for kind in kinds}
+
+
+def refuse_attention_bias(section: Section) -> None:
+    """Of families that were published without; raises CheckpointError."""
+    if section.boolean("attention_bias", False):
+        raise section.error("attention_bias", "is true; this architecture is supported without")
 
 
 def read_vision(section: Section, text: TextConfig, folder: Path, *, width: str, out_size: str) -> VisionConfig:

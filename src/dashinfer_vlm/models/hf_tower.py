@@ -68,6 +68,7 @@ class TransformersVision:
         with torch.no_grad():
             output = self.tower(state.pixels, grid_thw=grids)
         merged: torch.Tensor = getattr(output, "pooler_output", output)  # versions before 5 return the tensor itself
+        merged = torch.cat((merged, *getattr(output, "deepstack_features", ())), dim=1)
         num_tokens = (grids.prod(dim=1) // self.vision.merge_size**2).tolist()
         return list(torch.split(merged, num_tokens))
 

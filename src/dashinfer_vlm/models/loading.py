@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from pathlib import Path
 
 import torch
@@ -10,7 +11,7 @@ from dashinfer_vlm.config import EngineConfig, flag
 from dashinfer_vlm.errors import CheckpointError, ConfigError, DashInferError
 from dashinfer_vlm.kernels.threads import leave_torch_one_thread
 from dashinfer_vlm.layers.attention import cache_row_size
-from dashinfer_vlm.layers.backend import choose_backend
+from dashinfer_vlm.layers.backend import Backend, choose_backend
 from dashinfer_vlm.layers.memory import huge_zeros
 from dashinfer_vlm.models.base import KVCache, Model, VisionEncoder
 from dashinfer_vlm.models.config import CheckpointConfig, read_config
@@ -35,12 +36,15 @@ def load_model(config: EngineConfig, *, progress: Progress | None = None) -> Mod
     dtype = DTYPES[checkpoint.dtype if config.dtype == "auto" else config.dtype]
     device = _device(config.device)
     weights = Weights(checkpoint.folder, checkpoint.family.names, progress=progress)
-    if checkpoint.vision is None:
-        _refuse_vision_options(config, checkpoint)
-        encoder, is_native = None, True
-    else:
-        encoder, is_native = _load_vision(config, checkpoint, weights, device, dtype)
-    with open_store(config, weights, "text", dtype) as store:
+    with ExitStack() as stores:  # none of them keeps anything of a checkpoint that turns out to be wrong
+        if checkpoint.vision is None:
+            _refuse_vision_options(config, checkpoint)
+            encoder, is_native = None, True
+        else:
+            store = stores.enter_context(open_store(config, weights, "vision", dtype))
+            vision = choose_backend(device, dtype, config.vision_quant_type, store)
+            encoder, is_native = _load_vision(config, checkpoint, weights, vision)
+        store = stores.enter_context(open_store(config, weights, "text", dtype))
         backend = choose_backend(device, dtype, config.quant_type, store)
         decoder = checkpoint.family.decoder(checkpoint, weights, backend)
         weights.finish()
@@ -57,7 +61,9 @@ def load_encoder(config: EngineConfig, *, progress: Progress | None = None) -> V
         raise CheckpointError(f"{checkpoint.folder} is a text model ({checkpoint.architecture}); it has no encoder")
     device = _device(config.vision_device or config.device, "--vision-device")
     weights = Weights(checkpoint.folder, checkpoint.family.names, progress=progress)
-    encoder, is_native = _load_vision(config, checkpoint, weights, device, dtype)
+    with open_store(config, weights, "vision", dtype) as store:
+        backend = choose_backend(device, dtype, config.vision_quant_type, store)
+        encoder, is_native = _load_vision(config, checkpoint, weights, backend)
     if is_native:
         leave_torch_one_thread()
     return encoder
@@ -82,15 +88,13 @@ def quantise(config: EngineConfig, *, progress: Progress | None = None) -> list[
 
 
 def _load_vision(
-    config: EngineConfig, checkpoint: CheckpointConfig, weights: Weights, device: torch.device, dtype: torch.dtype
+    config: EngineConfig, checkpoint: CheckpointConfig, weights: Weights, backend: Backend
 ) -> tuple[VisionEncoder, bool]:
     """The ViT, and whether torch's threads are of no use to it."""
     assert checkpoint.vision is not None
-    with open_store(config, weights, "vision", dtype) as store:
-        backend = choose_backend(device, dtype, config.vision_quant_type, store)
-        if config.vision_engine == "transformers":
-            return TransformersVision(checkpoint, weights, backend), False
-        return checkpoint.family.encoder(checkpoint.vision, weights, backend), backend.is_native
+    if config.vision_engine == "transformers":
+        return TransformersVision(checkpoint, weights, backend), False
+    return checkpoint.family.encoder(checkpoint.vision, weights, backend), backend.is_native
 
 
 def _refuse_vision_options(config: EngineConfig, checkpoint: CheckpointConfig) -> None:

@@ -8,7 +8,7 @@ import numpy as np
 
 from dashinfer_vlm.request import Grid, Item
 
-__all__ = ["mrope_positions"]
+__all__ = ["mrope_positions", "part_grid"]
 
 
 def mrope_positions(
@@ -19,7 +19,8 @@ def mrope_positions(
     Text advances all three axes by one. An item spans its merged grid from the position where it begins, and what
     follows begins one past the largest position used so far (Qwen2-VL, Wang et al. 2024). A video's frames are
     `seconds_per_grid * tokens_per_second` apart, rounded down (Qwen2.5-VL, Bai et al. 2025), or 1 where
-    `tokens_per_second` is None. An item without a grid counts like text.
+    `tokens_per_second` is None. An item without a grid counts like text; one in
+    several parts is several items, each with its own temporal steps.
 
     This is the published definition and that of `transformers` 4; version 5 lets the text after a video whose frames
     outnumber its rows and columns begin among the frames' positions.
@@ -34,13 +35,20 @@ def mrope_positions(
         step = 1.0
         if tokens_per_second is not None and item.kind == "video":
             step = tokens_per_second * item.seconds_per_grid
-        piece = _grid(item.grid, merge_size, step) + position
+        piece = _grid(part_grid(item, merge_size), merge_size, step) + position
         assert piece.shape[1] == item.num_tokens, (item.grid, merge_size, item.num_tokens)
         pieces.append(piece)
         position = int(piece.max()) + 1
-        index = item.start + item.num_tokens
+        index = item.end
     pieces.append(_text(position, num_tokens - index))
     return np.concatenate(pieces, axis=1), position - index
+
+
+def part_grid(item: Item, merge_size: int) -> Grid:
+    """The grid of those temporal steps of an item that its run of placeholders stands for."""
+    assert item.grid is not None, item
+    _, rows, columns = item.grid
+    return item.num_tokens * merge_size**2 // (rows * columns), rows, columns
 
 
 def _text(first: int, num_tokens: int) -> np.ndarray:

@@ -18,6 +18,7 @@ _FAMILIES = "dashinfer_vlm.models.families"
 FAMILIES: dict[str, tuple[str, str]] = {
     "Qwen2VLForConditionalGeneration": ("qwen2_vl", "Qwen2VL"),
     "Qwen2_5_VLForConditionalGeneration": ("qwen2_5_vl", "Qwen25VL"),
+    "Qwen3VLForConditionalGeneration": ("qwen3_vl", "Qwen3VL"),
     "Qwen2ForCausalLM": ("qwen_text", "Qwen2"),
     "Qwen3ForCausalLM": ("qwen_text", "Qwen3"),
 }

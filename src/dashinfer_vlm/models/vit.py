@@ -5,7 +5,7 @@ A family names its parts: `PackedVit(config, backend, embed=..., blocks=[VitBloc
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import Protocol
@@ -18,6 +18,7 @@ from dashinfer_vlm.layers.linear import Linear
 from dashinfer_vlm.layers.rotary import inverse_frequencies, vision_cos_sin
 from dashinfer_vlm.models.base import EncoderState
 from dashinfer_vlm.models.config import VisionConfig
+from dashinfer_vlm.models.vit_embed import PatchEmbedding, PositionTable, Taps
 from dashinfer_vlm.models.vit_layout import Layout, PatchLayout, patch_positions
 from dashinfer_vlm.models.weights import Weights
 from dashinfer_vlm.request import Grid
@@ -27,7 +28,6 @@ __all__ = [
     "LayerNorm",
     "Mlp",
     "PackedVit",
-    "PatchEmbedding",
     "PatchMerger",
     "RmsNorm",
     "VitBlock",
@@ -54,8 +54,10 @@ class VitState:
     layout: PatchLayout
     num_tokens: list[int]
     """Tokens of each item after merging."""
-    merged: list[torch.Tensor] = field(default_factory=list)
-    """Pieces of [tokens, hidden], in the order of the rows."""
+    merged: torch.Tensor
+    """[tokens, columns of all mergers], in the order of the rows."""
+    taps: Taps | None = None
+    """Where each patch looks in the table of positions."""
     slice_flops: float = float("inf")
     """Operations of one slice, about."""
     slices: Iterator[None] = field(default_factory=lambda: iter(()))
@@ -206,36 +208,21 @@ def take_linear(
     return backend.linear(weight, bias, epilogue=epilogue)
 
 
-class PatchEmbedding:
-    """uint8 patches [P, patch_dim] -> [P, width], normalisation included.
-
-    W ((v * rescale - mean) / std) = (W * rescale / std) v - W (mean / std): the constants go into weight and bias, in
-    float64, and the product is taken in float32 because raw pixel values need more bits than bfloat16 has.
-    """
-
-    def __init__(self, c: VisionConfig, weights: Weights, backend: Backend) -> None:
-        processor = c.processor
-        shape = (c.width, c.in_channels, c.temporal_patch_size, c.patch_size, c.patch_size)
-        weight = weights.take("visual.patch_embed.proj.weight", *shape).double().flatten(2)
-        mean, std = (torch.tensor(x, dtype=torch.float64) for x in (processor.image_mean, processor.image_std))
-        bias = -(weight * (mean / std)[:, None]).sum(dim=(1, 2))
-        folded = (weight * (processor.rescale_factor / std)[:, None]).flatten(1)
-        self.flops_per_patch = 2 * folded.numel()
-        self.project = backend.make_patches(folded.float().to(backend.device), bias.float().to(backend.device))
-        self.dtype = backend.activation_dtype
-
-    def __call__(self, patches: torch.Tensor) -> torch.Tensor:
-        return self.project(patches).to(self.dtype)
-
-
 class PatchMerger:
-    """Norm of each row, then groups of merge ** 2 neighbours, projected to the text model's width. Takes
-    `{names[0]}.*` and `{names[1]}.*`."""
+    """Norm of each row, or with `norm_group` of each group, of merge ** 2 neighbours, projected to the text model's
+    width. Takes `{names[0]}.*` and `{names[1]}.*`."""
 
     def __init__(
-        self, names: tuple[str, str], config: VisionConfig, weights: Weights, backend: Backend, *, norm: Norm
+        self,
+        names: tuple[str, str],
+        config: VisionConfig,
+        weights: Weights,
+        backend: Backend,
+        *,
+        norm: Norm,
+        norm_group: bool = False,
     ) -> None:
-        self.norm = norm
+        self.norm, self.norm_group = norm, norm_group
         self.group = config.merge_size**2
         self.inputs = config.width * self.group
         self.first = take_linear(names[0], self.inputs, self.inputs, weights, backend, epilogue="gelu")
@@ -244,6 +231,8 @@ class PatchMerger:
 
     def __call__(self, rows: torch.Tensor) -> torch.Tensor:
         """[group * tokens, width] -> [tokens, out_size]."""
+        if self.norm_group:
+            return self.second(self.first(self.norm(rows.view(-1, self.inputs))))
         return self.second(self.first(self.norm(rows).view(-1, self.inputs)))
 
 
@@ -259,8 +248,14 @@ class PackedVit:
         blocks: Sequence[VitBlock],
         merger: PatchMerger,
         layout: Layout,
+        table: PositionTable | None = None,
+        deepstack: Mapping[int, PatchMerger] | None = None,
     ) -> None:
+        """`table` is added to the embedded patches; a merger of `deepstack` makes further columns of the embeddings from
+        what the block of its number gives."""
         self.config = config
+        self.table, self.deepstack = table, deepstack or {}
+        self.embedding_size = config.out_size * (1 + len(self.deepstack))
         self.backend = backend
         self.embed, self.blocks, self.merger, self.layout = embed, blocks, merger, layout
         self.width = config.width
@@ -272,7 +267,8 @@ class PackedVit:
         """Rows of hidden states, projected heads, attention and its packed keys, and where slices are whole phases, of
         an MLP."""
         num_rows = 7 if self.backend.device.type == "cpu" else 16
-        return num_rows * self.width * self.backend.activation_dtype.itemsize
+        merged = len(self.deepstack) * self.config.out_size // self.merger.group
+        return (num_rows * self.width + merged) * self.backend.activation_dtype.itemsize
 
     def begin(self, patches: Sequence[torch.Tensor], grids: Sequence[Grid]) -> VitState:
         """Pack uint8 [P_i, patch_dim] items; embedding them is the work of the first slices."""
@@ -281,13 +277,18 @@ class PackedVit:
         with torch.no_grad():
             layout = self.layout(grids)
             packed = torch.cat([item.to(self.backend.device) for item in patches])
-            positions = torch.cat([patch_positions(grid, self.config.merge_size) for grid in grids])
+            places = [patch_positions(grid, self.config.merge_size) for grid in grids]
+            taps = None
+            if self.table is not None:
+                taps = Taps(*(self._ordered(x, layout.order) for x in self.table.taps(places, grids)))
+            positions = torch.cat(places)
             cos, sin = vision_cos_sin(positions.to(self.backend.device), self.frequencies)
             packed, cos, sin = (self._ordered(x, layout.order) for x in (packed, cos, sin))
             hidden = cos.new_empty(len(packed), self.width, dtype=self.backend.activation_dtype)
             group = self.config.merge_size**2
             num_tokens = [len(item) // group for item in patches]
-            state = VitState(hidden, cos, sin, layout, num_tokens, slice_flops=self.slice_flops)
+            merged = hidden.new_empty(sum(num_tokens), self.embedding_size)
+            state = VitState(hidden, cos, sin, layout, num_tokens, merged, taps, slice_flops=self.slice_flops)
             state.slices = self._slices(state, packed)
             return state
 
@@ -303,7 +304,7 @@ class PackedVit:
         assert isinstance(state, VitState)
         assert state.done, "slices are left"
         with torch.no_grad():
-            merged = torch.cat(state.merged)
+            merged = state.merged
             if state.layout.order is not None:
                 merged = torch.empty_like(merged).index_copy_(0, state.layout.order, merged)
             return list(torch.split(merged, state.num_tokens))
@@ -311,15 +312,25 @@ class PackedVit:
     def _slices(self, state: VitState, packed: torch.Tensor) -> Iterator[None]:
         for rows in pieces(len(packed), self.embed.flops_per_patch, MIN_SLICE_ROWS, state.slice_flops):
             state.hidden[rows] = self.embed(packed[rows])
+            if self.table is not None and state.taps is not None:
+                self.table.add(state.hidden[rows], state.taps, rows)
             yield
         del packed  # nobody else holds it
-        for block in self.blocks:
+        column = self.config.out_size
+        for i, block in enumerate(self.blocks):
             yield from block.slices(state)
-        num_tokens, at_least = len(state.hidden) // self.merger.group, MIN_SLICE_ROWS // self.merger.group
-        for part in pieces(num_tokens, self.merger.flops_per_token, at_least, state.slice_flops):
-            group = state.hidden[part.start * self.merger.group : part.stop * self.merger.group]
-            state.merged.append(self.merger(group))
-            state.done = part.stop == num_tokens
+            if i in self.deepstack:
+                yield from self._merge(state, self.deepstack[i], column)
+                column += self.config.out_size
+        yield from self._merge(state, self.merger, 0, is_last=True)
+
+    def _merge(self, state: VitState, merger: PatchMerger, column: int, *, is_last: bool = False) -> Iterator[None]:
+        """The columns of the embeddings from `column` on."""
+        num_tokens, at_least = len(state.merged), MIN_SLICE_ROWS // merger.group
+        for part in pieces(num_tokens, merger.flops_per_token, at_least, state.slice_flops):
+            group = state.hidden[part.start * merger.group : part.stop * merger.group]
+            state.merged[part, column : column + self.config.out_size] = merger(group)
+            state.done = is_last and part.stop == num_tokens
             yield
 
     def _ordered(self, x: torch.Tensor, order: torch.Tensor | None) -> torch.Tensor:

@@ -13,6 +13,7 @@ import dataclasses
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -29,6 +30,7 @@ from dashinfer_vlm.kernels.threads import engine_cores, engine_threads, set_thre
 from dashinfer_vlm.models.base import VisionEncoder
 from dashinfer_vlm.models.config import CheckpointConfig, read_config
 from dashinfer_vlm.models.loading import load_encoder
+from dashinfer_vlm.models.mrope import part_grid
 from dashinfer_vlm.offline.background import BackgroundLoop
 from dashinfer_vlm.offline.inputs import Conversation, to_messages
 from dashinfer_vlm.offline.options import configs
@@ -47,11 +49,12 @@ class EncodedPrompt:
     ids: list[int]
     """The prompt, with every item's placeholders in place."""
     placeholders: list[int]
-    """Per item the token that stands for it; its run in `ids` is as long as its embedding."""
+    """Per run of placeholders the token that it repeats; it is as long in `ids` as its embedding. A picture is one run;
+    a video is one, or with Qwen3-VL one for each of its temporal steps."""
     embeddings: list[torch.Tensor]
-    """Per item [tokens, hidden], in the order of the prompt, on the encoder's device."""
+    """Per run [tokens, embedding size], in the order of the prompt, on the encoder's device."""
     grids: list[Grid]
-    """Per item frames, rows and columns, in patches before merging."""
+    """Per run frames, rows and columns, in patches before merging."""
     positions: torch.Tensor
     """int32 [3, 1, S]: M-RoPE positions of `ids`."""
 
@@ -106,13 +109,14 @@ class Encoder:
             prompt.release()
 
     def _run(self, prompt: Prompt) -> EncodedPrompt:
-        grids = [_grid(item) for item in prompt.items]
-        patches = [_patches(item) for item in prompt.items]
+        whole = [item for item in prompt.items if item.is_last_part]
+        patches, grids = [_patches(item) for item in whole], [_grid(item) for item in whole]
+        made = _embed(self._encoder, patches, grids) if whole else []
         return EncodedPrompt(
             ids=prompt.ids,
             placeholders=[prompt.ids[item.start] for item in prompt.items],
-            embeddings=_embed(self._encoder, patches, grids) if grids else [],
-            grids=grids,
+            embeddings=_rows_of_runs(prompt.items, made),
+            grids=[part_grid(item, self._checkpoint.merge_size) for item in prompt.items],
             positions=_positions(len(prompt.ids), prompt.items, self._checkpoint),
         )
 
@@ -136,6 +140,13 @@ async def _open_prompts(
         vocab_size=text.vocab_size,
         max_items=media.max_items,
     )
+
+
+def _rows_of_runs(items: Sequence[Item], embeddings: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """For each run its rows of the item that it is a part of."""
+    firsts = accumulate(int(item.first_row == 0) for item in items)
+    whole = (embeddings[number - 1] for number in firsts)
+    return [rows[i.first_row : i.first_row + i.num_tokens] for i, rows in zip(items, whole, strict=True)]
 
 
 def _embed(encoder: VisionEncoder, patches: Sequence[torch.Tensor], grids: Sequence[Grid]) -> list[torch.Tensor]:

@@ -128,7 +128,7 @@ def unpack_embeddings(data: bytes, pictures: Sequence[Picture], packing: Embeddi
         raise MessageError(f"{len(reply.embeddings)} embeddings for {len(pictures)} pictures")
     try:
         return [
-            packing.unpack(picture.content_hash, picture.num_tokens, each)
+            packing.unpack(picture.content_hash, picture.num_rows, each)
             for picture, each in zip(pictures, reply.embeddings, strict=True)
         ]
     except EmbeddingFormatError as error:

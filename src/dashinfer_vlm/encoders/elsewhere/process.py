@@ -157,7 +157,7 @@ class ProcessEncoder:
         patches = raw_patches(item)
         tensor = torch.from_numpy(np.asarray(patches)) if isinstance(patches, np.ndarray) else patches
         file = write_tensor(self._folder.path, tensor, f"{number}-patches-{index}")
-        return Picture(file, grid(item), item.content_hash, item.num_tokens)
+        return Picture(file, grid(item), item.content_hash, item.num_rows)
 
     def _send(self, job: EncodeJob) -> None:
         assert self._socket is not None

@@ -45,7 +45,8 @@ class Picture(msgspec.Struct, frozen=True, array_like=True):
     patches: TensorFile
     grid: Grid
     content_hash: bytes
-    num_tokens: int
+    num_rows: int
+    """Rows of its embedding."""
 
 
 class EncodeJob(msgspec.Struct, frozen=True, tag=True, array_like=True):

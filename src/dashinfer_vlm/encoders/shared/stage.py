@@ -127,11 +127,11 @@ class SharedCacheStage:
 
     def _ask(self, item: Item) -> None:
         key = item.content_hash
-        if not self._redis.ask(key, item.num_tokens):
+        if not self._redis.ask(key, item.num_rows):
             self._misses += 1
             self._encode(item, 1)
             return
-        transfer_s = item.num_tokens * self._row_bytes / SLOWEST_BYTES_PER_S
+        transfer_s = item.num_rows * self._row_bytes / SLOWEST_BYTES_PER_S
         self._questions[key] = _Question(item, 1, time.monotonic() + ANSWER_TIMEOUT_S + transfer_s)
         self.cache.pin(key)
 

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import cache
 from typing import Any, Protocol
 
 from dashinfer_vlm.engine.host.mapping import map_tensor
@@ -180,9 +181,10 @@ def _with_mapped_patches(request: Request) -> Request:
     """Map shared patches now, so that their owner may remove them whenever the request has ended."""
     if not any(isinstance(item.patches, SharedArray) for item in request.items):
         return request
+    map_once = cache(map_tensor)  # the parts of an item share its patches
     try:
         items = tuple(
-            replace(item, patches=map_tensor(item.patches)) if isinstance(item.patches, SharedArray) else item
+            replace(item, patches=map_once(item.patches)) if isinstance(item.patches, SharedArray) else item
             for item in request.items
         )
     except FileNotFoundError as error:

@@ -27,6 +27,8 @@ def from_wire(wire: WireRequest) -> Request:
             patches=item.patches,
             embedding=_embedding(item),
             seconds_per_grid=item.seconds_per_grid,
+            first_row=item.first_row,
+            encoded_rows=item.encoded_rows,
         )
         for item in wire.items
     )

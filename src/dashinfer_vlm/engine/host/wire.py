@@ -85,6 +85,8 @@ class WireItem(msgspec.Struct, frozen=True, array_like=True):
     embedding_dtype: str | None
     """Name of the torch dtype; the file holds its bytes, since numpy has no bfloat16."""
     seconds_per_grid: float
+    first_row: int
+    encoded_rows: int | None
 
 
 class WireRequest(msgspec.Struct, frozen=True, tag=True, array_like=True):
@@ -136,6 +138,8 @@ def to_wire(request: Request, folder: Path) -> tuple[WireRequest, list[SharedArr
             embedding=share(item.embedding),
             embedding_dtype=None if item.embedding is None else str(item.embedding.dtype).removeprefix("torch."),
             seconds_per_grid=item.seconds_per_grid,
+            first_row=item.first_row,
+            encoded_rows=item.encoded_rows,
         )
         for item in request.items
     )

@@ -15,8 +15,9 @@ Epilogue epilogue_of(const std::string& name) {
   if (name == "residual") return Epilogue::kResidual;
   if (name == "silu_mul") return Epilogue::kSiluMul;
   if (name == "gelu") return Epilogue::kGelu;
+  if (name == "gelu_tanh") return Epilogue::kGeluTanh;
   if (name == "quick_gelu") return Epilogue::kQuickGelu;
-  throw nb::value_error(("epilogue: expected none, residual, silu_mul, gelu or quick_gelu, got " + name).c_str());
+  throw nb::value_error(("epilogue: expected none, residual, silu_mul, gelu, gelu_tanh or quick_gelu, got " + name).c_str());
 }
 
 void require_layout(const PackedWeight& w) {

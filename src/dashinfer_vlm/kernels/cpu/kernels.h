@@ -17,7 +17,7 @@ constexpr bool is_integer(WeightType type) { return type != WeightType::kF32 && 
 
 enum class CacheType { kF32, kBf16, kInt8 };
 
-enum class Epilogue { kNone, kResidual, kSiluMul, kGelu, kQuickGelu };
+enum class Epilogue { kNone, kResidual, kSiluMul, kGelu, kGeluTanh, kQuickGelu };
 
 // How packed weights lie in memory: as the levels up to AVX2 read them, or for the dot products of AVX-512 and AMX.
 // 32-bit weights are the same in both.

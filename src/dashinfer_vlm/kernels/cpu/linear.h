@@ -64,6 +64,7 @@ DI_INLINE void block_sums(const LinearArgs& args, int row0, int rows, int panel0
 template <Epilogue E>
 DI_INLINE F8 finish(F8 v, F8 extra) {
   if (E == Epilogue::kGelu) return gelu(v);
+  if (E == Epilogue::kGeluTanh) return gelu_tanh(v);
   if (E == Epilogue::kQuickGelu) return quick_gelu(v);
   if (E == Epilogue::kResidual) return v + extra;
   return v;
@@ -124,6 +125,8 @@ static void finish_block(const LinearArgs& args, int row0, int rows, int panel0,
     case Epilogue::kResidual: return finish_block<Epilogue::kResidual>(args, row0, rows, panel0, panels, c, c_rows);
     case Epilogue::kSiluMul: return finish_block<Epilogue::kSiluMul>(args, row0, rows, panel0, panels, c, c_rows);
     case Epilogue::kGelu: return finish_block<Epilogue::kGelu>(args, row0, rows, panel0, panels, c, c_rows);
+    case Epilogue::kGeluTanh:
+      return finish_block<Epilogue::kGeluTanh>(args, row0, rows, panel0, panels, c, c_rows);
     case Epilogue::kQuickGelu: return finish_block<Epilogue::kQuickGelu>(args, row0, rows, panel0, panels, c, c_rows);
   }
 }

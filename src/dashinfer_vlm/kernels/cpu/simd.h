@@ -212,6 +212,11 @@ DI_INLINE F8 silu(F8 x) { return x * sigmoid(x); }
 
 DI_INLINE F8 quick_gelu(F8 x) { return x * sigmoid(splat(1.702f) * x); }
 
+// (1 + tanh u) / 2 is the sigmoid of 2 u.
+DI_INLINE F8 gelu_tanh(F8 x) {
+  return x * sigmoid(splat(1.5957691216057308f) * (x + splat(0.044715f) * x * x * x));
+}
+
 // erf by Abramowitz and Stegun 7.1.26, absolute error below 1.5e-7.
 DI_INLINE F8 erf(F8 x) {
   F8 a = x < splat(0.f) ? -x : x;

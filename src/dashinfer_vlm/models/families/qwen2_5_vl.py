@@ -60,7 +60,8 @@ class Qwen25VL(VisionFamily):
         return Decoder(config.text, weights, backend, attention=partial(Attention, qkv_bias=True))
 
     def encoder(self, config: VisionConfig, weights: Weights, backend: Backend) -> VisionEncoder:
-        from dashinfer_vlm.models.vit import GatedMlp, PackedVit, PatchEmbedding, PatchMerger, RmsNorm, VitBlock
+        from dashinfer_vlm.models.vit import GatedMlp, PackedVit, PatchMerger, RmsNorm, VitBlock
+        from dashinfer_vlm.models.vit_embed import PatchEmbedding
         from dashinfer_vlm.models.vit_layout import windows_layout
 
         width, section = config.width, config.section

@@ -6,7 +6,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from dashinfer_vlm.models.config import CheckpointConfig, TextConfig, read_rope, read_text
-from dashinfer_vlm.models.family import Family
+from dashinfer_vlm.models.family import Family, refuse_attention_bias
 from dashinfer_vlm.models.section import Section
 
 if TYPE_CHECKING:
@@ -33,8 +33,7 @@ class Qwen3(Family):
     """No bias, but a norm over each head of queries and keys."""
 
     def text(self, section: Section, root: Section) -> TextConfig:
-        if section.boolean("attention_bias", False):
-            raise section.error("attention_bias", "is true; Qwen3 is supported without")
+        refuse_attention_bias(section)
         return read_text(section, root, read_rope(section))
 
     def decoder(self, config: CheckpointConfig, weights: Weights, backend: Backend) -> Decoder:

@@ -1,0 +1,272 @@
+"""Qwen3-VL against `transformers`, in float32: deepstack, interleaved M-RoPE, learnt positions, videos in several runs."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLModel
+from transformers.vision_utils import get_vision_interpolation_indices_and_weights
+
+from dashinfer_vlm.config import EngineConfig
+from dashinfer_vlm.kernels import cpu_ops
+from dashinfer_vlm.models import vit
+from dashinfer_vlm.models.base import Model
+from dashinfer_vlm.models.config import read_config
+from dashinfer_vlm.models.family import Run
+from dashinfer_vlm.models.loading import load_model
+from dashinfer_vlm.models.vit_embed import PositionTable
+from dashinfer_vlm.models.vit_layout import patch_positions
+from dashinfer_vlm.processors.qwen import ProcessorConfig, process_frames, process_image
+from dashinfer_vlm.processors.videos import Qwen3Video, grid_timestamps
+from dashinfer_vlm.request import Grid, Item, ItemKind
+from tests.conftest import CheckpointMaker
+from tests.models import driving
+from tests.models.driving import Driver, Prompt, greedy, hf_logits, run_vit
+
+PROCESSOR = ProcessorConfig(
+    patch_size=16,
+    min_pixels=32 * 32,
+    image_mean=(0.5, 0.5, 0.5),
+    image_std=(0.5, 0.5, 0.5),
+    video=Qwen3Video(min_pixels=32 * 32),
+)
+START, END, IMAGE_ID, VIDEO_ID = 151652, 151653, 151655, 151656
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """What the media room knows of an item."""
+
+    kind: ItemKind
+    features: np.ndarray
+    grid: Grid
+    timestamps: tuple[float, ...] = ()
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.features) // 4
+
+
+def image(width: int, height: int, seed: int = 0) -> Loaded:
+    """Noise; both sides are multiples of 32."""
+    pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    done = process_image(pixels, PROCESSOR)
+    return Loaded("image", done.features, done.grid)
+
+
+def video(width: int, height: int, num_frames: int, fps: float = 2.0, seed: int = 0) -> Loaded:
+    """Noise, a frame every 1 / `fps` seconds."""
+    pixels = np.random.default_rng(seed).integers(0, 256, (num_frames, height, width, 3), dtype=np.uint8)
+    done = process_frames(pixels, PROCESSOR, num_frames=num_frames, seconds_per_grid=1.0)
+    return Loaded("video", done.features, done.grid, grid_timestamps([i / fps for i in range(num_frames)], 2))
+
+
+def encode_text(text: str) -> list[int]:
+    """Any tokenizer would do."""
+    return [ord(c) for c in text]
+
+
+def prompt(folder: Path, *parts: int | Loaded, seed: int = 0) -> Prompt:
+    """Numbers stand for so many random text tokens; items are written as the family writes them."""
+    config, draw = read_config(folder), random.Random(seed)
+    ids: list[int] = []
+    items: list[Item] = []
+    for part in parts:
+        if isinstance(part, int):
+            ids += [draw.randrange(1000) for _ in range(part)]
+            continue
+        expansion = config.family.expand(config, part, encode_text)
+        pieces = [*encode_text(expansion.lead), *expansion.pieces]
+        for piece in pieces if part.kind == "video" else (START, *pieces, END):
+            if isinstance(piece, Run):
+                items.append(_item(part, piece, len(ids)))
+                ids += [IMAGE_ID if part.kind == "image" else VIDEO_ID] * piece.num_tokens
+            else:
+                ids.append(piece)
+    return Prompt(ids, tuple(items), PROCESSOR)
+
+
+def _item(part: Loaded, run: Run, start: int) -> Item:
+    return Item(
+        kind=part.kind,
+        start=start,
+        num_tokens=run.num_tokens,
+        content_hash=b"",
+        grid=part.grid,
+        patches=part.features,
+        first_row=run.first_row,
+        encoded_rows=part.num_tokens,
+    )
+
+
+CASES: dict[str, tuple[int | Loaded, ...]] = {
+    "text only": (40,),
+    "one image": (11, image(192, 128), 9),
+    "image first and last": (image(64, 64), 5, image(96, 128, 1)),
+    "three images interleaved": (7, image(128, 96), 3, image(32, 224, 1), 4, image(160, 160, 2), 6),
+    "a video": (6, video(96, 64, 6), 8),
+    "frames, one too few for the last pair": (3, video(64, 96, 5, fps=3.0), 4),
+    "one frame": (3, video(64, 64, 1), 4),
+    "videos and images mixed": (2, video(64, 64, 4), 3, image(96, 64), video(32, 96, 3, 1.0, 1), 5, image(64, 64, 3)),
+}
+
+
+@pytest.fixture(scope="module")
+def folder(checkpoint: CheckpointMaker) -> Path:
+    return checkpoint("qwen3_vl")
+
+
+@pytest.fixture(scope="module")
+def hf(folder: Path) -> Any:
+    return driving.load_hf(folder)
+
+
+@pytest.fixture(scope="module", params=["native", "reference"])
+def model(request: pytest.FixtureRequest, folder: Path) -> Model:
+    if request.param == "native" and not cpu_ops.available():
+        pytest.skip(str(cpu_ops.why_unavailable()))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cpu_ops, "available", lambda: request.param == "native")
+        return driving.load(folder)
+
+
+@pytest.fixture(params=CASES)
+def case(request: pytest.FixtureRequest, folder: Path) -> Prompt:
+    return prompt(folder, *CASES[request.param])
+
+
+def assert_close(ours: torch.Tensor, theirs: torch.Tensor) -> None:
+    torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("chunk", [1000, 7])
+def test_logits_equal_those_of_transformers_in_chunks_of_any_size(
+    model: Model, hf: Any, case: Prompt, chunk: int
+) -> None:
+    driver = Driver(model)
+    assert_close(driver.run(driver.start(case), chunk), hf_logits(hf, case))
+
+
+def test_a_batch_of_sequences_gives_each_the_logits_it_has_alone(model: Model, hf: Any, folder: Path) -> None:
+    driver = Driver(model)
+    prompts = [prompt(folder, *parts) for parts in CASES.values()]
+    lives = [driver.start(each) for each in prompts]
+    first = driver.step([(life, 3 + 2 * i) for i, life in enumerate(lives)])
+    rest = driver.step([(life, len(life.ids) - life.num_done) for life in lives])
+    for each, before, after in zip(prompts, first, rest, strict=True):
+        assert_close(torch.cat([before, after]), hf_logits(hf, each))
+
+
+@pytest.mark.parametrize("name", ["one image", "videos and images mixed"])
+def test_64_greedy_tokens_equal_those_of_transformers(model: Model, hf: Any, folder: Path, name: str) -> None:
+    each = prompt(folder, *CASES[name])
+    inputs = {key: value for key, value in each.hf_inputs().items() if key != "second_per_grid_ts"}
+    with torch.no_grad():
+        theirs = hf.generate(**inputs, max_new_tokens=64, min_new_tokens=64, do_sample=False)
+    assert greedy(Driver(model), each, 64, forbidden=model.eos_token_ids) == theirs[0, len(each.ids) :].tolist()
+
+
+def test_positions_are_golden(folder: Path, hf: Any, case: Prompt) -> None:
+    config = read_config(folder)
+    positions, offset = config.family.positions(config, len(case.ids), case.items)
+    inputs = {"mm_token_type_ids": torch.zeros(1, len(case.ids), dtype=torch.int32)} | case.hf_inputs()
+    holder: Any = hf.model
+    assert isinstance(holder, Qwen3VLModel)
+    expected, delta = holder.get_rope_index(**inputs)
+    assert positions.tolist() == expected[:, 0].tolist()
+    assert offset == int(delta)
+
+
+def test_embeddings_are_the_merged_rows_and_those_of_deepstack(model: Model, hf: Any) -> None:
+    grids = [(1, 8, 12), (2, 4, 6), (1, 2, 2), (1, 20, 18)]
+    items = [random_patches(grid, seed) for seed, grid in enumerate(grids)]
+    assert model.embedding_size == 4 * model.text.hidden_size
+    for patches, grid, ours in zip(items, grids, run_vit(model, items, grids), strict=True):
+        with torch.no_grad():
+            theirs = hf.model.visual(driving.normalised(patches, PROCESSOR), torch.tensor([grid]))
+        assert_close(ours, torch.cat([theirs.pooler_output, *theirs.deepstack_features], dim=1))
+
+
+def test_the_transformers_tower_agrees_with_ours(model: Model, folder: Path) -> None:
+    tower = driving.load(folder, vision_engine="transformers")
+    grids = [(1, 8, 12), (2, 4, 6)]
+    items = [random_patches(grid, seed) for seed, grid in enumerate(grids)]
+    for ours, theirs in zip(run_vit(model, items, grids), run_vit(tower, items, grids, 1), strict=True):
+        assert_close(ours, theirs)
+
+
+def test_the_smallest_slices_give_the_embeddings_of_the_whole(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    grids = [(1, 8, 12), (2, 4, 6), (1, 20, 18)]
+    items = [random_patches(grid, seed) for seed, grid in enumerate(grids)]
+    whole = run_vit(driving.load(folder), items, grids)
+    monkeypatch.setattr(vit, "CPU_SLICE_FLOPS", 1.0)
+    monkeypatch.setattr(vit, "MIN_SLICE_ROWS", 12)
+    sliced = run_vit(driving.load(folder), items, grids, slices_at_once=1)
+    for ours, theirs in zip(sliced, whole, strict=True):
+        assert_close(ours, theirs)
+
+
+def random_patches(grid: Grid, seed: int = 0) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(0, 256, (grid[0] * grid[1] * grid[2], 1536), dtype=torch.uint8, generator=generator)
+
+
+@pytest.mark.parametrize("grid", [(1, 2, 2), (1, 8, 8), (2, 6, 14), (1, 40, 4)], ids=str)
+def test_the_table_of_positions_is_stretched_as_in_transformers(grid: Grid) -> None:
+    table = PositionTable.__new__(PositionTable)
+    table.side, table.table = 8, torch.randn(64, 5, generator=torch.Generator().manual_seed(0))
+    taps = table.taps([patch_positions(grid, 2)], [grid])
+    x = torch.zeros(len(taps.indices), 5)
+    table.add(x, taps, slice(None))
+    indices, weights = get_vision_interpolation_indices_and_weights(
+        torch.tensor([grid]), 8, "bilinear", align_corners=True, spatial_merge_size=2
+    )
+    torch.testing.assert_close(x, (table.table[indices] * weights[:, :, None]).sum(1))
+
+
+def test_embeddings_of_the_hidden_size_add_nothing_to_later_layers(model: Model, folder: Path) -> None:
+    case = prompt(folder, 4, image(64, 64), 3)
+    driver = Driver(model)
+    logits = []
+    for columns in (1, 4):
+        life = driver.start(case)
+        embedding = life.embeddings[0].clone()
+        embedding[:, model.text.hidden_size :] = 0
+        life.embeddings = [embedding[:, : columns * model.text.hidden_size]]
+        logits.append(driver.run(life))
+    assert torch.equal(*logits)
+
+
+def test_a_bfloat16_checkpoint_gives_the_greedy_tokens_of_its_values_in_float32(checkpoint: CheckpointMaker) -> None:
+    folder = checkpoint("qwen3_vl", dtype="bfloat16")
+    ours, reference = (Driver(driving.load(folder, dtype)) for dtype in ("bfloat16", "float32"))
+    for seed in range(3):
+        case = prompt(folder, 12, image(128, 128, seed), 10, seed=seed)
+        assert greedy(ours, case, 16) == greedy(reference, case, 16)
+
+
+@pytest.mark.skipif(not cpu_ops.available(), reason="needs the native kernels")
+@pytest.mark.parametrize(
+    ("options", "most"),
+    [({"quant_type": "a8w8"}, 0.05), ({"quant_type": "a16w4"}, 0.25), ({"vision_quant_type": "a8w8"}, 0.05)],
+    ids=str,
+)
+def test_quantised_logits_stay_as_near_as_those_of_qwen2_vl(
+    checkpoint: CheckpointMaker, options: dict[str, Any], most: float
+) -> None:
+    folder = checkpoint("qwen3_vl", size="small")
+    case = prompt(folder, 9, image(128, 96, 1), 12, seed=3)
+
+    def logits(**quantised: Any) -> torch.Tensor:
+        config = EngineConfig(model=str(folder), dtype="bfloat16", device="cpu", quant_cache_gib=0, **quantised)
+        driver = Driver(load_model(config))
+        return driver.run(driver.start(case))
+
+    exact = logits()
+    assert 0 < float((logits(**options) - exact).norm() / exact.norm()) < most
