@@ -56,3 +56,10 @@ def test_a_value_out_of_range_is_named_with_its_limit(
     with pytest.raises(ConfigError) as error:
         config.validate()
     assert message in str(error.value)
+
+
+def test_more_threads_than_any_machine_has_are_refused() -> None:
+    """The runtime of threads ends the whole process where it cannot make them."""
+    for config in (EngineConfig(threads=100_000), EngineConfig(vision_workers=1, vision_threads=100_000)):
+        with pytest.raises(ConfigError, match="threads is 100000; it must be at most 1024"):
+            config.validate()

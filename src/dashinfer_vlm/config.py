@@ -23,6 +23,9 @@ VisionQuantTypeName = Literal["none", "a8w8", "a16w8"]
 _MOST_SPECULATIVE = 32
 """Beyond this no guess is right often enough to pay."""
 
+_MOST_THREADS = 1024
+"""More than machines have cores; far more of them end the process without a word."""
+
 _MAX_ITEMS = {"image": 128, "video": 16}
 
 
@@ -146,7 +149,9 @@ class EngineConfig:
         "Guess several tokens of a step from what the text repeats, same answers, as JSON: "
         '{"method": "ngram", "num_speculative_tokens": 4}; off when absent.',
     )
-    threads: int | None = option(None, "Compute threads on the CPU; one per core when absent.", least=1)
+    threads: int | None = option(
+        None, "Compute threads on the CPU; one per core when absent.", least=1, most=_MOST_THREADS
+    )
     cores: str | None = option(
         None,
         "Cores to pin compute threads to, one each, vision workers' included: 0-7, or auto for all; not pinned when absent.",
@@ -181,6 +186,7 @@ class EngineConfig:
         "Compute threads of each of them on the CPU; they and the engine share the cores when absent.",
         group="Vision",
         least=1,
+        most=_MOST_THREADS,
     )
     cluster: str | None = option(
         None,
