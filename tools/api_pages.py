@@ -22,13 +22,13 @@ TARGET = ROOT / "docs" / "api"
 PAGES = {
     "python.md": (
         "The Python API",
-        "`from dashinfer_vlm import VLM, SamplingParams, GenerationParams`; the rest comes from the module it is "
+        "`from dashinfer_vlm import VLM, SamplingParams, GenerationParams, Grammar`; the rest comes from the module it is "
         "listed under.",
         (
             ("dashinfer_vlm/offline/vlm.py", ("VLM",)),
             ("dashinfer_vlm/offline/results.py", ("Result",)),
             ("dashinfer_vlm/frontend/answers.py", ("Answer",)),
-            ("dashinfer_vlm/request.py", ("SamplingParams", "TokenLogprob")),
+            ("dashinfer_vlm/request.py", ("SamplingParams", "Grammar", "TokenLogprob")),
             ("dashinfer_vlm/frontend/params.py", ("GenerationParams",)),
             ("dashinfer_vlm/frontend/generation.py", ("Delta", "Usage")),
             ("dashinfer_vlm/offline/inputs.py", ("ImageLike", "VideoLike", "Conversation")),

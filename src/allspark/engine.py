@@ -34,7 +34,7 @@ from dashinfer_vlm.engine.engine import Engine as Core
 from dashinfer_vlm.engine.host.local import LocalEngine
 from dashinfer_vlm.engine.info import EngineInfo
 from dashinfer_vlm.engine.load import load_engine
-from dashinfer_vlm.errors import CheckpointError, ConfigError, EngineDeadError
+from dashinfer_vlm.errors import CheckpointError, ConfigError, EngineDeadError, InvalidRequestError
 from dashinfer_vlm.models.config import read_config
 from dashinfer_vlm.request import Request
 
@@ -252,6 +252,7 @@ class Engine:
             items=placed.items,
             positions=placed.positions,
         )
+        _wait_prepared(model.core, request)
         return self._submit(model_name, request)
 
     def _submit(self, model_name: str, request: Request) -> tuple[RequestHandle, ResultQueue]:
@@ -356,3 +357,12 @@ def _config_dict(config: GenerateConfig | None) -> Mapping[str, Any]:
     if not isinstance(config, Mapping):
         raise wrong(f"the generation config is a {type(config).__name__}; it must be a dict or a builder")
     return config
+
+
+def _wait_prepared(core: Core, request: Request) -> None:
+    """So that a form which cannot be kept is the status of the call."""
+    try:
+        if (ready := core.prepare(request)) is not None:
+            ready.result()
+    except InvalidRequestError as error:
+        raise wrong(str(error)) from error

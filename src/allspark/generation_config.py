@@ -6,10 +6,13 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from pydantic import ValidationError
+
 from allspark.multimedia import MultiMediaInfo
 from allspark.status import AsStatus, RefusalError, wrong
 from dashinfer_vlm.errors import InvalidRequestError
-from dashinfer_vlm.request import SamplingParams
+from dashinfer_vlm.frontend.structured import ResponseFormatBody
+from dashinfer_vlm.request import Grammar, SamplingParams
 
 __all__ = ["ASGenerationConfigBuilder"]
 
@@ -145,6 +148,7 @@ def sampling_params(config: Mapping[str, Any], num_prompt: int, max_model_len: i
         stop_sequences=tuple(tuple(s) for s in stops if len(s) > 1),
         ignore_eos=not ends or eos is not None,
         logprobs=values.get("top_logprobs", 0) if values.get("logprobs", False) else None,
+        grammar=values.get("response_format"),
     )
     try:
         params.validate(vocab_size)
@@ -178,8 +182,6 @@ def _check_unsupported(values: Mapping[str, Any]) -> None:
     for key, neutral in _ONLY_NEUTRAL.items():
         if values.get(key, neutral) != neutral:
             raise wrong(f"{key} is {values[key]!r}; only {neutral!r} is supported")
-    if values.get("response_format", {"type": "text"}) != {"type": "text"}:
-        raise wrong(f"response_format is {values['response_format']!r}; only {{'type': 'text'}} is supported")
     if values.get("lora_name"):
         raise RefusalError(AsStatus.ALLSPARK_LORA_NOT_FOUND, f"no adapter {values['lora_name']!r} is loaded")
 
@@ -222,6 +224,16 @@ def _id_lists(key: str, value: Any) -> list[list[int]]:
     return [_ids(key, ids) for ids in value]
 
 
+def _format(key: str, value: Any) -> Grammar | None:
+    """OpenAI's `response_format`; a JSON schema may stand there without a name."""
+    if isinstance(value, Mapping) and isinstance(schema := value.get("json_schema"), Mapping):
+        value = {**value, "json_schema": {"name": "answer", **schema}}
+    try:
+        return ResponseFormatBody.model_validate(value).grammar()
+    except (ValidationError, InvalidRequestError) as error:
+        raise wrong(f"{key} is {value!r}; it must be text, json_object or json_schema as OpenAI has them") from error
+
+
 def _as_is(key: str, value: Any) -> Any:
     return value
 
@@ -249,7 +261,7 @@ _KEYS: dict[str, Callable[[str, Any], Any]] = {
     "top_logprobs": _whole,
     "lora_name": _text,
     "mm_info": _as_is,
-    "response_format": _as_is,
+    "response_format": _format,
     "uuid": _text,
 }
 """Every documented key, and what its value must be."""

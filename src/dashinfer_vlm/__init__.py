@@ -8,14 +8,15 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from dashinfer_vlm.frontend.params import GenerationParams
     from dashinfer_vlm.offline import VLM
-    from dashinfer_vlm.request import SamplingParams
+    from dashinfer_vlm.request import Grammar, SamplingParams
 
 __version__ = "0.1.0"
-__all__ = ["VLM", "GenerationParams", "SamplingParams", "__version__"]
+__all__ = ["VLM", "GenerationParams", "Grammar", "SamplingParams", "__version__"]
 
 _HOMES = {
     "VLM": "dashinfer_vlm.offline",
     "GenerationParams": "dashinfer_vlm.frontend.params",
+    "Grammar": "dashinfer_vlm.request",
     "SamplingParams": "dashinfer_vlm.request",
 }
 """Imported when they are first used: they bring torch, which `dashinfer_vlm_serve -h` does not need."""

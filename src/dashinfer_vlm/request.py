@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import msgspec
 
@@ -42,14 +43,33 @@ class Grammar(msgspec.Struct, frozen=True, array_like=True):
     param: str = "structured_outputs"
     """The request's field that it came in, for what is said about it."""
 
+    @classmethod
+    def json_schema(cls, schema: Mapping[str, Any] | str, *, param: str = "structured_outputs") -> Grammar:
+        """JSON that the schema, an object or its text, describes."""
+        return cls("json_schema", schema if isinstance(schema, str) else _json(schema), param)
+
+    @classmethod
+    def json_object(cls, *, param: str = "structured_outputs") -> Grammar:
+        """Any JSON object."""
+        return cls.json_schema({"type": "object"}, param=param)
+
+    @classmethod
+    def choices(cls, texts: Iterable[str], *, param: str = "structured_outputs") -> Grammar:
+        """Exactly one of the texts."""
+        return cls("choice", _json(list(texts)), param)
+
     def validate(self) -> None:
         """Raise InvalidRequestError for one that is not worth looking at."""
         if not self.text:
-            raise InvalidRequestError("it is empty", param=self.param)
+            raise InvalidRequestError(f"{self.param} is empty", param=self.param)
         if len(self.text) > MAX_GRAMMAR_CHARS:
             raise InvalidRequestError(
-                f"it has {len(self.text)} characters; {MAX_GRAMMAR_CHARS} are the most", param=self.param
+                f"{self.param} has {len(self.text)} characters; {MAX_GRAMMAR_CHARS} are the most", param=self.param
             )
+
+
+def _json(value: object) -> str:
+    return msgspec.json.encode(value).decode()
 
 
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -85,6 +105,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     logprobs: int | None = None
     """None: none. n: the chosen token's log probability and those of the n likeliest (0 to 20)."""
     grammar: Grammar | None = None
+    """It goes before `min_tokens` and `ignore_eos`: the answer ends where nothing may follow."""
 
     def validate(self, vocab_size: int, max_tokens_name: str = "max_tokens") -> None:
         """Raise InvalidRequestError unless every field is finite and in range for a vocabulary of `vocab_size`.

@@ -100,7 +100,7 @@ WRONG_REQUESTS: dict[str, tuple[Callable[[Engine], AsStatus], AsStatus, str]] = 
     "stop words of one level": (lambda e: started(e, stop_words_ids=[1, 2]), PARAM, "list of lists"),
     "an empty stop word": (lambda e: started(e, stop_words_ids=[[]]), PARAM, "list of lists"),
     "too many log probabilities": (lambda e: started(e, logprobs=True, top_logprobs=21), PARAM, "logprobs"),
-    "a response format": (lambda e: started(e, response_format={"type": "json_object"}), PARAM, "response_format"),
+    "a response format": (lambda e: started(e, response_format={"type": "yaml"}), PARAM, "response_format"),
     "an adapter": (lambda e: started(e, lora_name="x"), AsStatus.ALLSPARK_LORA_NOT_FOUND, "'x'"),
     "a uuid of a number": (lambda e: started(e, uuid=5), PARAM, "uuid"),
     "media that are none": (lambda e: started(e, mm_info=[IDS]), PARAM, "MultiMediaInfo"),

@@ -14,6 +14,7 @@ import pytest
 from dashinfer_vlm.config import EngineConfig
 from dashinfer_vlm.engine.engine import Engine
 from dashinfer_vlm.engine.grammars.compiler import Compiler
+from dashinfer_vlm.engine.grammars.trial import Trial
 from dashinfer_vlm.errors import InvalidRequestError, UnsupportedError
 from dashinfer_vlm.request import Grammar, GrammarKind, Output, Request, SamplingParams
 from tests.engine.late_runner import LateRunner
@@ -290,6 +291,16 @@ def test_a_grammar_that_overflows_the_stack_costs_its_sender_alone(compiler: Com
     said = run.finish()
     check_person(said["0"][0])
     assert text(said["2"][0]) == "x"
+
+
+def test_a_trial_process_that_was_killed_is_started_again() -> None:
+    trial = Trial()
+    assert trial.problem(Grammar("regex", "a")) is None
+    assert trial._process is not None
+    trial._process.kill()
+    trial._process.wait()
+    assert trial.problem(Grammar("regex", "b")) is None
+    trial.close()
 
 
 def test_equal_grammars_are_compiled_once_and_the_oldest_are_forgotten(

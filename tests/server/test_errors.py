@@ -113,7 +113,6 @@ def test_a_bad_request_is_400_and_names_the_field(
         ("tools", [{"type": "function"}]),
         ("tool_choice", "required"),
         ("functions", [{}]),
-        ("response_format", {"type": "json_object"}),
         ("audio", {"voice": "alloy"}),
         ("modalities", ["text", "audio"]),
         ("best_of", 2),
@@ -122,7 +121,7 @@ def test_a_bad_request_is_400_and_names_the_field(
         ("prediction", {"type": "content", "content": "x"}),
         ("echo", True),
         ("chat_template_kwargs", {"enable_thinking": True}),
-        ("guided_json", {}),
+        ("guided_whitespace_pattern", " "),
         ("nonsense", 1),
     ],
 )

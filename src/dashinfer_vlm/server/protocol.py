@@ -16,6 +16,7 @@ from dashinfer_vlm.frontend.conversation import MessageBody, ProcessorBody, read
 from dashinfer_vlm.frontend.messages import Message
 from dashinfer_vlm.frontend.params import GenerationParams
 from dashinfer_vlm.frontend.schema import Body, Whole, Wholes, by_shape, only
+from dashinfer_vlm.frontend.structured import StructuredBody
 from dashinfer_vlm.request import SamplingParams
 from dashinfer_vlm.server.replies import UsageEvents
 
@@ -63,7 +64,7 @@ class StreamOptions(Body):
     """Every event tells the tokens so far; as in vLLM, only beside `include_usage`."""
 
 
-class GenerationBody(Body):
+class GenerationBody(StructuredBody):
     """What chat and text completions share."""
 
     model: str | None = None
@@ -109,12 +110,6 @@ class GenerationBody(Body):
     best_of: Annotated[Any, only(1)] = None
     use_beam_search: Annotated[Any, only(False)] = None
     length_penalty: Annotated[Any, only(1)] = None
-    response_format: Annotated[Any, only({"type": "text"})] = None
-    structured_outputs: Annotated[Any, only()] = None
-    guided_json: Annotated[Any, only()] = None
-    guided_regex: Annotated[Any, only()] = None
-    guided_choice: Annotated[Any, only()] = None
-    guided_grammar: Annotated[Any, only()] = None
     prompt_logprobs: Annotated[Any, only()] = None
     priority: Annotated[Any, only(0)] = None
     detokenize: Annotated[Any, only(True)] = None
@@ -154,6 +149,7 @@ class GenerationBody(Body):
             logprobs=logprobs,
             stop_token_ids=tuple(self.stop_token_ids or ()),
             ignore_eos=bool(self.ignore_eos),
+            grammar=self.grammar(),
         )
         return GenerationParams(
             sampling=sampling,

@@ -9,7 +9,7 @@ import msgspec
 
 from dashinfer_vlm.request import Grammar
 
-WHITESPACE = r"[\x20\x0A\x0D\x09]{1,64}"
+WHITESPACE = r"[\x20\x0A\x0D\x09]{1,32}"
 """Between the tokens of JSON. Bounded: a model that likes blanks would otherwise write nothing else up to its limit."""
 LIMITS = llguidance.LLParserLimits(max_lexer_states=100_000, verbose_errors=False)
 """llguidance's own, but for states: each takes a kilobyte or two, and every sequence has its own."""

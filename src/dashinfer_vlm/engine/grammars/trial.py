@@ -30,8 +30,8 @@ CPU_S = 3
 WALL_S = 20.0
 """The same by the clock, for a process that waits or a machine that is very busy."""
 _MEMORY_BYTES = 1 << 30
-_STACK_BYTES = 1 << 20
-"""Half of what the threads have that work with the grammar later."""
+_STACK_BYTES = 2 << 20
+"""Less than the threads have that compile the grammar later, and as much as those that make its masks."""
 
 
 class Trial:
@@ -44,7 +44,10 @@ class Trial:
 
     def problem(self, grammar: Grammar) -> str | None:
         """Why the grammar cannot be compiled, or None."""
-        process = self._process or self._start()
+        process = self._process
+        if process is None or process.poll() is not None:
+            self.close()
+            process = self._start()
         assert process.stdin is not None
         assert process.stdout is not None
         process.stdin.write(msgspec.json.encode(grammar) + b"\n")
