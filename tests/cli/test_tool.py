@@ -38,7 +38,7 @@ def test_an_unknown_subcommand_is_one_line(capsys: pytest.CaptureFixture[str]) -
 
 @pytest.mark.parametrize(
     ("typed", "hint"),
-    [("bnech", "did you mean bench?"), ("serve", "dashinfer_vlm_serve starts"), ("zzz", "-h lists the commands")],
+    [("bnech", "did you mean bench?"), ("batch", "dashinfer-vlm run answers"), ("zzz", "-h lists the commands")],
 )
 def test_a_near_miss_is_told_what_was_meant(typed: str, hint: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert execute(tool, [typed]) == 2

@@ -1,9 +1,10 @@
-"""`dashinfer-vlm`: everything that is not the server. A subcommand's module is imported when it is asked for."""
+"""`dashinfer-vlm` and its subcommands, whose modules are imported when they are asked for."""
 
 from __future__ import annotations
 
 import platform
 import sys
+from copy import copy
 from difflib import get_close_matches
 from importlib import import_module
 
@@ -17,15 +18,16 @@ __all__ = ["main", "tool"]
 
 ELSEWHERE = {
     "bench": "dashinfer_vlm.cli.bench:bench",
+    "chat": "dashinfer_vlm.cli.chat:chat",
     "encoder": "dashinfer_vlm.cli.encoder:encoder",
+    "info": "dashinfer_vlm.cli.info:info",
     "quantize": "dashinfer_vlm.cli.quantize:quantize",
     "run": "dashinfer_vlm.cli.run:run",
+    "serve": "dashinfer_vlm.cli.serve:command",
 }
 """Subcommands that live in modules of their own."""
 
 _MEANT = {
-    "serve": "dashinfer_vlm_serve starts the server",
-    "chat": "dashinfer_vlm_serve starts a server with a page to chat at /",
     "batch": "dashinfer-vlm run answers a file of requests",
     "run-batch": "dashinfer-vlm run answers a file of requests",
     "benchmark": "dashinfer-vlm bench measures",
@@ -56,13 +58,16 @@ class LazyGroup(click.RichGroup):
         module, name = ELSEWHERE[cmd_name].split(":")
         command = getattr(import_module(module), name)
         assert isinstance(command, click.Command), ELSEWHERE[cmd_name]
+        if command.name != cmd_name:  # a program of its own that is a subcommand as well
+            command = copy(command)
+            command.name = cmd_name
         return command
 
 
 @click.command("dashinfer-vlm", cls=LazyGroup, context_settings=CONTEXT)
 @version_option
 def tool() -> None:
-    """Measure and inspect DashInfer-VLM. The server itself is dashinfer_vlm_serve."""
+    """Serve vision-language models, talk to them, measure and inspect them."""
 
 
 @tool.command("version", context_settings=CONTEXT)

@@ -62,6 +62,11 @@ class Weights:
     def __contains__(self, name: str) -> bool:
         return name in self._entries
 
+    def shapes(self, part: Part) -> dict[str, tuple[int, ...]]:
+        """Of all tensors of a part of the model, by name; none for a part that it does not have."""
+        prefixes = self.names.parts.get(part, ())
+        return {name: entry.shape for name, entry in self._entries.items() if name.startswith(prefixes)}
+
     def take(self, name: str, *shape: int) -> torch.Tensor:
         """The tensor `name`, which must have `shape`, in the file's dtype.
 
