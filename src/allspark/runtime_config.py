@@ -187,7 +187,7 @@ def engine_config(config: AsModelConfig) -> EngineConfig:
             parallel_size=len(ids) if device == "cuda" else 1,
             max_model_len=config.engine_max_length or None,
             max_num_seqs=config.engine_max_batch or 128,
-            max_num_batched_tokens=config.engine_max_prefill_length or 512,
+            max_num_batched_tokens=config.engine_max_prefill_length or None,
             threads=config.num_threads or None,
             block_size=config.cache_span_size,
             kv_cache_dtype="int8" if config.cache_mode is AsCacheMode.AsCacheQuantI8 else "auto",

@@ -135,7 +135,11 @@ class EngineConfig:
         least=1,
     )
     max_num_seqs: int = option(128, "Sequences that run at once.", aliases=("max-batch",), least=1)
-    max_num_batched_tokens: int = option(512, "Tokens of one step: decode and prefill chunks together.", least=1)
+    max_num_batched_tokens: int | None = option(
+        None,
+        "Tokens of one step: decode and prefill chunks together; 512 on processors and 2048 on cards when absent.",
+        least=1,
+    )
     block_size: int = option(16, "Tokens in one page of the KV cache.", least=1)
     kv_cache_gib: float | None = option(
         None, "Memory for the KV cache in GiB; a share of what is free when absent.", least=0.001

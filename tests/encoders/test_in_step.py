@@ -11,6 +11,7 @@ import torch
 
 from dashinfer_vlm.config import EngineConfig
 from dashinfer_vlm.encoders.cache import EmbeddingCache
+from dashinfer_vlm.encoders.clock import CardClock
 from dashinfer_vlm.encoders.elsewhere.crew import Crew, Outcome
 from dashinfer_vlm.encoders.elsewhere.stage import WorkerEncoder
 from dashinfer_vlm.encoders.in_step import InStepEncoder
@@ -105,6 +106,43 @@ def test_each_worker_is_told_its_own_cores() -> None:
     assert config_of_worker(EngineConfig(vision_workers=1, vision_threads=2), 0).cores is None
 
 
+class Event:
+    """Of a card whose work ends when the test says so."""
+
+    now_s, done_s = 0.0, 0.0
+    num_waits = 0
+
+    def __init__(self, *, enable_timing: bool) -> None:
+        assert enable_timing
+
+    def record(self) -> None:
+        self.at_s = Event.now_s
+
+    def synchronize(self) -> None:
+        Event.num_waits += 1
+        Event.done_s = max(Event.done_s, self.at_s)
+
+    def query(self) -> bool:
+        return self.at_s <= Event.done_s
+
+    def elapsed_time(self, end: Event) -> float:
+        return 1e3 * (end.at_s - self.at_s)
+
+
+def test_a_card_is_waited_for_once_and_its_slices_are_learnt_when_they_have_ended() -> None:
+    clock, told = CardClock(Event), []
+    for slice_s in (0.1, 0.2, 0.2):
+        clock.start()
+        Event.now_s += slice_s
+        told.append(clock.stop())
+    assert told == [pytest.approx(0.1)] * 3
+    assert Event.num_waits == 1
+    Event.done_s = Event.now_s
+    clock.start()
+    clock.stop()
+    assert clock.slice_s > 0.1
+
+
 class TimedEncoder(ScriptedEncoder):
     """Each slice takes `slice_s` of a clock that only it moves."""
 
@@ -123,7 +161,7 @@ def in_step(slice_s: float, monkeypatch: pytest.MonkeyPatch) -> tuple[InStepEnco
     """A stage with an item whose encoding never ends, after the first slice."""
     encoder = TimedEncoder(slice_s)
     stage = InStepEncoder(encoder, ItemQueue(EmbeddingCache(1 << 20)), torch.device("cpu"), 1024)
-    monkeypatch.setattr("dashinfer_vlm.encoders.in_step.time", SimpleNamespace(perf_counter=lambda: encoder.now_s))
+    monkeypatch.setattr("dashinfer_vlm.encoders.clock.time", SimpleNamespace(perf_counter=lambda: encoder.now_s))
     stage.request(item(1))
     stage.advance(slice_s)
     assert encoder.num_slices == 1

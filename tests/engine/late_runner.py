@@ -9,11 +9,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from itertools import accumulate
 
+from dashinfer_vlm.config import EngineConfig
+from dashinfer_vlm.encoders.cache import EmbeddingCache
 from dashinfer_vlm.engine.runner import DoneStep, Runner
 from dashinfer_vlm.engine.sampler import Sampled
 from dashinfer_vlm.engine.sequence import PENDING, Sequence
 from dashinfer_vlm.engine.steps import Chunk, Plan
-from dashinfer_vlm.models.base import StepBatch
+from dashinfer_vlm.models.base import KVCache, Model, StepBatch
 
 
 @dataclass
@@ -63,3 +65,8 @@ class LateRunner(Runner):
                 batch.ids[row] = self._newest[chunk.sequence]
                 self.num_pending += 1
         return batch
+
+
+def make_late_runner(model: Model, kv: KVCache, embeddings: EmbeddingCache, config: EngineConfig) -> LateRunner:
+    """In place of `devices.make_runner`."""
+    return LateRunner(model, kv, embeddings)

@@ -12,18 +12,18 @@ from hypothesis import strategies as st
 from dashinfer_vlm.config import EngineConfig
 from dashinfer_vlm.encoders.in_step import InStepEncoder
 from dashinfer_vlm.engine import engine as engine_module
+from dashinfer_vlm.engine.devices import make_runner
 from dashinfer_vlm.engine.engine import Engine
-from dashinfer_vlm.engine.runner import Runner
 from dashinfer_vlm.errors import ConfigError, ContextLengthError, InvalidRequestError
 from dashinfer_vlm.request import Item, Output, Request, SamplingParams
-from tests.engine.late_runner import LateRunner
+from tests.engine.late_runner import make_late_runner
 from tests.engine.scripted_model import EOS, VOCAB, ScriptedModel, expected
 
 
 @pytest.fixture(autouse=True, params=[0, 1], ids=["depth 0", "depth 1"])
 def depth(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever is said here of an engine holds with a step under way, too."""
-    monkeypatch.setattr(engine_module, "Runner", LateRunner if request.param else Runner)
+    monkeypatch.setattr(engine_module, "make_runner", make_late_runner if request.param else make_runner)
 
 
 def make_engine(num_blocks: int = 64, model: ScriptedModel | None = None, **options: object) -> Engine:

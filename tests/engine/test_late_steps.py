@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 from dashinfer_vlm.config import EngineConfig
 from dashinfer_vlm.engine import engine as engine_module
 from dashinfer_vlm.engine.cost import StepCost
+from dashinfer_vlm.engine.devices import make_runner
 from dashinfer_vlm.engine.engine import Engine
-from dashinfer_vlm.engine.runner import Runner
 from dashinfer_vlm.request import Output, Request, SamplingParams
-from tests.engine.late_runner import LateRunner
+from tests.engine.late_runner import LateRunner, make_late_runner
 from tests.engine.scripted_model import EOS, VOCAB, ScriptedModel, expected
 from tests.engine.test_engine import greedy, image, reason, tokens
 from tests.engine.test_speculation import NGRAM, EchoingModel
@@ -49,7 +49,7 @@ def life(depth: int, num_blocks: int = 64, model: ScriptedModel | None = None, *
     model = model or ScriptedModel()
     config = EngineConfig(**{"max_model_len": min(200, num_blocks * 4), "max_num_batched_tokens": 16, **options})
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(engine_module, "Runner", LateRunner if depth else Runner)
+        patch.setattr(engine_module, "make_runner", make_late_runner if depth else make_runner)
         engine = Engine(model, model.kv(num_blocks), config)
     assert engine.runner.depth == depth
     engine.scheduler.cost = StepCost(fixed_s=0.1, token_s=0.001, rate=0)

@@ -9,7 +9,7 @@ from dashinfer_vlm.encoders.cache import EmbeddingCache
 from dashinfer_vlm.encoders.in_step import InStepEncoder
 from dashinfer_vlm.encoders.queue import ItemQueue
 from dashinfer_vlm.engine.blocks import BlockPool
-from dashinfer_vlm.engine.cost import StepCost
+from dashinfer_vlm.engine.cost import CardCost, StepCost
 from dashinfer_vlm.engine.scheduler import CROWDED_SLACK, DECODE_SLACK, IDLE_STEP_S, Scheduler, extra_share
 from dashinfer_vlm.engine.sequence import Sequence
 from dashinfer_vlm.engine.steps import Plan
@@ -180,3 +180,25 @@ def test_one_slow_step_hardly_moves_the_estimate() -> None:
     cost = StepCost(FIXED_S, TOKEN_S)
     cost.observe(1, 1.0)
     assert cost.of(1) < 2 * (FIXED_S + TOKEN_S)
+
+
+KNEE = 300
+"""Rows for which a card's arithmetic takes as long as its reading."""
+
+
+@pytest.mark.parametrize(("fixed_s", "token_s"), [(0.02, 0.001), (0.005, 2e-5), (0.0001, 1e-9), (1e-6, 1e-2)])
+def test_the_cost_of_a_card_has_its_knee_where_the_card_has_it(fixed_s: float, token_s: float) -> None:
+    cost = CardCost(fixed_s, token_s)
+    for _ in range(300):
+        for num_tokens in (1, 64, 200, 2048):
+            cost.observe(num_tokens, FIXED_S * max(1, num_tokens / KNEE))
+    assert cost.of(64) == pytest.approx(FIXED_S, rel=0.1)
+    assert cost.of(2048) == pytest.approx(FIXED_S * 2048 / KNEE, rel=0.1)
+
+
+def test_rows_are_free_on_a_card_up_to_the_knee() -> None:
+    cost = CardCost(FIXED_S, FIXED_S / KNEE)
+    assert cost.more(64, KNEE - 65) == 0
+    assert cost.joining_in(0.0, 64) == pytest.approx(KNEE - 64, abs=1)
+    assert cost.more(64, cost.joining_in(0.4 * FIXED_S, 64)) == pytest.approx(0.4 * FIXED_S, rel=0.01)
+    assert cost.joining_in(0.0, 2 * KNEE) == pytest.approx(0, abs=1)

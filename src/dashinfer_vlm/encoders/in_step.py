@@ -6,22 +6,19 @@ collects.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import msgspec
 import numpy as np
 import torch
 
 from dashinfer_vlm.encoders.cache import EmbeddingCache
+from dashinfer_vlm.encoders.clock import SliceClock, slice_clock
 from dashinfer_vlm.encoders.queue import ItemQueue, grid, raw_patches
 from dashinfer_vlm.encoders.stats import StageStats
 from dashinfer_vlm.models.base import EncoderState, VisionEncoder
 from dashinfer_vlm.request import Item
-
-SLICE_RATE = 0.2
-"""Weight of the latest slice in the estimate: a machine that slows down is noticed, one hiccup is forgotten soon."""
 
 
 @dataclass(slots=True)
@@ -32,7 +29,11 @@ class _Batch:
 
 @dataclass(slots=True)
 class InStepEncoder:
-    """Runs the ViT between the model calls of the LLM, a few slices at a time."""
+    """Runs the ViT between the model calls of the LLM, a few slices at a time.
+
+    A card has slices under way when `advance` returns, and an embedding is in the cache as soon as its last slice was
+    started: whoever reads it does so later on the same stream.
+    """
 
     encoder: VisionEncoder
     queue: ItemQueue
@@ -40,8 +41,11 @@ class InStepEncoder:
     max_batch_patches: int
     seconds: float = 0.0
     _batch: _Batch | None = None
-    _slice_s: float = 0.0  # what a slice takes, the latest weighing most
     _saved_s: float = 0.0  # what earlier calls were given and did not use, up to one slice; below 0 they took more
+    _clock: SliceClock = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._clock = slice_clock(self.device)
 
     @property
     def cache(self) -> EmbeddingCache:
@@ -74,11 +78,11 @@ class InStepEncoder:
 
     def run(self, budget_s: float, next_items: Callable[[], list[Item]]) -> None:
         """`advance` with batches from `next_items`, which may have none left."""
-        start, spent = time.perf_counter(), 0.0
-        self._saved_s = min(max(self._saved_s, -self._slice_s), self._slice_s) + budget_s
-        room_s = budget_s if budget_s >= self._slice_s else self._saved_s
-        while spent + self._slice_s <= room_s and self._advance_one_slice(next_items):
-            spent = time.perf_counter() - start
+        spent, slice_s = 0.0, self._clock.slice_s
+        self._saved_s = min(max(self._saved_s, -slice_s), slice_s) + budget_s
+        room_s = budget_s if budget_s >= slice_s else self._saved_s
+        while spent + self._clock.slice_s <= room_s and (items := self._batch.items if self._batch else next_items()):
+            spent += self._timed_slice(items)
             room_s = budget_s
         self._saved_s -= spent
         self.seconds += spent
@@ -89,32 +93,29 @@ class InStepEncoder:
     def close(self) -> None:
         """Nothing is held elsewhere."""
 
-    def _advance_one_slice(self, next_items: Callable[[], list[Item]]) -> bool:
-        """False when there is nothing to do."""
-        items = self._batch.items if self._batch else next_items()
-        if not items:
-            return False
-        start = time.perf_counter()
+    def _timed_slice(self, items: list[Item]) -> float:
+        """Seconds of the next slice of these items."""
+        self._clock.start()
         try:
-            if self._batch is None:
-                state = self.encoder.begin([self._patches(i) for i in items], [grid(i) for i in items])
-                self._batch = _Batch(items, state)
-            self.encoder.run(self._batch.state, 1)
-            if self.device.type == "cuda":
-                torch.cuda.synchronize(self.device)
-            taken_s = time.perf_counter() - start
-            self._slice_s += SLICE_RATE * (taken_s - self._slice_s) if self._slice_s else taken_s
-            if self._batch.state.done:
-                embeddings = self.encoder.finish(self._batch.state)
-                self._batch = None
-                self.queue.store(items, embeddings)
+            self._advance_one_slice(items)
         except Exception as error:  # noqa: BLE001 - one item's failure must not end the engine's step
             self._batch = None
             self.queue.fail(items, error)
-        return True
+        return self._clock.stop()
+
+    def _advance_one_slice(self, items: list[Item]) -> None:
+        if self._batch is None:
+            self._batch = _Batch(items, self.encoder.begin([self._patches(i) for i in items], [grid(i) for i in items]))
+        self.encoder.run(self._batch.state, 1)
+        if self._batch.state.done:
+            embeddings = self.encoder.finish(self._batch.state)
+            self._batch = None
+            self.queue.store(items, embeddings)
 
     def _patches(self, item: Item) -> torch.Tensor:
         patches = raw_patches(item)
         if isinstance(patches, np.ndarray):
             patches = torch.from_numpy(np.array(patches))  # a private copy: the shared file may be unmapped any time
+        if self.device.type == "cuda":
+            patches = patches.pin_memory()  # or the copy would wait for all that the card has still to do
         return patches.to(self.device, non_blocking=True)

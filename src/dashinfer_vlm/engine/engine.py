@@ -17,11 +17,10 @@ from dashinfer_vlm.encoders.placement import make_stage
 from dashinfer_vlm.encoders.shared.stage import with_shared_cache
 from dashinfer_vlm.engine.admission import Limits, check_request
 from dashinfer_vlm.engine.blocks import BlockPool
-from dashinfer_vlm.engine.cost import StepCost
+from dashinfer_vlm.engine.devices import first_cost, make_runner, max_batched_tokens
 from dashinfer_vlm.engine.drafts import Drafter
 from dashinfer_vlm.engine.grammars.compiler import Compiler
 from dashinfer_vlm.engine.memory import max_item_patches, max_pinned_tokens
-from dashinfer_vlm.engine.runner import Runner
 from dashinfer_vlm.engine.sampler import Sampled
 from dashinfer_vlm.engine.scheduler import Scheduler
 from dashinfer_vlm.engine.sequence import Sequence
@@ -33,9 +32,6 @@ from dashinfer_vlm.request import Finish, Grammar, Output, Request, TokenLogprob
 
 log = logging.getLogger(__name__)
 
-_FIRST_COST = StepCost(fixed_s=0.02, token_s=0.001)
-"""Where the estimate of a step's cost starts; a few steps of real work replace it."""
-
 
 class Engine:
     """Runs many sequences over one model. Not thread-safe: one loop owns it (see loop.py)."""
@@ -45,18 +41,19 @@ class Engine:
         self.model = model
         self.grammars = grammars
         self.config = config
-        self.limits = Limits.of(model, kv, config, max_item_patches=max_item_patches(model, kv))
         self.stage = with_shared_cache(make_stage(model, config), model, config)
+        self.runner: StepRunner = make_runner(model, kv, self.stage.cache, config)
+        kv = self.runner.kv
+        self.limits = Limits.of(model, kv, config, max_item_patches=max_item_patches(model, kv))
         self.scheduler = Scheduler(
             pool=BlockPool(kv.num_blocks, prefix_cache=config.prefix_cache),
             block_size=kv.block_size,
             stage=self.stage,
-            cost=StepCost(_FIRST_COST.fixed_s, _FIRST_COST.token_s),
+            cost=first_cost(model.device),
             max_num_seqs=config.max_num_seqs,
-            max_num_batched_tokens=config.max_num_batched_tokens,
+            max_num_batched_tokens=max_batched_tokens(config, model.device),
             max_pinned_tokens=max_pinned_tokens(model, config),
         )
-        self.runner: StepRunner = Runner(model, kv, self.stage.cache)
         self._speculation = config.speculation
         self._sequences: dict[str, Sequence] = {}
         self._flights: deque[Flight] = deque()  # steps under way, the oldest first

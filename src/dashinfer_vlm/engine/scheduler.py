@@ -90,14 +90,15 @@ class Scheduler:
         if extra_s is not None and self._encoder_is_next and self.stage.computes_here:
             self._encoder_is_next = False
             return Plan(tuple(chunks), extra_s)
-        prefill = self._prefill_chunks(self.max_num_batched_tokens - sum(c.num_rows for c in chunks), extra_s)
+        prefill = self._prefill_chunks(sum(c.num_rows for c in chunks), extra_s)
         self._encoder_is_next = bool(prefill) and self.stage.computes_here
         plan = tuple(chunks + prefill)
         if not self.stage.has_work():
             return Plan(plan, None)
         if extra_s is None:
             return Plan(plan, IDLE_STEP_S)
-        return Plan(plan, max(0.0, extra_s - sum(c.num_tokens for c in prefill) * self.cost.token_s))
+        added_s = self.cost.more(sum(c.num_rows for c in chunks), sum(c.num_tokens for c in prefill))
+        return Plan(plan, max(0.0, extra_s - added_s))
 
     def started(self, plan: Plan) -> None:
         """The plan's rows are computed, or will be before anything that is started from now on: its tokens are owed."""
@@ -165,7 +166,7 @@ class Scheduler:
         num_rows, num_expected = len(decoding), float(len(decoding))
         most_rows = num_rows + (self.max_num_batched_tokens - num_rows) // 2
         for chance, index, token in self._guesses(decoding):
-            if num_rows >= most_rows or chance * self.cost.of(num_rows) <= num_expected * self.cost.token_s:
+            if num_rows >= most_rows or chance * self.cost.of(num_rows) <= num_expected * self.cost.more(num_rows, 1):
                 break
             if self._has_slot(decoding[index], len(drafts[index])):
                 drafts[index].append(token)
@@ -279,8 +280,11 @@ class Scheduler:
         num_ready = self._num_ready(sequence)
         return 1.0 if num_ready < sequence.num_uncomputed else min(1.0, num_ready * self.cost.token_s / FAR_S)
 
-    def _prefill_chunks(self, max_tokens: int, extra_s: float | None) -> list[Chunk]:
-        budget = max_tokens if extra_s is None else min(max_tokens, max(1, self.cost.tokens_in(extra_s)))
+    def _prefill_chunks(self, num_rows: int, extra_s: float | None) -> list[Chunk]:
+        """Chunks that join a step of `num_rows` rows."""
+        budget = self.max_num_batched_tokens - num_rows
+        if extra_s is not None:
+            budget = min(budget, max(1, self.cost.joining_in(extra_s, num_rows)))
         chunks: list[Chunk] = []
         in_this_step: set[bytes] = set()
         for sequence in self.running:
