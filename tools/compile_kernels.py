@@ -5,7 +5,7 @@
 
 Prints one JSON object a line: model, variant, kernel, registers, bytes of stack, spills, bytes of shared memory, and
 how often the instructions occur that decide the speed: `HGMMA` (products of a warp group), `HMMA` (of a warp), and
-asynchronous copies, those of 128 bits apart.
+asynchronous copies, those of 128 bits apart; sines that are only approximate.
 """
 
 from __future__ import annotations
@@ -44,6 +44,7 @@ class Compiled:
     hmma: int
     copies: int
     wide_copies: int
+    fast_sines: int
 
 
 class AbsentCard:
@@ -112,6 +113,7 @@ def _read(model: str, variant: str, kernel: str, compiled: Any) -> Compiled:
         len(re.findall(r"\bHMMA\b", code)),
         len(re.findall(r"\bLDGSTS\b", code)),
         len(re.findall(r"\bLDGSTS\S*\.128", code)),
+        len(re.findall(r"\bMUFU\.(?:SIN|COS)\b", code)),
     )
 
 

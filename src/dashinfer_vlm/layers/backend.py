@@ -35,6 +35,7 @@ class Ops:
 
     rms_norm: Callable[[Tensor, Tensor, float], Tensor]
     layer_norm: Callable[[Tensor, Tensor, Tensor, float], Tensor]
+    mrope_cos_sin: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
     rope: Callable[[Tensor, Tensor, Tensor], None]
     rope_write_kv: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], None]
     paged_attention: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, float], Tensor]
@@ -44,6 +45,7 @@ class Ops:
 REFERENCE = Ops(
     rms_norm=norm.rms_norm,
     layer_norm=norm.layer_norm,
+    mrope_cos_sin=rotary.mrope_cos_sin,
     rope=rotary.rope,
     rope_write_kv=attention.rope_write_kv,
     paged_attention=attention.paged_attention,
@@ -53,6 +55,7 @@ REFERENCE = Ops(
 NATIVE = Ops(
     rms_norm=cpu_ops.rms_norm,
     layer_norm=cpu_ops.layer_norm,
+    mrope_cos_sin=rotary.mrope_cos_sin,
     rope=cpu_ops.rope,
     rope_write_kv=cpu_ops.rope_write_kv,
     paged_attention=cpu_ops.paged_attention,

@@ -18,6 +18,7 @@ __all__ = ["OPS", "CudaHead", "CudaLinear", "CudaPatches", "multiplies_into_floa
 OPS = Ops(
     rms_norm=rows.rms_norm,
     layer_norm=rows.layer_norm,
+    mrope_cos_sin=rotary.mrope_cos_sin,
     rope=rotary.rope,
     rope_write_kv=rotary.rope_write_kv,
     paged_attention=paged.paged_attention,

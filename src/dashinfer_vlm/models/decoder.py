@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from dashinfer_vlm.errors import CheckpointError
 from dashinfer_vlm.layers.backend import Backend
 from dashinfer_vlm.layers.linear import Linear, Matrix
-from dashinfer_vlm.layers.rotary import axes_of_channels, inverse_frequencies, mrope_cos_sin, yarn_frequencies
+from dashinfer_vlm.layers.rotary import axes_of_channels, inverse_frequencies, yarn_frequencies
 from dashinfer_vlm.models.base import KVCache, StepBatch, TextShape
 from dashinfer_vlm.models.config import Rope, TextConfig
 from dashinfer_vlm.models.weights import Weights
@@ -96,7 +96,8 @@ class GatedMlp:
 class Rotary:
     """Turns a step's positions into its table."""
 
-    def __init__(self, rope: Rope, head_dim: int, device: torch.device) -> None:
+    def __init__(self, rope: Rope, head_dim: int, backend: Backend) -> None:
+        device, self.ops = backend.device, backend.ops
         self.frequencies, self.scale = inverse_frequencies(head_dim, rope.theta, device), 1.0
         if rope.yarn is not None:
             yarn = rope.yarn
@@ -107,7 +108,7 @@ class Rotary:
         self.axes = axes_of_channels(rope.sections, device, interleaved=rope.interleaved)
 
     def __call__(self, positions: torch.Tensor) -> Table:
-        cos, sin = mrope_cos_sin(positions, self.frequencies, self.axes)
+        cos, sin = self.ops.mrope_cos_sin(positions, self.frequencies, self.axes)
         return (cos, sin) if self.scale == 1 else (cos * self.scale, sin * self.scale)
 
 
@@ -130,7 +131,7 @@ class Decoder:
         self.deepstack = deepstack
         self.config = config
         self.backend = backend
-        self.rotary = Rotary(config.rope, config.head_dim, backend.device)
+        self.rotary = Rotary(config.rope, config.head_dim, backend)
         shape = (config.vocab_size, config.hidden_size)
         self.embedding = backend.weight(weights.take("model.embed_tokens.weight", *shape))
         self.layers = []

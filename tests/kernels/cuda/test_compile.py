@@ -47,7 +47,8 @@ def found(request: pytest.FixtureRequest) -> Found:
 def test_every_variant_compiles_and_fits_without_spills(found: Found) -> None:
     assert len(found.variants) >= 20
     for x in found.variants:
-        assert x["stack"] == x["spills"] == 0, x
+        if x["kernel"] != "_tables":  # exact sines of angles beyond 100,000 reduce them in local memory
+            assert x["stack"] == x["spills"] == 0, x
         assert x["shared"] <= SHARED, x
         assert x["registers"] * x["warps"] * 32 <= REGISTERS, x
 
@@ -70,6 +71,13 @@ def test_keys_and_values_of_16_bits_are_copied_by_128_bits_beside_the_arithmetic
     assert attention
     for x in attention:
         assert x["wide_copies"] >= 12, x
+
+
+def test_tables_take_exact_sines(found: Found) -> None:
+    """Angles reach tens of thousands, where the fast instruction has no digit left."""
+    tables = found.of("_tables")
+    assert tables
+    assert all(x["fast_sines"] == 0 for x in tables), tables
 
 
 def test_rows_take_few_registers(found: Found) -> None:

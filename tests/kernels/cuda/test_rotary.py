@@ -9,7 +9,7 @@ from torch import Tensor
 pytest.importorskip("triton")
 
 from dashinfer_vlm.kernels.cuda.hadamard import hadamard_blocks
-from dashinfer_vlm.kernels.cuda.rotary import rope, rope_write_kv
+from dashinfer_vlm.kernels.cuda.rotary import mrope_cos_sin, rope, rope_write_kv
 from dashinfer_vlm.layers import attention, rotary
 from tests.kernels.cuda.numbers import DEVICE, TYPES, allowed, error
 
@@ -29,6 +29,20 @@ def test_rotation_in_place_of_some_heads(heads: int, dim: int, dtype: torch.dtyp
     rope(x, cos, sin)
     assert error(x, want) < allowed(dtype)
     assert torch.equal(wide[:, heads:], rest)
+
+
+@pytest.mark.parametrize("kind", [torch.int64, torch.float32])
+@pytest.mark.parametrize("axes", [[0] * 4 + [1] * 6 + [2] * 6, [0, 1, 2] * 5 + [0], [0] * 20])
+def test_tables_of_joined_and_of_interleaved_axes(axes: list[int], kind: torch.dtype) -> None:
+    positions = torch.randint(0, 32000, (3, 14)).to(DEVICE, kind)[:, ::2]
+    frequencies = rotary.inverse_frequencies(2 * len(axes), 1e6, DEVICE)
+    which = torch.tensor(axes, device=DEVICE)
+    for got, want in zip(
+        mrope_cos_sin(positions, frequencies, which),
+        rotary.mrope_cos_sin(positions.double(), frequencies, which),
+        strict=True,
+    ):
+        torch.testing.assert_close(got, want, atol=1e-6, rtol=0)
 
 
 @pytest.mark.parametrize("cache", [torch.float32, torch.bfloat16, torch.int8])

@@ -10,9 +10,20 @@ from torch import Tensor
 from dashinfer_vlm.kernels.cuda.hadamard import hadamard_blocks
 from dashinfer_vlm.kernels.cuda.launch import check, compute_type, launch, power_of_two
 
-__all__ = ["rope", "rope_write_kv"]
+__all__ = ["mrope_cos_sin", "rope", "rope_write_kv"]
 
 HEADS_AT_ONCE = 32
+
+
+@triton.jit(do_not_specialize=["axis_stride"])
+def _tables(positions, frequencies, axes, cos, sin, axis_stride, p_t, HALF: tl.constexpr, B: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    i = tl.arange(0, B)
+    axis = tl.load(axes + i, mask=i < HALF, other=0)
+    position = tl.load(positions + axis * axis_stride + row * p_t, mask=i < HALF, other=0).to(tl.float32)
+    angle = position * tl.load(frequencies + i, mask=i < HALF, other=0.0)
+    tl.store(cos + row * HALF + i, tl.cos(angle), mask=i < HALF)
+    tl.store(sin + row * HALF + i, tl.sin(angle), mask=i < HALF)
 
 
 @triton.jit
@@ -105,6 +116,16 @@ def _rope_write_kv(
     v_low = tl.load(place, mask=inside, other=0.0).to(tl.float32)
     v_high = tl.load(place + D // 2, mask=inside, other=0.0).to(tl.float32)
     _write(v_cache + slot, v_low, v_high, head, HK, D, c_h, BD, INT8)
+
+
+def mrope_cos_sin(positions: Tensor, frequencies: Tensor, axes: Tensor) -> tuple[Tensor, Tensor]:
+    """`layers.rotary.mrope_cos_sin`: [3, T] positions -> float32 [T, D / 2] cosines and sines; any layout of axes."""
+    check(frequencies.shape == axes.shape, "frequencies and axes must be [D / 2]", frequencies, axes)
+    num_rows, half = positions.shape[1], len(frequencies)
+    cos, sin = (torch.empty(num_rows, half, dtype=torch.float32, device=positions.device) for _ in range(2))
+    block = power_of_two(half)
+    launch(_tables, (num_rows,), positions, frequencies, axes, cos, sin, *positions.stride(), half, block, num_warps=1)
+    return cos, sin
 
 
 def rope(x: Tensor, cos: Tensor, sin: Tensor) -> None:

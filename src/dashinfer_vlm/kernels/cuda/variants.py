@@ -91,6 +91,13 @@ def _text(s: Sizes, dtype: torch.dtype, device: torch.device) -> Iterator[Varian
         rotary.rope_write_kv(q, k, v, table, table, keys, keys, empty(16, dtype=torch.int64))
 
     yield Variant("rms_norm", lambda: rows.rms_norm(empty(16, s.hidden), empty(s.hidden), 1e-6))
+    half = s.head_dim // 2
+    yield Variant(
+        "mrope_cos_sin",
+        lambda: rotary.mrope_cos_sin(
+            empty(3, 16, dtype=torch.int64), empty(half, dtype=torch.float32), empty(half, dtype=torch.int64)
+        ),
+    )
     yield Variant("silu_mul", lambda: rows.silu_mul(empty(16, 2 * s.inner)))
     for cache in (dtype, torch.int8):
         kind = "int8" if cache == torch.int8 else "plain"
