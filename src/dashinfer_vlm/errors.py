@@ -79,7 +79,7 @@ class MediaTooLargeError(MediaError):
 
 
 class MediaUnavailableError(MediaError):
-    """The host does not hand out the medium, and would not if it were asked again."""
+    """The host does not hand out the item, and would not if it were asked again."""
 
 
 class MediaFetchError(MediaError):

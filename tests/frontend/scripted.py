@@ -129,6 +129,8 @@ class ScriptedLoader:
     hangs: set[str] = field(default_factory=set)
     """URLs that never come."""
     loaded: list[MediaRef] = field(default_factory=list)
+    parties: list[Hashable] = field(default_factory=list)
+    """For whom each of them was loaded."""
     num_held: int = 0
     hanging: asyncio.Event = field(default_factory=asyncio.Event)
     """Set once somebody waits for a URL that never comes."""
@@ -152,6 +154,7 @@ class ScriptedLoader:
             self.hanging.set()
             await asyncio.Event().wait()
         self.loaded.append(ref)
+        self.parties.append(party)
         self.num_held += 1
         released = False
 

@@ -44,6 +44,17 @@ async def test_each_placeholder_becomes_as_many_tokens_as_its_item_has(
         assert {prompt.ids[item.start - 1], prompt.ids[item.start + 3]} == {151652, 151653}
 
 
+async def test_the_items_of_a_prompt_share_its_turns_with_no_other(
+    template: ChatTemplate, tokenizer: Tokenizer
+) -> None:
+    loader = ScriptedLoader()
+    prompts = builder(template, tokenizer, loader)
+    for names in ("ab", "cd"):
+        (await prompts.chat([user(*(medium(f"http://host/{name}") for name in names))])).release()
+    first, second = loader.parties[:2], loader.parties[2:]
+    assert (len(set(first)), len(set(second)), len({*first, *second})) == (1, 1, 2)
+
+
 async def test_release_gives_every_medium_back(template: ChatTemplate, tokenizer: Tokenizer) -> None:
     loader = ScriptedLoader()
     prompt = await builder(template, tokenizer, loader).chat([user(medium("one"), medium("two"))])
