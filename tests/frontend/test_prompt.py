@@ -6,7 +6,7 @@ import re
 import pytest
 
 from dashinfer_vlm.errors import ContextLengthError, InvalidRequestError, MediaFetchError
-from dashinfer_vlm.frontend.messages import MediaPart, Message, TextPart
+from dashinfer_vlm.frontend.messages import Dialogue, MediaPart, Message, TextPart
 from dashinfer_vlm.frontend.params import GenerationParams
 from dashinfer_vlm.frontend.prompt import PromptBuilder
 from dashinfer_vlm.frontend.template import ChatTemplate
@@ -36,7 +36,7 @@ async def test_each_placeholder_becomes_as_many_tokens_as_its_item_has(
     template: ChatTemplate, tokenizer: Tokenizer
 ) -> None:
     prompts = builder(template, tokenizer, ScriptedLoader(num_tokens=3))
-    prompt = await prompts.chat([user("a", medium("one"), medium("film", "video")), user(medium("two"))])
+    prompt = await prompts.chat(Dialogue([user("a", medium("one"), medium("film", "video")), user(medium("two"))]))
     assert [item.kind for item in prompt.items] == ["image", "video", "image"]
     assert [item.content_hash.strip() for item in prompt.items] == [b"one", b"film", b"two"]
     for item in prompt.items:
@@ -57,7 +57,7 @@ async def test_the_items_of_a_prompt_share_its_turns_with_no_other(
 
 async def test_release_gives_every_medium_back(template: ChatTemplate, tokenizer: Tokenizer) -> None:
     loader = ScriptedLoader()
-    prompt = await builder(template, tokenizer, loader).chat([user(medium("one"), medium("two"))])
+    prompt = await builder(template, tokenizer, loader).chat(Dialogue([user(medium("one"), medium("two"))]))
     assert loader.num_held == 2
     prompt.release()
     assert loader.num_held == 0
@@ -66,14 +66,16 @@ async def test_release_gives_every_medium_back(template: ChatTemplate, tokenizer
 async def test_one_failing_medium_gives_the_others_back(template: ChatTemplate, tokenizer: Tokenizer) -> None:
     loader = ScriptedLoader(fails={"bad": MediaFetchError("no such host")}, hangs={"slow"})
     with pytest.raises(MediaFetchError, match="no such host"):
-        await builder(template, tokenizer, loader).chat([user(medium("good"), medium("slow"), medium("bad"))])
+        await builder(template, tokenizer, loader).chat(Dialogue([user(medium("good"), medium("slow"), medium("bad"))]))
     assert [ref.source for ref in loader.loaded] == ["good"]
     assert loader.num_held == 0
 
 
 async def test_a_caller_that_leaves_gives_every_medium_back(template: ChatTemplate, tokenizer: Tokenizer) -> None:
     loader = ScriptedLoader(hangs={"slow"})
-    task = asyncio.ensure_future(builder(template, tokenizer, loader).chat([user(medium("good"), medium("slow"))]))
+    task = asyncio.ensure_future(
+        builder(template, tokenizer, loader).chat(Dialogue([user(medium("good"), medium("slow"))]))
+    )
     await loader.hanging.wait()
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
@@ -86,7 +88,7 @@ async def test_a_template_without_placeholders_is_told_with_both_numbers(tokeniz
     loader = ScriptedLoader()
     silent = ChatTemplate("{{ messages[0].role }}", tokenizer)
     with pytest.raises(InvalidRequestError, match="0 image placeholders for 2 images"):
-        await builder(silent, tokenizer, loader).chat([user(medium("one"), medium("two"))])
+        await builder(silent, tokenizer, loader).chat(Dialogue([user(medium("one"), medium("two"))]))
     assert loader.num_held == 0
 
 
@@ -97,14 +99,14 @@ async def test_a_prompt_longer_than_the_context_is_refused_before_anything_is_fe
     with pytest.raises(
         ContextLengthError, match=r"maximum context length is 100 tokens\. .* at least 5\d\d tokens.* one"
     ):
-        await builder(template, tokenizer, loader).chat([user("q!" * 250, medium("one"))])
+        await builder(template, tokenizer, loader).chat(Dialogue([user("q!" * 250, medium("one"))]))
     assert not loader.loaded
 
 
 async def test_images_count_towards_the_context(template: ChatTemplate, tokenizer: Tokenizer) -> None:
     loader = ScriptedLoader(num_tokens=90)
     with pytest.raises(ContextLengthError, match=r"maximum context length is 100 tokens\. .* resulted in 1\d\d tokens"):
-        await builder(template, tokenizer, loader).chat([user(medium("one"))])
+        await builder(template, tokenizer, loader).chat(Dialogue([user(medium("one"))]))
     assert loader.num_held == 0
 
 
@@ -125,10 +127,10 @@ async def test_following_the_error_about_an_answers_length_works_with_images_too
     prompts = builder(template, tokenizer, ScriptedLoader(num_tokens=40))
     look = [user("What?", medium("one"))]
     with pytest.raises(ContextLengthError, match=r"lower max_completion_tokens to at most \d+,") as caught:
-        await prompts.chat(look, asks_for(90, "max_completion_tokens"))
+        await prompts.chat(Dialogue(look), asks_for(90, "max_completion_tokens"))
     told = re.search(r"at most (\d+)", str(caught.value))
     assert told is not None
-    prompt = await prompts.chat(look, asks_for(int(told[1])))
+    prompt = await prompts.chat(Dialogue(look), asks_for(int(told[1])))
     assert len(prompt.ids) + int(told[1]) == 100
 
 
@@ -151,14 +153,14 @@ async def test_more_items_than_the_limit_are_refused_with_both_numbers(
 ) -> None:
     prompts = builder(template, tokenizer, ScriptedLoader(), max_items={"image": 2})
     with pytest.raises(InvalidRequestError, match="hold 3 images, the limit is 2"):
-        await prompts.chat([user(medium("a"), medium("b")), user(medium("c"))])
-    await prompts.chat([user(medium("a"), medium("b"), medium("c", "video"))])
+        await prompts.chat(Dialogue([user(medium("a"), medium("b")), user(medium("c"))]))
+    await prompts.chat(Dialogue([user(medium("a"), medium("b"), medium("c", "video"))]))
 
 
 async def test_a_kind_that_the_model_does_not_know_is_refused(template: ChatTemplate, tokenizer: Tokenizer) -> None:
     prompts = builder(template, tokenizer, ScriptedLoader(), placeholder_ids={"image": IMAGE})
     with pytest.raises(InvalidRequestError, match="takes no video"):
-        await prompts.chat([user(medium("film", "video"))])
+        await prompts.chat(Dialogue([user(medium("film", "video"))]))
 
 
 async def test_placeholder_ids_without_items_are_refused(template: ChatTemplate, tokenizer: Tokenizer) -> None:
@@ -183,4 +185,4 @@ async def test_conversations_that_cannot_be_are_refused(
     template: ChatTemplate, tokenizer: Tokenizer, messages: list[Message], told: str
 ) -> None:
     with pytest.raises(InvalidRequestError, match=told):
-        await builder(template, tokenizer, ScriptedLoader()).chat(messages)
+        await builder(template, tokenizer, ScriptedLoader()).chat(Dialogue(messages))

@@ -17,7 +17,7 @@ from dashinfer_vlm.errors import (
 )
 from dashinfer_vlm.frontend.checkpoint import FrontendConfig
 from dashinfer_vlm.frontend.generation import Delta, Generation
-from dashinfer_vlm.frontend.messages import MediaPart, Message, TextPart
+from dashinfer_vlm.frontend.messages import Dialogue, MediaPart, Message, TextPart
 from dashinfer_vlm.frontend.opening import FrontEnd
 from dashinfer_vlm.frontend.params import GenerationParams
 from dashinfer_vlm.frontend.tokenizer import Tokenizer
@@ -57,7 +57,7 @@ def params(n: int = 1, stop: tuple[str, ...] = (), include: bool = False, **samp
 
 async def test_an_answer_comes_with_its_usage_and_gives_its_media_back(folder: Path, tokenizer: Tokenizer) -> None:
     bench = Bench(folder, tokenizer, "a 😀!", num_cached_tokens=7)
-    generation = await bench.service.chat([PICTURE], params())
+    generation = await bench.service.chat(Dialogue([PICTURE]), params())
     assert bench.loader.num_held == 1
     texts, reasons, _ = await collect(generation)
     assert (texts, reasons) == (["a 😀!"], ["stop"])
@@ -78,7 +78,7 @@ async def test_an_answer_that_reaches_max_tokens_ends_with_length(folder: Path, 
 
 async def test_a_stop_string_ends_the_sequence_in_the_engine(folder: Path, tokenizer: Tokenizer) -> None:
     bench = Bench(folder, tokenizer, "one STOP two")
-    generation = await bench.service.chat([PICTURE], params(stop=("STOP",)))
+    generation = await bench.service.chat(Dialogue([PICTURE]), params(stop=("STOP",)))
     texts, reasons, deltas = await collect(generation)
     assert (texts, reasons) == (["one "], ["stop"])
     assert len(bench.engine.aborted) == 1
@@ -105,7 +105,7 @@ async def test_the_text_of_a_stop_token_is_kept_only_on_request(
 async def test_an_engine_that_cancels_a_request_is_an_error_not_an_end(folder: Path, tokenizer: Tokenizer) -> None:
     bench = Bench(folder, tokenizer, error=asyncio.CancelledError())
     with pytest.raises(EngineError, match="cancelled"):
-        await collect(await bench.service.chat([PICTURE], params()))
+        await collect(await bench.service.chat(Dialogue([PICTURE]), params()))
     assert bench.loader.num_held == 0
 
 
@@ -127,7 +127,7 @@ async def test_a_slow_reader_gets_longer_pieces_and_loses_nothing(folder: Path, 
 
 async def test_choices_differ_by_their_seed_and_share_the_prompt(folder: Path, tokenizer: Tokenizer) -> None:
     bench = Bench(folder, tokenizer)
-    generation = await bench.service.chat([PICTURE], params(n=3, seed=2**63 - 2))
+    generation = await bench.service.chat(Dialogue([PICTURE]), params(n=3, seed=2**63 - 2))
     texts, reasons, _ = await collect(generation)
     assert (texts, reasons) == (["hello"] * 3, ["stop"] * 3)
     assert {request.params.seed for request in bench.engine.requests} == {2**63 - 2, 2**63 - 1, -(2**63)}
@@ -159,7 +159,7 @@ async def test_several_prompts_get_their_choices_in_order(folder: Path, tokenize
 
 async def test_closing_aborts_in_the_engine_and_gives_the_media_back(folder: Path, tokenizer: Tokenizer) -> None:
     bench = Bench(folder, tokenizer, pauses_after=2)
-    generation = await bench.service.chat([PICTURE], params())
+    generation = await bench.service.chat(Dialogue([PICTURE]), params())
     await bench.engine.paused.wait()
     generation.close()
     await generation.wait_ended()
@@ -169,7 +169,7 @@ async def test_closing_aborts_in_the_engine_and_gives_the_media_back(folder: Pat
 
 async def test_closing_before_the_engine_was_asked_gives_the_media_back(folder: Path, tokenizer: Tokenizer) -> None:
     bench = Bench(folder, tokenizer)
-    generation = await bench.service.chat([PICTURE], params())
+    generation = await bench.service.chat(Dialogue([PICTURE]), params())
     generation.close()
     await generation.wait_ended()
     assert not bench.engine.requests
@@ -179,26 +179,26 @@ async def test_closing_before_the_engine_was_asked_gives_the_media_back(folder: 
 async def test_a_refusal_by_the_engine_reaches_the_caller(folder: Path, tokenizer: Tokenizer) -> None:
     bench = Bench(folder, tokenizer, error=InvalidRequestError("no", param="prompt"))
     with pytest.raises(InvalidRequestError, match="no"):
-        await collect(await bench.service.chat([PICTURE], params(n=2)))
+        await collect(await bench.service.chat(Dialogue([PICTURE]), params(n=2)))
     assert bench.loader.num_held == bench.service.num_in_flight == 0
 
 
 async def test_a_failing_sequence_is_an_error_not_an_end(folder: Path, tokenizer: Tokenizer) -> None:
     bench = Bench(folder, tokenizer, failure="the encoder failed")
     with pytest.raises(EngineError, match="the encoder failed"):
-        await collect(await bench.service.chat([PICTURE], params()))
+        await collect(await bench.service.chat(Dialogue([PICTURE]), params()))
 
 
 async def test_an_engine_that_dies_is_told_from_a_sequence_that_fails(folder: Path, tokenizer: Tokenizer) -> None:
     bench = Bench(folder, tokenizer, failure="gone", pauses_after=1)
-    generation = await bench.service.chat([PICTURE], params())
+    generation = await bench.service.chat(Dialogue([PICTURE]), params())
     await bench.engine.paused.wait()
     bench.engine.is_alive = False
     bench.engine.resume.set()
     with pytest.raises(EngineDeadError):
         await collect(generation)
     with pytest.raises(EngineDeadError):
-        await bench.service.chat([PICTURE], params())
+        await bench.service.chat(Dialogue([PICTURE]), params())
 
 
 async def test_more_requests_than_may_wait_are_refused_and_room_comes_back(folder: Path, tokenizer: Tokenizer) -> None:
@@ -215,18 +215,18 @@ async def test_more_requests_than_may_wait_are_refused_and_room_comes_back(folde
 async def test_a_request_that_fails_early_frees_its_place(folder: Path, tokenizer: Tokenizer) -> None:
     bench = Bench(folder, tokenizer)
     with pytest.raises(InvalidRequestError):
-        await bench.service.chat([], params())
+        await bench.service.chat(Dialogue([]), params())
     assert bench.service.num_in_flight == 0
 
 
 async def test_draining_lets_running_answers_end(folder: Path, tokenizer: Tokenizer) -> None:
     bench = Bench(folder, tokenizer, pauses_after=1)
-    generation = await bench.service.chat([PICTURE], params())
+    generation = await bench.service.chat(Dialogue([PICTURE]), params())
     draining = asyncio.ensure_future(bench.service.drain(timeout_s=60))
     await bench.engine.paused.wait()
     assert not bench.service.ready
     with pytest.raises(OverloadedError, match="shutting down"):
-        await bench.service.chat([PICTURE], params())
+        await bench.service.chat(Dialogue([PICTURE]), params())
     bench.engine.resume.set()
     assert (await collect(generation))[0] == ["hello"]
     await draining
@@ -234,7 +234,7 @@ async def test_draining_lets_running_answers_end(folder: Path, tokenizer: Tokeni
 
 async def test_draining_aborts_what_does_not_end_and_says_so(folder: Path, tokenizer: Tokenizer) -> None:
     bench = Bench(folder, tokenizer, pauses_after=1)
-    generation = await bench.service.chat([PICTURE], params())
+    generation = await bench.service.chat(Dialogue([PICTURE]), params())
     await bench.engine.paused.wait()
     await bench.service.drain(timeout_s=0)
     with pytest.raises(OverloadedError, match="shutting down"):
@@ -258,7 +258,7 @@ async def test_parameters_out_of_range_are_refused(
     folder: Path, tokenizer: Tokenizer, wrong: GenerationParams, told: str
 ) -> None:
     with pytest.raises(InvalidRequestError, match=told):
-        await Bench(folder, tokenizer).service.chat([PICTURE], wrong)
+        await Bench(folder, tokenizer).service.chat(Dialogue([PICTURE]), wrong)
 
 
 def test_generation_config_gives_the_sampling_defaults(folder: Path, tmp_path: Path) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from dashinfer_vlm.frontend.generation import Delta, EndReason, Generation
+from dashinfer_vlm.frontend.messages import ToolCall
+from dashinfer_vlm.frontend.pieces import Piece, join
 from dashinfer_vlm.request import TokenLogprob
 
 
@@ -13,11 +15,15 @@ class Answer:
     """One answer to a prompt."""
 
     text: str
+    """Without reasoning and calls of tools."""
     token_ids: tuple[int, ...]
     """Without the token that ended it."""
     finish_reason: EndReason
     logprobs: tuple[TokenLogprob, ...] = ()
     """One per token when `SamplingParams.logprobs` asks for them."""
+    reasoning: str = ""
+    """What the model thought before it answered."""
+    tool_calls: tuple[ToolCall, ...] = ()
 
 
 async def collect(generation: Generation) -> tuple[Answer, ...]:
@@ -33,21 +39,24 @@ async def collect(generation: Generation) -> tuple[Answer, ...]:
 
 @dataclass(slots=True)
 class _Draft:
-    texts: list[str] = field(default_factory=list)
+    pieces: list[Piece] = field(default_factory=list)
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[TokenLogprob] = field(default_factory=list)
     finish_reason: EndReason | None = None
 
     def add(self, delta: Delta) -> None:
-        self.texts.append(delta.text)
+        self.pieces += delta.pieces
         self.token_ids += delta.token_ids
         self.logprobs += delta.logprobs
         self.finish_reason = delta.finish_reason
 
     def answer(self) -> Answer:
         assert self.finish_reason is not None, self
+        said = join(self.pieces)
         return Answer(
-            text="".join(self.texts),
+            text=said.text,
+            reasoning=said.reasoning,
+            tool_calls=said.calls,
             token_ids=tuple(self.token_ids),
             finish_reason=self.finish_reason,
             logprobs=tuple(self.logprobs),

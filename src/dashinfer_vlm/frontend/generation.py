@@ -16,6 +16,7 @@ from dashinfer_vlm.errors import EngineDeadError, EngineError
 from dashinfer_vlm.frontend.detokenizer import Detokenizer
 from dashinfer_vlm.frontend.observer import Observer
 from dashinfer_vlm.frontend.params import GenerationParams
+from dashinfer_vlm.frontend.pieces import Piece, TextPiece
 from dashinfer_vlm.frontend.prompt import Prompt
 from dashinfer_vlm.frontend.tokenizer import Tokenizer
 from dashinfer_vlm.request import Output, Request, TokenLogprob
@@ -31,7 +32,9 @@ class Delta:
 
     index: int
     text: str
-    """Complete characters; empty while they are being put together."""
+    """What the model wrote, in complete characters; empty while they are being put together."""
+    pieces: tuple[Piece, ...] = ()
+    """What that says; may be behind `text`, which may be about to say something else."""
     token_ids: tuple[int, ...] = ()
     logprobs: tuple[TokenLogprob, ...] = ()
     """One per token of `token_ids` when asked for; a token may precede its text."""
@@ -42,6 +45,7 @@ class Delta:
         return Delta(
             index=self.index,
             text=self.text + later.text,
+            pieces=self.pieces + later.pieces,
             token_ids=self.token_ids + later.token_ids,
             logprobs=self.logprobs + later.logprobs,
             finish_reason=later.finish_reason,
@@ -95,6 +99,7 @@ class Choice:
         return Delta(
             index=self.index,
             text=text,
+            pieces=(TextPiece(text),) if text else (),
             token_ids=output.token_ids[:num_used],
             logprobs=output.logprobs[:num_used],
             finish_reason=reason,

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from dashinfer_vlm.errors import InvalidRequestError
+from dashinfer_vlm.frontend.tools import FREE_CHOICE, Tool, ToolChoice
 from dashinfer_vlm.media.types import MediaRef
 
 ROLES = ("system", "user", "assistant", "tool")
@@ -42,6 +43,8 @@ class Message:
     role: str
     content: str | tuple[Part, ...] = ""
     name: str | None = None
+    reasoning: str | None = None
+    """What the assistant thought before it said this."""
     tool_calls: tuple[ToolCall, ...] = ()
     tool_call_id: str | None = None
 
@@ -54,8 +57,9 @@ class Message:
     def num_chars(self) -> int:
         """Characters of its text."""
         if isinstance(self.content, str):
-            return len(self.content)
-        return sum(len(part.text) for part in self.content if isinstance(part, TextPart))
+            return len(self.content) + len(self.reasoning or "")
+        texts = sum(len(part.text) for part in self.content if isinstance(part, TextPart))
+        return texts + len(self.reasoning or "")
 
     @property
     def num_argument_chars(self) -> int:
@@ -79,6 +83,8 @@ class Message:
         fields: dict[str, Any] = {"role": self.role, "content": self._template_content()}
         if self.name is not None:
             fields["name"] = self.name
+        if self.reasoning is not None:
+            fields["reasoning_content"] = self.reasoning
         if self.tool_call_id is not None:
             fields["tool_call_id"] = self.tool_call_id
         if self.tool_calls:
@@ -92,6 +98,18 @@ class Message:
             {"type": "text", "text": part.text} if isinstance(part, TextPart) else {"type": part.ref.kind}
             for part in self.content
         ]
+
+
+@dataclass(frozen=True, slots=True)
+class Dialogue:
+    """Everything that the chat template is given to make a prompt of."""
+
+    messages: Sequence[Message]
+    tools: Sequence[Tool] = ()
+    """Those that the model is shown; none are called without."""
+    choice: ToolChoice = FREE_CHOICE
+    variables: Mapping[str, Any] = field(default_factory=dict)
+    """More variables of the template, plain JSON values: OpenAI's `chat_template_kwargs`."""
 
 
 def validate_messages(messages: Sequence[Message]) -> None:

@@ -11,7 +11,7 @@ from typing import Protocol, TypeVar
 from dashinfer_vlm.errors import InvalidRequestError
 from dashinfer_vlm.frontend.context import check_prompt, check_total, too_long
 from dashinfer_vlm.frontend.expansion import Expander, ExpandItem, one_run
-from dashinfer_vlm.frontend.messages import Message, validate_messages
+from dashinfer_vlm.frontend.messages import Dialogue, validate_messages
 from dashinfer_vlm.frontend.params import DEFAULT_PARAMS, GenerationParams
 from dashinfer_vlm.frontend.template import ChatTemplate
 from dashinfer_vlm.frontend.tokenizer import Tokenizer
@@ -93,12 +93,13 @@ class PromptBuilder:
     max_items: Mapping[str, int] = field(default_factory=dict)
     """Items of a kind in one prompt at most; kinds that are absent have no limit."""
 
-    async def chat(self, messages: Sequence[Message], params: GenerationParams = DEFAULT_PARAMS) -> Prompt:
+    async def chat(self, dialogue: Dialogue, params: GenerationParams = DEFAULT_PARAMS) -> Prompt:
         """Render, fetch and expand; `params` say how the prompt ends, and how many tokens are to follow.
 
         Raises InvalidRequestError for messages that cannot be, ContextLengthError when prompt and answer do not fit,
         and MediaError for the first medium that cannot be used (the others are given back).
         """
+        messages = dialogue.messages
         validate_messages(messages)
         refs = [ref for message in messages for ref in message.refs]
         self._check_items(refs)
@@ -106,7 +107,7 @@ class PromptBuilder:
         self._check_chars(num_chars, "messages", self.max_model_len)
         effort = num_chars + sum(_TURN_CHARS + message.num_argument_chars for message in messages)
         encode = partial(self.template.encode, then=params.next)
-        ids = await _encode(effort, encode, messages, self.max_model_len, "messages")
+        ids = await _encode(effort, encode, dialogue, self.max_model_len, "messages")
         check_prompt(len(ids), self.max_model_len, "messages", len(refs))  # before anything is fetched
         if not refs:
             return self._finish(ids, (), params, "messages")

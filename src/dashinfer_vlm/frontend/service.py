@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from dashinfer_vlm.engine.client import EngineClient
 from dashinfer_vlm.errors import EngineDeadError, InvalidRequestError, OverloadedError
 from dashinfer_vlm.frontend.generation import Generation
-from dashinfer_vlm.frontend.messages import Message
+from dashinfer_vlm.frontend.messages import Dialogue
 from dashinfer_vlm.frontend.observer import Observer, Silence
 from dashinfer_vlm.frontend.params import DEFAULT_PARAMS, GenerationParams
 from dashinfer_vlm.frontend.prompt import Prompt, PromptBuilder
@@ -72,7 +72,7 @@ class Service:
         """Whether a request would be taken now."""
         return self.engine.alive() and not self._draining
 
-    async def chat(self, messages: Sequence[Message], params: GenerationParams) -> Generation:
+    async def chat(self, dialogue: Dialogue, params: GenerationParams) -> Generation:
         """Answer a conversation.
 
         Raises, before anything is generated, InvalidRequestError and its kin for what the caller did wrong,
@@ -80,7 +80,7 @@ class Service:
         """
         with self._admitted(params, params.n) as leave:
             started_s = time.perf_counter()
-            prompt = await self.prompts.chat(messages, params)
+            prompt = await self.prompts.chat(dialogue, params)
             return self._start([prompt], params, leave, started_s)
 
     async def complete(self, prompts: Sequence[PromptText], params: GenerationParams) -> Generation:
@@ -90,10 +90,10 @@ class Service:
             built = [await self.prompts.text(prompt, params) for prompt in prompts]
             return self._start(built, params, leave, started_s)
 
-    async def count(self, messages: Sequence[Message], params: GenerationParams = DEFAULT_PARAMS) -> list[int]:
+    async def count(self, dialogue: Dialogue, params: GenerationParams = DEFAULT_PARAMS) -> list[int]:
         """The prompt's ids as `chat` would send them, media expanded; the media are loaded for it. Raises like it."""
         with self._admitted(params, 1) as leave:
-            prompt = await self.prompts.chat(messages, params)
+            prompt = await self.prompts.chat(dialogue, params)
             prompt.release()
             leave()
             return prompt.ids

@@ -24,7 +24,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from dashinfer_vlm.errors import CheckpointError, ConfigError, InvalidRequestError, UnsupportedError
 from dashinfer_vlm.frontend.guard import SpecialTokenGuard
-from dashinfer_vlm.frontend.messages import Message
+from dashinfer_vlm.frontend.messages import Dialogue, Message
 from dashinfer_vlm.frontend.params import Next
 from dashinfer_vlm.frontend.tokenizer import Tokenizer
 from dashinfer_vlm.tokenizer_file import read_json
@@ -52,11 +52,12 @@ class ChatTemplate:
         source = _read_override(override) if override else _find_template(folder)
         return cls(source, tokenizer, _named_tokens(folder))
 
-    def encode(self, messages: Sequence[Message], most: int | None = None, then: Next = "answer") -> list[int]:
+    def encode(self, dialogue: Dialogue, most: int | None = None, then: Next = "answer") -> list[int]:
         """Prompt ids up to where the model goes on, one placeholder per item; `then` says with what.
 
         Raises InvalidRequestError when the template refuses the messages, ContextLengthError for more than `most` ids.
         """
+        messages = dialogue.messages
         self._check_tools(messages)
         sentinel, end = _unguessable(), _unguessable()
         turns = [self._guard.break_tokens(message.for_template(), sentinel) for message in messages]

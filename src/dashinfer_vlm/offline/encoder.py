@@ -22,6 +22,7 @@ import torch
 
 from dashinfer_vlm.config import EngineConfig, MediaConfig
 from dashinfer_vlm.engine.host.mapping import map_tensor
+from dashinfer_vlm.frontend.messages import Dialogue
 from dashinfer_vlm.frontend.open_loader import open_loader
 from dashinfer_vlm.frontend.opening import FrontEnd
 from dashinfer_vlm.frontend.prompt import Prompt, PromptBuilder
@@ -102,7 +103,7 @@ class Encoder:
 
     async def _encode(self, conversation: Conversation) -> EncodedPrompt:
         messages = await asyncio.to_thread(to_messages, conversation, self._prompts.loader.pixel_bounds)
-        prompt = await self._prompts.chat(messages)
+        prompt = await self._prompts.chat(Dialogue(messages))
         try:
             return await asyncio.to_thread(self._run, prompt)
         finally:

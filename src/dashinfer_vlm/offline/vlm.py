@@ -29,6 +29,7 @@ from dashinfer_vlm.engine.stats import EngineStats
 from dashinfer_vlm.errors import DashInferError, InvalidRequestError
 from dashinfer_vlm.frontend.answers import collect
 from dashinfer_vlm.frontend.generation import Delta, Generation
+from dashinfer_vlm.frontend.messages import Dialogue
 from dashinfer_vlm.frontend.opening import open_service
 from dashinfer_vlm.frontend.params import GenerationParams
 from dashinfer_vlm.hub import resolve_model
@@ -187,7 +188,7 @@ class VLM:
 
     async def _begin_chat(self, conversation: Conversation, params: Params) -> Generation:
         messages = await asyncio.to_thread(to_messages, conversation, self._service.prompts.loader.pixel_bounds)
-        return await self._service.chat(messages, self._generation_params(params))
+        return await self._service.chat(Dialogue(messages), self._generation_params(params))
 
     async def _begin_generate(self, prompt: Prompt, params: Params) -> Generation:
         return await self._service.complete([prompt], self._generation_params(params))

@@ -40,10 +40,10 @@ def chat_routes(context: Context) -> APIRouter:
         body = await read_body(request, ChatBody, context.bodies)
         head = context.head("chatcmpl", body.model)
         writer = ChatWriter(head, service.tokenizer, logprobs=bool(body.logprobs), usage=body.usage_events)
-        messages = body.conversation(service.prompts.loader.pixel_bounds)
-        begin = service.chat(messages, body.params(service.sampling_defaults))
+        dialogue = body.dialogue(service.prompts.loader.pixel_bounds)
+        begin = service.chat(dialogue, body.params(service.sampling_defaults))
         stream = bool(body.stream)
-        del body, messages  # their images may be large, and the answer takes long
+        del body, dialogue  # their images may be large, and the answer takes long
         return await respond(request, begin, writer, stream=stream)
 
     return router

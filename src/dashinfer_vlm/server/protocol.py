@@ -13,7 +13,7 @@ from pydantic import Discriminator, Tag
 
 from dashinfer_vlm.errors import InvalidRequestError
 from dashinfer_vlm.frontend.conversation import MessageBody, ProcessorBody, read_conversation
-from dashinfer_vlm.frontend.messages import Message
+from dashinfer_vlm.frontend.messages import Dialogue
 from dashinfer_vlm.frontend.params import GenerationParams
 from dashinfer_vlm.frontend.schema import Body, Whole, Wholes, by_shape, only
 from dashinfer_vlm.frontend.structured import StructuredBody
@@ -191,9 +191,9 @@ class ChatBody(GenerationBody):
     documents: Annotated[Any, only([])] = None
     mm_processor_kwargs: ProcessorBody | None = None
 
-    def conversation(self, bounds: tuple[int, int]) -> list[Message]:
+    def dialogue(self, bounds: tuple[int, int]) -> Dialogue:
         """`bounds` are the least and most pixels of an image here. Raises InvalidRequestError."""
-        return read_conversation(self.messages, bounds, self.mm_processor_kwargs)
+        return Dialogue(read_conversation(self.messages, bounds, self.mm_processor_kwargs))
 
     def params(self, defaults: dict[str, float | int]) -> GenerationParams:
         """Raises InvalidRequestError for fields that contradict each other."""

@@ -12,6 +12,7 @@ from starlette.responses import Response
 
 from dashinfer_vlm.errors import InvalidRequestError
 from dashinfer_vlm.frontend.conversation import MessageBody, ProcessorBody, read_conversation
+from dashinfer_vlm.frontend.messages import Dialogue
 from dashinfer_vlm.frontend.params import GenerationParams
 from dashinfer_vlm.frontend.schema import Body, all_whole
 from dashinfer_vlm.frontend.tokenizer import Tokenizer
@@ -88,7 +89,8 @@ async def _ids(context: Context, body: TokenizeBody) -> list[int]:
         ending = GenerationParams(
             add_generation_prompt=body.add_generation_prompt, continue_final_message=bool(body.continue_final_message)
         )
-        return await service.count(read_conversation(body.messages, bounds, body.mm_processor_kwargs), ending)
+        messages = read_conversation(body.messages, bounds, body.mm_processor_kwargs)
+        return await service.count(Dialogue(messages), ending)
     if body.prompt is not None and body.messages is None:
         return await service.prompts.text_ids(body.prompt, max(service.engine.info.max_model_len, _MOST_IDS))
     raise InvalidRequestError("send either prompt or messages", param="prompt")
