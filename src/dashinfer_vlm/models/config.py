@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from dashinfer_vlm.errors import CheckpointError
 from dashinfer_vlm.models.registry import family_of
 from dashinfer_vlm.models.section import Section, read_section
+from dashinfer_vlm.models.stored import StoredFloats, read_stored
 from dashinfer_vlm.processors.qwen import ProcessorConfig
 from dashinfer_vlm.request import ItemKind
 
@@ -102,6 +103,8 @@ class CheckpointConfig:
     placeholder_ids: Mapping[ItemKind, int]
     """The token that stands for each kind of item; a kind that is absent cannot be sent to this model."""
     eos_token_ids: tuple[int, ...]
+    stored: StoredFloats | None
+    """How quantised weights are stored; None: there are none."""
     root: Section
     """The whole `config.json`, for what one family adds."""
 
@@ -129,8 +132,6 @@ def read_config(folder: Path) -> CheckpointConfig:
     if not folder.is_dir():
         raise CheckpointError(f"{folder} is not a folder; --model takes a model folder or the id of one to download")
     root = read_section(folder, "config.json")
-    if root.has("quantization_config"):
-        raise root.error("quantization_config", "is set; checkpoints that are stored quantised are not supported")
     section = root.section("text_config") if root.has("text_config") else root
     architecture = _architecture(root)
     family = family_of(architecture)
@@ -144,6 +145,7 @@ def read_config(folder: Path) -> CheckpointConfig:
         vision=family.vision(root, text, folder),
         placeholder_ids=family.placeholder_ids(root),
         eos_token_ids=_eos_token_ids(folder, root, section),
+        stored=read_stored(root),
         root=root,
     )
 

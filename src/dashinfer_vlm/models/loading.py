@@ -35,7 +35,7 @@ def load_model(config: EngineConfig, *, progress: Progress | None = None) -> Mod
     checkpoint = read_config(Path(config.model))
     dtype = DTYPES[checkpoint.dtype if config.dtype == "auto" else config.dtype]
     device = _device(config.device)
-    weights = Weights(checkpoint.folder, checkpoint.family.names, progress=progress)
+    weights = Weights(checkpoint.folder, checkpoint.family.names, checkpoint.stored, progress=progress)
     with ExitStack() as stores:  # none of them keeps anything of a checkpoint that turns out to be wrong
         if checkpoint.vision is None:
             _refuse_vision_options(config, checkpoint)
@@ -60,7 +60,7 @@ def load_encoder(config: EngineConfig, *, progress: Progress | None = None) -> V
     if checkpoint.vision is None:
         raise CheckpointError(f"{checkpoint.folder} is a text model ({checkpoint.architecture}); it has no encoder")
     device = _device(config.vision_device or config.device, "--vision-device")
-    weights = Weights(checkpoint.folder, checkpoint.family.names, progress=progress)
+    weights = Weights(checkpoint.folder, checkpoint.family.names, checkpoint.stored, progress=progress)
     with open_store(config, weights, "vision", dtype) as store:
         backend = choose_backend(device, dtype, config.vision_quant_type, store)
         encoder, is_native = _load_vision(config, checkpoint, weights, backend)
@@ -80,7 +80,9 @@ def quantise(config: EngineConfig, *, progress: Progress | None = None) -> list[
     dtype = DTYPES[checkpoint.dtype if config.dtype == "auto" else config.dtype]
     kept = []
     for part in checkpoint.family.names.parts:
-        with open_store(config, Weights(checkpoint.folder, checkpoint.family.names), part, dtype) as store:
+        with open_store(
+            config, Weights(checkpoint.folder, checkpoint.family.names, checkpoint.stored), part, dtype
+        ) as store:
             if store is not None and not store.found:
                 raise DashInferError(f"{store.path} could not be kept; the log says why")
             kept += [store.path] if store is not None else []

@@ -10,7 +10,7 @@ import json
 import os
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -21,13 +21,16 @@ from dashinfer_vlm.errors import CheckpointError
 from dashinfer_vlm.layers.linear import Matrix
 from dashinfer_vlm.layers.memory import huge_zeros
 from dashinfer_vlm.models.family import Names, Part
+from dashinfer_vlm.models.stored import StoredFloats
 
 __all__ = ["Progress", "Weights"]
 
 Progress = Callable[[int, int], None]
 """Called with the bytes that were taken so far and the bytes of the whole checkpoint."""
 
-FLOATS = {"BF16": 2, "F16": 2, "F32": 4}
+FP8 = "F8_E4M3"
+SIZES = {"BF16": 2, "F16": 2, "F32": 4, FP8: 1}
+"""Bytes of one number of each type that is read."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +40,12 @@ class _Entry:
     """As the file calls it."""
     shape: tuple[int, ...]
     num_bytes: int
+    dtype: str
+    """As safetensors writes it."""
+    scale: _Entry | None = None
+    """What a weight of 8-bit floats is multiplied with."""
+    stored: StoredFloats | None = None
+    """How; with `scale` only."""
 
 
 class Weights:
@@ -46,7 +55,9 @@ class Weights:
     took. Every error is a CheckpointError that names the tensor or the file.
     """
 
-    def __init__(self, folder: Path, names: Names, *, progress: Progress | None = None) -> None:
+    def __init__(
+        self, folder: Path, names: Names, stored: StoredFloats | None = None, *, progress: Progress | None = None
+    ) -> None:
         self.folder = folder
         self.names = names
         self._progress = progress
@@ -54,6 +65,9 @@ class Weights:
         self.paths = _files(folder)
         for path in self.paths:
             self._add(path)
+        if stored is not None:
+            self._entries = _with_scales(self._entries, stored)
+        self._check_types(stored)
         self._left = set(self._entries)
         self._bytes_done = 0
         self._scratch = torch.empty(0, dtype=torch.uint8)  # new memory for each matrix costs more than joining it
@@ -141,6 +155,35 @@ class Weights:
                 raise CheckpointError(f"{path}: tensor {name} is also in {self._entries[name].path.name}")
             self._entries[name] = entry
 
+    def _check_types(self, stored: StoredFloats | None) -> None:
+        """What is left of 8-bit floats cannot be read."""
+        for name, entry in self._entries.items():
+            if entry.dtype == FP8 and entry.scale is None:
+                reason = (
+                    "config.json has no quantization_config" if stored is None else "the checkpoint has no scale for it"
+                )
+                raise CheckpointError(f"{entry.path}: tensor {name} is {FP8}, but {reason}")
+
+
+def _with_scales(entries: dict[str, _Entry], stored: StoredFloats) -> dict[str, _Entry]:
+    """Weights of 8-bit floats with the scales that lie beside them, which are no tensors of their own any more."""
+    found: dict[str, _Entry] = {}
+    for name, entry in entries.items():
+        base = name.removesuffix(".weight")
+        scale = next((entries[base + suffix] for suffix in stored.scale_suffixes if base + suffix in entries), None)
+        if entry.dtype == FP8 and scale is not None:
+            if scale.shape not in stored.scale_shapes(entry.shape):
+                wanted = " or ".join(str(list(shape)) for shape in stored.scale_shapes(entry.shape))
+                raise CheckpointError(
+                    f"{scale.path}: tensor {scale.name} has shape {list(scale.shape)}, not {wanted}, for a weight of "
+                    f"{list(entry.shape)}"
+                )
+            num_bytes = entry.num_bytes + scale.num_bytes
+            found[name] = replace(entry, num_bytes=num_bytes, scale=scale, stored=stored)
+        elif not name.endswith((*stored.scale_suffixes, *stored.ignored_suffixes)):
+            found[name] = entry
+    return found
+
 
 def _files(folder: Path) -> list[Path]:
     index = folder / "model.safetensors.index.json"
@@ -168,16 +211,22 @@ def _header(path: Path) -> list[_Entry]:
             for name in file.keys():  # noqa: SIM118 - the handle is no mapping
                 piece = file.get_slice(name)
                 dtype, shape = piece.get_dtype(), tuple(piece.get_shape())
-                if dtype not in FLOATS:
-                    raise CheckpointError(f"{path}: tensor {name} is {dtype}; supported: {', '.join(FLOATS)}")
-                num_bytes = FLOATS[dtype] * torch.Size(shape).numel()
-                entries.append(_Entry(path, name, shape, num_bytes))
+                if dtype not in SIZES:
+                    raise CheckpointError(f"{path}: tensor {name} is {dtype}; supported: {', '.join(SIZES)}")
+                num_bytes = SIZES[dtype] * torch.Size(shape).numel()
+                entries.append(_Entry(path, name, shape, num_bytes, dtype))
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{path} is damaged or cut off: {error}") from error
     return entries
 
 
 def _read(entry: _Entry) -> torch.Tensor:
+    if entry.scale is not None and entry.stored is not None:
+        return entry.stored.restore(_read_whole(entry), _read_whole(entry.scale))
+    return _read_whole(entry)
+
+
+def _read_whole(entry: _Entry) -> torch.Tensor:
     # a handle per tensor: pages of the file count as ours until its mapping goes, with the last of its tensors
     try:
         with safe_open(entry.path, framework="pt") as file:

@@ -1,0 +1,186 @@
+"""Checkpoints of 8-bit floats give what the same numbers give when they are written out, also where blocks are cut off."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from dashinfer_vlm.config import EngineConfig
+from dashinfer_vlm.errors import CheckpointError
+from dashinfer_vlm.kernels import cpu_ops
+from dashinfer_vlm.models.config import read_config
+from dashinfer_vlm.models.loading import load_model
+from dashinfer_vlm.models.stored import StoredFloats
+from tests.conftest import CheckpointMaker
+from tests.models import driving
+from tests.models.driving import Driver, prompt
+
+Tensors = dict[str, torch.Tensor]
+Write = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
+"""A weight as 8-bit floats, their scales, and the numbers that both stand for."""
+
+CASE = prompt(20)
+QWEN = {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic", "weight_block_size": [96, 48]}
+"""Blocks that no size of the tiny model is a multiple of in both directions; published ones are 128 x 128."""
+
+
+def compressed(strategy: str, **extra: Any) -> dict[str, Any]:
+    weights = {"num_bits": 8, "type": "float", "strategy": strategy, "symmetric": True, "dynamic": False, **extra}
+    groups = {"group_0": {"targets": ["Linear"], "weights": weights, "input_activations": {"dynamic": True}}}
+    return {"quant_method": "compressed-tensors", "format": "float-quantized", "config_groups": groups}
+
+
+def by_blocks(rows: int, columns: int) -> Write:
+    """Written element by element, so that it shares nothing with the reader."""
+
+    def write(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        num_rows, num_columns = weight.shape
+        scale = torch.empty(-(-num_rows // rows), -(-num_columns // columns))
+        stored, numbers = torch.empty_like(weight), torch.empty_like(weight)
+        for i in range(scale.shape[0]):
+            for j in range(scale.shape[1]):
+                part = slice(i * rows, (i + 1) * rows), slice(j * columns, (j + 1) * columns)
+                scale[i, j] = weight[part].abs().max() / 448
+                stored[part] = (weight[part] / scale[i, j]).to(torch.float8_e4m3fn).float()
+                numbers[part] = stored[part] * scale[i, j]
+        return stored.to(torch.float8_e4m3fn), scale, numbers.to(torch.bfloat16)
+
+    return write
+
+
+def by_rows(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    scale = weight.abs().amax(1, keepdim=True) / 448
+    stored = (weight / scale).to(torch.float8_e4m3fn)
+    return stored, scale, (stored.float() * scale).to(torch.bfloat16)
+
+
+def whole(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    scale = weight.abs().max() / 448
+    stored = (weight / scale).to(torch.float8_e4m3fn)
+    return stored, scale, (stored.float() * scale).to(torch.bfloat16)
+
+
+def is_quantised(name: str) -> bool:
+    """What published checkpoints quantise: the text model's linear layers, not its head and not the ViT."""
+    return name.endswith("_proj.weight") and "visual" not in name
+
+
+def write_pair(origin: Path, to: Path, settings: dict[str, Any], suffix: str, write: Write) -> tuple[Path, Path]:
+    """Two folders: stored in 8 bits, and the same numbers written out in 16."""
+    folders = to / "stored", to / "written"
+    for folder in folders:
+        folder.mkdir()
+        for path in origin.glob("*.json"):
+            shutil.copy(path, folder)
+    config = json.loads((origin / "config.json").read_text())
+    (folders[0] / "config.json").write_text(json.dumps(config | {"quantization_config": settings}))
+    stored: Tensors = {}
+    written: Tensors = {}
+    for name, tensor in load_file(origin / "model.safetensors").items():
+        stored[name] = written[name] = tensor
+        if is_quantised(name):
+            stored[name], scale, written[name] = write(tensor.float())
+            stored[name.removesuffix(".weight") + suffix] = scale
+            stored[name.removesuffix(".weight") + ".input_scale"] = torch.ones(1)
+    save_file(stored, folders[0] / "model.safetensors")
+    save_file(written, folders[1] / "model.safetensors")
+    return folders
+
+
+def logits(folder: Path, **options: Any) -> torch.Tensor:
+    config: dict[str, Any] = {"model": str(folder), "dtype": "bfloat16", "device": "cpu", "quant_cache_gib": 0}
+    driver = Driver(load_model(EngineConfig(**config | options)))
+    return driver.run(driver.start(CASE))
+
+
+FORMATS: dict[str, tuple[dict[str, Any], str, Write]] = {
+    "fp8, blocks": (QWEN, ".weight_scale_inv", by_blocks(96, 48)),
+    "fp8, one scale": ({"quant_method": "fp8", "activation_scheme": "static"}, ".weight_scale", whole),
+    "compressed-tensors, rows": (compressed("channel"), ".weight_scale", by_rows),
+    "compressed-tensors, blocks": (
+        compressed("block", block_structure=[96, 48]),
+        ".weight_scale",
+        by_blocks(96, 48),
+    ),
+    "compressed-tensors, one scale": (compressed("tensor"), ".weight_scale", lambda weight: whole(weight)),
+}
+
+
+@pytest.fixture(scope="module", params=FORMATS)
+def pair(request: pytest.FixtureRequest, checkpoint: CheckpointMaker, tmp_path_factory: Any) -> tuple[Path, Path]:
+    return write_pair(checkpoint("qwen3", dtype="bfloat16"), tmp_path_factory.mktemp("pair"), *FORMATS[request.param])
+
+
+def test_logits_are_those_of_the_numbers_written_out(pair: tuple[Path, Path]) -> None:
+    assert torch.equal(logits(pair[0]), logits(pair[1]))
+
+
+@pytest.mark.skipif(not cpu_ops.available(), reason="needs the native kernels")
+def test_it_can_be_quantised_anew(pair: tuple[Path, Path]) -> None:
+    assert torch.equal(logits(pair[0], quant_type="a8w8"), logits(pair[1], quant_type="a8w8"))
+
+
+def test_a_model_that_sees_is_read_too(checkpoint: CheckpointMaker, tmp_path: Path) -> None:
+    pair = write_pair(checkpoint("qwen3_vl", dtype="bfloat16"), tmp_path, *FORMATS["fp8, blocks"])
+    assert torch.equal(logits(pair[0]), logits(pair[1]))
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (128, 128), (129, 127), (300, 5), (48, 320)], ids=str)
+def test_cut_off_blocks_have_their_own_scales(shape: tuple[int, int]) -> None:
+    weight = torch.randn(shape, generator=torch.Generator().manual_seed(0)) * 3
+    stored, scale, numbers = by_blocks(128, 128)(weight)
+    floats = StoredFloats((128, 128))
+    assert tuple(scale.shape) in floats.scale_shapes(shape)
+    assert torch.equal(floats.restore(stored, scale), numbers)
+    assert torch.equal(floats.restore(stored, scale.bfloat16()), floats.restore(stored, scale.bfloat16().float()))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"quant_method": "awq", "bits": 4}, "quant_method is 'awq'; supported: fp8, compressed-tensors"),
+        ({"bits": 4}, "quant_method is ''; supported: fp8, compressed-tensors"),
+        (QWEN | {"fmt": "e5m2"}, "fmt is 'e5m2'; supported: e4m3"),
+        (QWEN | {"weight_block_size": [128]}, r"weight_block_size is \[128\]; it must be two numbers"),
+        (compressed("channel") | {"format": "pack-quantized"}, "format is 'pack-quantized'; supported: float-quant"),
+        (compressed("channel", num_bits=4), "num_bits is 4; supported: 8"),
+        (compressed("channel", type="int"), "type is 'int'; supported: float"),
+        (compressed("group"), "strategy is 'group'; supported: tensor, channel, block"),
+        (compressed("channel", symmetric=False), "symmetric is false"),
+        (compressed("channel") | {"kv_cache_scheme": {"num_bits": 8}}, "kv_cache_scheme is set"),
+        (compressed("channel") | {"config_groups": {}}, "config_groups has 0 kinds of weights"),
+    ],
+)
+def test_what_is_not_read_is_named(
+    checkpoint: CheckpointMaker, tmp_path: Path, settings: dict[str, Any], message: str
+) -> None:
+    for path in checkpoint("qwen3").glob("*.json"):
+        shutil.copy(path, tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"quantization_config": settings}))
+    with pytest.raises(CheckpointError, match=message):
+        read_config(tmp_path)
+
+
+def test_scales_of_another_shape_and_missing_ones_are_named(checkpoint: CheckpointMaker, tmp_path: Path) -> None:
+    folder, _ = write_pair(checkpoint("qwen3", dtype="bfloat16"), tmp_path, *FORMATS["fp8, blocks"])
+    tensors = load_file(folder / "model.safetensors")
+    name = "model.layers.0.self_attn.q_proj.weight_scale_inv"
+    save_file(tensors | {name: torch.ones(9, 9)}, folder / "model.safetensors")
+    with pytest.raises(CheckpointError, match=r"q_proj\.weight_scale_inv has shape \[9, 9\], not \[3, 3\]"):
+        driving.load(folder)
+    save_file({key: value for key, value in tensors.items() if key != name}, folder / "model.safetensors")
+    with pytest.raises(CheckpointError, match=r"q_proj\.weight is F8_E4M3, but the checkpoint has no scale for it"):
+        driving.load(folder)
+    config = json.loads((folder / "config.json").read_text())
+    del config["quantization_config"]
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match=r"is F8_E4M3, but config\.json has no quantization_config"):
+        driving.load(folder)
