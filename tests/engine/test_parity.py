@@ -22,7 +22,7 @@ from tests.conftest import CheckpointMaker
 
 IMAGE_PAD, VISION_START, VISION_END = 151655, 151652, 151653
 NUM_STEPS = 64
-FAMILIES = ["qwen2_vl", "qwen2_5_vl"]
+FAMILIES = ["qwen2_vl", "qwen2_5_vl", "qwen3_vl"]
 
 
 @dataclass(frozen=True)
