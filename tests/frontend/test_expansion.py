@@ -78,7 +78,7 @@ def test_a_video_is_written_as_by_the_reference(
     assert [(item.first_row, item.num_tokens, item.num_rows) for item in items] == [(0, 6, 18), (6, 6, 18), (12, 6, 18)]
     for item in items:
         assert ids[item.start : item.end] == [video] * 6
-        assert ids[item.start - 1], ids[item.end] == (151652, 151653)
+        assert (ids[item.start - 1], ids[item.end]) == (151652, 151653)
 
 
 def test_a_placeholder_without_a_frame_is_replaced_alone(expander: Expander) -> None:
