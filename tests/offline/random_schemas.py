@@ -23,7 +23,7 @@ _SCALARS: list[Schema] = [
     {"type": "string", "format": "date"},
     {"type": "string", "format": "date-time"},
     {"type": "string", "format": "uuid"},
-    {"type": "string", "format": "email"},
+    {"type": "string", "format": "ipv4"},
     {"type": "integer"},
     {"type": "integer", "exclusiveMinimum": 0, "multipleOf": 5},
     {"type": "number"},

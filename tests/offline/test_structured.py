@@ -84,6 +84,7 @@ def test_answers_to_random_schemas_are_valid(vlm: VLM) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize(("temperature", "n"), [(1.0, 1), (2.0, 1), (1.0, 4), (2.0, 4)])
 def test_answers_to_200_random_schemas_are_valid(vlm: VLM, temperature: float, n: int) -> None:
     assert wrong_answers(vlm, 200, temperature=temperature, n=n) == []

@@ -1,0 +1,86 @@
+"""What of JSON Schema is kept, keyword by keyword, and what is refused (docs/json_schema.md has the whole suite)."""
+
+from __future__ import annotations
+
+import json
+import re
+from typing import Any
+
+import llguidance
+import pytest
+
+from dashinfer_vlm.engine.grammars.forms import compile_for
+from dashinfer_vlm.request import Grammar
+
+KEPT: list[tuple[dict[str, Any], list[Any], list[Any]]] = [
+    ({}, [None, 1, "a", [1, {"a": 2}]], []),
+    ({"type": "integer", "minimum": -3, "maximum": 12}, [-3, 0, 12], [-4, 13, 1.5, "1"]),
+    ({"type": "integer", "exclusiveMinimum": 0, "multipleOf": 5}, [5, 100], [0, 4, -5]),
+    ({"type": "number", "exclusiveMaximum": 1}, [0.5, -2], [1, 1.5, "a"]),
+    ({"type": "string", "minLength": 1, "maxLength": 3}, ["a", "äöü"], ["", "abcd", 1]),
+    ({"type": "string", "pattern": "^[A-Z]{2}-\\d+$"}, ["AB-12"], ["ab-12", "AB-", "xAB-12"]),
+    ({"type": "string", "pattern": "b"}, ["abc"], ["acd"]),
+    ({"type": "string", "format": "date"}, ["2026-11-26"], ["2026-13-26", "today"]),
+    ({"enum": ["a", 1, None, [True]]}, ["a", 1, None, [True]], ["b", 2, [False]]),
+    ({"const": {"a": 1}}, [{"a": 1}], [{"a": 2}, {}]),
+    ({"type": ["string", "null"]}, ["a", None], [1, []]),
+    ({"anyOf": [{"type": "integer"}, {"type": "string"}]}, [1, "a"], [None, 1.5]),
+    ({"allOf": [{"minimum": 1}, {"type": "integer", "maximum": 3}]}, [1, 3], [0, 4]),
+    ({"oneOf": [{"type": "integer"}, {"type": "string"}]}, [1, "a"], [None]),
+    (
+        {"type": "array", "items": {"type": "integer"}, "minItems": 1, "maxItems": 2},
+        [[1], [1, 2]],
+        [[], [1, 2, 3], ["a"]],
+    ),
+    ({"type": "array", "prefixItems": [{"type": "null"}], "items": False}, [[None], []], [[1], [None, 1]]),
+    (
+        {"type": "object", "properties": {"a": {"type": "integer"}, "b": {}}, "required": ["a"]},
+        [{"a": 1}, {"a": 1, "b": 2}, {"a": 1, "c": 3}],
+        [{}, {"b": 2}, {"a": "1"}],
+    ),
+    ({"type": "object", "properties": {"a": {}}, "additionalProperties": False}, [{}, {"a": 1}], [{"b": 1}]),
+    ({"type": "object", "patternProperties": {"^x": {"type": "null"}}}, [{"xa": None}, {"a": 1}], [{"xa": 1}]),
+    ({"type": "object", "minProperties": 1, "maxProperties": 1}, [{"a": 1}], [{}, {"a": 1, "b": 1}]),
+    (
+        {"$defs": {"tree": {"type": "array", "items": {"$ref": "#/$defs/tree"}}}, "$ref": "#/$defs/tree"},
+        [[], [[], [[]]]],
+        [[1], None],
+    ),
+]
+REFUSED: dict[str, dict[str, Any]] = {
+    "not": {"not": {"type": "null"}},
+    "uniqueItems": {"uniqueItems": True},
+    "contains": {"contains": {"type": "null"}},
+    "if": {"if": {"type": "integer"}, "then": {"minimum": 1}},
+    "propertyNames": {"propertyNames": {"pattern": "^a"}},
+    "dependentRequired": {"dependentRequired": {"a": ["b"]}},
+    "dependentSchemas": {"dependentSchemas": {"a": {"required": ["b"]}}},
+    "unevaluatedProperties": {"unevaluatedProperties": False},
+    "unevaluatedItems": {"unevaluatedItems": False},
+    "oneOf": {"oneOf": [{"minimum": 1}, {"maximum": 5}]},
+    "example.org": {"$ref": "https://example.org/schema"},
+    "sentence": {"type": "string", "format": "sentence"},
+}
+
+
+def can_be_written(schema: dict[str, Any], value: Any) -> bool:
+    matcher = compile_for(llguidance.LLTokenizer("byte"), Grammar.json_schema(schema))
+    data = list(json.dumps(value, ensure_ascii=False).encode())
+    return matcher.try_consume_tokens(data) == len(data) and matcher.is_accepting()
+
+
+@pytest.mark.parametrize(("schema", "valid", "invalid"), KEPT, ids=[json.dumps(case[0]) for case in KEPT])
+def test_a_keyword_is_kept(schema: dict[str, Any], valid: list[Any], invalid: list[Any]) -> None:
+    assert [value for value in valid if not can_be_written(schema, value)] == []
+    assert [value for value in invalid if can_be_written(schema, value)] == []
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_a_keyword_that_is_not_kept_is_refused_by_name(name: str) -> None:
+    with pytest.raises(ValueError, match=rf"\b{re.escape(name)}\b"):
+        can_be_written(REFUSED[name], None)
+
+
+def test_blanks_between_parts_are_bounded() -> None:
+    matcher = compile_for(llguidance.LLTokenizer("byte"), Grammar.json_schema({"type": "array"}))
+    assert matcher.try_consume_tokens(list(b"[" + b" " * 40)) == 1 + 32
