@@ -92,6 +92,43 @@ def test_a_killed_run_goes_on_without_losing_or_repeating_a_line(arguments: list
     assert all(record["response"]["status_code"] == 200 for record in found.values())
 
 
+def test_requests_come_from_a_pipe_and_answers_go_to_one(arguments: list[str]) -> None:
+    flags = ["-", "-o", "-", *arguments[3:]]
+    lines = [chat("a", text("Hello")), chat("b", text("Hello"))]
+    done = subprocess.run([*COMMAND, *flags], input="\n".join(lines), capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    found = [json.loads(line) for line in done.stdout.splitlines()]
+    assert sorted(record["custom_id"] for record in found) == ["a", "b"]
+    assert all(record["response"]["status_code"] == 200 for record in found)
+    assert "2 lines answered, 0 failed: standard output" in done.stderr
+
+
+def test_ctrl_c_ends_a_run_whose_pipe_is_silent(arguments: list[str]) -> None:
+    flags = ["-", "-o", "-", *arguments[3:]]
+    pipes: Any = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen([*COMMAND, *flags], **pipes) as running:
+        assert running.stdin is not None
+        assert running.stdout is not None
+        assert running.stderr is not None
+        running.stdin.write(chat("a", text("Hello")) + "\n")
+        running.stdin.flush()
+        assert json.loads(running.stdout.readline())["custom_id"] == "a"
+        running.send_signal(signal.SIGINT)
+        assert running.wait(60) == 130
+        assert running.stderr.read().splitlines()[-1] == "dashinfer-vlm: interrupted"
+
+
+def test_answers_that_nobody_reads_end_the_run(arguments: list[str]) -> None:
+    flags = ["-", "-o", "-", *arguments[3:]]
+    read, write = os.pipe()
+    os.close(read)
+    lines = chat("a", text("Hello"))
+    done = subprocess.run([*COMMAND, *flags], input=lines, stdout=write, stderr=subprocess.PIPE, text=True, check=False)
+    os.close(write)
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1] == "dashinfer-vlm: standard output cannot be written: Broken pipe"
+
+
 def test_what_is_wrong_is_said_before_the_model_is_loaded(arguments: list[str], tmp_path: Path) -> None:
     done = subprocess.run([*COMMAND, *arguments], capture_output=True, text=True, check=False)
     assert done.returncode == 2

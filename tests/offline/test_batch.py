@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import json
+import queue
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,8 @@ from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse
 
 from dashinfer_vlm.errors import ConfigError, EngineDeadError
-from dashinfer_vlm.offline.batch import BatchInput, BatchOutput, BatchRecord, BatchRun
+from dashinfer_vlm.offline.batch import BatchInput, BatchOutput, BatchRecord, BatchRun, Line, numbered_lines
+from dashinfer_vlm.offline.pipes import PipedInput
 
 
 def line(name: str, **changes: Any) -> dict[str, Any]:
@@ -54,8 +56,10 @@ def files(tmp_path: Path) -> Files:
 class Echo(FastAPI):
     """Answers with the prompt; counts how often, and how many at once, it is asked."""
 
-    def __init__(self) -> None:
+    def __init__(self, crowd: int = 0) -> None:
+        """Nothing is answered before so many requests have been there at once."""
         super().__init__()
+        self.crowd, self.crowded = crowd, asyncio.Event()
         self.asked: Counter[str] = Counter()
         self.num_running = self.most_running = 0
         self.add_api_route("/v1/completions", self.complete, methods=["POST"], response_model=None)
@@ -65,6 +69,9 @@ class Echo(FastAPI):
         self.asked[prompt] += 1
         self.num_running += 1
         self.most_running = max(self.most_running, self.num_running)
+        if self.num_running >= self.crowd:
+            self.crowded.set()
+        await self.crowded.wait()
         await asyncio.sleep(0)
         self.num_running -= 1
         if prompt == "bad":
@@ -135,7 +142,7 @@ async def test_an_engine_that_dies_leaves_its_lines_open(files: Files) -> None:
 
 async def test_at_most_a_window_of_requests_runs_at_once(files: Files) -> None:
     files.write(*[line(f"r{i}") for i in range(20)])
-    app = Echo()
+    app = Echo(crowd=3)
     await files.run(app, window=3)
     assert app.most_running == 3
 
@@ -166,6 +173,44 @@ def test_two_runs_cannot_share_an_output(files: Files) -> None:
         BatchOutput(files.output)
     first.close()
     BatchOutput(files.output).close()
+
+
+class Piped:
+    """Lines that come when the test says so, from a pipe that stays open."""
+
+    num_lines = None
+
+    def __init__(self) -> None:
+        self.lines: queue.SimpleQueue[str | None] = queue.SimpleQueue()
+
+    def check(self, done: dict[int, str | None]) -> None:
+        assert not done
+
+    def open_lines(self, done: dict[int, str | None]) -> Iterator[Line]:
+        return numbered_lines(text.encode() for text in iter(self.lines.get, None))
+
+
+async def test_an_answer_is_written_while_the_next_line_is_awaited(files: Files) -> None:
+    source, output = Piped(), BatchOutput(files.output)
+    heard: asyncio.Queue[BatchRecord] = asyncio.Queue()
+    run = BatchRun(Echo(), output, window=4, is_alive=lambda: True, on_record=heard.put_nowait)
+    running = asyncio.create_task(run.run(source))
+    for name in "ab":
+        source.lines.put(json.dumps(line(name)))
+        assert (await asyncio.wait_for(heard.get(), 30)).custom_id == name
+    source.lines.put(None)
+    await running
+    output.close()
+    assert [record["custom_id"] for record in files.records()] == ["a", "b"]
+
+
+async def test_a_pipe_does_not_go_on_from_answers_that_may_be_those_of_others(files: Files) -> None:
+    files.write(line("a"))
+    await files.run(Echo())
+    output = BatchOutput(files.output)
+    with pytest.raises(ConfigError, match="cannot go on"):
+        PipedInput().check(output.done)
+    output.close()
 
 
 def test_files_that_cannot_be_opened_are_named(tmp_path: Path) -> None:

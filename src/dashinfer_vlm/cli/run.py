@@ -19,17 +19,18 @@ from dashinfer_vlm.config import EngineConfig, MediaConfig, ServerConfig
 from dashinfer_vlm.hub import DEMO_NAME, resolve_model
 
 if TYPE_CHECKING:
-    from dashinfer_vlm.offline.batch import BatchInput, BatchOutput, BatchRecord
+    from dashinfer_vlm.offline.batch import BatchRecord, BatchSink, BatchSource
 
 __all__ = ["run"]
 
+_PIPE = Path("-")
 _LOOKAHEAD = 8
 """Requests that are prepared while all sequences of the engine run."""
 
 
 @click.command("run", context_settings=CONTEXT)
-@click.argument("input_file", metavar="INPUT.jsonl", type=click.Path(dir_okay=False, path_type=Path))
-@click.option("-o", "--output", "output_file", required=True, metavar="OUTPUT.jsonl", type=click.Path(dir_okay=False, path_type=Path), help="Where answers are appended; a run that was ended goes on from what is there.")  # fmt: skip
+@click.argument("input_file", metavar="INPUT.jsonl", type=click.Path(dir_okay=False, allow_dash=True, path_type=Path))
+@click.option("-o", "--output", "output_file", required=True, metavar="OUTPUT.jsonl", type=click.Path(dir_okay=False, allow_dash=True, path_type=Path), help="Where answers are appended; a run that was ended goes on from what is there.")  # fmt: skip
 @click.option("--chat-template", metavar="FILE", help="File with a Jinja chat template; the model's own when absent.")
 @options(EngineConfig, MediaConfig)
 def run(input_file: Path, output_file: Path, chat_template: str | None, **values: Any) -> int:
@@ -37,18 +38,17 @@ def run(input_file: Path, output_file: Path, chat_template: str | None, **values
 
     Answers are written as they come, in any order, with errors in the lines that they belong to. The exit code is 1
     when a line has one.
-    """
-    from dashinfer_vlm.offline.batch import BatchInput, BatchOutput  # brings the server
 
+    As INPUT.jsonl, - is standard input; as OUTPUT.jsonl, it is standard output. A pipe has no known number of lines,
+    and a run that reads or writes one cannot go on after its end.
+    """
     engine, media = flags.build(EngineConfig, values), flags.build(MediaConfig, values)
     engine.validate()
     media.validate()
     set_up_logging("warning")
-    source = BatchInput(input_file)
-    output = BatchOutput(output_file)
+    source, output = _open(input_file, output_file)
     try:
-        for _ in source.open_lines(output.done):  # a mismatch is found before the minutes of loading
-            pass
+        source.check(output.done)  # a mismatch is found before the minutes of loading
         if len(output.done) == source.num_lines:
             click.echo(f"all {source.num_lines} lines are answered in {output_file}", err=True)
             return 0
@@ -57,8 +57,16 @@ def run(input_file: Path, output_file: Path, chat_template: str | None, **values
         output.close()
 
 
+def _open(input_file: Path, output_file: Path) -> tuple[BatchSource, BatchSink]:
+    from dashinfer_vlm.offline.batch import BatchInput, BatchOutput  # brings the server
+    from dashinfer_vlm.offline.pipes import PipedInput, PipedOutput
+
+    source = PipedInput() if input_file == _PIPE else BatchInput(input_file)
+    return source, PipedOutput() if output_file == _PIPE else BatchOutput(output_file)
+
+
 async def _run(
-    source: BatchInput, output: BatchOutput, engine_config: EngineConfig, media: MediaConfig, chat_template: str | None
+    source: BatchSource, output: BatchSink, engine_config: EngineConfig, media: MediaConfig, chat_template: str | None
 ) -> int:
     from dashinfer_vlm.frontend.opening import open_service
     from dashinfer_vlm.offline.batch import BatchRun
@@ -76,13 +84,13 @@ async def _run(
                 on_record=progress.advance,
             )
             await batch.run(source)
-    return progress.conclude(output.path)
+    return progress.conclude(output.name)
 
 
 class _Progress:
     """A bar with answered and failed lines."""
 
-    def __init__(self, num_lines: int, num_done: int) -> None:
+    def __init__(self, num_lines: int | None, num_done: int) -> None:
         self._console = Console(stderr=True)
         self._bar = Progress(
             TextColumn("Lines"),
@@ -102,10 +110,10 @@ class _Progress:
         self._num_failed += not record.is_good
         self._bar.update(self._task, advance=1, failed=self._num_failed)
 
-    def conclude(self, path: Path) -> int:
+    def conclude(self, name: str) -> int:
         before = f", {self._num_done} were there before" if self._num_done else ""
         self._console.print(
-            f"{self._num_answered} lines answered, {self._num_failed} failed{before}: {path}",
+            f"{self._num_answered} lines answered, {self._num_failed} failed{before}: {name}",
             markup=False,
             soft_wrap=True,
         )

@@ -11,19 +11,24 @@ import asyncio
 import fcntl
 import os
 import re
-from collections.abc import Callable, Iterator
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO, Protocol, TypeVar
 
 import httpx
 import msgspec
 from fastapi import FastAPI
 
-from dashinfer_vlm.errors import ConfigError, EngineDeadError
+from dashinfer_vlm.errors import ConfigError, DashInferError, EngineDeadError
 
-__all__ = ["BatchInput", "BatchOutput", "BatchRecord", "BatchRun"]
+__all__ = ["BatchInput", "BatchOutput", "BatchRecord", "BatchRun", "BatchSink", "BatchSource"]
+
+T = TypeVar("T")
 
 _RECORD_ID = re.compile(r"batch_req_([0-9]+)")
+_HINT = "name another output, or delete this one"
 
 
 class BatchRequest(msgspec.Struct, frozen=True):
@@ -70,12 +75,56 @@ class _Streams(msgspec.Struct, frozen=True):
     stream: object = None
 
 
+Line = tuple[int, BatchRequest | BatchRecord]
+"""Its number, and the request in it; where it is none, the record that says why."""
+
+
+class BatchSource(Protocol):
+    """Where requests come from: a file, or a pipe."""
+
+    @property
+    def num_lines(self) -> int | None:
+        """None where nobody can know, and where a run cannot go on after its end."""
+        ...
+
+    def check(self, done: dict[int, str | None]) -> None:
+        """Raise ConfigError when what is done cannot be its own; waits for no line."""
+        ...
+
+    def open_lines(self, done: dict[int, str | None]) -> Iterator[Line]:
+        """Lines that are not `done`, for which it may wait. Raises as `check` does."""
+        ...
+
+
+class BatchSink(Protocol):
+    """Where records go: a file, or a pipe."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def can_resume(self) -> bool:
+        """Whether another run can find what is there."""
+        ...
+
+    @property
+    def done(self) -> dict[int, str | None]:
+        """Custom ids of the records that are there, by the number of their input line."""
+        ...
+
+    def write(self, record: BatchRecord) -> None: ...
+
+    def close(self) -> None: ...
+
+
 class BatchOutput:
     """The output file: what it holds already, and where records are appended, each in one write."""
 
+    can_resume = True
+
     def __init__(self, path: Path) -> None:
         """Lock `path` and drop a last line that was cut off by a kill. Raises ConfigError."""
-        self.path = path
+        self.path, self.name = path, str(path)
         self._file = _open_locked(path)
         self.done: dict[int, str | None] = {}
         """Custom ids of the records that are there, by the number of their input line."""
@@ -86,7 +135,7 @@ class BatchOutput:
             raise
 
     def write(self, record: BatchRecord) -> None:
-        self._file.write(msgspec.json.encode(record) + b"\n")
+        self._file.write(encoded(record))
 
     def close(self) -> None:
         """Give the file up, on disk as it is."""
@@ -142,18 +191,16 @@ class BatchInput:
         except OSError as error:
             raise ConfigError(f"{path} cannot be read: {error.strerror}") from error
 
-    def open_lines(self, done: dict[int, str | None]) -> Iterator[tuple[int, BatchRequest | BatchRecord]]:
-        """Numbered lines that are not `done`: requests, or for lines that are none, the record that says why.
+    def check(self, done: dict[int, str | None]) -> None:
+        """Raise ConfigError when what is done belongs to another input."""
+        for _ in self.open_lines(done):
+            pass
 
-        Raises ConfigError when what is done belongs to another input.
-        """
-        seen: set[str] = set()
+    def open_lines(self, done: dict[int, str | None]) -> Iterator[Line]:
+        """Lines that are not `done`; raises ConfigError when what is done belongs to another input."""
         left = set(done)
         with self.path.open("rb") as file:
-            for number, line in enumerate(file, start=1):
-                if not line.strip():
-                    continue
-                parsed = _parse(number, line, seen)
+            for number, parsed in numbered_lines(file):
                 if number in left:
                     left.remove(number)
                     self._check_same(number, parsed.custom_id, done[number])
@@ -175,7 +222,7 @@ class BatchRun:
     def __init__(
         self,
         app: FastAPI,
-        output: BatchOutput,
+        output: BatchSink,
         *,
         window: int,
         is_alive: Callable[[], bool],
@@ -190,33 +237,40 @@ class BatchRun:
         self._on_record = on_record
         self._pending: set[asyncio.Task[BatchRecord]] = set()
 
-    async def run(self, source: BatchInput) -> None:
+    async def run(self, source: BatchSource) -> None:
         """Raises EngineDeadError when the engine ends; lines that it did not answer stay open."""
+        lines = source.open_lines(self._output.done)
+        reading: asyncio.Future[Line | None] | None = _next_of(lines)
         try:
-            for number, line in source.open_lines(self._output.done):
-                if len(self._pending) >= self._window:
-                    await self._settle(asyncio.FIRST_COMPLETED)
-                self._pending.add(asyncio.create_task(self._answer(number, line)))
-            await self._settle(asyncio.ALL_COMPLETED)
+            while reading or self._pending:
+                awaited: set[asyncio.Future[Any]] = {*self._pending}
+                if reading and len(self._pending) < self._window:
+                    awaited.add(reading)
+                await asyncio.wait(awaited, return_when=asyncio.FIRST_COMPLETED)
+                if not self._is_alive():
+                    raise EngineDeadError(_engine_died(source, self._output))
+                self._keep_answered()
+                if reading and reading in awaited and reading.done():
+                    reading = self._take(reading.result(), lines)
         finally:
             for task in self._pending:
                 task.cancel()
             await asyncio.gather(*self._pending, return_exceptions=True)
             await self._client.aclose()
 
-    async def _settle(self, when: str) -> None:
-        while self._pending:
-            done, self._pending = await asyncio.wait(self._pending, return_when=asyncio.FIRST_COMPLETED)
-            for task in done:
-                self._keep(task.result())
-            if when == asyncio.FIRST_COMPLETED:
-                return
+    def _take(self, line: Line | None, lines: Iterator[Line]) -> asyncio.Future[Line | None] | None:
+        """Begin to answer `line`, and to read the next one; None at the end."""
+        if line is None:
+            return None
+        self._pending.add(asyncio.create_task(self._answer(*line)))
+        return _next_of(lines)
 
-    def _keep(self, record: BatchRecord) -> None:
-        if not self._is_alive():
-            raise EngineDeadError("the engine has stopped; run the same command again to go on")
-        self._output.write(record)
-        self._on_record(record)
+    def _keep_answered(self) -> None:
+        for task in [task for task in self._pending if task.done()]:
+            self._pending.remove(task)
+            record = task.result()
+            self._output.write(record)
+            self._on_record(record)
 
     async def _answer(self, number: int, line: BatchRequest | BatchRecord) -> BatchRecord:
         if isinstance(line, BatchRecord):
@@ -225,6 +279,24 @@ class BatchRun:
         reply = await self._client.post(line.url, content=bytes(line.body), headers=headers)
         response = BatchResponse(reply.status_code, f"req_{number}", msgspec.Raw(reply.content))
         return BatchRecord(id=_record_id(number), custom_id=line.custom_id, response=response)
+
+
+def _engine_died(source: BatchSource, output: BatchSink) -> str:
+    can_resume = source.num_lines is not None and output.can_resume
+    return "the engine has stopped" + ("; run the same command again to go on" if can_resume else "")
+
+
+def numbered_lines(file: Iterable[bytes]) -> Iterator[Line]:
+    """What the lines of a batch say; blank ones count, but say nothing."""
+    seen: set[str] = set()
+    for number, line in enumerate(file, start=1):
+        if line.strip():
+            yield number, _parse(number, line, seen)
+
+
+def encoded(record: BatchRecord) -> bytes:
+    """A line of output."""
+    return msgspec.json.encode(record) + b"\n"
 
 
 def _parse(number: int, line: bytes, seen: set[str]) -> BatchRequest | BatchRecord:
@@ -253,4 +325,17 @@ def _record_id(number: int) -> str:
     return f"batch_req_{number}"
 
 
-_HINT = "name another output, or delete this one"
+def _next_of(items: Iterator[T]) -> asyncio.Future[T | None]:
+    """The next of `items`, None at their end. It is awaited in a thread that the end of the program does not wait for:
+    a pipe may stay silent for ever."""
+    found: Future[T | None] = Future()
+    found.set_running_or_notify_cancel()  # nobody can cancel it any more: the thread sets it
+
+    def read() -> None:
+        try:
+            found.set_result(next(items, None))
+        except (DashInferError, OSError) as error:
+            found.set_exception(error)
+
+    threading.Thread(target=read, name="batch-input", daemon=True).start()
+    return asyncio.wrap_future(found)
