@@ -84,3 +84,10 @@ def test_a_keyword_that_is_not_kept_is_refused_by_name(name: str) -> None:
 def test_blanks_between_parts_are_bounded() -> None:
     matcher = compile_for(llguidance.LLTokenizer("byte"), Grammar.json_schema({"type": "array"}))
     assert matcher.try_consume_tokens(list(b"[" + b" " * 40)) == 1 + 32
+
+
+def test_a_schema_may_ask_for_no_blanks_at_all() -> None:
+    options = {"whitespace_flexible": False, "whitespace_pattern": None}
+    schema = Grammar.json_schema({"type": "array", "x-guidance": options})
+    matcher = compile_for(llguidance.LLTokenizer("byte"), schema)
+    assert matcher.try_consume_tokens(list(b"[1, 2]")) == len("[1,")
