@@ -12,10 +12,10 @@ from typing import Any
 from allspark.generation_config import ASGenerationConfigBuilder
 from allspark.runtime_config import AsModelConfig, AsModelRuntimeConfigBuilder, TargetDevice, write_manifest
 from dashinfer_vlm.config import EngineConfig
-from dashinfer_vlm.engine.admission import DEFAULT_MAX_MODEL_LEN
 from dashinfer_vlm.errors import CheckpointError, ConfigError, DashInferError
 from dashinfer_vlm.hub import resolve_model
 from dashinfer_vlm.models.config import read_config
+from dashinfer_vlm.models.settings import DEFAULT_MAX_MODEL_LEN
 from dashinfer_vlm.optional import require
 
 __all__ = ["HuggingFaceModel", "ModelSerializerException"]

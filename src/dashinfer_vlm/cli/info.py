@@ -104,8 +104,8 @@ def _weights(
     """A row per precision: its weights, and how many requests' KV cache fits beside them."""
     import torch
 
-    from dashinfer_vlm.engine.admission import resolve_max_model_len
     from dashinfer_vlm.models.footprint import kv_token_bytes, weight_bytes
+    from dashinfer_vlm.models.settings import resolve_max_model_len
 
     length = resolve_max_model_len(checkpoint.text.max_position_embeddings, config)
     table = Table(title_justify="left", box=None, padding=(0, 2, 0, 0))

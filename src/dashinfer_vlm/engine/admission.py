@@ -8,12 +8,11 @@ from dataclasses import dataclass
 from dashinfer_vlm.config import EngineConfig
 from dashinfer_vlm.errors import ConfigError, ContextLengthError, InvalidRequestError, MediaTooLargeError
 from dashinfer_vlm.models.base import KVCache, Model
+from dashinfer_vlm.models.settings import resolve_max_model_len
 from dashinfer_vlm.request import Item, Request
 
 _MOST = 2**31
 """Ids and positions are below it; larger ones would not fit the arrays that all requests of a step share."""
-DEFAULT_MAX_MODEL_LEN = 32000
-"""The documented default of --max_length; a model with a shorter context keeps its own."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,15 +39,6 @@ class Limits:
             )
         text = model.text
         return cls(max_model_len, text.vocab_size, text.hidden_size, model.embedding_size, max_item_patches)
-
-
-def resolve_max_model_len(context: int, config: EngineConfig) -> int:
-    """The configured length, or the model's context up to the documented default; never above the model's."""
-    if config.max_model_len is None:
-        return min(context, DEFAULT_MAX_MODEL_LEN)
-    if config.max_model_len > context:
-        raise ConfigError(f"--max-model-len is {config.max_model_len}, the model's context is {context}")
-    return config.max_model_len
 
 
 def check_request(request: Request, limits: Limits) -> int:

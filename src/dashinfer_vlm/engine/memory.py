@@ -9,10 +9,10 @@ import torch
 
 from dashinfer_vlm.cgroups import free_memory
 from dashinfer_vlm.config import EngineConfig
-from dashinfer_vlm.engine.admission import resolve_max_model_len
 from dashinfer_vlm.errors import ConfigError
 from dashinfer_vlm.layers.attention import cache_row_size
 from dashinfer_vlm.models.base import KVCache, Model, embedding_row_bytes
+from dashinfer_vlm.models.settings import resolve_max_model_len
 
 _GIB = 2**30
 CPU_DEFAULT_GIB = 2.0

@@ -16,6 +16,8 @@ from dashinfer_vlm.frontend.prompt import Loader, PromptBuilder
 from dashinfer_vlm.frontend.service import Service
 from dashinfer_vlm.frontend.template import ChatTemplate
 from dashinfer_vlm.frontend.tokenizer import Tokenizer
+from dashinfer_vlm.models.config import read_config
+from dashinfer_vlm.models.settings import check_settings
 from dashinfer_vlm.progress import LoadingProgress
 
 StartEngine = Callable[[EngineConfig], Awaitable[EngineClient]]
@@ -86,11 +88,12 @@ async def open_service(
 ) -> AsyncIterator[Service]:
     """The service of the model in the folder `engine_config.model` (`hub.resolve_model` finds it).
 
-    What the folder, the template or `media_config` have wrong is raised as CheckpointError or ConfigError before the
-    engine is started. With `start_decoders` the decoding processes run before the first medium comes. At the end what
+    What the folder, the template, `media_config`, or `engine_config` beside the folder have wrong is raised as
+    CheckpointError or ConfigError before the engine is started. With `start_decoders` the decoding processes run before the first medium comes. At the end what
     still runs is aborted, and all is closed. Belongs to one event loop.
     """
     folder = Path(engine_config.model)
+    check_settings(read_config(folder), engine_config)
     front_end = FrontEnd.from_folder(folder, chat_template)
     async with AsyncExitStack() as stack:
         loader = open_loader(folder, engine_config, media_config)

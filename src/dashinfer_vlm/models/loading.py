@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from dashinfer_vlm.config import EngineConfig, flag
+from dashinfer_vlm.config import EngineConfig
 from dashinfer_vlm.errors import CheckpointError, ConfigError, DashInferError
 from dashinfer_vlm.kernels.threads import leave_torch_one_thread
 from dashinfer_vlm.layers.attention import cache_row_size
@@ -18,6 +18,7 @@ from dashinfer_vlm.models.config import CheckpointConfig, read_config
 from dashinfer_vlm.models.hf_tower import TransformersVision
 from dashinfer_vlm.models.model import LoadedModel
 from dashinfer_vlm.models.quant_cache import open_store
+from dashinfer_vlm.models.settings import refuse_vision_options
 from dashinfer_vlm.models.weights import Progress, Weights
 
 __all__ = ["allocate_kv", "load_encoder", "load_model", "quantise"]
@@ -38,7 +39,7 @@ def load_model(config: EngineConfig, *, progress: Progress | None = None) -> Mod
     weights = Weights(checkpoint.folder, checkpoint.family.names, checkpoint.stored, progress=progress)
     with ExitStack() as stores:  # none of them keeps anything of a checkpoint that turns out to be wrong
         if checkpoint.vision is None:
-            _refuse_vision_options(config, checkpoint)
+            refuse_vision_options(checkpoint, config)
             encoder, is_native = None, True
         else:
             store = stores.enter_context(open_store(config, weights, "vision", dtype))
@@ -97,17 +98,6 @@ def _load_vision(
     if config.vision_engine == "transformers":
         return TransformersVision(checkpoint, weights, backend), False
     return checkpoint.family.encoder(checkpoint.vision, weights, backend), backend.is_native
-
-
-def _refuse_vision_options(config: EngineConfig, checkpoint: CheckpointConfig) -> None:
-    """Options without an effect are not taken."""
-    unset = {"vision_engine": "native", "vision_quant_type": "none", "vision_workers": 0, "vision_cache": None}
-    for name, value in unset.items():
-        if getattr(config, name) != value:
-            raise ConfigError(
-                f"{flag(name)} is set, but {checkpoint.architecture} is a text model without a vision encoder; "
-                "start without it"
-            )
 
 
 def allocate_kv(model: Model, num_blocks: int, block_size: int, dtype: torch.dtype | None = None) -> KVCache:
