@@ -3,7 +3,7 @@
 #   make check    format, lint, types                   make docs     pages that are made from the code
 #   make bench    measure our server                    make bench-peers   ... beside vLLM's CPU build
 #   make eval     the demo model's answers, every way   make bench-flat    streams while large pictures arrive
-#   make precision    what quantised weights cost
+#   make precision    what quantised weights cost       make test-browser  the page at / in Chromium
 PYTHON ?= $(shell python3.11 -c '' 2>/dev/null && echo python3.11 || echo python3)
 FLAGS ?=
 BIN := .venv/bin
@@ -17,7 +17,7 @@ PEER ?= build/peers/vllm
 MODEL ?=
 RAY := $(wildcard .venv/lib/python3*/site-packages/ray)
 
-.PHONY: serve test test-slow test-isa test-cluster eval precision check docs bench bench-flat bench-peers clean
+.PHONY: serve test test-slow test-isa test-cluster test-browser eval precision check docs bench bench-flat bench-peers clean
 
 serve: $(READY) $(if $(BUNDLED),,$(RANDOM_MODEL))
 	$(BIN)/dashinfer_vlm_serve $(if $(BUNDLED),,--model $(RANDOM_MODEL)) $(FLAGS)
@@ -39,6 +39,17 @@ test-isa: $(READY)
 test-cluster: $(READY)
 	$(PIP) ray
 	$(BIN)/python -m pytest -m cluster $(FLAGS)
+
+# The page at / in headless Chromium; axe-core comes from npm's registry.
+AXE := build/axe-core/package/axe.min.js
+test-browser: $(READY) $(AXE)
+	command -v chromium > /dev/null || apt-get install -y --no-install-recommends chromium
+	$(PIP) playwright==1.65.2
+	AXE=$(AXE) $(BIN)/python -m pytest -m browser $(FLAGS)
+
+$(AXE):
+	mkdir -p build/axe-core
+	cd build/axe-core && npm pack --silent axe-core@4.14.1 && tar -xzf axe-core-4.14.1.tgz
 
 # The whole held-out evaluation, each way to answer against transformers; FLAGS="--questions 200" makes it short. The
 # pictures' fonts come from the system (tools/demo_model/README.md).

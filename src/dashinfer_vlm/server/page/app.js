@@ -33,8 +33,12 @@ class App {
 
   listen() {
     const scroller = byId("scroller");
+    // only the user leaves the end: growing text and pictures that arrive late scroll, too
+    for (const kind of ["wheel", "touchmove", "pointerdown", "keydown"]) {
+      scroller.addEventListener(kind, () => (this.follows = false), { passive: true });
+    }
     scroller.addEventListener("scroll", () => {
-      this.follows = scroller.scrollHeight - scroller.scrollTop - scroller.clientHeight < NEAR_PX;
+      this.follows ||= scroller.scrollHeight - scroller.scrollTop - scroller.clientHeight < NEAR_PX;
     });
     new ResizeObserver(() => this.follow()).observe(byId("transcript"));
     document.addEventListener("keydown", (event) => {

@@ -83,11 +83,14 @@ function shape({ left, top, right, bottom }, hue) {
   return isPoint ? svg("path", { class: `box dot hue-${hue}`, d: `M${left} ${top}h0` }) : svg("rect", place);
 }
 
-function name({ label, left, top }, hue) {
+// A name stands above its box, or below where there is no room, and ends with it near the right edge.
+function name({ label, left, top, right, bottom }, hue) {
   const node = el("span", { class: `box-name hue-${hue}`, "aria-hidden": "true", hidden: label === "" }, label);
-  node.style.setProperty("--left", percent(left));
-  node.style.setProperty("--top", percent(top));
-  if (top < 0.08) node.classList.add("inside");
+  const [isLow, isRight] = [top < 0.08, left > 0.6];
+  node.classList.toggle("below", isLow);
+  node.classList.toggle("end", isRight);
+  node.style.setProperty("--left", percent(isRight ? right : left));
+  node.style.setProperty("--top", percent(isLow ? bottom : top));
   return node;
 }
 

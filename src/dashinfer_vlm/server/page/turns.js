@@ -5,6 +5,8 @@ import { preview } from "./composer.js";
 import { copyButton, el, iconButton } from "./dom.js";
 import { codeBlock, showMarkdown } from "./markdown.js";
 
+const LEAST_MS = 20; // of a stream whose speed means something: browsers hand over what came together
+
 // What the user said; `onedit(text)` says it again in other words.
 export function userTurn(turn, { onedit }) {
   const media = turn.media.map((medium) => el("li", {}, preview(medium)));
@@ -107,7 +109,7 @@ function figuresOf({ usage, firstMs, lastMs }) {
   if (firstMs !== undefined) figures.push(`${seconds(firstMs)} to the first token`);
   if (!usage) return figures;
   const { completion_tokens: written, prompt_tokens: read, prompt_tokens_details: details } = usage;
-  if (written > 1 && lastMs > firstMs) figures.push(`${((written - 1) / ((lastMs - firstMs) / 1000)).toFixed(1)} tokens/s`);
+  if (written > 1 && lastMs - firstMs >= LEAST_MS) figures.push(`${((written - 1) / ((lastMs - firstMs) / 1000)).toFixed(1)} tokens/s`);
   figures.push(`${count(written)} tokens`, `prompt ${count(read)}, ${count(details.cached_tokens)} cached`);
   return figures;
 }
