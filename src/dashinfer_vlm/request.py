@@ -98,6 +98,8 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     """0 is off; n forbids a second occurrence of any n-gram of prompt and output."""
     logit_bias: dict[int, float] = {}
     seed: int | None = None
+    allowed_token_ids: tuple[int, ...] = ()
+    """When there are any, no other token is chosen; one that ends the answer is among them, or its length ends it."""
     stop_token_ids: tuple[int, ...] = ()
     stop_sequences: tuple[tuple[int, ...], ...] = ()
     """Stop when the output ends with one of these id sequences."""
@@ -161,6 +163,11 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
                 raise InvalidRequestError(
                     f"logit_bias of token {token} is {bias}; ids are below {vocab_size}, biases from -100 to 100",
                     param="logit_bias",
+                )
+        for token in self.allowed_token_ids:
+            if not 0 <= token < vocab_size:
+                raise InvalidRequestError(
+                    f"allowed_token_ids has {token}; ids are below {vocab_size}", param="allowed_token_ids"
                 )
         for token in (*self.stop_token_ids, *(t for s in self.stop_sequences for t in s)):
             if not 0 <= token < vocab_size:

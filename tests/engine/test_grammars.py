@@ -9,12 +9,14 @@ from itertools import count
 from typing import Any
 
 import msgspec
+import numpy as np
 import pytest
 
 from dashinfer_vlm.config import EngineConfig
 from dashinfer_vlm.engine.engine import Engine
 from dashinfer_vlm.engine.grammars.compiler import Compiler
 from dashinfer_vlm.engine.grammars.trial import Trial
+from dashinfer_vlm.engine.shaping import token_words
 from dashinfer_vlm.errors import InvalidRequestError, UnsupportedError
 from dashinfer_vlm.request import Grammar, GrammarKind, Output, Request, SamplingParams
 from tests.engine.late_runner import LateRunner
@@ -183,6 +185,27 @@ def test_a_stop_sequence_and_the_limit_end_an_answer_as_usual(compiler: Compiler
     run.add(Grammar("regex", "abcdef"), max_tokens=2)
     said = run.finish()
     assert [(text(said[id][0]), reason(said[id][1])) for id in "01"] == [("abcd", "stop"), ("ab", "length")]
+
+
+def test_no_token_is_chosen_that_is_not_listed(compiler: Compiler) -> None:
+    listed = tuple(WORDS.index(letter) for letter in "~cab")
+    run = Run(compiler, speculative_config=NGRAM)
+    for _ in range(4):
+        run.add(None, allowed_token_ids=listed, max_tokens=60)
+        run.add(Grammar("regex", "[a-z]{5}"), allowed_token_ids=(*listed, EOS))
+        run.add(None, allowed_token_ids=(*listed, EOS), logit_bias={EOS: 100.0})
+    said = run.finish()
+    free, formed, ended = ([said[str(id)] for id in range(kind, 12, 3)] for kind in range(3))
+    assert {token for tokens, _ in free for token in tokens} == set(listed)
+    assert {reason(last) for _, last in free} == {"length"}
+    assert all(re.fullmatch("[abc]{5}", text(tokens)) for tokens, _ in formed)
+    assert {(len(tokens), reason(last)) for tokens, last in ended} == {(0, "stop")}
+
+
+@pytest.mark.parametrize("ids", [[0], [31], [32, 5, 63], [96, 100], list(range(101))])
+def test_the_bits_of_tokens(ids: list[int]) -> None:
+    bits = np.unpackbits(token_words(ids).view(np.uint8), bitorder="little")
+    assert bits.nonzero()[0].tolist() == sorted(ids)
 
 
 def test_logprobs_are_those_before_the_mask(compiler: Compiler) -> None:

@@ -30,6 +30,8 @@ class Shaping:
         self.bias_ids = np.array(list(params.logit_bias), np.int32)
         self.biases = np.array(list(params.logit_bias.values()), np.float32)
         self.stop_ids = np.array(params.stop_token_ids, np.int32)
+        self.allowed = token_words(params.allowed_token_ids) if params.allowed_token_ids else None
+        """Of the mask of every row: int32 [n], and nothing behind them is allowed."""
         penalised = params.repetition_penalty != 1 or params.presence_penalty or params.frequency_penalty
         self.seen = SeenTokens(_words(request.prompt_ids, request.items)) if penalised else None
         size = params.no_repeat_ngram_size
@@ -151,3 +153,11 @@ def _words(prompt_ids: list[int], items: tuple[Item, ...]) -> Ids:
     for item in items:
         keep[item.start : item.start + item.num_tokens] = False
     return ids[keep].astype(np.int32)
+
+
+def token_words(ids: Iterable[int]) -> Ids:
+    """int32 [n]: a bit for each of `ids`, up to the word of the largest."""
+    array = np.array(list(ids), np.int64)
+    bits = np.zeros((array.max(initial=0) // 32 + 1) * 32, bool)
+    bits[array] = True
+    return np.packbits(bits, bitorder="little").view(np.int32)

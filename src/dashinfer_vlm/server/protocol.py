@@ -87,6 +87,7 @@ class GenerationBody(StructuredBody):
     no_repeat_ngram_size: Whole | None = None
     min_tokens: Whole | None = None
     stop_token_ids: Wholes | None = None
+    allowed_token_ids: Wholes | None = None
     ignore_eos: bool | None = None
     include_stop_str_in_output: bool | None = None
     skip_special_tokens: bool | None = None
@@ -114,7 +115,6 @@ class GenerationBody(StructuredBody):
     priority: Annotated[Any, only(0)] = None
     detokenize: Annotated[Any, only(True)] = None
     truncate_prompt_tokens: Annotated[Any, only()] = None
-    allowed_token_ids: Annotated[Any, only([])] = None
     bad_words: Annotated[Any, only([])] = None
     logits_processors: Annotated[Any, only([])] = None
     return_tokens_as_token_ids: Annotated[Any, only(False)] = None
@@ -148,6 +148,7 @@ class GenerationBody(StructuredBody):
             max_tokens=max_tokens,
             logprobs=logprobs,
             stop_token_ids=tuple(self.stop_token_ids or ()),
+            allowed_token_ids=tuple(self.allowed_token_ids or ()),
             ignore_eos=bool(self.ignore_eos),
             grammar=self.grammar(),
         )

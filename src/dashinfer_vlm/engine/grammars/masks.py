@@ -1,4 +1,4 @@
-"""Which tokens the grammars of a step allow, worked out while the model computes."""
+"""Which tokens a step may choose, by grammars and by lists of allowed tokens, worked out while the model computes."""
 
 from __future__ import annotations
 
@@ -36,10 +36,10 @@ class Masks:
     def begin(self, groups: list[tuple[Sequence, tuple[int, ...]]]) -> Callable[[], torch.Tensor | None]:
         """Masks for the rows that `Sampler.sample` wants of `groups`; the function that is returned waits for them.
 
-        int32 [L, vocab / 32 rounded up], a bit per token; rows of sequences without a grammar allow everything. None when
-        no sequence has one. The sequences must not go on before the function has returned.
+        int32 [L, vocab / 32 rounded up], a bit per token; rows of sequences that ask for nothing allow everything. None
+        when no sequence asks. The sequences must not go on before the function has returned.
         """
-        if all(sequence.matcher is None for sequence, _ in groups):
+        if all(sequence.matcher is None and sequence.shaping.allowed is None for sequence, _ in groups):
             return lambda: None
         return self._thread.submit(self._fill, groups).result
 
@@ -48,7 +48,7 @@ class Masks:
         alone: list[tuple[llguidance.LLMatcher, int]] = []
         guessing: list[tuple[llguidance.LLMatcher, int, list[int]]] = []
         ends: list[tuple[int, SamplingParams]] = []
-        starts = accumulate((1 + len(guesses) for _, guesses in groups), initial=0)
+        starts = list(accumulate((1 + len(guesses) for _, guesses in groups), initial=0))
         for start, (sequence, guesses) in zip(starts, groups, strict=False):
             if sequence.matcher is None:
                 continue
@@ -60,6 +60,8 @@ class Masks:
         self._compute(words, alone, guessing)
         for row, params in ends:
             self._let_end(words[row], params)
+        for start, (sequence, guesses) in zip(starts, groups, strict=False):
+            _restrict(words[start : start + 1 + len(guesses)], sequence.shaping.allowed)
         return torch.from_numpy(words)
 
     def _compute(
@@ -85,6 +87,12 @@ class Masks:
             row[:] = others
         for token in params.stop_token_ids:
             row[token >> 5] |= _bit(token)
+
+
+def _restrict(rows: Words, allowed: Words | None) -> None:
+    if allowed is not None:
+        rows[:, : len(allowed)] &= allowed
+        rows[:, len(allowed) :] = 0
 
 
 def _bit(token: int) -> int:
