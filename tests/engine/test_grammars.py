@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from collections.abc import Iterator
 from itertools import count
 from typing import Any
@@ -324,6 +325,14 @@ def test_a_trial_process_that_was_killed_is_started_again() -> None:
     trial._process.wait()
     assert trial.problem(Grammar("regex", "b")) is None
     trial.close()
+
+
+def test_a_trial_that_does_not_end_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dashinfer_vlm.engine.grammars.trial.WALL_S", 0.1)
+    trial = Trial()
+    trial.command = (sys.executable, "-c", "import time; time.sleep(60)")
+    assert "takes more than 3 s" in (trial.problem(Grammar("regex", "a")) or "")
+    assert trial._process is None
 
 
 def test_equal_grammars_are_compiled_once_and_the_oldest_are_forgotten(
