@@ -48,6 +48,7 @@ class FrontEnd:
             loader=loader,
             placeholder_ids=self.checkpoint.placeholder_ids,
             expand_item=self.checkpoint.expand_item,
+            box_unit=self.checkpoint.box_unit,
             max_model_len=max_model_len,
             vocab_size=vocab_size,
             max_items=max_items,
