@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,6 +17,8 @@ from dashinfer_vlm.errors import EngineDeadError
 from dashinfer_vlm.frontend.service import Service
 from dashinfer_vlm.server.app import create_app
 from dashinfer_vlm.server.connection import Connection, raise_file_limit
+
+logger = logging.getLogger(__name__)
 
 _GRACE_S = 3
 """What uvicorn waits for connections once the service has drained, so that the last answers can leave."""
@@ -77,6 +80,10 @@ class HttpServer(uvicorn.Server):
 
         Until then clients are told to come back later, and probes that this server goes.
         """
+        if num_running := self._service.num_in_flight:
+            logger.info(
+                "%d answers get up to %g s to end; press Ctrl+C again to stop at once", num_running, self._drain_s
+            )
         drain = asyncio.create_task(self._service.drain(self._drain_s))
         while not drain.done() and not self.force_exit:
             await asyncio.wait({drain}, timeout=_LOOK_S)
