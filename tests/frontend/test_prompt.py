@@ -50,7 +50,7 @@ async def test_the_items_of_a_prompt_share_its_turns_with_no_other(
     loader = ScriptedLoader()
     prompts = builder(template, tokenizer, loader)
     for names in ("ab", "cd"):
-        (await prompts.chat([user(*(medium(f"http://host/{name}") for name in names))])).release()
+        (await prompts.chat(Dialogue([user(*(medium(f"http://host/{name}") for name in names))]))).release()
     first, second = loader.parties[:2], loader.parties[2:]
     assert (len(set(first)), len(set(second)), len({*first, *second})) == (1, 1, 2)
 

@@ -26,6 +26,11 @@ _LAST_WORDS_S = 1.0
 """What streams that were ended get to say why."""
 _TICKS_WITHOUT_ENGINE = 30
 """Tenths of a second that a server stays up once its engine is dead."""
+_ACCEPTED_AT_ONCE = 16
+"""Connections that one turn of the event loop takes. `Connection` makes room some turns later, and until then each of
+them holds a file."""
+_BACKLOG = 2048
+"""Connections that the kernel holds until they are taken."""
 _LOOK_S = 0.1
 """How often a second Ctrl-C is looked for."""
 
@@ -54,6 +59,7 @@ class HttpServer(uvicorn.Server):
                 timeout_keep_alive=config.keep_alive_s,  # type: ignore[arg-type]  # a delay in seconds, whole or not
                 timeout_graceful_shutdown=_GRACE_S,
                 http=Connection,
+                backlog=_ACCEPTED_AT_ONCE,
             )
         )
         self._service = service
@@ -66,6 +72,8 @@ class HttpServer(uvicorn.Server):
         """uvicorn announces itself only on sockets that it has bound; people and scripts wait for that line."""
         await super().startup(sockets)
         if sockets and self.started:
+            for each in sockets:
+                each.listen(_BACKLOG)  # asyncio has one number for the kernel's queue and for what it takes of it
             self._log_started_message(sockets)
 
     async def on_tick(self, counter: int) -> bool:
