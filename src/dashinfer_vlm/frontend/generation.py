@@ -71,6 +71,7 @@ class Choice:
         self.index = index
         self.prompt = prompt
         self.sampling = params.of_choice(index % params.n)
+        self.cache_salt = params.cache_salt
         self.num_tokens = 0
         self.num_cached_tokens = 0
         self.end_reason: EndReason | None = None
@@ -221,6 +222,7 @@ class Generation:
             prompt_ids=choice.prompt.ids,
             params=choice.sampling,
             items=choice.prompt.items,
+            cache_salt=choice.cache_salt,
         )
         async with aclosing(self._engine.generate(request)) as outputs:
             async for output in outputs:
