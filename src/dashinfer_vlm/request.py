@@ -30,7 +30,7 @@ MAX_STOP_SEQUENCE_TOKENS = 1024
 FinishReason = Literal["stop", "length", "abort", "error"]
 
 
-GrammarKind = Literal["json_schema", "regex", "choice", "grammar"]
+GrammarKind = Literal["json_schema", "regex", "choice", "grammar", "calls"]
 MAX_GRAMMAR_CHARS = 1 << 17
 
 
@@ -39,9 +39,12 @@ class Grammar(msgspec.Struct, frozen=True, array_like=True):
 
     kind: GrammarKind
     text: str
-    """A JSON schema; a regular expression, of the whole answer; a JSON list of strings; a grammar in Lark or GBNF."""
+    """A JSON schema; a regular expression, of the whole answer; a JSON list of strings; a grammar in Lark or GBNF;
+    the `Calls` of `engine/grammars/calls.py` as JSON."""
     param: str = "structured_outputs"
     """The request's field that it came in, for what is said about it."""
+    thought: tuple[str, str] | None = None
+    """Tags of free text that comes first: the second one ends it, and the first, unless it is empty, may begin it."""
 
     @classmethod
     def json_schema(cls, schema: Mapping[str, Any] | str, *, param: str = "structured_outputs") -> Grammar:
@@ -236,8 +239,6 @@ class Request:
     items: tuple[Item, ...] = ()
     positions: torch.Tensor | None = None
     """int [3, S]: explicit M-RoPE positions; None: computed from the grids."""
-    cache_salt: str = ""
-    """Prefixes are shared only with requests that have the same one."""
 
 
 class TokenLogprob(msgspec.Struct, frozen=True, array_like=True):

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
 import dashinfer_vlm.frontend.guard as module
-from dashinfer_vlm.errors import CheckpointError, ConfigError, InvalidRequestError, UnsupportedError
+from dashinfer_vlm.errors import CheckpointError, ConfigError, InvalidRequestError
 from dashinfer_vlm.frontend.guard import SpecialTokenGuard, text_marks
 from dashinfer_vlm.frontend.messages import Dialogue, MediaPart, Message, TextPart, ToolCall
 from dashinfer_vlm.frontend.template import ChatTemplate
@@ -231,11 +231,6 @@ def test_tool_arguments_that_are_no_object_are_refused(tokenizer: Tokenizer) -> 
     turn = Message(role="assistant", tool_calls=(ToolCall(name="weather", arguments="[1]"),))
     with pytest.raises(InvalidRequestError, match="'weather' are no JSON object"):
         ChatTemplate("{{ messages[0].tool_calls }}", tokenizer).encode(Dialogue([turn]))
-
-
-def test_tool_turns_are_refused_when_the_template_would_drop_them(template: ChatTemplate) -> None:
-    with pytest.raises(UnsupportedError, match="tool"):
-        template.encode(Dialogue([Message(role="tool", content="21 degrees")]))
 
 
 @pytest.mark.parametrize("name", ["chat_template.jinja", "chat_template.json", "tokenizer_config.json"])

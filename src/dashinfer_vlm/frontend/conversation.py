@@ -49,8 +49,9 @@ class MessageBody(Body):
     annotations: Annotated[Any, only([])] = None
     audio: Annotated[Any, only()] = None
     function_call: Annotated[Any, only()] = None
-    reasoning: Annotated[Any, only()] = None
-    reasoning_content: Annotated[Any, only()] = None
+    reasoning_content: str | None = None
+    reasoning: str | None = None
+    """The same under OpenRouter's name."""
 
 
 class ProcessorSize(Body):
@@ -138,6 +139,7 @@ class _Reader:
             role="system" if body.role == "developer" else body.role,
             content=self._content(body.content, f"{where}.content"),
             name=body.name,
+            reasoning=body.reasoning if body.reasoning_content is None else body.reasoning_content,
             tool_calls=tuple(calls),
             tool_call_id=body.tool_call_id,
         )

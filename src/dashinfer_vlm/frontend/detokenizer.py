@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import codecs
+from collections.abc import Collection
 
 from dashinfer_vlm.frontend.tokenizer import Tokenizer
 
@@ -18,12 +19,15 @@ class Detokenizer:
         include_stop: bool = False,
         skip_special: bool = True,
         min_tokens: int = 0,
+        shown: Collection[str] = (),
     ) -> None:
-        """`min_tokens`: stop strings are not looked for in the text of so many first tokens."""
+        """`min_tokens`: stop strings are not looked for in the text of so many first tokens. `shown`: special tokens
+        that are written whatever `skip_special` says."""
         self._tokenizer = tokenizer
         self._characters = codecs.getincrementaldecoder("utf-8")(errors="replace")
         self._stop = StopFinder(stop, include=include_stop)
-        self._hidden: frozenset[int] = tokenizer.special_ids if skip_special else frozenset()
+        hidden = tokenizer.special_ids if skip_special else frozenset()
+        self._hidden = hidden.difference(tokenizer.added[text] for text in shown if text in tokenizer.added)
         self._num_unchecked = min_tokens
 
     @property

@@ -13,17 +13,18 @@ from typing import Literal
 
 from dashinfer_vlm.engine.client import EngineClient
 from dashinfer_vlm.errors import EngineDeadError, EngineError
+from dashinfer_vlm.frontend.answer_parser import TAGS, AnswerParser
 from dashinfer_vlm.frontend.detokenizer import Detokenizer
 from dashinfer_vlm.frontend.observer import Observer
 from dashinfer_vlm.frontend.params import GenerationParams
-from dashinfer_vlm.frontend.pieces import Piece, TextPiece
+from dashinfer_vlm.frontend.pieces import Piece
 from dashinfer_vlm.frontend.prompt import Prompt
 from dashinfer_vlm.frontend.tokenizer import Tokenizer
 from dashinfer_vlm.request import Output, Request, TokenLogprob
 
 _MERGED_TOKENS = 64
 """Tokens of a delta, at most a few more, so that writing one takes no time that others would notice."""
-EndReason = Literal["stop", "length"]
+EndReason = Literal["stop", "length", "tool_calls"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,6 +62,8 @@ class Usage:
     """The end-of-sequence token counts, as it was computed."""
     num_cached_tokens: int
     """Prompt tokens that came from the prefix cache, per prompt the most of its choices."""
+    num_reasoning_tokens: int = 0
+    """Those of the output that are reasoning."""
 
 
 class Choice:
@@ -71,8 +74,8 @@ class Choice:
         self.index = index
         self.prompt = prompt
         self.sampling = params.of_choice(index % params.n)
-        self.cache_salt = params.cache_salt
         self.num_tokens = 0
+        self.num_reasoning_tokens = 0
         self.num_cached_tokens = 0
         self.end_reason: EndReason | None = None
         self.last_token_s: float | None = None
@@ -84,37 +87,56 @@ class Choice:
             include_stop=params.include_stop_str_in_output,
             skip_special=params.skip_special_tokens,
             min_tokens=params.sampling.min_tokens,
+            shown=() if prompt.form.is_plain else TAGS,
         )
+        self._parser = AnswerParser(prompt.form)
+        self._pieces: list[Piece] = []
+        """Read, and not told yet."""
 
     def feed(self, output: Output) -> Delta | None:
         """The news in `output`, if any; raises EngineError when the engine gave up on the sequence."""
         self.num_cached_tokens = max(self.num_cached_tokens, output.num_cached_tokens)
         text, num_used = self._push(output.token_ids)
-        reason: EndReason | None = "stop" if self._text.stopped else None
+        reason: EndReason | None = "stop" if self._text.stopped or self._parser.is_over else None
         if reason is None and output.finish:
             reason = self._end_reason(output)
             text += self._last_text(output.finish.stop_token)
+        if reason is not None:
+            self._pieces += self._parser.flush()
+        if reason == "stop" and self._parser.num_calls:
+            reason = "tool_calls"
         self.end_reason = reason
         if not text and reason is None and not output.token_ids:
             return None
         return Delta(
             index=self.index,
             text=text,
-            pieces=(TextPiece(text),) if text else (),
+            pieces=self._take_pieces(),
             token_ids=output.token_ids[:num_used],
             logprobs=output.logprobs[:num_used],
             finish_reason=reason,
         )
 
     def _push(self, tokens: tuple[int, ...]) -> tuple[str, int]:
-        """Text of `tokens`, and how many of them were used when a stop string ends it."""
+        """Text of `tokens`, and how many of them were used when a stop string or a last call ends it."""
         pieces: list[str] = []
         for i, token in enumerate(tokens):
             self.num_tokens += 1
-            pieces.append(self._text.push(token))
-            if self._text.stopped:
+            pieces.append(self._read(self._text.push(token)))
+            if self._text.stopped or self._parser.is_over:
                 return "".join(pieces), i + 1
         return "".join(pieces), len(tokens)
+
+    def _read(self, text: str) -> str:
+        """Have the parser read the text of a token."""
+        was_thought = self._parser.in_thought
+        self._pieces += self._parser.push(text)
+        self.num_reasoning_tokens += was_thought or self._parser.in_thought
+        return text
+
+    def _take_pieces(self) -> tuple[Piece, ...]:
+        pieces, self._pieces = tuple(self._pieces), []
+        return pieces
 
     def _last_text(self, stop_token: int | None) -> str:
         text = ""
@@ -122,7 +144,9 @@ class Choice:
             self.num_tokens += 1
             if self._keeps_stop and stop_token in self.sampling.stop_token_ids:
                 text = self._text.push(stop_token)
-        return text + self._text.flush()
+        text += self._text.flush()
+        self._pieces += self._parser.push(text)
+        return text
 
     def _end_reason(self, output: Output) -> EndReason:
         assert output.finish is not None, output
@@ -177,6 +201,7 @@ class Generation:
             sum(len(prompt.ids) for prompt in self._prompts),
             sum(choice.num_tokens for choice in self.choices),
             sum(cached.values()),
+            sum(choice.num_reasoning_tokens for choice in self.choices),
         )
 
     def __aiter__(self) -> Generation:
@@ -222,7 +247,6 @@ class Generation:
             prompt_ids=choice.prompt.ids,
             params=choice.sampling,
             items=choice.prompt.items,
-            cache_salt=choice.cache_salt,
         )
         async with aclosing(self._engine.generate(request)) as outputs:
             async for output in outputs:

@@ -7,6 +7,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import msgspec
+
 from dashinfer_vlm.errors import InvalidRequestError
 from dashinfer_vlm.frontend.tools import FREE_CHOICE, Tool, ToolChoice
 from dashinfer_vlm.media.types import MediaRef
@@ -109,7 +111,27 @@ class Dialogue:
     """Those that the model is shown; none are called without."""
     choice: ToolChoice = FREE_CHOICE
     variables: Mapping[str, Any] = field(default_factory=dict)
-    """More variables of the template, plain JSON values: OpenAI's `chat_template_kwargs`."""
+    """More variables of the template, plain JSON values: vLLM's `chat_template_kwargs`."""
+    effort: str | None = None
+    """How much to think before the answer, in OpenAI's words; None: as the template has it."""
+
+    @property
+    def callable_names(self) -> list[str]:
+        """The tools that an answer may call."""
+        names = self.choice.names
+        return [tool.name for tool in self.tools if names is None or tool.name in names]
+
+    @property
+    def is_sure(self) -> bool:
+        """Whether a grammar is to keep calls in their form: where one is asked for, or a tool is strict."""
+        names = set(self.callable_names)
+        strict = any(tool.strict and tool.name in names for tool in self.tools)
+        return bool(names) and (self.choice.must_call or strict)
+
+    @property
+    def num_tool_chars(self) -> int:
+        """Characters of its tools as JSON."""
+        return sum(len(msgspec.json.encode(tool.for_template())) for tool in self.tools)
 
 
 def validate_messages(messages: Sequence[Message]) -> None:

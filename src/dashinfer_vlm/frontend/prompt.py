@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Protocol, TypeVar
 
 from dashinfer_vlm.errors import InvalidRequestError
+from dashinfer_vlm.frontend.answer_parser import PLAIN, AnswerForm
 from dashinfer_vlm.frontend.context import check_prompt, check_total, too_long
 from dashinfer_vlm.frontend.expansion import Expander, ExpandItem, one_run
 from dashinfer_vlm.frontend.messages import Dialogue, validate_messages
@@ -17,7 +18,6 @@ from dashinfer_vlm.frontend.template import ChatTemplate
 from dashinfer_vlm.frontend.tokenizer import Tokenizer
 from dashinfer_vlm.media.loader import MediaCounters
 from dashinfer_vlm.media.types import LoadedMedia, MediaRef
-from dashinfer_vlm.models.family import BoxUnit
 from dashinfer_vlm.request import Item, ItemKind
 
 T = TypeVar("T")
@@ -70,6 +70,8 @@ class Prompt:
 
     ids: list[int]
     items: tuple[Item, ...] = ()
+    form: AnswerForm = PLAIN
+    """How its answers are to be read."""
     media: tuple[LoadedMedia, ...] = field(default=(), repr=False)
 
     def release(self) -> None:
@@ -91,8 +93,6 @@ class PromptBuilder:
     vocab_size: int
     expand_item: ExpandItem = one_run
     """What the model's family puts in the place of a placeholder."""
-    box_unit: BoxUnit = "pixels"
-    """What the numbers of boxes in the model's answers count."""
     max_items: Mapping[str, int] = field(default_factory=dict)
     """Items of a kind in one prompt at most; kinds that are absent have no limit."""
 
@@ -106,17 +106,18 @@ class PromptBuilder:
         validate_messages(messages)
         refs = [ref for message in messages for ref in message.refs]
         self._check_items(refs)
-        num_chars = sum(message.num_chars for message in messages)
+        num_chars = sum(message.num_chars for message in messages) + dialogue.num_tool_chars
         self._check_chars(num_chars, "messages", self.max_model_len)
         effort = num_chars + sum(_TURN_CHARS + message.num_argument_chars for message in messages)
         encode = partial(self.template.encode, then=params.next)
         ids = await _encode(effort, encode, dialogue, self.max_model_len, "messages")
         check_prompt(len(ids), self.max_model_len, "messages", len(refs))  # before anything is fetched
+        form = self.template.answer_form(dialogue, ids)
         if not refs:
-            return self._finish(ids, (), params, "messages")
+            return replace(self._finish(ids, (), params, "messages"), form=form)
         media = await _load_all(self.loader, refs)
         try:
-            return self._finish(ids, media, params, "messages")
+            return replace(self._finish(ids, media, params, "messages"), form=form)
         except InvalidRequestError:
             for medium in media:
                 medium.release()
@@ -152,7 +153,7 @@ class PromptBuilder:
     def _finish(self, ids: Sequence[int], media: Sequence[LoadedMedia], params: GenerationParams, param: str) -> Prompt:
         full, items = Expander(self.tokenizer, self.placeholder_ids, self.expand_item)(ids, media, param)
         check_total(len(full), params.sampling.max_tokens, self.max_model_len, param, params.max_tokens_name)
-        return Prompt(full, items, tuple(media))
+        return Prompt(full, items, media=tuple(media))
 
     def _check_items(self, refs: Sequence[MediaRef]) -> None:
         for kind in dict.fromkeys(ref.kind for ref in refs):

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 
 from dashinfer_vlm.engine.client import EngineClient
 from dashinfer_vlm.errors import EngineDeadError, InvalidRequestError, OverloadedError
+from dashinfer_vlm.frontend.constraints import constrained
 from dashinfer_vlm.frontend.generation import Generation
 from dashinfer_vlm.frontend.messages import Dialogue
 from dashinfer_vlm.frontend.observer import Observer, Silence
@@ -81,7 +82,13 @@ class Service:
         with self._admitted(params, params.n) as leave:
             started_s = time.perf_counter()
             prompt = await self.prompts.chat(dialogue, params)
-            return self._start([prompt], params, leave, started_s)
+            try:
+                held = constrained(params, dialogue, prompt.form, self.tokenizer.marks)
+                held.validate(self.engine.info.vocab_size)
+            except InvalidRequestError:
+                prompt.release()
+                raise
+            return self._start([prompt], held, leave, started_s)
 
     async def complete(self, prompts: Sequence[PromptText], params: GenerationParams) -> Generation:
         """Continue texts or ids; choice `i` belongs to prompt `i // n`. Raises like `chat`."""

@@ -17,18 +17,23 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
-from jinja2 import nodes
+from jinja2 import meta, nodes
 from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from dashinfer_vlm.errors import CheckpointError, ConfigError, InvalidRequestError, UnsupportedError
+from dashinfer_vlm.frontend.answer_parser import THINK, THINK_END, AnswerForm
 from dashinfer_vlm.frontend.guard import SpecialTokenGuard
+from dashinfer_vlm.frontend.hermes import Turn, in_plain_turns
 from dashinfer_vlm.frontend.messages import Dialogue, Message
 from dashinfer_vlm.frontend.params import Next
 from dashinfer_vlm.frontend.tokenizer import Tokenizer
 from dashinfer_vlm.tokenizer_file import read_json
 
+_OURS = ("messages", "tools", "add_generation_prompt")
+_END_TOKENS = 8
+"""Of a prompt, in which an opened or closed reasoning shows."""
 _NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
 
@@ -42,7 +47,9 @@ class ChatTemplate:
         self._variables = variables or {}
         self._guard = SpecialTokenGuard(tokenizer.added, tokenizer.marks)
         try:
-            self._template = _environment().from_string(source)
+            environment = _environment()
+            self._template = environment.from_string(source)
+            self._known = meta.find_undeclared_variables(environment.parse(source))
         except jinja2.TemplateSyntaxError as error:
             raise CheckpointError(f"the chat template does not parse, line {error.lineno}: {error.message}") from error
 
@@ -58,13 +65,21 @@ class ChatTemplate:
         Raises InvalidRequestError when the template refuses the messages, ContextLengthError for more than `most` ids.
         """
         messages = dialogue.messages
-        self._check_tools(messages)
         sentinel, end = _unguessable(), _unguessable()
         turns = [self._guard.break_tokens(message.for_template(), sentinel) for message in messages]
         if then == "continuation":
             _mark_end(messages[-1], turns[-1], end)
+        told = self._guard.break_tokens(self._variables_of(dialogue), sentinel)
+        tools = [self._guard.break_tokens(tool.for_template(), sentinel) for tool in dialogue.tools]
+        turns, tools = self._with_tools(turns, tools)
+        fixed = {
+            **self._variables,
+            "messages": turns,
+            "tools": tools or None,
+            "add_generation_prompt": then == "answer",
+        }
         try:
-            text = self._template.render(messages=turns, add_generation_prompt=then == "answer", **self._variables)
+            text = self._template.render(told | fixed)
         except jinja2.TemplateError as error:
             reason = str(error.message).replace(sentinel, "")
             raise InvalidRequestError(
@@ -81,10 +96,48 @@ class ChatTemplate:
                 ids.append(self._tokenizer.added[special])
         return ids
 
-    def _check_tools(self, messages: Sequence[Message]) -> None:
-        uses_tools = any(m.tool_calls or m.role == "tool" for m in messages)
-        if uses_tools and "tool_calls" not in self.source:
-            raise UnsupportedError("the model's chat template knows no tool calls", param="messages")
+    def answer_form(self, dialogue: Dialogue, ids: Sequence[int]) -> AnswerForm:
+        """How answers to `dialogue` are to be read; `ids` are its prompt's, up to where the model goes on."""
+        end = self._tokenizer.decode(ids[-_END_TOKENS:], skip_special=False).rstrip()
+        thinks = THINK in self.source and not end.endswith(THINK_END)
+        return AnswerForm(
+            may_think=thinks,
+            begins_in_thought=thinks and end.endswith(THINK),
+            names=frozenset(dialogue.callable_names),
+            parallel=dialogue.choice.parallel,
+            sure=dialogue.is_sure,
+        )
+
+    def _with_tools(self, turns: list[Turn], tools: list[Turn]) -> tuple[list[Turn], list[Turn]]:
+        """Turns and tools as the template understands them."""
+        uses_tools = any(turn["role"] == "tool" or "tool_calls" in turn for turn in turns)
+        knows_tools = "tools" in self._known if tools else not uses_tools or "tool_calls" in self.source
+        return (turns, tools) if knows_tools else (in_plain_turns(turns, tools), [])
+
+    def _variables_of(self, dialogue: Dialogue) -> dict[str, Any]:
+        """What a caller tells the template; raises UnsupportedError for what it does not know."""
+        for name, value in dialogue.variables.items():
+            if name in _OURS or name in self._variables:
+                raise InvalidRequestError(
+                    f"chat_template_kwargs: {name} is the server's to set", param=f"chat_template_kwargs.{name}"
+                )
+            if name not in self._known and (name, value) != ("enable_thinking", False):
+                raise UnsupportedError(
+                    f"chat_template_kwargs: the model's chat template knows no {name!r}; leave it out",
+                    param=f"chat_template_kwargs.{name}",
+                )
+        return dict(dialogue.variables) | self._effort(dialogue.effort)
+
+    def _effort(self, effort: str | None) -> dict[str, Any]:
+        if effort is None:
+            return {}
+        if "reasoning_effort" in self._known:
+            return {"reasoning_effort": effort}
+        if effort == "none" and ("enable_thinking" in self._known or THINK not in self.source):
+            return {"enable_thinking": False}
+        raise UnsupportedError(
+            f"reasoning_effort: the model's chat template knows no {effort!r}; leave it out", param="reasoning_effort"
+        )
 
 
 def _unguessable() -> str:

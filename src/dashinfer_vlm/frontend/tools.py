@@ -20,6 +20,11 @@ class Tool:
     strict: bool = False
     """Whether arguments must follow the schema even where a call is the model's own idea."""
 
+    def for_template(self) -> dict[str, Any]:
+        """The dict that chat templates expect."""
+        description = {} if self.description is None else {"description": self.description}
+        return {"type": "function", "function": {"name": self.name, **description, "parameters": self.parameters}}
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ToolChoice:

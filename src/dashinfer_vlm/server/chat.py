@@ -39,7 +39,13 @@ def chat_routes(context: Context) -> APIRouter:
     async def chat_completions(request: Request) -> Response:
         body = await read_body(request, ChatBody, context.bodies)
         head = context.head("chatcmpl", body.model)
-        writer = ChatWriter(head, service.tokenizer, logprobs=bool(body.logprobs), usage=body.usage_events)
+        writer = ChatWriter(
+            head,
+            service.tokenizer,
+            logprobs=bool(body.logprobs),
+            usage=body.usage_events,
+            reasoning=body.include_reasoning is not False,
+        )
         dialogue = body.dialogue(service.prompts.loader.pixel_bounds)
         begin = service.chat(dialogue, body.params(service.sampling_defaults))
         stream = bool(body.stream)
@@ -52,7 +58,11 @@ def chat_routes(context: Context) -> APIRouter:
 class ChatWriter:
     """Answers in the form of OpenAI's chat completions."""
 
-    def __init__(self, head: Head, tokenizer: Tokenizer, *, logprobs: bool, usage: UsageEvents) -> None:
+    def __init__(
+        self, head: Head, tokenizer: Tokenizer, *, logprobs: bool, usage: UsageEvents, reasoning: bool = True
+    ) -> None:
+        """`reasoning`: whether it is told."""
+        self._reasoning = reasoning
         self._head = head
         self._tokenizer = tokenizer
         self._logprobs = logprobs
@@ -61,7 +71,7 @@ class ChatWriter:
 
     def whole(self, answers: Sequence[Answer], usage: Usage) -> ChatReply:
         choices = [
-            ChatChoice(i, AnswerMessage("assistant", a.text), self._rows(a.logprobs), a.finish_reason)
+            ChatChoice(i, AnswerMessage.of(a, reasoning=self._reasoning), self._rows(a.logprobs), a.finish_reason)
             for i, a in enumerate(answers)
         ]
         head = self._head
@@ -76,8 +86,10 @@ class ChatWriter:
         if delta.index not in self._begun:
             self._begun.add(delta.index)
             events.append(self._chunk(ChunkChoice(delta.index, DeltaMessage(role="assistant", content="")), usage))
-        if delta.text or delta.token_ids:
-            choice = ChunkChoice(delta.index, DeltaMessage(content=delta.text), self._rows(delta.logprobs))
+        if delta.text or delta.token_ids or delta.pieces:
+            choice = ChunkChoice(
+                delta.index, DeltaMessage.of(delta.pieces, reasoning=self._reasoning), self._rows(delta.logprobs)
+            )
             events.append(self._chunk(choice, usage))
         if delta.finish_reason:
             choice = ChunkChoice(delta.index, DeltaMessage(), finish_reason=delta.finish_reason)

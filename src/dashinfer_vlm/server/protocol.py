@@ -7,9 +7,9 @@ accepted; or it is known and unsupported, and then any value but "not used" is r
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
-from pydantic import Discriminator, Field, Tag
+from pydantic import Discriminator, Tag
 
 from dashinfer_vlm.errors import InvalidRequestError
 from dashinfer_vlm.frontend.conversation import MessageBody, ProcessorBody, read_conversation
@@ -17,6 +17,7 @@ from dashinfer_vlm.frontend.messages import Dialogue
 from dashinfer_vlm.frontend.params import GenerationParams
 from dashinfer_vlm.frontend.schema import Body, Whole, Wholes, by_shape, only
 from dashinfer_vlm.frontend.structured import StructuredBody
+from dashinfer_vlm.frontend.tool_schema import ToolBody, ToolChoiceBody, read_tools
 from dashinfer_vlm.request import SamplingParams
 from dashinfer_vlm.server.replies import UsageEvents
 
@@ -91,7 +92,6 @@ class GenerationBody(StructuredBody):
     ignore_eos: bool | None = None
     include_stop_str_in_output: bool | None = None
     skip_special_tokens: bool | None = None
-    cache_salt: str | None = Field(None, min_length=1, max_length=1024)
 
     # no effect by their nature
     user: str | None = None
@@ -105,8 +105,6 @@ class GenerationBody(StructuredBody):
     """These tokenizers add none of their own to a text."""
     spaces_between_special_tokens: bool | None = None
     """Byte-level tokens are joined as they are."""
-    include_reasoning: bool | None = None
-    """There is no reasoning apart from the answer."""
 
     # known, not served
     best_of: Annotated[Any, only(1)] = None
@@ -123,6 +121,7 @@ class GenerationBody(StructuredBody):
     guided_decoding_backend: Annotated[Any, only()] = None
     guided_whitespace_pattern: Annotated[Any, only()] = None
     structural_tag: Annotated[Any, only()] = None
+    cache_salt: Annotated[Any, only()] = None
     kv_transfer_params: Annotated[Any, only({})] = None
     vllm_xargs: Annotated[Any, only({})] = None
 
@@ -158,7 +157,6 @@ class GenerationBody(StructuredBody):
             stop=(self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ()),
             include_stop_str_in_output=bool(self.include_stop_str_in_output),
             skip_special_tokens=self.skip_special_tokens is not False,
-            cache_salt=self.cache_salt or "",
         )
 
 
@@ -172,30 +170,38 @@ class ChatBody(GenerationBody):
     logprobs: bool | None = None
     top_logprobs: Whole | None = None
 
-    # without tools there is nothing to choose
-    tool_choice: Annotated[Any, only("none", "auto")] = None
+    tools: list[ToolBody] | None = None
+    tool_choice: ToolChoiceBody | None = None
     parallel_tool_calls: bool | None = None
+    include_reasoning: bool | None = None
+    """False leaves it out of the answer; it is thought all the same."""
+    reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh"] | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
     # asks to keep the answer; nothing is kept here
     store: Annotated[Any, only(False)] = None
     modalities: Annotated[Any, only(["text"])] = None
 
-    tools: Annotated[Any, only([])] = None
     functions: Annotated[Any, only([])] = None
     function_call: Annotated[Any, only("none", "auto")] = None
     audio: Annotated[Any, only()] = None
     prediction: Annotated[Any, only()] = None
-    reasoning_effort: Annotated[Any, only()] = None
     verbosity: Annotated[Any, only()] = None
     web_search_options: Annotated[Any, only()] = None
     echo: Annotated[Any, only(False)] = None
     chat_template: Annotated[Any, only()] = None
-    chat_template_kwargs: Annotated[Any, only({})] = None
     documents: Annotated[Any, only([])] = None
     mm_processor_kwargs: ProcessorBody | None = None
 
     def dialogue(self, bounds: tuple[int, int]) -> Dialogue:
         """`bounds` are the least and most pixels of an image here. Raises InvalidRequestError."""
-        return Dialogue(read_conversation(self.messages, bounds, self.mm_processor_kwargs))
+        tools, choice = read_tools(self.tools, self.tool_choice, self.parallel_tool_calls)
+        return Dialogue(
+            read_conversation(self.messages, bounds, self.mm_processor_kwargs),
+            tools=tools,
+            choice=choice,
+            variables=self.chat_template_kwargs or {},
+            effort=self.reasoning_effort,
+        )
 
     def params(self, defaults: dict[str, float | int]) -> GenerationParams:
         """Raises InvalidRequestError for fields that contradict each other."""
@@ -227,6 +233,9 @@ class CompletionBody(GenerationBody):
     max_tokens: Whole | None = 16
     """OpenAI's default for this route; null runs to the end of the context."""
     logprobs: Whole | None = None
+
+    include_reasoning: bool | None = None
+    """A continued text is all text."""
 
     echo: Annotated[Any, only(False)] = None
     suffix: Annotated[Any, only("")] = None

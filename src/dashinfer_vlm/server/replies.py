@@ -11,7 +11,10 @@ from itertools import accumulate
 
 import msgspec
 
+from dashinfer_vlm.frontend.answers import Answer
 from dashinfer_vlm.frontend.generation import Usage
+from dashinfer_vlm.frontend.messages import ToolCall
+from dashinfer_vlm.frontend.pieces import CallArguments, CallStart, Piece, ReasoningPiece, TextPiece
 from dashinfer_vlm.frontend.tokenizer import Tokenizer
 from dashinfer_vlm.request import TokenLogprob
 
@@ -23,16 +26,22 @@ class CachedTokens(msgspec.Struct, frozen=True):
     cached_tokens: int
 
 
+class ReasoningTokens(msgspec.Struct, frozen=True):
+    reasoning_tokens: int
+
+
 class UsageReply(msgspec.Struct, frozen=True):
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
     prompt_tokens_details: CachedTokens
+    completion_tokens_details: ReasoningTokens
 
     @classmethod
     def of(cls, usage: Usage) -> UsageReply:
         prompt, output = usage.num_prompt_tokens, usage.num_output_tokens
-        return cls(prompt, output, prompt + output, CachedTokens(usage.num_cached_tokens))
+        details = CachedTokens(usage.num_cached_tokens), ReasoningTokens(usage.num_reasoning_tokens)
+        return cls(prompt, output, prompt + output, *details)
 
 
 class TopLogprob(msgspec.Struct, frozen=True):
@@ -62,15 +71,82 @@ class TextLogprobs(msgspec.Struct, frozen=True):
     text_offset: list[int]
 
 
+class FunctionCall(msgspec.Struct, frozen=True):
+    name: str
+    arguments: str
+
+
+class ToolCallReply(msgspec.Struct, frozen=True):
+    id: str
+    function: FunctionCall
+    type: str = "function"
+
+    @classmethod
+    def of(cls, call: ToolCall) -> ToolCallReply:
+        """`call` is one of an answer, and has its id."""
+        assert call.id is not None, call
+        return cls(call.id, FunctionCall(call.name, call.arguments))
+
+
 class AnswerMessage(msgspec.Struct, frozen=True):
     role: str
-    content: str
+    content: str | None
     refusal: None = None
+    reasoning_content: str | msgspec.UnsetType = msgspec.UNSET
+    tool_calls: list[ToolCallReply] | msgspec.UnsetType = msgspec.UNSET
+
+    @classmethod
+    def of(cls, answer: Answer, *, reasoning: bool) -> AnswerMessage:
+        """The content is null where the answer is calls alone."""
+        return cls(
+            "assistant",
+            None if answer.tool_calls and not answer.text else answer.text,
+            reasoning_content=answer.reasoning if answer.reasoning and reasoning else msgspec.UNSET,
+            tool_calls=[ToolCallReply.of(call) for call in answer.tool_calls] or msgspec.UNSET,
+        )
+
+
+class FunctionDelta(msgspec.Struct, frozen=True, omit_defaults=True):
+    arguments: str
+    name: str | None = None
+
+
+class ToolCallDelta(msgspec.Struct, frozen=True, omit_defaults=True):
+    """The beginning of a call has all fields, what follows of its arguments the first and the last."""
+
+    index: int
+    id: str | None = None
+    type: str | None = None
+    function: FunctionDelta | None = None
 
 
 class DeltaMessage(msgspec.Struct, frozen=True, omit_defaults=True):
     role: str | None = None
     content: str | None = None
+    reasoning_content: str | None = None
+    tool_calls: list[ToolCallDelta] | None = None
+
+    @classmethod
+    def of(cls, pieces: Iterable[Piece], *, reasoning: bool) -> DeltaMessage:
+        """All that is new in an answer; the content is empty where that is no text."""
+        texts: list[str] = []
+        thoughts: list[str] = []
+        calls: list[ToolCallDelta] = []
+        for piece in pieces:
+            match piece:
+                case TextPiece(text):
+                    texts.append(text)
+                case ReasoningPiece(text):
+                    thoughts.append(text)
+                case CallStart(index, id, name):
+                    calls.append(ToolCallDelta(index, id, "function", FunctionDelta("", name)))
+                case CallArguments(index, text):
+                    calls.append(ToolCallDelta(index, function=FunctionDelta(text)))
+        return cls(
+            content="".join(texts),
+            reasoning_content=("".join(thoughts) or None) if reasoning else None,
+            tool_calls=calls or None,
+        )
 
 
 class ChatChoice(msgspec.Struct, frozen=True):

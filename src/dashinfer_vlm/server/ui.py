@@ -47,8 +47,6 @@ class PageModel(msgspec.Struct, frozen=True):
     max_pixels: int
     side_step: int
     """Both sides of a resized picture are multiples of so many pixels."""
-    box_unit: str
-    """What `bbox_2d` counts: pixels of the resized picture, or thousandths."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,7 +95,6 @@ def page_routes(context: Context) -> APIRouter:
 
 
 def _model(context: Context) -> PageModel:
-    info, prompts = context.service.engine.info, context.service.prompts
-    loader = prompts.loader
+    info, loader = context.service.engine.info, context.service.prompts.loader
     least, most = loader.pixel_bounds
-    return PageModel(context.model_names[0], info.max_model_len, least, most, loader.side_step, prompts.box_unit)
+    return PageModel(context.model_names[0], info.max_model_len, least, most, loader.side_step)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import logging
 import os
@@ -135,8 +134,7 @@ class ProcessEncoder:
         """End the process and wait for its end."""
         if self._process is not None:
             assert self._process.stdin is not None
-            with contextlib.suppress(BrokenPipeError):  # it may have died before it read its first line
-                self._process.stdin.close()  # which it takes as a request to end
+            self._process.stdin.close()  # which it takes as a request to end
             try:
                 self._process.wait(_END_TIMEOUT_S)
             except subprocess.TimeoutExpired:

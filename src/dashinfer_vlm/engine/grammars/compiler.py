@@ -46,7 +46,7 @@ class Compiler:
         Python's lock is held, so it should not happen later.
         """
         self._lock = threading.Lock()
-        self._kept: OrderedDict[tuple[str, str], Kept] = OrderedDict()
+        self._kept: OrderedDict[tuple[str, str, tuple[str, str] | None], Kept] = OrderedDict()
         self._pool = ThreadPoolExecutor(_NUM_THREADS, thread_name_prefix="grammars")
         self._trials: queue.LifoQueue[Trial] = queue.LifoQueue()
         for _ in range(_NUM_THREADS):
@@ -55,7 +55,7 @@ class Compiler:
 
     def prepare(self, grammar: Grammar) -> Kept:
         """Begin to compile, unless it is kept already. The future raises UnsupportedError with the reason why not."""
-        key = (grammar.kind, grammar.text)
+        key = (grammar.kind, grammar.text, grammar.thought)
         with self._lock:
             found = self._kept.pop(key, None) or self._pool.submit(self._compile, grammar)
             self._kept[key] = found

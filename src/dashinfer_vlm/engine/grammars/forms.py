@@ -7,6 +7,7 @@ import re
 import llguidance
 import msgspec
 
+from dashinfer_vlm.engine.grammars.calls import Calls, calls_in_lark, thought_in_lark
 from dashinfer_vlm.request import Grammar
 
 WHITESPACE = r"[\x20\x0A\x0D\x09]{1,32}"
@@ -16,11 +17,25 @@ LIMITS = llguidance.LLParserLimits(max_lexer_states=100_000, verbose_errors=Fals
 
 _LITERALS = re.compile(r'//[^\n]*|"(?:\\.|[^"\\\n])*"|/(?:\\.|[^/\\\n])+/')
 _MOST_WORDS = 300
-_NAMES = {"json_schema": "the JSON schema", "regex": "the regular expression", "choice": "the choices"}
+_NAMES = {
+    "json_schema": "the JSON schema",
+    "regex": "the regular expression",
+    "choice": "the choices",
+    "calls": "a schema of the tools",
+}
 
 
-def in_library_form(grammar: Grammar) -> str:
+def in_library_form(grammar: Grammar, tokenizer: llguidance.LLTokenizer) -> str:
     """What `llguidance.LLMatcher` takes. Raises ValueError with a reason; most of what is wrong shows only there."""
+    answer = _answer(grammar, tokenizer)
+    if grammar.thought is None:
+        return answer
+    thought = {"lark_grammar": thought_in_lark(grammar.thought, tokenizer)}
+    forms = msgspec.json.decode(answer)["grammars"] if answer.startswith("{") else [{"lark_grammar": answer}]
+    return msgspec.json.encode({"grammars": [thought, {**forms[0], "name": "answer"}]}).decode()
+
+
+def _answer(grammar: Grammar, tokenizer: llguidance.LLTokenizer) -> str:
     match grammar.kind:
         case "json_schema":
             return llguidance.LLMatcher.grammar_from_json_schema(
@@ -35,11 +50,13 @@ def in_library_form(grammar: Grammar) -> str:
             return llguidance.LLMatcher.grammar_from_lark("start: " + " | ".join(map(_quoted, texts)))
         case "grammar":
             return _plain(llguidance.grammar_from("grammar", grammar.text))
+        case "calls":
+            return calls_in_lark(msgspec.json.decode(grammar.text, type=Calls), tokenizer, WHITESPACE)
 
 
 def compile_for(tokenizer: llguidance.LLTokenizer, grammar: Grammar) -> llguidance.LLMatcher:
     """At its beginning. Raises ValueError with a reason; without Python's lock but for the translation."""
-    matcher = llguidance.LLMatcher(tokenizer, in_library_form(grammar), log_level=0, limits=LIMITS)
+    matcher = llguidance.LLMatcher(tokenizer, in_library_form(grammar, tokenizer), log_level=0, limits=LIMITS)
     if matcher.is_error():
         raise ValueError(matcher.get_error())
     return matcher

@@ -97,7 +97,6 @@ class WireRequest(msgspec.Struct, frozen=True, tag=True, array_like=True):
     params: SamplingParams
     items: tuple[WireItem, ...]
     positions: SharedArray | None
-    cache_salt: str
 
 
 class Start(msgspec.Struct, frozen=True):
@@ -144,9 +143,7 @@ def to_wire(request: Request, folder: Path) -> tuple[WireRequest, list[SharedArr
         )
         for item in request.items
     )
-    wire = WireRequest(
-        request.id, request.prompt_ids, request.params, items, share(request.positions), request.cache_salt
-    )
+    wire = WireRequest(request.id, request.prompt_ids, request.params, items, share(request.positions))
     return wire, made
 
 

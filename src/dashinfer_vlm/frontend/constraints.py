@@ -1,0 +1,60 @@
+"""What an answer to a dialogue is held to by grammar: calls where they are asked for, and reasoning before all else."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection
+from dataclasses import replace
+
+import msgspec
+
+from dashinfer_vlm.engine.grammars.calls import CallForm, Calls
+from dashinfer_vlm.errors import UnsupportedError
+from dashinfer_vlm.frontend.answer_parser import CALL, CALL_END, THINK, THINK_END, AnswerForm
+from dashinfer_vlm.frontend.messages import Dialogue
+from dashinfer_vlm.frontend.params import GenerationParams
+from dashinfer_vlm.frontend.tools import ANY_OBJECT, Tool
+from dashinfer_vlm.request import Grammar
+
+__all__ = ["constrained"]
+
+
+def constrained(
+    params: GenerationParams, dialogue: Dialogue, form: AnswerForm, marks: Collection[str]
+) -> GenerationParams:
+    """`params` with the grammar that answers of this `form` follow; `marks` are the special tokens that text may hold.
+
+    Raises UnsupportedError for a structured answer beside tools.
+    """
+    grammar = params.sampling.grammar
+    if dialogue.callable_names and grammar is not None:
+        raise UnsupportedError(
+            f"{grammar.param} and tools are not supported together; leave one out, or send tool_choice none",
+            param=grammar.param,
+        )
+    if form.sure:
+        grammar = _calls(dialogue, marks)
+    if grammar is None:
+        return params
+    if form.may_think:
+        grammar = msgspec.structs.replace(grammar, thought=("" if form.begins_in_thought else THINK, THINK_END))
+    return replace(params, sampling=msgspec.structs.replace(params.sampling, grammar=grammar))
+
+
+def _calls(dialogue: Dialogue, marks: Collection[str]) -> Grammar:
+    names, choice = set(dialogue.callable_names), dialogue.choice
+    calls = Calls(
+        begin=CALL,
+        end=CALL_END,
+        forms=[_form(tool, choice.must_call) for tool in dialogue.tools if tool.name in names],
+        parallel=choice.parallel,
+        free=not choice.must_call,
+        marks=sorted(marks),
+    )
+    return Grammar("calls", msgspec.json.encode(calls).decode(), "tools")
+
+
+def _form(tool: Tool, must_call: bool) -> CallForm:
+    """A call as the models were trained to write it."""
+    schema = tool.parameters if tool.strict or must_call else ANY_OBJECT
+    return CallForm(f'\n{{"name": {json.dumps(tool.name)}, "arguments": ', dict(schema), "}\n")
