@@ -23,7 +23,7 @@ serve: $(READY) $(if $(BUNDLED),,$(RANDOM_MODEL))
 	$(BIN)/dashinfer_vlm_serve $(if $(BUNDLED),,--model $(RANDOM_MODEL)) $(FLAGS)
 
 test: $(READY)
-	$(BIN)/python -m pytest -m "not slow and not browser and not cluster" $(FLAGS)
+	$(BIN)/python -m pytest -n auto --dist loadfile -m "not slow and not browser and not cluster" $(FLAGS)
 
 test-slow: $(READY)
 	$(BIN)/python -m pytest -m slow $(FLAGS)

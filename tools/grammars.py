@@ -17,15 +17,17 @@ import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, TypeVar
 
 import msgspec
+import torch
 
 from dashinfer_vlm.engine.grammars.compiler import Compiler, read_vocabulary
 from dashinfer_vlm.engine.grammars.masks import Masks
+from dashinfer_vlm.engine.grammars.matcher import Matcher
+from dashinfer_vlm.engine.sequence import Sequence
 from dashinfer_vlm.frontend.tokenizer import Tokenizer
-from dashinfer_vlm.request import Grammar, SamplingParams
+from dashinfer_vlm.request import Grammar, Request
 
 LINE = {"article": "Bolts, M8 x 40, galvanised", "count": 12, "price": 4.75, "tags": ["metal", "small"]}
 RECORD = {"number": "2026-00173", "date": "2026-11-26", "paid": False, "lines": [LINE, LINE, LINE], "remark": None}
@@ -96,22 +98,25 @@ def told(name: str, make: Callable[[], Made]) -> Made:
 def steps(compiler: Compiler, schema: dict[str, Any], rows: int, ids: list[int], eos: int) -> list[tuple[float, float]]:
     """Clock and processor seconds of every step's masks and of following its tokens."""
     masks = Masks(compiler._tokenizer.result().vocab_size, (eos,))
-    params = SimpleNamespace(params=SamplingParams())
-    sequences: list[Any] = [
-        SimpleNamespace(matcher=compiler.matcher(Grammar.json_schema(schema)), request=params) for _ in range(rows)
-    ]
-    for behind, sequence in enumerate(sequences):
+    sequences = [following(compiler.matcher(Grammar.json_schema(schema))) for _ in range(rows)]
+    matchers = [sequence.matcher for sequence in sequences if sequence.matcher]
+    for behind, matcher in enumerate(matchers):
         for token in ids[: behind % (len(ids) // 2)]:
-            sequence.matcher.accept(token)
+            matcher.accept(token)
     times = []
     for step in range(len(ids) // 2):
         clock, processors = time.perf_counter(), time.process_time()
         masks.begin([(sequence, ()) for sequence in sequences])()
-        for behind, sequence in enumerate(sequences):
-            sequence.matcher.accept(ids[step + behind % (len(ids) // 2)])
+        for behind, matcher in enumerate(matchers):
+            matcher.accept(ids[step + behind % (len(ids) // 2)])
         times.append((time.perf_counter() - clock, time.process_time() - processors))
-    assert not any(sequence.matcher.problem for sequence in sequences)
+    assert not any(matcher.problem for matcher in matchers)
     return times
+
+
+def following(matcher: Matcher) -> Sequence:
+    request = Request(id="", prompt_ids=[0])
+    return Sequence(request, positions=torch.zeros(3, 1), offset=0, max_tokens=1 << 20, seed=0, matcher=matcher)
 
 
 def report(name: str, rows: int, times: list[tuple[float, float]]) -> None:

@@ -239,6 +239,8 @@ class Request:
     items: tuple[Item, ...] = ()
     positions: torch.Tensor | None = None
     """int [3, S]: explicit M-RoPE positions; None: computed from the grids."""
+    cache_salt: str = ""
+    """Prefixes are shared only with requests that have the same one."""
 
 
 class TokenLogprob(msgspec.Struct, frozen=True, array_like=True):

@@ -114,6 +114,12 @@ async def test_box_tokens_are_in_thousandths(serve: Serve, visit: Visit) -> None
     assert box == {"label": "a cat", "left": 0.1, "top": 0.25, "right": 0.5, "bottom": 1}
 
 
+async def test_json_boxes_of_other_families_are_in_thousandths(serve: Serve, visit: Visit) -> None:
+    await visit.open((await serve()).url)
+    (box,) = await boxes(visit, '{"bbox_2d": [100, 250, 500, 1000]}', 640, 480, box_unit="thousandths")
+    assert box == {"label": "", "left": 0.1, "top": 0.25, "right": 0.5, "bottom": 1}
+
+
 async def test_nonsense_is_no_box_and_half_a_box_waits(serve: Serve, visit: Visit) -> None:
     await visit.open((await serve()).url)
     for text in (

@@ -147,5 +147,5 @@ def test_a_broken_picture_is_answered_422_with_its_place(server: Server, picture
     with pytest.raises(openai.UnprocessableEntityError) as error:
         client.chat.completions.create(model="model", messages=[{"role": "user", "content": content}])
     assert isinstance(error.value.body, dict)
-    assert error.value.body["param"] == "messages[0].content[1]"
+    assert error.value.body["param"] == "messages[0].content[1].image_url.url"
     assert "truncated" in error.value.body["message"]

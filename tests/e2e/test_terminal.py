@@ -22,7 +22,7 @@ from openai.types.chat import ChatCompletionChunk
 
 from tests.e2e.serving import Server, run_to_end
 
-SHUTTING_DOWN = re.compile("Shutting down")
+SHUTTING_DOWN = re.compile(r"answers get up to 600 s to end; press Ctrl\+C again")
 Start = Callable[..., Server]
 
 

@@ -9,15 +9,19 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
+from dashinfer_vlm.config import EngineConfig
 from dashinfer_vlm.encoders.elsewhere.process import ProcessEncoder
 from dashinfer_vlm.encoders.elsewhere.stage import WorkerEncoder
 from dashinfer_vlm.engine.engine import Engine
 from dashinfer_vlm.errors import ConfigError
-from dashinfer_vlm.shared_array import shared_root
+from dashinfer_vlm.shared_array import SharedFolder, shared_root
 from tests.conftest import CheckpointMaker
 from tests.encoders.asking import Answers, loaded, picture, plain, request, run
 
@@ -149,6 +153,27 @@ def test_without_a_worker_that_starts_the_engine_encodes_and_says_why(
         assert run(engine, [request(folder, "3", picture(3))]).tokens["3"] == expected.tokens["3"]
     said = [record.message for record in caplog.records if "the engine encodes in its step" in record.message]
     assert len(said) == 1
+
+
+def test_a_worker_that_dies_before_its_first_line_is_stopped_like_any_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was written for it and never read must not fail its end, which frees the socket."""
+    worker = ProcessEncoder(EngineConfig(model=str(tmp_path)), SharedFolder(tmp_path), torch.float32, "no_such_module")
+    monkeypatch.setattr(subprocess, "Popen", ended_at_once(subprocess.Popen))
+    with pytest.raises(OSError, match="Broken pipe"):
+        worker.start()
+    worker.stop()
+    assert not worker.is_alive()
+
+
+def ended_at_once(popen: Callable[..., subprocess.Popen[bytes]]) -> Callable[..., subprocess.Popen[bytes]]:
+    def start(*args: Any, **options: Any) -> subprocess.Popen[bytes]:
+        process = popen(*args, **options)
+        process.wait()
+        return process
+
+    return start
 
 
 def test_a_device_that_is_not_there_is_a_wrong_setting(folder: Path) -> None:

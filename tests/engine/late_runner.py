@@ -27,6 +27,9 @@ class LateStep:
     def plan(self) -> Plan:
         return self.done.plan
 
+    def resume(self) -> None:
+        pass
+
     def sampled(self) -> list[list[Sampled]]:
         assert not self.is_landed, "a flight lands once"
         self.is_landed = True

@@ -6,7 +6,9 @@ A request with the prompt [n, ...] gets the tokens 1..n, one per step. Special p
 from __future__ import annotations
 
 import time
+from concurrent.futures import Future
 from enum import IntEnum
+from typing import Any
 
 import torch
 
@@ -53,13 +55,15 @@ class Script(IntEnum):
 class ScriptedEngine:
     def __init__(self) -> None:
         self.requests: dict[str, Request] = {}
+        self.preparing: dict[str, Future[Any]] = {}
+        """What requests wait for before they are added."""
         self.num_steps = 0
         self.aborted: list[str] = []
         self._produced: dict[str, int] = {}
         self._ended: list[Output] = []
 
-    def prepare(self, request: Request) -> None:
-        return None
+    def prepare(self, request: Request) -> Future[Any] | None:
+        return self.preparing.get(request.id)
 
     def add(self, request: Request) -> None:
         match request.prompt_ids[0]:

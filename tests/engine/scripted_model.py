@@ -76,6 +76,8 @@ class ScriptedModel:
         values = batch.ids.double()
         for rows in batch.embeddings:
             values[rows.start : rows.start + len(rows.rows)] = rows.rows.double()[:, 0]
+        if batch.staged is not None:
+            values = torch.where(batch.staged.is_item, batch.staged.rows[:, 0], values)
         kv.keys[0].view(-1)[batch.slots] = values * (batch.positions[0] + 1)
         answers: dict[int, torch.Tensor] = {}
         stops = batch.query_starts[1:].tolist()
@@ -86,7 +88,8 @@ class ScriptedModel:
             for row in set(wanted) & set(range(stops[s] - length, stops[s])):
                 if row >= batch.query_starts[s]:
                     answers[row] = one_hot(self.answer(context[: length - (stops[s] - 1 - row)]))
-        return torch.stack([answers[row] for row in wanted]) if wanted else torch.empty(0, VOCAB)
+        nobodys = torch.full((VOCAB,), torch.nan)
+        return torch.stack([answers.get(row, nobodys) for row in wanted]) if wanted else torch.empty(0, VOCAB)
 
     def answer(self, context: torch.Tensor) -> int:
         return answer(context)

@@ -114,6 +114,17 @@ def test_a_repeated_prompt_finds_its_prefix() -> None:
     assert (first[-1].num_cached_tokens, second[-1].num_cached_tokens) == (0, 28)
 
 
+def test_a_prefix_is_shared_only_with_the_same_salt() -> None:
+    engine = make_engine()
+    found = []
+    for id, salt in enumerate(("", "a", "b", "a", "")):
+        request = Request(id=str(id), prompt_ids=list(range(30)), params=greedy(), cache_salt=salt)
+        news = run(engine, request)[str(id)]
+        assert tokens(news) == expected(range(30), 8)
+        found.append(news[-1].num_cached_tokens)
+    assert found == [0, 0, 0, 28, 28]
+
+
 def test_no_prefix_is_found_when_the_cache_is_off() -> None:
     engine = make_engine(prefix_cache=False)
     for name in ("a", "b"):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
+import sys
 from collections.abc import Iterator
 from itertools import count
 from typing import Any
@@ -19,6 +21,7 @@ from dashinfer_vlm.engine.grammars.trial import Trial
 from dashinfer_vlm.engine.shaping import token_words
 from dashinfer_vlm.errors import InvalidRequestError, UnsupportedError
 from dashinfer_vlm.request import Grammar, GrammarKind, Output, Request, SamplingParams
+from tests.conftest import ROOT, CheckpointMaker
 from tests.engine.late_runner import LateRunner
 from tests.engine.scripted_model import EOS, VOCAB, ScriptedModel
 
@@ -326,6 +329,14 @@ def test_a_trial_process_that_was_killed_is_started_again() -> None:
     trial.close()
 
 
+def test_a_trial_that_does_not_end_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dashinfer_vlm.engine.grammars.trial.WALL_S", 0.1)
+    trial = Trial()
+    trial.command = (sys.executable, "-c", "import time; time.sleep(60)")
+    assert "takes more than 3 s" in (trial.problem(Grammar("regex", "a")) or "")
+    assert trial._process is None
+
+
 def test_equal_grammars_are_compiled_once_and_the_oldest_are_forgotten(
     compiler: Compiler, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -348,3 +359,11 @@ def test_two_answers_to_one_grammar_do_not_disturb_each_other(compiler: Compiler
 def test_a_grammar_travels_in_a_message() -> None:
     params = SamplingParams(grammar=Grammar("regex", "a", "guided_regex"))
     assert msgspec.msgpack.decode(msgspec.msgpack.encode(params), type=SamplingParams) == params
+
+
+def test_the_tool_that_measures_masks_runs(checkpoint: CheckpointMaker) -> None:
+    tool = ROOT / "tools" / "grammars.py"
+    command = [sys.executable, str(tool), str(checkpoint()), "--rows", "2", "--repeats", "1"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert len(re.findall(r", 2 rows: median \d", done.stdout)) == 2

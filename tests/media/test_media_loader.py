@@ -6,6 +6,8 @@ import asyncio
 import base64
 import io
 import math
+from collections import Counter
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -324,6 +326,37 @@ async def test_one_request_of_many_silent_urls_leaves_places_for_others(
         task.cancel()
     go.set()
     await asyncio.gather(*silent, return_exceptions=True)
+
+
+async def test_fetches_at_once_are_bounded_for_a_request_and_in_all(
+    site: Site, make_loader: LoaderMaker, picture: PictureMaker
+) -> None:
+    loader = make_loader(limits=MediaLimits(max_fetches=5, max_fetches_per_request=3))
+    at_once: Counter[str] = Counter()
+    most: Counter[str] = Counter()
+    data, full = picture(), asyncio.Event()
+
+    async def answer(party: str, _: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        at_once.update([party, "all"])
+        for name in (party, "all"):
+            most[name] = max(most[name], at_once[name])
+        if at_once["all"] == 5:
+            full.set()
+        await full.wait()
+        await asyncio.sleep(0)
+        at_once.subtract([party, "all"])
+        writer.write(f"HTTP/1.1 200 OK\r\ncontent-length: {len(data)}\r\n\r\n".encode() + data)
+
+    asked = []
+    for party in "abc":
+        for n in range(20):
+            site.routes[f"/{party}{n}"] = partial(answer, party)
+            asked.append(loader.load(ref(site.url(f"/{party}{n}")), party))
+    for medium in await asyncio.gather(*asked):
+        medium.release()
+    assert most["all"] == 5
+    assert max(most[party] for party in "abc") <= 3
+    assert len(site.requests) == 60
 
 
 async def test_when_no_place_comes_free_in_time_the_server_says_that_it_is_busy(

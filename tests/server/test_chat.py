@@ -14,6 +14,7 @@ from openai import AsyncOpenAI
 
 from dashinfer_vlm.errors import MediaFetchError
 from dashinfer_vlm.frontend.tokenizer import Tokenizer
+from dashinfer_vlm.request import Grammar
 from dashinfer_vlm.server.protocol import ChatBody, CompletionBody
 from tests.frontend.scripted import ScriptedLoader
 from tests.server.conftest import Running, Serve
@@ -77,6 +78,18 @@ async def test_the_documented_curl_example_is_answered(serve: Serve) -> None:
     assert reply.json()["choices"][0]["message"]["content"] == "A dog."
     params = running.engine.requests[0].params
     assert (params.top_p, params.frequency_penalty) == (0.5, 1.05)
+
+
+async def test_what_only_the_engine_understands_reaches_it(serve: Serve) -> None:
+    running = await serve("A dog.")
+    fields = {"cache_salt": "mine", "allowed_token_ids": [3, 4.0], "guided_choice": ["A dog."]}
+    reply = await running.post("/v1/chat/completions", {"messages": LOOK, **fields})
+    assert reply.status_code == 200
+    request = running.engine.requests[0]
+    assert (request.cache_salt, request.params.allowed_token_ids) == ("mine", (3, 4))
+    assert request.params.grammar == Grammar("choice", '["A dog."]', "guided_choice")
+    refused = await running.post("/v1/chat/completions", {"messages": LOOK, "cache_salt": ""})
+    assert (refused.status_code, refused.json()["error"]["param"]) == (400, "cache_salt")
 
 
 async def test_usage_counts_prompt_output_and_cached_tokens(serve: Serve, openai_client: Client) -> None:

@@ -7,7 +7,12 @@ import logging
 import os
 import resource
 import signal
+import socket
+import subprocess
+import sys
 from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import ExitStack
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -114,6 +119,26 @@ async def test_where_too_many_connections_are_open_an_idle_one_goes(
         opened.append((reader, writer))
     assert (await running.get("/health")).status_code == 200
     assert await closed(opened[0][0])
+
+
+def test_more_idle_connections_than_files_keep_nobody_out(folder: Path, tmp_path: Path) -> None:
+    """With a limit of 1,024 files that cannot be raised."""
+    raise_file_limit()
+    log = tmp_path / "log"
+    with log.open("wb") as errors, ExitStack() as stack:
+        command = [sys.executable, str(Path(__file__).with_name("scripted_server.py")), str(folder), "1024"]
+        server = stack.enter_context(
+            subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors)
+        )
+        stack.callback(server.kill)
+        assert server.stdout is not None
+        port = int(server.stdout.readline())
+        for _ in range(1100):
+            stack.enter_context(socket.create_connection(("127.0.0.1", port), timeout=60))
+        with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60) as client:
+            assert client.get("/health").status_code == 200
+            assert client.post(CHAT, json={"messages": ASK}).json()["choices"][0]["message"]["content"] == "hello"
+    assert log.read_text() == ""
 
 
 @pytest.mark.parametrize("body", [b"zz\r\n", b'5\r\n{"a":zzz', b"-1\r\n\r\n"])

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import Any
 
 import httpx
 import pytest
 
 from dashinfer_vlm import errors
+from dashinfer_vlm.config import MediaConfig
 from dashinfer_vlm.frontend.params import GenerationParams
 from dashinfer_vlm.server.errors import reply_to
 from tests.frontend.scripted import ScriptedLoader
@@ -178,6 +180,40 @@ async def test_more_images_than_the_limit_are_400(serve: Serve) -> None:
     running = await serve(max_items={"image": 0})
     reply = await running.post(CHAT, {"messages": picture()})
     assert (reply.status_code, "the limit is 0" in error_of(reply)["message"]) == (400, True)
+
+
+async def test_hundreds_of_pictures_are_refused_at_once_while_others_are_served(serve: Serve) -> None:
+    """By the bound that holds without a flag; nothing is fetched."""
+    running = await serve(max_items=MediaConfig().max_items)
+    pictures = [{"type": "image_url", "image_url": {"url": f"http://host/{i}"}} for i in range(800)]
+    messages = [{"role": "user", "content": pictures}]
+    refusing = asyncio.create_task(running.post(CHAT, {"messages": messages}))
+    healths = []
+    while not refusing.done():
+        healths.append((await running.get("/health")).status_code)
+    reply = await refusing
+    assert reply.status_code == 400
+    assert "800 images, the limit is 128" in error_of(reply)["message"]
+    assert "--limit-mm-per-prompt" in error_of(reply)["message"]
+    assert set(healths) == {200}
+    assert not running.loader.loaded
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "asked"),
+    [
+        (CHAT, {"messages": [{"role": "user", "content": "x"}], "n": 128}, 128),
+        ("/v1/completions", {"prompt": ["x"] * 20, "n": 10}, 200),
+    ],
+)
+async def test_one_request_cannot_ask_for_more_answers_than_all_together_may(
+    serve: Serve, path: str, body: dict[str, Any], asked: int
+) -> None:
+    running = await serve(config={"max_queued_requests": 100})
+    reply = await running.post(path, body)
+    assert (reply.status_code, error_of(reply)["param"]) == (400, "n")
+    assert f"asks for {asked} answers, 108 are the most" in error_of(reply)["message"]
+    assert not running.engine.requests
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,9 @@ from pathlib import Path
 import httpx
 import pytest
 
+from dashinfer_vlm.frontend.checkpoint import FrontendConfig
 from dashinfer_vlm.server.ui import FOLDER, page_files
+from tests.conftest import CheckpointMaker
 from tests.server.conftest import Serve
 
 
@@ -40,6 +42,7 @@ def test_the_page_knows_the_model(shared: httpx.Client) -> None:
         "min_pixels": 1000,
         "max_pixels": 1_000_000,
         "side_step": 28,
+        "box_unit": "pixels",
     }
 
 
@@ -69,3 +72,8 @@ def test_no_file_names_another_host_or_makes_markup_of_text(file: Path) -> None:
     text = file.read_text(encoding="utf-8").replace("http://www.w3.org/2000/svg", "")
     assert not re.search(r"(?:src|href|from|import)\s*[=(]?\s*[\"']?(?:https?:)?//", text)
     assert not re.search(r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|\beval\(|srcdoc", text)
+
+
+@pytest.mark.parametrize(("arch", "unit"), [("qwen2_5_vl", "pixels"), ("qwen3_vl", "thousandths")])
+def test_the_family_says_what_boxes_count(arch: str, unit: str, checkpoint: CheckpointMaker) -> None:
+    assert FrontendConfig.from_folder(checkpoint(arch)).box_unit == unit

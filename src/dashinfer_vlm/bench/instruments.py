@@ -11,6 +11,9 @@ from typing import Any
 import torch
 
 from dashinfer_vlm.bench.spans import Spans, replaced
+from dashinfer_vlm.config import EngineConfig
+from dashinfer_vlm.encoders.cache import EmbeddingCache
+from dashinfer_vlm.engine import engine as engine_module
 from dashinfer_vlm.engine.engine import Engine
 from dashinfer_vlm.engine.runner import Runner
 from dashinfer_vlm.kernels.cpu_ops import PackedWeight
@@ -19,6 +22,7 @@ from dashinfer_vlm.layers.backend import Backend, LinearFactory, Ops
 from dashinfer_vlm.layers.linear import Linear, Matrix
 from dashinfer_vlm.layers.patches import Patches
 from dashinfer_vlm.models import loading
+from dashinfer_vlm.models.base import KVCache, Model
 
 __all__ = ["instrument", "instrumented_loading"]
 
@@ -38,13 +42,17 @@ _NAMES = {
 
 @contextmanager
 def instrumented_loading(spans: Spans) -> Iterator[None]:
-    """Models that are loaded within the block report their layers to `spans`, for as long as they live."""
+    """Models that are loaded within the block report their layers to `spans`, for as long as they live. Steps compute
+    while they are started, on a card too: a graph has no parts."""
     choose: Callable[..., Backend] = getattr(loading, _CHOICE)
 
     def choose_instrumented(*args: Any) -> Backend:
         return _instrumented(choose(*args), spans)
 
-    with replaced(loading, _CHOICE, choose_instrumented):
+    def plain_runner(model: Model, kv: KVCache, embeddings: EmbeddingCache, config: EngineConfig) -> Runner:
+        return Runner(model, kv, embeddings)
+
+    with replaced(loading, _CHOICE, choose_instrumented), replaced(engine_module, "make_runner", plain_runner):
         yield
 
 

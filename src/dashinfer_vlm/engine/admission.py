@@ -11,8 +11,9 @@ from dashinfer_vlm.models.base import KVCache, Model
 from dashinfer_vlm.models.settings import resolve_max_model_len
 from dashinfer_vlm.request import Item, Request
 
-_MOST = 2**31
-"""Ids and positions are below it; larger ones would not fit the arrays that all requests of a step share."""
+_MOST_POSITION = 2**31
+_MOST_ID = 2**63
+"""Positions and placeholders are below these; larger ones would not fit the arrays that all requests of a step share."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,8 +80,8 @@ def _check_ids(request: Request, limits: Limits) -> None:
             )
         _check_words(request.prompt_ids, end, item.start, limits.vocab_size)
         end = item.start + item.num_tokens
-        if not all(0 <= request.prompt_ids[index] < _MOST for index in range(item.start, end)):
-            raise InvalidRequestError("a placeholder of an item is not from 0 to 2**31 - 1", param="prompt")
+        if not all(0 <= request.prompt_ids[index] < _MOST_ID for index in range(item.start, end)):
+            raise InvalidRequestError("a placeholder of an item is not from 0 to 2**63 - 1", param="prompt")
     _check_words(request.prompt_ids, end, len(request.prompt_ids), limits.vocab_size)
 
 
@@ -139,5 +140,5 @@ def _check_positions(request: Request) -> None:
             f"positions have shape {tuple(request.positions.shape)}; expected (3, {len(request.prompt_ids)})",
             param="positions",
         )
-    if int(request.positions.min()) < 0 or int(request.positions.max()) >= _MOST:
+    if int(request.positions.min()) < 0 or int(request.positions.max()) >= _MOST_POSITION:
         raise InvalidRequestError("positions must be from 0 to 2**31 - 1", param="positions")

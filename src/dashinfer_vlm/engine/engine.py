@@ -119,6 +119,8 @@ class Engine:
             self._flights.append(self.runner.start(plan))
             self.scheduler.started(plan)
         self._settle(leave=self.runner.depth if plan.chunks else 0)
+        if self._flights:
+            self._flights[-1].resume()
         self._encode(plan)
         return self._take_news()
 

@@ -11,6 +11,7 @@ import torch
 
 from dashinfer_vlm.config import EngineConfig
 from dashinfer_vlm.engine.client import OnProgress
+from dashinfer_vlm.engine.devices import num_spare_blocks
 from dashinfer_vlm.engine.engine import Engine
 from dashinfer_vlm.engine.grammars.compiler import Compiler, read_vocabulary
 from dashinfer_vlm.engine.info import EngineInfo
@@ -37,7 +38,8 @@ def load_engine(config: EngineConfig, progress: OnProgress) -> tuple[Engine, Eng
     set_threads(num_threads, cores)
     model = load_model(config, progress=lambda done, total: progress("weights", done, total))
     num_blocks = num_kv_blocks(model, config)
-    kv = allocate_kv(model, num_blocks, config.block_size, kv_dtype(model, config))
+    all_blocks = num_blocks + num_spare_blocks(model.device)
+    kv = allocate_kv(model, all_blocks, config.block_size, kv_dtype(model, config))
     grammars = Compiler(partial(read_vocabulary, Path(config.model)), model.text.vocab_size, model.eos_token_ids)
     engine = Engine(model, kv, config, grammars)
     info = _info(engine, engine.runner.kv)

@@ -16,7 +16,6 @@ from dashinfer_vlm.engine.sampler import Sampled, Sampler
 from dashinfer_vlm.engine.sequence import Sequence
 from dashinfer_vlm.engine.steps import Chunk, Plan
 from dashinfer_vlm.models.base import EmbeddingRows, KVCache, Model, StepBatch
-from dashinfer_vlm.request import Item
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,6 +25,9 @@ class DoneStep:
     plan: Plan
     _sampled: list[list[Sampled]]
     _seconds: float
+
+    def resume(self) -> None:
+        pass
 
     def sampled(self) -> list[list[Sampled]]:
         return self._sampled
@@ -70,8 +72,8 @@ class Runner:
         logits_rows: list[int] = []
         for (row, end), chunk in zip(pairwise(starts), chunks, strict=True):
             rows = slice(row, end)
-            _write_rows(chunk, self.kv.block_size, ids[rows], slots[rows], positions[:, rows])
-            embeddings += self._item_rows(chunk, row, ids)
+            write_rows(chunk, self.kv.block_size, ids[rows], slots[rows], positions[:, rows])
+            embeddings += item_rows(chunk, row, ids, self.embeddings, self.model.device)
             logits_rows += range(end - chunk.num_logits, end)
         return StepBatch(
             ids=self._tensor(ids),
@@ -84,27 +86,27 @@ class Runner:
             embeddings=embeddings,
         )
 
-    def _item_rows(self, chunk: Chunk, row: int, ids: np.ndarray) -> Iterator[EmbeddingRows]:
-        """What overwrites word embeddings in the chunk that begins at `row`; the ids in those rows become 0."""
-        start, stop = chunk.start, chunk.start + chunk.num_rows
-        for item in chunk.sequence.pending_items:
-            first, last = max(start, item.start), min(stop, item.start + item.num_tokens)
-            if first < last:
-                at = row + first - start
-                ids[at : at + last - first] = 0
-                offset = item.first_row - item.start
-                yield EmbeddingRows(start=at, rows=self._embedding(item)[first + offset : last + offset])
-
-    def _embedding(self, item: Item) -> torch.Tensor:
-        found = item.embedding if item.embedding is not None else self.embeddings.get(item.content_hash)
-        assert found is not None, f"the item at {item.start} was scheduled before it was encoded"
-        return found.to(self.model.device)
-
     def _tensor(self, values: np.ndarray) -> torch.Tensor:
         return torch.from_numpy(values).to(self.model.device, non_blocking=True)
 
 
-def _write_rows(chunk: Chunk, block_size: int, ids: np.ndarray, slots: np.ndarray, positions: np.ndarray) -> None:
+def item_rows(
+    chunk: Chunk, row: int, ids: np.ndarray, embeddings: EmbeddingCache, device: torch.device
+) -> Iterator[EmbeddingRows]:
+    """What overwrites word embeddings in the chunk that begins at `row`; the `ids` in those rows become 0."""
+    start, stop = chunk.start, chunk.start + chunk.num_rows
+    for item in chunk.sequence.pending_items:
+        first, last = max(start, item.start), min(stop, item.start + item.num_tokens)
+        if first < last:
+            at = row + first - start
+            ids[at : at + last - first] = 0
+            offset = item.first_row - item.start
+            found = item.embedding if item.embedding is not None else embeddings.get(item.content_hash)
+            assert found is not None, f"the item at {item.start} was scheduled before it was encoded"
+            yield EmbeddingRows(start=at, rows=found[first + offset : last + offset].to(device, non_blocking=True))
+
+
+def write_rows(chunk: Chunk, block_size: int, ids: np.ndarray, slots: np.ndarray, positions: np.ndarray) -> None:
     """Fill int64 `ids` [n], `slots` [n] and `positions` [3, n] of a chunk of n rows."""
     sequence, start, num_rows = chunk.sequence, chunk.start, chunk.num_rows
     if num_rows == 1:  # decode, the step that everybody waits for: no arrays for single numbers

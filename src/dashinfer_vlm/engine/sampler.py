@@ -29,13 +29,14 @@ Guesses = tuple[int, ...]
 
 _NOTHING = np.zeros(0, np.int32)
 _NO_BIASES = np.zeros(0, np.float32)
-_LEAST_TEMPERATURE = float(np.finfo(np.float32).tiny)
-_PROBLEMS = {
+LEAST_TEMPERATURE = float(np.finfo(np.float32).tiny)
+"""Above 0, which means the largest."""
+PROBLEMS = {
     NOT_A_NUMBER: "the model produced a value that is not a number",
     NOTHING_ALLOWED: "min_tokens, no_repeat_ngram_size, the stop tokens and the mask of allowed tokens forbid every "
     "token that could come next; ask for fewer tokens or relax one of them",
 }
-_FAILED = "no token could be chosen with these sampling parameters; the server's log says more"
+FAILED = "no token could be chosen with these sampling parameters; the server's log says more"
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +48,7 @@ class Sampled:
 
 
 @dataclass(frozen=True, slots=True)
-class _Row:
+class Row:
     """What one row asks for."""
 
     params: SamplingParams
@@ -60,7 +61,7 @@ class _Row:
     forbidden: Ids
 
 
-_FAILED_ROW = _Row(SamplingParams(temperature=0), 0, 0, _NOTHING, _NO_BIASES, _NOTHING, _NOTHING, _NOTHING)
+FAILED_ROW = Row(SamplingParams(temperature=0), 0, 0, _NOTHING, _NO_BIASES, _NOTHING, _NOTHING, _NOTHING)
 """In place of one that cannot be made; what is chosen for it is thrown away."""
 
 
@@ -81,9 +82,10 @@ class Sampler:
         tokens, as in `Choices`; None allows all. A row that holds NaN, or of which everything is forbidden, gives a
         problem, and so do parameters that cannot be dealt with: the caller fails that sequence alone.
         """
-        rows = [row for group in groups for row in self._rows_or_failures(*group, logits.shape[1])]
-        tokens = self._ops.choose(logits, _choices(rows, mask)).tolist()
-        problems = [_FAILED if row is _FAILED_ROW else _PROBLEMS.get(t) for row, t in zip(rows, tokens, strict=True)]
+        places = [sequence.num_output for sequence, _ in groups]
+        rows = self.rows(groups, places, logits.shape[1])
+        tokens = self._ops.choose(logits, choices_of(rows, mask)).tolist()
+        problems = [FAILED if row is FAILED_ROW else PROBLEMS.get(t) for row, t in zip(rows, tokens, strict=True)]
         asking = [(i, n) for i, row in enumerate(rows) if (n := row.params.logprobs) is not None and not problems[i]]
         logprobs = self._logprobs(logits, asking, tokens) if asking else {}
         sampled = (
@@ -92,34 +94,41 @@ class Sampler:
         )
         return [[next(sampled) for _ in range(len(guesses) + 1)] for _, guesses in groups]
 
-    def _rows_or_failures(self, sequence: Sequence, guesses: Guesses, vocab_size: int) -> list[_Row]:
+    def rows(self, groups: list[tuple[Sequence, Guesses]], places: list[int], vocab_size: int) -> list[Row]:
+        """What the rows of all groups ask for; `places` are those of each one's first token in its output."""
+        asked = zip(groups, places, strict=True)
+        return [
+            row for (sequence, guesses), place in asked for row in self._group(sequence, guesses, place, vocab_size)
+        ]
+
+    def _group(self, sequence: Sequence, guesses: Guesses, place: int, vocab_size: int) -> list[Row]:
         """Whatever one request's parameters bring about ends that request alone, never the step of all."""
         try:
-            return self._rows(sequence, guesses, vocab_size)
+            return self._rows(sequence, guesses, place, vocab_size)
         except Exception:
             log.exception("no token can be chosen for request %s", sequence.id)
-            return [_FAILED_ROW] * (len(guesses) + 1)
+            return [FAILED_ROW] * (len(guesses) + 1)
 
-    def _rows(self, sequence: Sequence, guesses: Guesses, vocab_size: int) -> list[_Row]:
-        rows = [self._row(sequence, 0, vocab_size)]
+    def _rows(self, sequence: Sequence, guesses: Guesses, place: int, vocab_size: int) -> list[Row]:
+        rows = [self._row(sequence, place, vocab_size)]
         num_pushed = 0
         try:
             for guess in guesses:
                 sequence.shaping.push(guess)
                 num_pushed += 1
-                rows.append(self._row(sequence, num_pushed, vocab_size))
+                rows.append(self._row(sequence, place + num_pushed, vocab_size))
         finally:
             for _ in range(num_pushed):
                 sequence.shaping.pop()
         return rows
 
-    def _row(self, sequence: Sequence, num_guesses: int, vocab_size: int) -> _Row:
-        """The row behind the sequence's tokens and so many guesses, which its shaping knows already."""
-        params, shaping, index = sequence.request.params, sequence.shaping, sequence.num_output + num_guesses
+    def _row(self, sequence: Sequence, index: int, vocab_size: int) -> Row:
+        """The row of the output's token at `index`; the sequence's shaping knows those before it."""
+        params, shaping = sequence.request.params, sequence.shaping
         forbidden: list[NDArray[np.integer]] = [] if shaping.ngrams is None else [shaping.ngrams.newest]
         if index < params.min_tokens:
             forbidden += [self._eos_ids, shaping.stop_ids]
-        return _Row(
+        return Row(
             params,
             sequence.seed,
             index,
@@ -147,13 +156,13 @@ class Sampler:
         return found
 
 
-def _choices(rows: list[_Row], mask: Tensor | None) -> Choices:
+def choices_of(rows: list[Row], mask: Tensor | None) -> Choices:
     params = [row.params for row in rows]
     bias_starts, bias_ids = _joined([row.bias_ids for row in rows])
     seen_starts, seen_ids = _joined([row.seen_ids for row in rows])
     forbidden_starts, forbidden_ids = _joined([row.forbidden for row in rows])
     return Choices(
-        temperature=_floats([p.temperature and max(p.temperature, _LEAST_TEMPERATURE) for p in params]),
+        temperature=_floats([p.temperature and max(p.temperature, LEAST_TEMPERATURE) for p in params]),
         top_k=torch.tensor([p.top_k for p in params], dtype=torch.int32),
         top_p=_floats([p.top_p for p in params]),
         min_p=_floats([p.min_p for p in params]),

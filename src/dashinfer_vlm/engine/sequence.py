@@ -152,7 +152,7 @@ class Sequence:
         start = len(self._hashes) * block_size
         stop = start + block_size
         assert stop <= self.num_known, (stop, self.num_known)
-        digest = blake2b(self._hashes[-1] if self._hashes else b"", digest_size=16)
+        digest = blake2b(self._hashes[-1] if self._hashes else _beginning(self.request.cache_salt), digest_size=16)
         digest.update(np.asarray(self.tokens[start:stop], dtype=np.int64).tobytes())
         if self.request.positions is not None:
             digest.update(self.positions_of(start, stop).numpy().tobytes())
@@ -160,6 +160,11 @@ class Sequence:
             if item.start < stop and item.start + item.num_tokens > start:
                 digest.update(key + (item.start - start).to_bytes(8, "little", signed=True))
         return digest.digest()
+
+
+def _beginning(salt: str) -> bytes:
+    """In front of the first block. Hashed apart, so that no salt is the hash of somebody's blocks."""
+    return blake2b(salt.encode(), digest_size=16, person=b"salt").digest() if salt else b""
 
 
 def _item_key(item: Item) -> bytes:

@@ -69,6 +69,11 @@ class Flight(Protocol):
     @property
     def plan(self) -> Plan: ...
 
+    def resume(self) -> None:
+        """Go on with what has waited for the values of older tokens, all of which are known now; `sampled` does so
+        itself. Raises what goes wrong."""
+        ...
+
     def sampled(self) -> list[list[Sampled]]:
         """For each of the plan's `sampled_chunks` its `num_logits` tokens, as `Sampler.sample` gives them. Waits until
         they are here; called once. Raises what the step has failed with."""

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dashinfer_vlm.models.config import read_config
+from dashinfer_vlm.models.family import BoxUnit
 from dashinfer_vlm.request import ItemKind
 from dashinfer_vlm.tokenizer_file import read_json
 
@@ -26,6 +27,7 @@ class FrontendConfig:
     """The token that stands for each kind of item; a kind that is absent cannot be sent to this model."""
     expand_item: ExpandItem
     """What the model's family puts in the place of a placeholder."""
+    box_unit: BoxUnit
     sampling_defaults: dict[str, float | int]
     """Fields of SamplingParams that `generation_config.json` sets for requests that do not."""
 
@@ -37,6 +39,7 @@ class FrontendConfig:
         return cls(
             placeholder_ids=config.placeholder_ids,
             expand_item=partial(config.family.expand, config),
+            box_unit=config.family.box_unit,
             sampling_defaults=_sampling_defaults(folder / "generation_config.json"),
         )
 

@@ -74,6 +74,7 @@ class Choice:
         self.index = index
         self.prompt = prompt
         self.sampling = params.of_choice(index % params.n)
+        self.cache_salt = params.cache_salt
         self.num_tokens = 0
         self.num_reasoning_tokens = 0
         self.num_cached_tokens = 0
@@ -247,6 +248,7 @@ class Generation:
             prompt_ids=choice.prompt.ids,
             params=choice.sampling,
             items=choice.prompt.items,
+            cache_salt=choice.cache_salt,
         )
         async with aclosing(self._engine.generate(request)) as outputs:
             async for output in outputs:

@@ -34,9 +34,9 @@ class FrontEnd:
     @classmethod
     def from_folder(cls, folder: Path, chat_template: str | None = None) -> FrontEnd:
         """`chat_template` is a file that replaces the folder's template. Raises CheckpointError or ConfigError."""
+        checkpoint = FrontendConfig.from_folder(folder)  # first: a folder without config.json is no model folder at all
         tokenizer = Tokenizer.from_folder(folder)
-        template = ChatTemplate.from_folder(folder, tokenizer, chat_template)
-        return cls(FrontendConfig.from_folder(folder), tokenizer, template)
+        return cls(checkpoint, tokenizer, ChatTemplate.from_folder(folder, tokenizer, chat_template))
 
     def prompts(
         self, loader: Loader, *, max_model_len: int, vocab_size: int, max_items: Mapping[str, int]
@@ -48,6 +48,7 @@ class FrontEnd:
             loader=loader,
             placeholder_ids=self.checkpoint.placeholder_ids,
             expand_item=self.checkpoint.expand_item,
+            box_unit=self.checkpoint.box_unit,
             max_model_len=max_model_len,
             vocab_size=vocab_size,
             max_items=max_items,

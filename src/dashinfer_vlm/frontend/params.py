@@ -35,6 +35,8 @@ class GenerationParams:
     """Whether the assistant's turn is opened behind a conversation; None: unless `continue_final_message` says no."""
     continue_final_message: bool = False
     """The answer goes on with a conversation's last message, which is left open."""
+    cache_salt: str = ""
+    """The prompt's keys and values are shared only with prompts that have the same one."""
     max_tokens_name: str = "max_tokens"
     """What the caller calls the bound of an answer's tokens, for error messages."""
 

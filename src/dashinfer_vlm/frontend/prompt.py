@@ -18,6 +18,7 @@ from dashinfer_vlm.frontend.template import ChatTemplate
 from dashinfer_vlm.frontend.tokenizer import Tokenizer
 from dashinfer_vlm.media.loader import MediaCounters
 from dashinfer_vlm.media.types import LoadedMedia, MediaRef
+from dashinfer_vlm.models.family import BoxUnit
 from dashinfer_vlm.request import Item, ItemKind
 
 T = TypeVar("T")
@@ -93,6 +94,8 @@ class PromptBuilder:
     vocab_size: int
     expand_item: ExpandItem = one_run
     """What the model's family puts in the place of a placeholder."""
+    box_unit: BoxUnit = "pixels"
+    """What the numbers of boxes in the model's answers count."""
     max_items: Mapping[str, int] = field(default_factory=dict)
     """Items of a kind in one prompt at most; kinds that are absent have no limit."""
 

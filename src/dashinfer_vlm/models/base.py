@@ -36,12 +36,23 @@ class EmbeddingRows:
     """[n, `Model.embedding_size`], on the model's device."""
 
 
+@dataclass(frozen=True, slots=True)
+class StagedRows:
+    """The same for every row of the step, where it must not matter which rows they are: a graph is captured once."""
+
+    rows: torch.Tensor
+    """[T, `Model.embedding_size`]; anything in rows of words, and 0 in columns that an item's embedding lacks."""
+    is_item: torch.Tensor
+    """bool [T]."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepBatch:
-    """One model call: the tokens of all sequences of the step, packed without padding.
+    """One model call: the tokens of all sequences of the step, packed.
 
     Sequence s owns rows `query_starts[s] .. query_starts[s + 1]`; they are the last tokens of its context of
-    `context_lens[s]` tokens. Tensors are on the model's device.
+    `context_lens[s]` tokens. Tensors are on the model's device. A runner that replays graphs pads: with rows at the end
+    that no sequence owns, which are computed and not looked at, and with sequences of no rows and no context.
     """
 
     ids: torch.Tensor
@@ -59,6 +70,8 @@ class StepBatch:
     logits_rows: torch.Tensor
     """int64 [L]: the rows whose logits are wanted."""
     embeddings: Sequence[EmbeddingRows] = ()
+    staged: StagedRows | None = None
+    """In place of `embeddings`."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -172,6 +172,8 @@ class Decoder:
         x = F.embedding(batch.ids, self.embedding).to(self.backend.activation_dtype)
         for item in batch.embeddings:
             x[item.start : item.start + len(item.rows)] = item.rows[:, : self.config.hidden_size]
+        if batch.staged is not None:
+            x = torch.where(batch.staged.is_item[:, None], batch.staged.rows[:, : self.config.hidden_size], x)
         table = self.rotary(batch.positions)
         caches = list(zip(kv.keys, kv.values, strict=True))
         for i, (layer, cache) in enumerate(zip(self.layers[:-1], caches[:-1], strict=True)):
@@ -188,6 +190,9 @@ class Decoder:
         for item in batch.embeddings:
             if item.rows.shape[1] > size:
                 x[item.start : item.start + len(item.rows)] += item.rows[:, (layer + 1) * size : (layer + 2) * size]
+        if batch.staged is not None:
+            more = batch.staged.rows[:, (layer + 1) * size : (layer + 2) * size]
+            x += torch.where(batch.staged.is_item[:, None], more, torch.zeros_like(more))
 
 
 class _Layer:

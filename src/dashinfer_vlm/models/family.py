@@ -44,6 +44,10 @@ Part = Literal["text", "vision"]
 """Parts of a model that are loaded, quantised and identified each by itself."""
 
 
+BoxUnit = Literal["pixels", "thousandths"]
+"""What the numbers of `bbox_2d` in an answer count: pixels of the resized picture, or thousandths of its sides."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Names:
     """How the tensors of a checkpoint are called. Models ask for them by the names of their first publication."""
@@ -110,6 +114,7 @@ class Family(ABC):
 
     names = Names(parts={"text": ("model.", "lm_head.")})
     tower: TransformersTower | None = None
+    box_unit: BoxUnit = "pixels"
 
     @abstractmethod
     def text(self, section: Section, root: Section) -> TextConfig:

@@ -39,6 +39,11 @@ class Connection(H11Protocol):
         """Whether no request is being answered."""
         return self.cycle is None or self.cycle.response_complete
 
+    @property
+    def may_go(self) -> bool:
+        """Whether its end would free a file and hurt nobody."""
+        return self.is_idle and not self.transport.is_closing()
+
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
         self.idle_since_s = self.loop.time()
@@ -88,8 +93,8 @@ class Connection(H11Protocol):
             self._write_timer = None
 
     def _make_room(self) -> None:
-        """Let go of an idle connection, or of this one where all others are busy."""
-        idle = (other for other in self.connections if isinstance(other, Connection) and other.is_idle)
+        """Let go of an idle connection, or of this one where all others are busy; one that is gone already makes none."""
+        idle = (other for other in self.connections if isinstance(other, Connection) and other.may_go)
         oldest = min(idle, key=lambda other: other.idle_since_s, default=self)
         oldest.transport.abort()
 

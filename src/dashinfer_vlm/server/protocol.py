@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Annotated, Any, Literal
 
-from pydantic import Discriminator, Tag
+from pydantic import Discriminator, Field, Tag
 
 from dashinfer_vlm.errors import InvalidRequestError
 from dashinfer_vlm.frontend.conversation import MessageBody, ProcessorBody, read_conversation
@@ -92,6 +92,7 @@ class GenerationBody(StructuredBody):
     ignore_eos: bool | None = None
     include_stop_str_in_output: bool | None = None
     skip_special_tokens: bool | None = None
+    cache_salt: str | None = Field(None, min_length=1, max_length=1024)
 
     # no effect by their nature
     user: str | None = None
@@ -121,7 +122,6 @@ class GenerationBody(StructuredBody):
     guided_decoding_backend: Annotated[Any, only()] = None
     guided_whitespace_pattern: Annotated[Any, only()] = None
     structural_tag: Annotated[Any, only()] = None
-    cache_salt: Annotated[Any, only()] = None
     kv_transfer_params: Annotated[Any, only({})] = None
     vllm_xargs: Annotated[Any, only({})] = None
 
@@ -157,6 +157,7 @@ class GenerationBody(StructuredBody):
             stop=(self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ()),
             include_stop_str_in_output=bool(self.include_stop_str_in_output),
             skip_special_tokens=self.skip_special_tokens is not False,
+            cache_salt=self.cache_salt or "",
         )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,12 +18,19 @@ from dashinfer_vlm.frontend.service import Service
 from dashinfer_vlm.server.app import create_app
 from dashinfer_vlm.server.connection import Connection, raise_file_limit
 
+logger = logging.getLogger(__name__)
+
 _GRACE_S = 3
 """What uvicorn waits for connections once the service has drained, so that the last answers can leave."""
 _LAST_WORDS_S = 1.0
 """What streams that were ended get to say why."""
 _TICKS_WITHOUT_ENGINE = 30
 """Tenths of a second that a server stays up once its engine is dead."""
+_ACCEPTED_AT_ONCE = 16
+"""Connections that one turn of the event loop takes. `Connection` makes room some turns later, and until then each of
+them holds a file."""
+_BACKLOG = 2048
+"""Connections that the kernel holds until they are taken."""
 _LOOK_S = 0.1
 """How often a second Ctrl-C is looked for."""
 
@@ -51,6 +59,7 @@ class HttpServer(uvicorn.Server):
                 timeout_keep_alive=config.keep_alive_s,  # type: ignore[arg-type]  # a delay in seconds, whole or not
                 timeout_graceful_shutdown=_GRACE_S,
                 http=Connection,
+                backlog=_ACCEPTED_AT_ONCE,
             )
         )
         self._service = service
@@ -63,6 +72,8 @@ class HttpServer(uvicorn.Server):
         """uvicorn announces itself only on sockets that it has bound; people and scripts wait for that line."""
         await super().startup(sockets)
         if sockets and self.started:
+            for each in sockets:
+                each.listen(_BACKLOG)  # asyncio has one number for the kernel's queue and for what it takes of it
             self._log_started_message(sockets)
 
     async def on_tick(self, counter: int) -> bool:
@@ -77,6 +88,10 @@ class HttpServer(uvicorn.Server):
 
         Until then clients are told to come back later, and probes that this server goes.
         """
+        if num_running := self._service.num_in_flight:
+            logger.info(
+                "%d answers get up to %g s to end; press Ctrl+C again to stop at once", num_running, self._drain_s
+            )
         drain = asyncio.create_task(self._service.drain(self._drain_s))
         while not drain.done() and not self.force_exit:
             await asyncio.wait({drain}, timeout=_LOOK_S)

@@ -47,6 +47,8 @@ class PageModel(msgspec.Struct, frozen=True):
     max_pixels: int
     side_step: int
     """Both sides of a resized picture are multiples of so many pixels."""
+    box_unit: str
+    """What `bbox_2d` counts: pixels of the resized picture, or thousandths."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,6 +97,7 @@ def page_routes(context: Context) -> APIRouter:
 
 
 def _model(context: Context) -> PageModel:
-    info, loader = context.service.engine.info, context.service.prompts.loader
+    info, prompts = context.service.engine.info, context.service.prompts
+    loader = prompts.loader
     least, most = loader.pixel_bounds
-    return PageModel(context.model_names[0], info.max_model_len, least, most, loader.side_step)
+    return PageModel(context.model_names[0], info.max_model_len, least, most, loader.side_step, prompts.box_unit)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import threading
 from collections import Counter, deque
+from concurrent.futures import Future
 from pathlib import Path
 
 import numpy as np
@@ -168,3 +170,54 @@ def test_patches_that_were_removed_too_early_fail_their_request_alone(tmp_path: 
     [refused] = [event for event in channel.events if isinstance(event, Refused)]
     assert (refused.request_id, refused.fault.kind) == ("a", "EngineError")
     assert channel.endings() == {"b": "length"}
+
+
+class Prepared:
+    """An engine for which the request "slow" is prepared once `num_steps` steps for others are done, if ever."""
+
+    def __init__(self, num_steps: int | None) -> None:
+        self.engine = ScriptedEngine()
+        self.ready: Future[None] = Future()
+        self.engine.preparing["slow"] = self.ready
+        step = self.engine.step
+
+        def counted() -> list[Output]:
+            if self.engine.num_steps == num_steps and not self.ready.done():
+                self.ready.set_result(None)
+            return step()
+
+        self.engine.step = counted  # type: ignore[method-assign]
+
+
+def test_others_go_on_while_a_request_is_prepared() -> None:
+    channel = run([ask("slow", 2), ask("b", 4)], engine=Prepared(2).engine)
+    assert channel.endings() == {"slow": "length", "b": "length"}
+    first = [o.request_id for o in channel.outputs()].index("slow")
+    assert first >= 2, "it was added before it was ready"
+
+
+def test_a_request_is_prepared_while_nothing_else_runs() -> None:
+    prepared = Prepared(None)
+    threading.Timer(0.05, prepared.ready.set_result, [None]).start()
+    assert run([ask("slow", 2)], engine=prepared.engine).endings() == {"slow": "length"}
+
+
+def test_what_is_wrong_with_a_prepared_request_is_a_refusal() -> None:
+    prepared = Prepared(None)
+    prepared.ready.set_result(None)
+    channel = run([ask("slow", Script.REFUSE_LENGTH)], [ask("slow", 1)], engine=prepared.engine)
+    refusals = [event for event in channel.events if isinstance(event, Refused)]
+    assert [refusal.fault.kind for refusal in refusals] == ["ContextLengthError"]
+    assert channel.endings() == {"slow": "length"}, "its name was not free again"
+
+
+def test_a_request_is_aborted_while_it_is_prepared() -> None:
+    prepared = Prepared(1)
+    channel = run([ask("slow", 2), ask("b", 3)], [Abort("slow")], engine=prepared.engine)
+    assert channel.endings() == {"slow": "abort", "b": "length"}
+    assert "slow" not in prepared.engine.aborted
+
+
+def test_a_request_that_is_prepared_when_the_loop_is_closed_ends_by_it() -> None:
+    channel = run([ask("slow", 2)], [Close()], engine=Prepared(None).engine)
+    assert channel.endings() == {"slow": "abort"}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import logging
 import os
@@ -134,7 +135,8 @@ class ProcessEncoder:
         """End the process and wait for its end."""
         if self._process is not None:
             assert self._process.stdin is not None
-            self._process.stdin.close()  # which it takes as a request to end
+            with contextlib.suppress(BrokenPipeError):  # it may have died before it read its first line
+                self._process.stdin.close()  # which it takes as a request to end
             try:
                 self._process.wait(_END_TIMEOUT_S)
             except subprocess.TimeoutExpired:

@@ -52,8 +52,9 @@ class Trial:
         assert process.stdout is not None
         process.stdin.write(msgspec.json.encode(grammar) + b"\n")
         process.stdin.flush()
-        answered, _, _ = select.select([process.stdout], [], [], WALL_S)
-        line = process.stdout.readline() if answered else b""
+        answer = select.poll()
+        answer.register(process.stdout, select.POLLIN)
+        line = process.stdout.readline() if answer.poll(WALL_S * 1e3) else b""
         if line:
             return cast("str | None", msgspec.json.decode(line))
         self.close()

@@ -33,7 +33,14 @@ def from_wire(wire: WireRequest) -> Request:
         for item in wire.items
     )
     positions = None if wire.positions is None else map_tensor(wire.positions)
-    return Request(id=wire.id, prompt_ids=wire.prompt_ids, params=wire.params, items=items, positions=positions)
+    return Request(
+        id=wire.id,
+        prompt_ids=wire.prompt_ids,
+        params=wire.params,
+        items=items,
+        positions=positions,
+        cache_salt=wire.cache_salt,
+    )
 
 
 def map_tensor(shared: SharedArray) -> torch.Tensor:

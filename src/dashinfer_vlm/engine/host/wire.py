@@ -97,6 +97,7 @@ class WireRequest(msgspec.Struct, frozen=True, tag=True, array_like=True):
     params: SamplingParams
     items: tuple[WireItem, ...]
     positions: SharedArray | None
+    cache_salt: str
 
 
 class Start(msgspec.Struct, frozen=True):
@@ -143,7 +144,9 @@ def to_wire(request: Request, folder: Path) -> tuple[WireRequest, list[SharedArr
         )
         for item in request.items
     )
-    wire = WireRequest(request.id, request.prompt_ids, request.params, items, share(request.positions))
+    wire = WireRequest(
+        request.id, request.prompt_ids, request.params, items, share(request.positions), request.cache_salt
+    )
     return wire, made
 
 

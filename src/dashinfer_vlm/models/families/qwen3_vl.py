@@ -38,6 +38,7 @@ REPLACES_FRAME = True
 class Qwen3VL(VisionFamily):
     """See `models.family`."""
 
+    box_unit = "thousandths"
     tower = TransformersTower("qwen3_vl.modeling_qwen3_vl", "Qwen3VLVisionModel")
 
     def text(self, section: Section, root: Section) -> TextConfig:

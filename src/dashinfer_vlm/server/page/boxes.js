@@ -10,10 +10,10 @@ const HUES = 6;
 // The boxes of an answer about a picture of `width` x `height` pixels, in fractions of its sides:
 // [{label, left, top, right, bottom}]; a point has no size. `model` says how the model sees pictures.
 //
-// Qwen2-VL writes box tokens, in thousandths; Qwen2.5-VL writes JSON, in pixels of the picture after resizing. Incomplete
-// ones, at the end of a stream, are left out.
+// Qwen2-VL writes box tokens, in thousandths; Qwen2.5-VL and Qwen3-VL write JSON, in pixels of the picture after resizing
+// and in thousandths. Incomplete ones, at the end of a stream, are left out.
 export function findBoxes(text, { width, height }, model) {
-  const scale = model.box_scale === "thousandths" ? [1000, 1000] : resizedTo(width, height, model);
+  const scale = model.box_unit === "thousandths" ? [1000, 1000] : resizedTo(width, height, model);
   return [...inJson(text, scale), ...inTokens(text)];
 }
 

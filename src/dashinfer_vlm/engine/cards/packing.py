@@ -1,0 +1,96 @@
+"""Writes a plan into the arrays of a shape."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import accumulate, pairwise
+
+import numpy as np
+
+from dashinfer_vlm.engine.cards.seats import Seat, Seats
+from dashinfer_vlm.engine.cards.staging import SAMPLING, Arrays, Shape
+from dashinfer_vlm.engine.runner import write_rows
+from dashinfer_vlm.engine.sequence import PENDING
+from dashinfer_vlm.engine.steps import Chunk
+from dashinfer_vlm.layers.sampling import uniform
+
+
+@dataclass(frozen=True, slots=True)
+class Spare:
+    """Where padding writes its keys and values: a block behind the pool."""
+
+    first_slot: int
+    block_size: int
+
+    def slots(self, count: int) -> np.ndarray:
+        return self.first_slot + np.arange(count) % self.block_size
+
+
+def place_of(chunk: Chunk) -> int:
+    """Of the token that its first logits give, in the output of its sequence."""
+    return chunk.start + chunk.num_tokens - chunk.sequence.num_prompt
+
+
+def pack_rows(chunks: tuple[Chunk, ...], seated: list[Seat], seats: Seats, spare: Spare, arrays: Arrays) -> None:
+    """All that the model call needs, but for block tables and items. Rows behind those of the chunks are nobody's."""
+    starts = [0, *accumulate(chunk.num_rows for chunk in chunks)]
+    _pad(arrays, starts[-1], len(chunks), spare)
+    arrays["query_starts"][: len(starts)] = starts
+    arrays["context_lens"][: len(chunks)] = [chunk.start + chunk.num_rows for chunk in chunks]
+    decode = [i for i, chunk in enumerate(chunks) if chunk.num_rows == 1 and chunk.sequence.num_prompt <= chunk.start]
+    _pack_decode([chunks[i] for i in decode], [starts[i] for i in decode], [seated[i] for i in decode], seats,
+                 spare.block_size, arrays)  # fmt: skip
+    for i in set(range(len(chunks))).difference(decode):
+        rows = slice(starts[i], starts[i + 1])
+        write_rows(
+            chunks[i], spare.block_size, arrays["ids"][rows], arrays["slots"][rows], arrays["positions"][:, rows]
+        )
+    wanted = [np.arange(end - c.num_logits, end) for c, (_, end) in zip(chunks, pairwise(starts), strict=True)]
+    rows_of_logits = np.concatenate([*wanted, np.zeros(0, np.int64)])
+    arrays["logits_rows"][: len(rows_of_logits)] = rows_of_logits
+
+
+def _pad(arrays: Arrays, num_rows: int, num_sequences: int, spare: Spare) -> None:
+    arrays["source"][:] = -1
+    arrays["is_item"][:] = False
+    arrays["ids"][num_rows:] = 0
+    arrays["positions"][:, num_rows:] = 0
+    arrays["slots"][num_rows:] = spare.slots(len(arrays["slots"]) - num_rows)
+    arrays["query_starts"][num_sequences:] = num_rows
+    arrays["context_lens"][num_sequences:] = 0
+    arrays["logits_rows"][:] = 0
+
+
+def _pack_decode(
+    chunks: list[Chunk], rows: list[int], seated: list[Seat], seats: Seats, block_size: int, arrays: Arrays
+) -> None:
+    """One row each, behind its prompt: the step that everybody waits for, without a loop over arrays."""
+    at, index = np.array(rows, np.int64), np.array([seat.index for seat in seated], np.int64)
+    ids = np.array([chunk.sequence.tokens[chunk.start] for chunk in chunks], np.int64)
+    starts = np.array([chunk.start for chunk in chunks], np.int64)
+    is_pending = ids == PENDING
+    arrays["ids"][at] = np.where(is_pending, 0, ids)
+    arrays["source"][at] = np.where(is_pending, index, -1)
+    arrays["slots"][at] = seats.tables[index, starts // block_size] * np.int64(block_size) + starts % block_size
+    arrays["positions"][:, at] = starts + seats.position_offsets[index]
+
+
+def pack_sampling(chunks: list[Chunk], seated: list[Seat], seats: Seats, arrays: Arrays) -> int:
+    """What sampling needs of sequences that end in wanted rows; their number of rows. A chunk with guesses leaves no
+    newest token: nothing of its sequence is started before its tokens are known."""
+    counts = [chunk.num_logits for chunk in chunks]
+    index = np.repeat(np.array([seat.index for seat in seated], np.int64), counts)
+    takes = np.repeat(np.array([not chunk.draft for chunk in chunks], bool), counts)
+    arrays["seats"][: len(index)] = np.where(takes, index, seats.nobody)
+    for name in SAMPLING:
+        arrays[name][: len(index)] = seats.columns[name][index]
+    places = [place_of(chunk) + i for chunk in chunks for i in range(chunk.num_logits)]
+    seeds = [chunk.sequence.seed for chunk in chunks for _ in range(chunk.num_logits)]
+    arrays["uniform"][: len(index)] = uniform(seeds, places)
+    return len(index)
+
+
+def empty(shape: Shape, spare: Spare, arrays: Arrays) -> None:
+    """A step of the shape in which all rows are nobody's."""
+    assert len(arrays["ids"]) == shape.num_rows
+    _pad(arrays, 0, 0, spare)

@@ -1,0 +1,217 @@
+"""A StepRunner for cards: the next step is planned and started while this one computes."""
+
+from __future__ import annotations
+
+from itertools import accumulate
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dashinfer_vlm.config import EngineConfig
+from dashinfer_vlm.encoders.cache import EmbeddingCache
+from dashinfer_vlm.engine.cards.graphs import Graphs, Shapes
+from dashinfer_vlm.engine.cards.marks import Mark, mark
+from dashinfer_vlm.engine.cards.packing import Spare, empty, pack_rows, pack_sampling
+from dashinfer_vlm.engine.cards.sampling import CardSampler, Chosen, Wanted, counts_on_device, waits_for_tokens
+from dashinfer_vlm.engine.cards.seats import Seat, Seats
+from dashinfer_vlm.engine.cards.staging import Arrays, Shape, Staging, layout_of
+from dashinfer_vlm.engine.grammars.masks import Masks
+from dashinfer_vlm.engine.runner import item_rows
+from dashinfer_vlm.engine.sampler import Sampled, Sampler
+from dashinfer_vlm.engine.sequence import Sequence
+from dashinfer_vlm.engine.steps import Plan
+from dashinfer_vlm.layers.card_sampling import candidates
+from dashinfer_vlm.models.base import KVCache, Model, StagedRows, StepBatch
+from dashinfer_vlm.models.settings import resolve_max_model_len
+
+_TABLE_ENTRY = np.dtype(np.int32)
+
+
+class CardFlight:
+    """A step under way, whose choice of tokens may still have to be started."""
+
+    def __init__(self, plan: Plan, begin: Mark, sampler: CardSampler, wanted: Wanted | None) -> None:
+        self.plan = plan
+        self._begin = begin
+        self._sampler = sampler
+        self._wanted = wanted
+        self._chosen: Chosen | None = None
+        self._end: Mark | None = None
+        if wanted is None or not any(waits_for_tokens(chunk) for chunk in wanted.chunks):
+            self.resume()
+
+    @torch.inference_mode()
+    def resume(self) -> None:
+        if self._end is None:
+            self._chosen = None if self._wanted is None else self._sampler.choose(self._wanted)
+            self._end = mark(self._sampler.newest.device)
+
+    def sampled(self) -> list[list[Sampled]]:
+        self.resume()
+        assert self._end is not None
+        self._end.wait()
+        return [] if self._chosen is None else self._chosen.sampled(self.plan.sampled_chunks)
+
+    def seconds(self) -> float:
+        assert self._end is not None
+        return self._begin.seconds_to(self._end)
+
+
+class CardRunner:
+    """See `engine.steps.StepRunner`. The last block of the cache that it is given is its own: padding writes there."""
+
+    def __init__(
+        self,
+        model: Model,
+        kv: KVCache,
+        embeddings: EmbeddingCache,
+        config: EngineConfig,
+        shapes: Shapes,
+        *,
+        depth: int = 1,
+    ) -> None:
+        self.model = model
+        self.depth = depth
+        self.kv = KVCache([keys[:-1] for keys in kv.keys], [values[:-1] for values in kv.values])
+        self.shapes = shapes
+        self._all_kv = kv
+        self._embeddings = embeddings
+        self._spare = Spare(self.kv.num_blocks * kv.block_size, kv.block_size)
+        max_len = resolve_max_model_len(model.text.max_position_embeddings, config)
+        max_blocks = min(-(-max_len // kv.block_size) + 1, kv.num_blocks)
+        self._seats = Seats(config.max_num_seqs, max_blocks)
+        sampler = Sampler(model.eos_token_ids, model.device)
+        masks = Masks(model.text.vocab_size, model.eos_token_ids)
+        self._sampler = CardSampler(sampler, masks, model.device, config.max_num_seqs, model.text.vocab_size)
+        self._make_buffers(max_blocks)
+        self.graphs = Graphs(self._run_into_logits, model.device)
+
+    def _make_buffers(self, max_blocks: int) -> None:
+        """Nothing here moves or grows: graphs read and write it where it is now."""
+        largest, device = self.shapes.largest, self.model.device
+        num_bytes = layout_of(largest).num_bytes + largest.num_sequences * max_blocks * _TABLE_ENTRY.itemsize
+        self._staging = Staging(num_bytes, device)
+        self._tables = torch.zeros(largest.num_sequences, max_blocks, dtype=torch.int32, device=device)
+        embedding = (largest.num_rows, self.model.embedding_size)
+        self._items = torch.zeros(embedding, dtype=self.model.activation_dtype, device=device)
+        num_logits = max((shape.num_logits for shape in self.shapes.all()), default=0)
+        self._logits = torch.zeros(num_logits, self.model.text.vocab_size, device=device)
+
+    @torch.inference_mode()
+    def capture(self) -> None:
+        """Make a graph of every shape; steps of others are started kernel by kernel."""
+        self.graphs.capture(self.shapes.all(), self._send_empty)
+
+    @torch.inference_mode()
+    def start(self, plan: Plan) -> CardFlight:
+        begin = mark(self.model.device)
+        seated = [self._take_seat(plan, i) for i in range(len(plan.chunks))]
+        has_items = any(chunk.sequence.pending_items for chunk in plan.chunks)
+        num_logits = sum(chunk.num_logits for chunk in plan.chunks)
+        shape = self.shapes.of(plan.num_tokens, len(plan.chunks), num_logits, has_items=has_items)
+        flat = self._staging.next()
+        arrays = layout_of(shape).host(flat)
+        pack_rows(plan.chunks, seated, self._seats, self._spare, arrays)
+        items = self._find_items(plan, arrays)
+        counted = self._pack_sampling(plan, seated, arrays)
+        self._send(shape, seated, flat)
+        for start, rows in items:
+            self._items[start : start + len(rows), : rows.shape[1]] = rows
+            self._items[start : start + len(rows), rows.shape[1] :] = 0
+        logits = self._logits_of(shape)
+        wanted = Wanted(
+            plan.sampled_chunks,
+            num_logits,
+            counted,
+            self._arrays(shape),
+            logits,
+            *_reach(arrays, num_logits, self.model.text.vocab_size),
+        )
+        return CardFlight(plan, begin, self._sampler, wanted if num_logits else None)
+
+    def needs_tokens(self, sequence: Sequence) -> bool:
+        """Never: what the host must apply is applied when the tokens are there, while the model computes."""
+        return False
+
+    def _take_seat(self, plan: Plan, index: int) -> Seat:
+        seat, is_new = self._seats.take(plan.chunks[index], self.kv.block_size)
+        if is_new:
+            self._sampler.take_seat(seat)
+        return seat
+
+    def _find_items(self, plan: Plan, arrays: Arrays) -> list[tuple[int, Tensor]]:
+        """Rows of embeddings, and where they begin in the step, which is told that they are items'."""
+        found = []
+        starts = accumulate((chunk.num_rows for chunk in plan.chunks), initial=0)
+        for row, chunk in zip(starts, plan.chunks, strict=False):
+            for item in item_rows(chunk, row, arrays["ids"], self._embeddings, self.model.device):
+                arrays["is_item"][item.start : item.start + len(item.rows)] = True
+                found.append((item.start, item.rows))
+        return found
+
+    def _pack_sampling(self, plan: Plan, seated: list[Seat], arrays: Arrays) -> int:
+        """How many rows' seen tokens the device counts."""
+        wanted = [(chunk, seat) for chunk, seat in zip(plan.chunks, seated, strict=True) if chunk.num_logits]
+        chunks, seats = [chunk for chunk, _ in wanted], [seat for _, seat in wanted]
+        pack_sampling(chunks, seats, self._seats, arrays)
+        rows = accumulate((chunk.num_logits for chunk in chunks), initial=0)
+        counted = [
+            (row, seat.index)
+            for row, (chunk, seat) in zip(rows, wanted, strict=False)
+            if counts_on_device(chunk.sequence)
+        ]
+        arrays["counted_rows"][: len(counted)] = [row for row, _ in counted]
+        arrays["counted_seats"][: len(counted)] = [seat for _, seat in counted]
+        return len(counted)
+
+    def _send(self, shape: Shape, seated: list[Seat], flat: np.ndarray) -> None:
+        """One copy; block tables travel as wide as they are, and are put where the model call looks for them."""
+        width = max((len(seat.blocks) for seat in seated), default=0)
+        start = layout_of(shape).num_bytes
+        stop = start + len(seated) * width * _TABLE_ENTRY.itemsize
+        tables = flat[start:stop].view(_TABLE_ENTRY).reshape(len(seated), width)
+        tables[:] = self._seats.tables[[seat.index for seat in seated], :width]
+        self._staging.send(stop)
+        sent = self._staging.static[start:stop].view(torch.int32).view(len(seated), width)
+        self._tables[: len(seated), :width] = sent
+
+    def _send_empty(self, shape: Shape) -> None:
+        flat = self._staging.next()
+        empty(shape, self._spare, layout_of(shape).host(flat))
+        self._send(shape, [], flat)
+
+    def _arrays(self, shape: Shape) -> dict[str, Tensor]:
+        return layout_of(shape).device(self._staging.static)
+
+    def _logits_of(self, shape: Shape) -> Tensor:
+        if shape not in self.graphs:
+            return self._run(shape)
+        self.graphs.replay(shape)
+        return self._logits
+
+    def _run_into_logits(self, shape: Shape) -> None:
+        self._logits[: shape.num_logits] = self._run(shape)
+
+    def _run(self, shape: Shape) -> Tensor:
+        """The model call over what was sent; float32 [num_logits, vocab]."""
+        arrays = self._arrays(shape)
+        source = arrays["source"]
+        newest = self._sampler.newest[source.clamp(min=0)]
+        batch = StepBatch(
+            ids=torch.where(source < 0, arrays["ids"], newest),
+            positions=arrays["positions"],
+            slots=arrays["slots"],
+            query_starts=arrays["query_starts"],
+            context_lens=arrays["context_lens"],
+            block_tables=self._tables[: shape.num_sequences],
+            logits_rows=arrays["logits_rows"],
+            staged=StagedRows(self._items[: shape.num_rows], arrays["is_item"]) if shape.has_items else None,
+        )
+        return self.model.forward(batch, self._all_kv)
+
+
+def _reach(arrays: Arrays, num_rows: int, vocab_size: int) -> tuple[bool, int]:
+    """`Wanted.is_greedy` and `Wanted.num_candidates`."""
+    temperature, top_k, top_p = (arrays[name][:num_rows] for name in ("temperature", "top_k", "top_p"))
+    return not temperature.any(), candidates(temperature, top_k, top_p, vocab_size)

@@ -1,0 +1,204 @@
+"""Tokens are chosen on the device, from logits that stay there; the host learns them when the step has landed.
+
+Most rows are chosen as soon as the step is started: what their parameters ask for is known, and seen tokens are counted
+on the device. Some need the host, and the values of older tokens there: a grammar's mask, and n-grams that must not come
+twice. Their steps are computed at once all the same; only the choice waits until the older tokens are known.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dashinfer_vlm.engine.cards.packing import place_of
+from dashinfer_vlm.engine.cards.seats import Seat
+from dashinfer_vlm.engine.grammars.masks import Masks
+from dashinfer_vlm.engine.sampler import FAILED, FAILED_ROW, PROBLEMS, Row, Sampled, Sampler, choices_of
+from dashinfer_vlm.engine.sequence import Sequence
+from dashinfer_vlm.engine.steps import Chunk
+from dashinfer_vlm.kernels.choices import Choices
+from dashinfer_vlm.layers import card_sampling as ops
+from dashinfer_vlm.request import TokenLogprob
+
+_NO_IDS = np.zeros(0, np.int32)
+_COLUMNS = (
+    "temperature", "top_k", "top_p", "min_p", "uniform", "repetition_penalty", "presence_penalty", "frequency_penalty"
+)  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """The rows of a step whose tokens are wanted."""
+
+    chunks: list[Chunk]
+    num_rows: int
+    num_counted: int
+    arrays: dict[str, Tensor]
+    """On the device, as `staging.layout_of` says."""
+    logits: Tensor
+    is_greedy: bool
+    num_candidates: int
+    """See `card_sampling.candidates`."""
+
+
+@dataclass(frozen=True, slots=True)
+class Chosen:
+    """Results on their way to the host."""
+
+    tokens: Tensor
+    """int64 [rows]."""
+    failed: frozenset[int]
+    asking: list[tuple[int, int]]
+    """Rows that ask for log probabilities, and for how many others."""
+    told: Tensor | None
+    """See `card_sampling.tell`; of the asking rows."""
+
+    def sampled(self, chunks: list[Chunk]) -> list[list[Sampled]]:
+        """Once they are here."""
+        tokens = self.tokens.tolist()
+        problems = [FAILED if row in self.failed else PROBLEMS.get(token) for row, token in enumerate(tokens)]
+        logprobs = {} if self.told is None else self._logprobs(tokens, self.told.tolist())
+        sampled = (
+            Sampled(token, logprobs.get(row)) if problem is None else Sampled(-1, None, problem)
+            for row, (token, problem) in enumerate(zip(tokens, problems, strict=True))
+        )
+        return [[next(sampled) for _ in range(chunk.num_logits)] for chunk in chunks]
+
+    def _logprobs(self, tokens: list[int], told: list[list[float]]) -> dict[int, TokenLogprob]:
+        found = {}
+        for (row, num_top), (logprob, rank, *others) in zip(self.asking, told, strict=True):
+            ids, values = others[: len(others) // 2], others[len(others) // 2 :]
+            top = tuple((int(i), value) for i, value in zip(ids[:num_top], values[:num_top], strict=True))
+            found[row] = TokenLogprob(tokens[row], logprob, int(rank), top)
+        return found
+
+
+class CardSampler:
+    """Owns what the device keeps of seats: their newest tokens, and the tokens that they have seen."""
+
+    def __init__(self, sampler: Sampler, masks: Masks, device: torch.device, num_seats: int, vocab_size: int) -> None:
+        self._sampler = sampler
+        self._masks = masks
+        self._device = device
+        self._vocab_size = vocab_size
+        self.newest = torch.zeros(num_seats + 1, dtype=torch.int64, device=device)
+        """The seat behind all others is nobody's."""
+        self._seen: Tensor | None = None
+
+    def take_seat(self, seat: Seat) -> None:
+        """The seat has a new owner, none of whose tokens is PENDING."""
+        if not counts_on_device(seat.sequence):
+            return
+        if self._seen is None:
+            self._seen = torch.zeros(len(self.newest), self._vocab_size, dtype=torch.int32, device=self._device)
+        seen = seat.sequence.shaping.seen
+        assert seen is not None
+        self._seen[seat.index] = 0
+        self._seen[seat.index, self._moved(torch.from_numpy(seen.ids)).long()] = self._moved(
+            torch.from_numpy(seen.counts + 1)
+        )
+
+    def choose(self, wanted: Wanted) -> Chosen:
+        """Start all that turns logits into tokens and brings them to the host."""
+        logits = wanted.logits[: wanted.num_rows]
+        choices, failed = self._choices(wanted)
+        seen = self._seen_counts(wanted)
+        is_shaped = seen is not None or _is_shaped(choices)
+        shaped = ops.shape(logits, choices, seen) if is_shaped else None
+        tokens = (
+            ops.largest(logits, shaped)
+            if wanted.is_greedy
+            else ops.choose(logits, choices, shaped, num_candidates=wanted.num_candidates)
+        )
+        known = tokens.clamp(min=0)
+        self.newest[wanted.arrays["seats"][: wanted.num_rows]] = known
+        if seen is not None:
+            seen.add(known)
+        asking = [(row, num_top) for row, num_top in enumerate(_logprobs_of(wanted.chunks)) if num_top is not None]
+        told = self._tell(logits, known, asking) if asking else None
+        return Chosen(self._home(tokens), failed, asking, None if told is None else self._home(told))
+
+    def _choices(self, wanted: Wanted) -> tuple[Choices, frozenset[int]]:
+        """On the device; and the rows of which nothing can be chosen."""
+        if not any(_needs_lists(chunk) for chunk in wanted.chunks):
+            nothing = torch.zeros(0, dtype=torch.int32, device=self._device)
+            columns = {name: wanted.arrays[name][: wanted.num_rows] for name in _COLUMNS}
+            return Choices(
+                **columns,
+                **{f"{name}_{part}": nothing for name in ("bias", "seen", "forbidden") for part in ("starts", "ids")},
+                biases=nothing,
+                seen_counts=nothing,
+            ), frozenset()
+        groups = [(chunk.sequence, chunk.draft) for chunk in wanted.chunks]
+        mask = self._masks.begin(groups)
+        rows = self._sampler.rows(groups, [place_of(chunk) for chunk in wanted.chunks], self._vocab_size)
+        failed = frozenset(i for i, row in enumerate(rows) if row is FAILED_ROW)
+        counted = [counts_on_device(chunk.sequence) for chunk in wanted.chunks for _ in range(chunk.num_logits)]
+        asked = [_without_seen(row) if is_counted else row for row, is_counted in zip(rows, counted, strict=True)]
+        return self._all_moved(choices_of(asked, mask())), failed
+
+    def _seen_counts(self, wanted: Wanted) -> ops.SeenCounts | None:
+        if not wanted.num_counted:
+            return None
+        assert self._seen is not None
+        part = slice(wanted.num_counted)
+        return ops.SeenCounts(self._seen, wanted.arrays["counted_seats"][part], wanted.arrays["counted_rows"][part])
+
+    def _tell(self, logits: Tensor, tokens: Tensor, asking: list[tuple[int, int]]) -> Tensor:
+        rows = self._moved(torch.tensor([row for row, _ in asking]))
+        return ops.tell(logits, rows, tokens[rows], max(num_top for _, num_top in asking))
+
+    def _all_moved(self, choices: Choices) -> Choices:
+        found = {field.name: getattr(choices, field.name) for field in fields(Choices)}
+        moved: dict[str, Any] = {name: None if x is None else self._moved(x) for name, x in found.items()}
+        return Choices(**moved)
+
+    def _moved(self, tensor: Tensor) -> Tensor:
+        if self._device.type == "cuda":
+            tensor = tensor.pin_memory()
+        return tensor.to(self._device, non_blocking=True)
+
+    def _home(self, tensor: Tensor) -> Tensor:
+        """On the host, once the device has come so far."""
+        if self._device.type != "cuda":
+            return tensor
+        return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor, non_blocking=True)
+
+
+def waits_for_tokens(chunk: Chunk) -> bool:
+    """Whether the choice of its tokens needs the values of all older ones on the host."""
+    return chunk.sequence.matcher is not None or chunk.sequence.shaping.ngrams is not None
+
+
+def counts_on_device(sequence: Sequence) -> bool:
+    """Whether the device counts what the sequence has seen. Who guesses waits for its tokens anyway: the host counts
+    them, and the guesses before each row."""
+    return sequence.shaping.seen is not None and sequence.drafter is None
+
+
+def _needs_lists(chunk: Chunk) -> bool:
+    """Whether more than the columns of a seat says how its tokens are chosen."""
+    sequence = chunk.sequence
+    return (
+        waits_for_tokens(chunk)
+        or len(sequence.shaping.bias_ids) > 0
+        or place_of(chunk) < sequence.request.params.min_tokens
+        or (sequence.shaping.seen is not None and sequence.drafter is not None)
+    )
+
+
+def _is_shaped(choices: Choices) -> bool:
+    lists = (choices.bias_ids, choices.seen_ids, choices.forbidden_ids)
+    return choices.mask is not None or any(len(ids) for ids in lists)
+
+
+def _without_seen(row: Row) -> Row:
+    return row if row is FAILED_ROW else replace(row, seen_ids=_NO_IDS, seen_counts=_NO_IDS)
+
+
+def _logprobs_of(chunks: list[Chunk]) -> list[int | None]:
+    return [chunk.sequence.request.params.logprobs for chunk in chunks for _ in range(chunk.num_logits)]

@@ -1,0 +1,71 @@
+"""A running sequence has a seat: its row in all that is kept from step to step, on the host and on the device."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dashinfer_vlm.engine.cards.staging import SAMPLING
+from dashinfer_vlm.engine.sampler import LEAST_TEMPERATURE
+from dashinfer_vlm.engine.sequence import Sequence
+from dashinfer_vlm.engine.steps import Chunk
+
+
+@dataclass(slots=True, eq=False)
+class Seat:
+    index: int
+    sequence: Sequence
+    blocks: list[int]
+    """The sequence's own list: another one means that it was preempted meanwhile and has other blocks."""
+    next_start: int = 0
+    """Where its last chunk ended. Blocks in front of it are the table's for good."""
+
+
+class Seats:
+    """Who sits where, and the host's rows."""
+
+    def __init__(self, num_seats: int, max_blocks: int) -> None:
+        self.nobody = num_seats
+        """One more seat on the device: what no sequence is to get goes there."""
+        self.tables = np.zeros((num_seats, max_blocks), np.int32)
+        self.position_offsets = np.zeros(num_seats, np.int64)
+        self.columns: dict[str, NDArray[Any]] = {name: np.zeros(num_seats, kind) for name, kind in SAMPLING.items()}
+        self._seats: dict[Sequence, Seat] = {}
+        self._free = list(range(num_seats))[::-1]
+
+    def take(self, chunk: Chunk, block_size: int) -> tuple[Seat, bool]:
+        """The seat of the chunk's sequence, with its blocks in the table, and whether it has only now been given it."""
+        sequence = chunk.sequence
+        seat = self._seats.get(sequence)
+        is_new = seat is None
+        if seat is None:
+            seat = self._seats[sequence] = self._seat(sequence)
+        elif seat.blocks is not sequence.blocks:
+            seat.blocks, seat.next_start = sequence.blocks, 0
+        first = seat.next_start // block_size
+        self.tables[seat.index, first : len(seat.blocks)] = seat.blocks[first:]
+        seat.next_start = chunk.start + chunk.num_tokens
+        return seat, is_new
+
+    def _seat(self, sequence: Sequence) -> Seat:
+        if not self._free:
+            self._clear()
+        seat = Seat(self._free.pop(), sequence, sequence.blocks)
+        params = sequence.request.params
+        self.position_offsets[seat.index] = sequence.position_offset
+        for name, column in self.columns.items():
+            column[seat.index] = getattr(params, name)
+        if params.temperature:
+            self.columns["temperature"][seat.index] = max(params.temperature, LEAST_TEMPERATURE)
+        return seat
+
+    def _clear(self) -> None:
+        """Take the seats of those that have ended or were preempted. What is under way for them ends before anything
+        that is started for the next owner."""
+        for sequence, seat in list(self._seats.items()):
+            if sequence.finish is not None or not sequence.blocks:
+                del self._seats[sequence]
+                self._free.append(seat.index)

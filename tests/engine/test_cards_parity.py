@@ -1,0 +1,70 @@
+"""Real models through the runner for cards: in float32 the greedy tokens of the runner for processors."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from dashinfer_vlm.config import EngineConfig
+from dashinfer_vlm.engine import engine as engine_module
+from dashinfer_vlm.engine.devices import make_runner
+from dashinfer_vlm.layers.backend import REFERENCE, Backend, choose_backend, on_card
+from dashinfer_vlm.models import loading
+from tests.conftest import CheckpointMaker
+from tests.engine.card_runner import make_card_runner
+from tests.engine.test_parity import Family, mixed_prompts, run
+
+NUM_TOKENS = 12
+
+
+def answers(family: Family, runner: object, names: tuple[str, ...], **options: object) -> dict[str, list[int]]:
+    prompts = mixed_prompts(family)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(engine_module, "make_runner", runner)
+        engine = family.engine(max_num_batched_tokens=48, **options)
+        requests = [family.request(name, prompts[name], max_tokens=NUM_TOKENS) for name in names]
+        return run(engine, *requests)
+
+
+def make_family(checkpoint: CheckpointMaker, arch: str) -> Family:
+    folder = checkpoint(arch)
+    return Family(folder, None, loading.load_model(EngineConfig(model=str(folder), dtype="float32", device="cpu")))
+
+
+def plain_torch(*args: Any) -> Backend:
+    """The kernels for processors insist that every row has an owner; torch's and a card's do not."""
+    return replace(choose_backend(*args), ops=REFERENCE)
+
+
+def kernels_for_cards(*args: Any) -> Backend:
+    return on_card(torch.device("cpu"), torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("arch", "backend"),
+    [
+        ("qwen2_vl", plain_torch),
+        ("qwen2_5_vl", plain_torch),
+        ("qwen3_vl", plain_torch),
+        ("qwen3_vl", kernels_for_cards),
+    ],
+)
+def test_padding_and_seats_change_no_token(
+    checkpoint: CheckpointMaker, monkeypatch: pytest.MonkeyPatch, arch: str, backend: Callable[..., Backend]
+) -> None:
+    names = ("text0", "text2", "one1", "two0") if backend is plain_torch else ("text0", "one0")
+    if backend is kernels_for_cards:
+        pytest.importorskip("triton")
+        warnings.simplefilter("ignore", RuntimeWarning)  # numpy, which interprets, reports what a card does not
+    want = answers(make_family(checkpoint, arch), make_runner, names)
+    assert all(len(tokens) == NUM_TOKENS for tokens in want.values())
+    monkeypatch.setattr(loading, "choose_backend", backend)
+    family = make_family(checkpoint, arch)
+    assert answers(family, make_card_runner, names) == want
+    if backend is plain_torch:
+        assert answers(family, make_card_runner, names, max_num_seqs=2) == want
