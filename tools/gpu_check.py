@@ -24,7 +24,7 @@ from pathlib import Path
 
 import torch
 
-from card_checks import device, kernels, models, service
+from card_checks import device, kernels, models, service, steps
 from card_checks.results import Row, Setting, table
 
 TOTAL_S = 470
@@ -36,6 +36,7 @@ PHASES: dict[str, tuple[Phase, float]] = {
     "families": (models.families, 60),
     "timed": (kernels.measure, 80),
     "shapes": (models.shapes, 110),
+    "steps": (steps.steps, 60),
     "published": (service.published, 70),
     "beside": (service.beside, 30),
 }

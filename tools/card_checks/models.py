@@ -16,6 +16,7 @@ from torch import Tensor
 
 from card_checks.results import Row, Setting, error
 from dashinfer_vlm.config import EngineConfig
+from dashinfer_vlm.engine.devices import num_spare_blocks
 from dashinfer_vlm.engine.engine import Engine
 from dashinfer_vlm.layers.backend import Backend, choose_backend, on_card
 from dashinfer_vlm.layers.linear import Matrix
@@ -25,7 +26,7 @@ from dashinfer_vlm.models.loading import allocate_kv
 from dashinfer_vlm.models.model import LoadedModel
 from dashinfer_vlm.models.weights import Weights
 from dashinfer_vlm.request import Grid, Item, Request, SamplingParams
-from make_checkpoint import RECIPES, generation_config, preprocessor_config
+from make_checkpoint import RECIPES, generation_config, processor_configs
 
 BLOCK_SIZE = 16
 
@@ -65,13 +66,13 @@ class RandomWeights(Weights):
 def published_config(arch: str, size: str) -> CheckpointConfig:
     """What the JSON files of a published model of this size say."""
     architecture, config, processor = RECIPES[arch]
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
         told = {"architectures": [architecture], "model_type": arch, "torch_dtype": "bfloat16"} | config(size)
         (folder / "config.json").write_text(json.dumps(told))
         (folder / "generation_config.json").write_text(json.dumps(generation_config()))
-        if processor is not None:
-            (folder / "preprocessor_config.json").write_text(json.dumps(preprocessor_config(processor)))
+        for name, settings in ({} if processor is None else processor_configs(processor)).items():
+            (folder / name).write_text(json.dumps(settings))
         return read_config(folder)
 
 
@@ -91,7 +92,8 @@ def make_model(config: CheckpointConfig, backend: Backend, *, small: bool) -> Lo
 def make_engine(model: LoadedModel, num_tokens: int, max_model_len: int, **options: object) -> Engine:
     """An engine with a KV cache for `num_tokens`."""
     config = EngineConfig(device=model.device.type, max_model_len=max_model_len, **options)  # type: ignore[arg-type]
-    return Engine(model, allocate_kv(model, -(-num_tokens // BLOCK_SIZE), BLOCK_SIZE), config)
+    num_blocks = -(-num_tokens // BLOCK_SIZE) + num_spare_blocks(model.device)
+    return Engine(model, allocate_kv(model, num_blocks, BLOCK_SIZE), config)
 
 
 def picture(config: CheckpointConfig, grid: Grid, start: int, seed: int) -> Item:

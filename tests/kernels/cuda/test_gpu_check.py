@@ -46,7 +46,7 @@ def test_every_family_answers_with_the_tokens_of_the_cpu(told: dict[str, list[di
 
 
 def test_what_is_measured_has_a_floor(told: dict[str, list[dict[str, object]]]) -> None:
-    for phase in ("timed", "shapes", "published", "beside"):
+    for phase in ("timed", "shapes", "steps", "published", "beside"):
         assert all(row["ratio"] > 0 for row in told[phase]), phase  # type: ignore[operator]
 
 

@@ -1,0 +1,80 @@
+"""The same steps started kernel by kernel, as graphs, and as graphs one ahead."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from functools import partial
+
+import torch
+
+from card_checks.models import (
+    BLOCK_SIZE,
+    checked_backend,
+    kv_bytes,
+    make_model,
+    published_config,
+    request,
+    weight_bytes,
+)
+from card_checks.results import Row, Setting
+from dashinfer_vlm.bench.spans import replaced
+from dashinfer_vlm.config import EngineConfig
+from dashinfer_vlm.engine import engine as engine_module
+from dashinfer_vlm.engine.devices import make_card_runner
+from dashinfer_vlm.engine.engine import Engine
+from dashinfer_vlm.models.loading import allocate_kv
+from dashinfer_vlm.models.model import LoadedModel
+
+WAYS = {"kernel by kernel": (False, 0), "as graphs": (True, 0), "as graphs, one ahead": (True, 1)}
+
+
+def engine_for(model: LoadedModel, way: str, num_tokens: int, **options: object) -> Engine:
+    """An engine with a KV cache for `num_tokens`, whose steps go this way on any device."""
+    with_graphs, depth = WAYS[way]
+    config = EngineConfig(device=model.device.type, **options)  # type: ignore[arg-type]
+    num_blocks = -(-num_tokens // BLOCK_SIZE) + 1  # the runner's own is the last one
+    with replaced(engine_module, "make_runner", partial(make_card_runner, with_graphs=with_graphs, depth=depth)):
+        return Engine(model, allocate_kv(model, num_blocks, BLOCK_SIZE), config)
+
+
+def steps(setting: Setting) -> Iterator[Row]:
+    """Seconds from one step's tokens to the next one's, through the whole engine; how long the device idles between."""
+    dtype = torch.float32 if setting.device.type == "cpu" else torch.bfloat16
+    size = "tiny" if setting.tiny else "2b"
+    model = make_model(published_config("qwen2_vl", size), checked_backend(setting, dtype), small=setting.tiny)
+    context, rounds = (20, 3) if setting.tiny else (1024, 64)
+    for streams, bar in ((1, 1.4), (2 if setting.tiny else 64, 1.35)):
+        for way in WAYS:
+            per_step, idle, kv = _decode(model, way, streams, context, rounds, tiny=setting.tiny)
+            moved = weight_bytes(model) + streams * context * kv
+            floor = setting.ceilings.seconds(moved, 2 * weight_bytes(model) / model.kv_dtype.itemsize * streams)
+            yield Row(
+                f"{size} {streams} of {context}, {way}",
+                per_step,
+                floor,
+                bar if way == "as graphs, one ahead" else None,
+                note=f"idle {100 * idle:.0f} %",
+            )
+
+
+def _decode(
+    model: LoadedModel, way: str, streams: int, context: int, rounds: int, *, tiny: bool
+) -> tuple[float, float, float]:
+    """Seconds per step of decode alone, the share in which nothing was under way, and bytes of K and V of a token."""
+    limits = {"max_model_len": 2 * context, "max_num_seqs": streams}
+    if tiny:
+        limits["max_num_batched_tokens"] = 32
+    engine = engine_for(model, way, streams * 2 * context, **limits)
+    for i in range(streams):
+        engine.add(request(model.config, str(i), [], context, context, i))
+    waiting = {str(i) for i in range(streams)}
+    while waiting:
+        waiting -= {output.request_id for output in engine.step()}
+    begin, before = time.perf_counter(), engine.stats()
+    for _ in range(rounds):
+        engine.step()
+    seconds, after = time.perf_counter() - begin, engine.stats()
+    assert after.num_running == streams, "some stream has ended"
+    busy = after.step_seconds_total - before.step_seconds_total
+    return seconds / rounds, max(0.0, 1 - busy / seconds), kv_bytes(engine.runner.kv)
