@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -52,13 +54,32 @@ def folder(checkpoint: CheckpointMaker) -> Path:
 
 @pytest.fixture(scope="package")
 def loader(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> allspark.HuggingFaceModel:
-    """The loader in fp32, so that two ways to the same tokens can be compared exactly."""
-    model = allspark.HuggingFaceModel(str(folder), NAME, user_set_data_type="float32")
-    return model.load_model().serialize(None, model_output_dir=str(tmp_path_factory.mktemp("model")))
+    return loaded(folder, tmp_path_factory.mktemp("model"))
 
 
 @pytest.fixture(scope="package")
 def engine(loader: allspark.HuggingFaceModel) -> Iterator[allspark.Engine]:
+    with running(loader) as engine:
+        yield engine
+
+
+Ask = Callable[..., Answer]
+
+
+@pytest.fixture(scope="package")
+def ask(engine: allspark.Engine) -> Ask:
+    return partial(run, engine)
+
+
+def loaded(folder: Path, output: Path) -> allspark.HuggingFaceModel:
+    """The loader in fp32, so that two ways to the same tokens can be compared exactly."""
+    model = allspark.HuggingFaceModel(str(folder), NAME, user_set_data_type="float32")
+    return model.load_model().serialize(None, model_output_dir=str(output))
+
+
+@contextmanager
+def running(loader: allspark.HuggingFaceModel) -> Iterator[allspark.Engine]:
+    """An engine in which the model has been started."""
     builder = loader.create_reference_runtime_config_builder(NAME, allspark.TargetDevice.CPU, [0], max_batch=16)
     builder.max_length(MAX_LENGTH).kv_cache_span_size(16).compute_unit("CPU", [0], 1)
     made = allspark.Engine()
@@ -69,29 +90,21 @@ def engine(loader: allspark.HuggingFaceModel) -> Iterator[allspark.Engine]:
     assert made.release_model(NAME) == AsStatus.ALLSPARK_SUCCESS
 
 
-Ask = Callable[..., Answer]
-
-
-@pytest.fixture(scope="package")
-def ask(engine: allspark.Engine) -> Ask:
+def run(
+    engine: allspark.Engine, ids: Sequence[int], generate_config: Mapping[str, Any] = GREEDY, **keys: Any
+) -> Answer:
     """Run one request to its end; it must be accepted."""
-
-    def run(ids: Sequence[int], generate_config: Mapping[str, Any] = GREEDY, **keys: Any) -> Answer:
-        inputs = {"input_ids": to_dlpack(torch.tensor([list(ids)]))}
-        status, handle, queue = engine.start_request(
-            NAME, inputs, {"max_length": len(ids) + 6, **generate_config, **keys}
-        )
-        assert status == AsStatus.ALLSPARK_SUCCESS, status
-        assert handle is not None
-        assert queue is not None
-        engine.sync_request(NAME, handle)
-        elements = queue.GetNoWait() or allspark.GeneratedElements()
-        engine.release_request(NAME, handle)
-        return Answer(
-            elements.ids_from_generate, elements.token_logprobs_list, queue.GenerateStatus(), elements.prefix_cache_len
-        )
-
-    return run
+    inputs = {"input_ids": to_dlpack(torch.tensor([list(ids)]))}
+    status, handle, queue = engine.start_request(NAME, inputs, {"max_length": len(ids) + 6, **generate_config, **keys})
+    assert status == AsStatus.ALLSPARK_SUCCESS, status
+    assert handle is not None
+    assert queue is not None
+    engine.sync_request(NAME, handle)
+    elements = queue.GetNoWait() or allspark.GeneratedElements()
+    engine.release_request(NAME, handle)
+    return Answer(
+        elements.ids_from_generate, elements.token_logprobs_list, queue.GenerateStatus(), elements.prefix_cache_len
+    )
 
 
 def embedding(rows: int, seed: int = 0, columns: int = HIDDEN) -> torch.Tensor:
