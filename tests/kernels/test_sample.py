@@ -4,100 +4,25 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 from torch import Tensor
 
 from dashinfer_vlm.kernels import cpu_ops
 from dashinfer_vlm.kernels.choices import NOT_A_NUMBER, NOTHING_ALLOWED, Choices
 from dashinfer_vlm.layers import sampling
+from tests.kernels.sampling_cases import assert_equal_but_for_rounding, choices, rows_and_choices, strided
 
 pytestmark = pytest.mark.usefixtures("level")
 
-WIDTHS = st.sampled_from([1, 2, 31, 32, 33, 127, 128, 129, 256, 1000, 4099])
-
-
-def choices(num_rows: int, **columns: Any) -> Choices:
-    """Greedy and without penalties but for `columns`: a number for all rows, or one for each."""
-
-    def column(name: str, default: float, dtype: torch.dtype = torch.float32) -> Tensor:
-        return torch.as_tensor(columns.get(name, default), dtype=dtype).expand(num_rows).clone()
-
-    lists: dict[str, Tensor] = {}
-    for name, column_name in (("bias", "biases"), ("seen", "seen_counts"), ("forbidden", None)):
-        rows = columns.get(name, [[]] * num_rows)  # of pairs, or of ids alone
-        lists[f"{name}_starts"] = torch.tensor(np.cumsum([0, *map(len, rows)]), dtype=torch.int32)
-        flat = [entry for row in rows for entry in row]
-        ids = [entry[0] if column_name else entry for entry in flat]
-        lists[f"{name}_ids"] = torch.tensor(ids, dtype=torch.int32)
-        if column_name:
-            dtype = torch.float32 if name == "bias" else torch.int32
-            lists[column_name] = torch.tensor([entry[1] for entry in flat], dtype=dtype)
-    return Choices(
-        temperature=column("temperature", 0),
-        top_k=column("top_k", 0, torch.int32),
-        top_p=column("top_p", 1),
-        min_p=column("min_p", 0),
-        uniform=column("uniform", 0.5),
-        repetition_penalty=column("repetition_penalty", 1),
-        presence_penalty=column("presence_penalty", 0),
-        frequency_penalty=column("frequency_penalty", 0),
-        mask=columns.get("mask"),
-        **lists,
-    )
-
-
-def strided(num_rows: int, width: int, scale: float = 3.0) -> Tensor:
-    return torch.randn(num_rows, width + 5)[:, 2:-3] * scale
-
-
-def assert_equal_but_for_rounding(logits: Tensor, given: Choices) -> None:
-    """The same tokens, or ones that another last digit of the random number would have given."""
-    before = logits.clone()
-    got = cpu_ops.choose(logits, given)
-    assert torch.equal(logits, before)
-    near = set()
-    for step in (-1e-5, 0, 1e-5):
-        uniform = (given.uniform + step).clamp(0, 1 - 2**-24)
-        moved = Choices(**{n: getattr(given, n) for n in Choices.__slots__} | {"uniform": uniform})
-        near |= set(enumerate(sampling.choose(logits, moved).tolist()))
-    assert set(enumerate(got.tolist())) <= near
+WIDTHS = [1, 2, 31, 32, 33, 127, 128, 129, 256, 1000, 4099]
 
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(data=st.data(), width=WIDTHS, seed=st.integers(0, 1000))
-def test_tokens_are_those_of_the_reference(data: st.DataObject, width: int, seed: int) -> None:
-    torch.manual_seed(seed)
-    num_rows = data.draw(st.integers(1, 5))
-
-    def each(strategy: st.SearchStrategy[Any]) -> list[Any]:
-        return data.draw(st.lists(strategy, min_size=num_rows, max_size=num_rows))
-
-    ids = st.integers(0, width - 1)
-    given = choices(
-        num_rows,
-        temperature=each(st.sampled_from([0, 0.7, 1, 2, 20])),
-        top_k=each(st.sampled_from([0, 1, 3, 20, 200, 5000])),
-        top_p=each(st.sampled_from([0, 0.3, 0.8, 1])),
-        min_p=each(st.sampled_from([0, 0.02, 0.3, 1])),
-        uniform=each(st.floats(0, 1 - 2**-24, width=32)),
-        repetition_penalty=each(st.sampled_from([0.7, 1, 1.3])),
-        presence_penalty=each(st.sampled_from([-1, 0, 1])),
-        frequency_penalty=each(st.sampled_from([0, 0.25])),
-        bias=each(st.lists(st.tuples(ids, st.integers(-9, 9)), max_size=4, unique_by=lambda pair: pair[0])),
-        seen=each(st.lists(st.tuples(ids, st.integers(0, 3)), max_size=6, unique_by=lambda pair: pair[0])),
-        forbidden=each(st.lists(ids, max_size=5)),
-        mask=torch.randint(-(2**31), 2**31, (num_rows, -(-width // 32)), dtype=torch.int32)
-        if data.draw(st.booleans())
-        else None,
-    )
-    logits = strided(num_rows, width)
-    if data.draw(st.booleans()):
-        logits.round_()  # equal ones
-    assert_equal_but_for_rounding(logits, given)
+@given(rows_and_choices(WIDTHS))
+def test_tokens_are_those_of_the_reference(case: tuple[Tensor, Choices]) -> None:
+    assert_equal_but_for_rounding(cpu_ops.choose, *case)
 
 
 @pytest.mark.parametrize("width", [151_936, 151_643])
@@ -113,7 +38,9 @@ def test_a_whole_vocabulary_is_cut_as_the_reference_cuts_it(width: int, num_thre
     columns = {name: [kind.get(name, default) for kind in kinds] for name, default in
                (("temperature", 0.0), ("top_p", 1.0), ("top_k", 0.0), ("min_p", 0.0))}  # fmt: skip
     uniform = torch.rand(len(kinds), generator=torch.Generator().manual_seed(num_threads))
-    assert_equal_but_for_rounding(strided(len(kinds), width), choices(len(kinds), uniform=uniform, **columns))
+    assert_equal_but_for_rounding(
+        cpu_ops.choose, strided(len(kinds), width), choices(len(kinds), uniform=uniform, **columns)
+    )
 
 
 def test_the_largest_is_the_first_of_equal_ones() -> None:

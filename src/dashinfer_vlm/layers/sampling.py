@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from dashinfer_vlm.kernels import cpu_ops
+from dashinfer_vlm.kernels import cpu_ops, cuda
 from dashinfer_vlm.kernels.choices import NOT_A_NUMBER, NOTHING_ALLOWED, Choices, Likeliest
 
 __all__ = ["NATIVE", "REFERENCE", "SamplingOps", "choose", "likeliest", "sampling_ops", "uniform"]
@@ -33,6 +33,10 @@ class SamplingOps:
 
 def sampling_ops(device: torch.device) -> SamplingOps:
     """The fastest for logits on `device`."""
+    if device.type == "cuda" and cuda.why_unavailable() is None:
+        from dashinfer_vlm.kernels.cuda import sampling  # imports triton
+
+        return SamplingOps(sampling.choose, sampling.likeliest)
     return NATIVE if device.type == "cpu" and cpu_ops.available() else REFERENCE
 
 

@@ -30,7 +30,13 @@ class Found:
         return [x for x in self.variants if x["kernel"] == kernel]
 
 
-@pytest.fixture(scope="module", params=["Qwen2-VL-7B", "Qwen3-VL-8B"])
+MODELS = [
+    "Qwen2-VL-7B",
+    *(pytest.param(x, marks=pytest.mark.slow) for x in ("Qwen2-VL-2B", "Qwen2.5-VL-7B", "Qwen3-VL-8B")),
+]
+
+
+@pytest.fixture(scope="module", params=MODELS)
 def found(request: pytest.FixtureRequest) -> Found:
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["TRITON_CACHE_DIR"] = str(ROOT / "build" / "triton")
@@ -80,8 +86,16 @@ def test_tables_take_exact_sines(found: Found) -> None:
     assert all(x["fast_sines"] == 0 for x in tables), tables
 
 
+def test_a_program_that_chooses_a_token_keeps_its_block_in_registers(found: Found) -> None:
+    choosing = found.of("_choose")
+    assert choosing
+    for x in choosing:
+        assert x["registers"] <= 128, x
+        assert x["shared"] <= 40 << 10, x
+
+
 def test_rows_take_few_registers(found: Found) -> None:
-    for kernel in ("_rms_norm", "_layer_norm", "_silu_mul", "_quick_gelu", "_combine"):
+    for kernel in ("_rms_norm", "_layer_norm", "_silu_mul", "_quick_gelu", "_combine", "_allowed", "_shape"):
         rows = found.of(kernel)
         assert rows, kernel
         assert all(x["registers"] <= 64 for x in rows), rows

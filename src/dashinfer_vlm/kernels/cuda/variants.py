@@ -13,7 +13,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from dashinfer_vlm.kernels.cuda import paged, patches, rotary, rows, segments
+from dashinfer_vlm.kernels.choices import Choices
+from dashinfer_vlm.kernels.cuda import paged, patches, rotary, rows, sampling, segments
 
 __all__ = ["PUBLISHED", "Sizes", "Variant", "variants"]
 
@@ -29,6 +30,7 @@ class Sizes:
     heads: int
     kv_heads: int
     head_dim: int
+    vocab: int = 151_936
     vit_width: int = 0
     """0 for a model without a ViT."""
     vit_inner: int = 0
@@ -41,10 +43,12 @@ PUBLISHED = {
         hidden=1536, inner=8960, heads=12, kv_heads=2, head_dim=128, vit_width=1280, vit_inner=5120, vit_heads=16
     ),
     "Qwen2-VL-7B": Sizes(
-        hidden=3584, inner=18944, heads=28, kv_heads=4, head_dim=128, vit_width=1280, vit_inner=5120, vit_heads=16
+        hidden=3584, inner=18944, heads=28, kv_heads=4, head_dim=128, vocab=152_064, vit_width=1280,
+        vit_inner=5120, vit_heads=16,
     ),
     "Qwen2.5-VL-7B": Sizes(
-        hidden=3584, inner=18944, heads=28, kv_heads=4, head_dim=128, vit_width=1280, vit_inner=3420, vit_heads=16
+        hidden=3584, inner=18944, heads=28, kv_heads=4, head_dim=128, vocab=152_064, vit_width=1280,
+        vit_inner=3420, vit_heads=16,
     ),
     "Qwen3-VL-8B": Sizes(
         hidden=4096, inner=12288, heads=32, kv_heads=8, head_dim=128, vit_width=1152, vit_inner=4304, vit_heads=16,
@@ -65,6 +69,7 @@ def variants(sizes: Sizes, dtype: torch.dtype) -> Iterator[Variant]:
     modules were imported sees what is compiled."""
     meta = torch.device("meta")
     yield from _text(sizes, dtype, meta)
+    yield from _choosing(sizes.vocab, meta)
     if sizes.vit_width:
         yield from _vit(sizes, dtype, meta)
 
@@ -105,6 +110,26 @@ def _text(s: Sizes, dtype: torch.dtype, device: torch.device) -> Iterator[Varian
         yield Variant(f"decode {kind}", partial(attend, [1] * 16, cache, 1))
         yield Variant(f"decode in 8 splits {kind}", partial(attend, [1] * 16, cache, 8))
         yield Variant(f"prefill {kind}", partial(attend, [1024], cache, None))
+
+
+def _choosing(vocab: int, device: torch.device) -> Iterator[Variant]:
+    def choose(num_entries: int, *, masked: bool) -> Tensor:
+        def empty(dtype: torch.dtype, *shape: int) -> Tensor:
+            return torch.empty(*shape, dtype=dtype, device=device)
+
+        names = ("temperature", "top_p", "min_p", "uniform", "repetition_penalty", "presence_penalty")
+        columns = dict.fromkeys((*names, "frequency_penalty"), empty(torch.float32, 16))
+        entries, starts = empty(torch.int32, num_entries), empty(torch.int32, 17)
+        lists = {f"{name}_{part}": x for name in ("bias", "seen", "forbidden")
+                 for part, x in (("starts", starts), ("ids", entries))}  # fmt: skip
+        mask = empty(torch.int32, 16, -(-vocab // 32)) if masked else None
+        choices = Choices(top_k=empty(torch.int32, 16), biases=empty(torch.float32, num_entries), seen_counts=entries,
+                          mask=mask, **columns, **lists)  # fmt: skip
+        return sampling.tokens_of(empty(torch.float32, 16, vocab), choices)
+
+    yield Variant("choose", lambda: choose(0, masked=False))
+    yield Variant("choose with penalties", lambda: choose(16, masked=False))
+    yield Variant("choose by a mask", lambda: choose(0, masked=True))
 
 
 def _vit(s: Sizes, dtype: torch.dtype, device: torch.device) -> Iterator[Variant]:
