@@ -88,5 +88,5 @@ def test_lists_are_read_as_the_kernel_writes_them() -> None:
 
 @pytest.mark.parametrize("text", ["", "a", "1-", "-1", "1,,2", "1 2"])
 def test_another_form_is_refused(text: str) -> None:
-    with pytest.raises(ConfigError, match="no list of cores"):
+    with pytest.raises(ConfigError, match="not a list of cores"):
         parse_list(text)

@@ -31,7 +31,7 @@ _TYPES = {
 
 
 class DlpackError(ValueError):
-    """This is no tensor, or one that cannot be taken over."""
+    """This is not a tensor, or one that cannot be taken over."""
 
 
 class _Tensor(ctypes.Structure):
@@ -118,7 +118,7 @@ def _check(header: _Tensor) -> None:
     if (header.code, header.bits) not in _TYPES or header.lanes != 1:
         raise DlpackError(f"DLPack type code {header.code} of {header.bits} bits x {header.lanes} is not supported")
     if not 0 <= header.ndim <= _MAX_DIMENSIONS:
-        raise DlpackError(f"it has {header.ndim} dimensions; {_MAX_DIMENSIONS} are the most")
+        raise DlpackError(f"it has {header.ndim} dimensions; the limit is {_MAX_DIMENSIONS}")
     shape = [header.shape[i] for i in range(header.ndim)]
     strides = [header.strides[i] for i in range(header.ndim)] if header.strides else []
     if min(shape, default=0) < 0 or min(strides, default=0) < 0:

@@ -324,7 +324,8 @@ def _release_all(models: dict[str, _Model]) -> None:
 def _queue_of(model: _Model, handle: object) -> ResultQueue:
     if not isinstance(handle, RequestHandle) or handle not in model.requests:
         raise RefusalError(
-            AsStatus.ALLSPARK_ILLEGAL_REQUEST_ID, f"{handle!r} is no request of model {model.name!r}, or was released"
+            AsStatus.ALLSPARK_ILLEGAL_REQUEST_ID,
+            f"{handle!r} is not a request of model {model.name!r}, or was released",
         )
     return model.requests[handle]
 

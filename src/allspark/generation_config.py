@@ -57,7 +57,7 @@ class ASGenerationConfigBuilder:
         return self.update({"max_length": num_tokens})
 
     def min_length(self, num_tokens: int) -> ASGenerationConfigBuilder:
-        """No end before so many output tokens."""
+        """No end before this many output tokens."""
         return self.update({"min_length": num_tokens})
 
     def temperature(self, value: float) -> ASGenerationConfigBuilder:
@@ -85,7 +85,7 @@ class ASGenerationConfigBuilder:
         return self.update({"frequency_penalty": value})
 
     def no_repeat_ngram_size(self, size: int) -> ASGenerationConfigBuilder:
-        """No sequence of so many tokens occurs twice; 0 is off."""
+        """No sequence of this many tokens occurs twice; 0 is off."""
         return self.update({"no_repeat_ngram_size": size})
 
     def seed(self, value: int) -> ASGenerationConfigBuilder:

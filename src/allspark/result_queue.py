@@ -76,7 +76,7 @@ class ResultQueue:
         """All tokens since the last fetch; waits until there is one. None once the request has ended.
 
         After a failure of the engine was told by None and the status InternalError, the next call raises
-        EngineError with its reason: a loop that waits for GenerateFinished alone must not spin for ever.
+        EngineError with its reason: a loop that waits for GenerateFinished alone must not spin forever.
         """
         return self._fetch(None)
 

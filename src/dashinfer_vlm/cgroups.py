@@ -13,7 +13,7 @@ _UNLIMITED_V1 = 1 << 60
 
 
 def cpu_quota(root: Path = Path("/")) -> float | None:
-    """Processors' worth of time; None is no limit."""
+    """Processors' worth of time; None means no limit."""
     quotas = [_quota_v2(group) for group in _groups(root, "")]
     quotas += [_quota_v1(group) for group in _groups(root, "cpu")]
     return min((quota for quota in quotas if quota is not None), default=None)

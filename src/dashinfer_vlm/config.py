@@ -72,7 +72,9 @@ def _check_redis_url(url: str) -> None:
     """The message leaves the URL out, since it may hold a password."""
     form = r"rediss?://([^@/?#]*@)?([\w.-]+|\[[0-9a-fA-F:.]+\])(:\d{1,5})?(/\d+)?/?"
     if not re.fullmatch(form, url):
-        raise ConfigError("--vision-cache is no address of a Redis; write redis://[user:password@]host[:port][/number]")
+        raise ConfigError(
+            "--vision-cache is not the address of a Redis server; write redis://[user:password@]host[:port][/number]"
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -198,10 +200,13 @@ class EngineConfig:
         group="Vision",
     )
     min_pixels: int | None = option(
-        None, "Images are enlarged to at least so many pixels; the model's value when absent.", group="Vision", least=1
+        None,
+        "Images are enlarged to at least this many pixels; the model's value when absent.",
+        group="Vision",
+        least=1,
     )
     max_pixels: int | None = option(
-        None, "Images are reduced to at most so many pixels; the model's value when absent.", group="Vision", least=1
+        None, "Images are reduced to at most this many pixels; the model's value when absent.", group="Vision", least=1
     )
 
     @property

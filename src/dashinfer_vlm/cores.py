@@ -34,7 +34,7 @@ def usable_cores(root: Path = Path("/")) -> list[int]:
 def parse_list(text: str) -> list[int]:
     """`0-3,8` as numbers in ascending order, each once; raises ConfigError for another form."""
     if not re.fullmatch(r"\d+(-\d+)?(,\d+(-\d+)?)*", text.strip()):
-        raise ConfigError(f"{text!r} is no list of cores; write numbers and ranges, such as 0-3,8")
+        raise ConfigError(f"{text!r} is not a list of cores; write numbers and ranges, such as 0-3,8")
     found: set[int] = set()
     for part in text.strip().split(","):
         first, _, last = part.partition("-")

@@ -21,7 +21,7 @@ _NAMES = frozenset({"DASHINFER_API_KEY", "DASHINFER_ENCODER_MODEL", "DASHINFER_E
 
 def unknown(flag_names: Collection[str]) -> list[str]:
     """Variables that look like ours and mean nothing, where `flag_names` are those of the flags: misspelt ones, most
-    likely, but also what Kubernetes sets for a service of our name, so they are no error."""
+    likely, but also what Kubernetes sets for a service of our name, so they are not an error."""
     return sorted(name for name in os.environ if name.startswith(_PREFIX) and name not in {*_NAMES, *flag_names})
 
 

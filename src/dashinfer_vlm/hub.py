@@ -42,7 +42,7 @@ def resolve_model(config: EngineConfig) -> Path:
     if folder.is_dir():
         return folder
     if not _ID.fullmatch(name):
-        raise ConfigError(f"--model {name}: there is no such folder, and it is no id of a hub (organisation/name)")
+        raise ConfigError(f"--model {name}: there is no such folder, and it is not a hub id (organisation/name)")
     said: list[str] = []
     for hub in _order(config.hub, name):
         try:

@@ -67,7 +67,7 @@ class Grammar(msgspec.Struct, frozen=True, array_like=True):
             raise InvalidRequestError(f"{self.param} is empty", param=self.param)
         if len(self.text) > MAX_GRAMMAR_CHARS:
             raise InvalidRequestError(
-                f"{self.param} has {len(self.text)} characters; {MAX_GRAMMAR_CHARS} are the most", param=self.param
+                f"{self.param} has {len(self.text)} characters; the limit is {MAX_GRAMMAR_CHARS}", param=self.param
             )
 
 
@@ -160,7 +160,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
         )
         for name, what, length, most in lengths:
             if length > most:
-                raise InvalidRequestError(f"{name} has {length} {what}; {most} is the most", param=name)
+                raise InvalidRequestError(f"{name} has {length} {what}; the limit is {most}", param=name)
         for token, bias in self.logit_bias.items():
             if not (0 <= token < vocab_size and -100 <= bias <= 100):
                 raise InvalidRequestError(

@@ -38,7 +38,7 @@ class TokenizerFile:
     def read(cls, folder: Path) -> TokenizerFile:
         """Read `tokenizer.json`, or what `transformers` makes of the folder without one.
 
-        Raises CheckpointError for what is no byte-level BPE, ConfigError where `transformers` is missing.
+        Raises CheckpointError for what is not byte-level BPE, ConfigError where `transformers` is missing.
         """
         path = folder / "tokenizer.json"
         text = path.read_bytes() if path.is_file() else _convert(folder)

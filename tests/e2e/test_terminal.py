@@ -112,7 +112,7 @@ def test_a_misspelt_variable_is_named(tmp_path: Path) -> None:
     done = run_to_end(
         "--model", str(tmp_path), "--port", "0", env={"DASHINFER_PROT": "1", "DASHINFER_MAX_NUM_SEQS": "2"}
     )
-    assert "DASHINFER_PROT is no variable of this server" in done.stderr
+    assert "DASHINFER_PROT is not a variable of this server" in done.stderr
     assert "DASHINFER_MAX_NUM_SEQS" not in done.stderr
 
 

@@ -249,7 +249,9 @@ def test_questions_beyond_the_bound_are_not_asked(
     ["localhost:6379", "http://h", "redis://", "redis://h/a", "redis://h?x=1", "redis://h:port", "unix:///x", ""],
 )
 def test_an_address_that_is_none_is_refused_without_repeating_it(url: str) -> None:
-    with pytest.raises(ConfigError, match=r"--vision-cache is no address of a Redis; write redis://") as caught:
+    with pytest.raises(
+        ConfigError, match=r"--vision-cache is not the address of a Redis server; write redis://"
+    ) as caught:
         EngineConfig(vision_cache=url).validate()
     assert not url or url == "redis://" or url not in str(caught.value)
 

@@ -280,7 +280,7 @@ def test_what_cannot_be_followed_is_refused_with_the_reason(
 
 def test_a_grammar_of_a_large_size_is_refused_before_it_is_looked_at(compiler: Compiler) -> None:
     params = SamplingParams(grammar=Grammar("regex", "a" * 200_000))
-    with pytest.raises(InvalidRequestError, match="131072 are the most"):
+    with pytest.raises(InvalidRequestError, match="the limit is 131072"):
         Run(compiler).engine.prepare(Request(id="1", prompt_ids=[1], params=params))
 
 

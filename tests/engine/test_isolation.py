@@ -83,9 +83,9 @@ def test_no_numbers_of_one_request_fail_a_step_of_another(guesses: bool, asked: 
 @pytest.mark.parametrize(
     ("params", "told"),
     [
-        (SamplingParams(logit_bias=dict.fromkeys(range(2000), 1.0)), "logit_bias has 2000 tokens; 1024 is the most"),
-        (SamplingParams(stop_token_ids=(1,) * 10_000), "stop_token_ids has 10000 tokens; 1024 is the most"),
-        (SamplingParams(stop_sequences=((1,),) * 65), "stop_sequences has 65 sequences; 64 is the most"),
+        (SamplingParams(logit_bias=dict.fromkeys(range(2000), 1.0)), "logit_bias has 2000 tokens; the limit is 1024"),
+        (SamplingParams(stop_token_ids=(1,) * 10_000), "stop_token_ids has 10000 tokens; the limit is 1024"),
+        (SamplingParams(stop_sequences=((1,),) * 65), "stop_sequences has 65 sequences; the limit is 64"),
         (SamplingParams(stop_sequences=((1,) * 1025,)), "stop_sequences has 1025 tokens in one of them"),
         (SamplingParams(seed=2**63), "seed is 9223372036854775808; it must fit 64 bits"),
         (SamplingParams(top_k=2**64), "top_k is 18446744073709551616"),

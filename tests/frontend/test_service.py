@@ -204,7 +204,7 @@ async def test_an_engine_that_dies_is_told_from_a_sequence_that_fails(folder: Pa
 async def test_more_requests_than_may_wait_are_refused_and_room_comes_back(folder: Path, tokenizer: Tokenizer) -> None:
     bench = Bench(folder, tokenizer, pauses_after=1, info=info(max_num_seqs=2))
     running = [await bench.service.complete(["x"], params(n=2)) for _ in range(2)]
-    with pytest.raises(OverloadedError, match="4 requests are in flight, 4 are the most"):
+    with pytest.raises(OverloadedError, match="4 requests are in flight, the limit is 4"):
         await bench.service.complete(["x"], params())
     bench.engine.resume.set()
     for generation in running:
@@ -248,7 +248,7 @@ async def test_draining_aborts_what_does_not_end_and_says_so(folder: Path, token
     [
         (params(n=0), "n is 0; it must be from 1 to 128"),
         (params(stop=("",)), "empty string"),
-        (params(stop=("a",) * 65), "65 strings; 64 is the most"),
+        (params(stop=("a",) * 65), "65 strings; the limit is 64"),
         (params(seed=2**63), "64 bits"),
         (params(temperature=float("nan")), "temperature is nan"),
         (params(top_p=-0.1), "top_p is -0.1"),

@@ -63,7 +63,7 @@ def test_more_threads_than_cores_are_refused_with_both_numbers() -> None:
 
 
 def test_a_list_that_is_none_is_refused_before_anything_is_loaded() -> None:
-    with pytest.raises(ConfigError, match="'0-x' is no list of cores"):
+    with pytest.raises(ConfigError, match="'0-x' is not a list of cores"):
         EngineConfig(cores="0-x").validate()
 
 

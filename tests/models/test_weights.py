@@ -161,8 +161,8 @@ def test_a_tensor_in_two_shards_is_named(small: Path) -> None:
         ("{", "cannot be read"),
         ("{}", "cannot be read"),
         ("[]", "cannot be read"),
-        ('{"weight_map": {"model.a": "../model.safetensors"}}', "no file name"),
-        ('{"weight_map": {"model.a": 3}}', "no file name"),
+        ('{"weight_map": {"model.a": "../model.safetensors"}}', "not a file name"),
+        ('{"weight_map": {"model.a": 3}}', "not a file name"),
         ('{"weight_map": {"model.a": "gone.safetensors"}}', r"gone\.safetensors is missing"),
     ],
 )

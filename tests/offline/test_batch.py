@@ -95,8 +95,8 @@ async def test_every_line_gets_its_answer(files: Files) -> None:
 @pytest.mark.parametrize(
     ("wrong", "reason"),
     [
-        ("{", "no request of a batch"),
-        ("[]", "no request of a batch"),
+        ("{", "not a batch request"),
+        ("[]", "not a batch request"),
         ('{"custom_id": "x"}', "url"),
         (json.dumps(line("x", custom_id=5)), "custom_id"),
         (json.dumps(line("x", body="text")), "object"),

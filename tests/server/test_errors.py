@@ -85,9 +85,9 @@ BAD_BODIES: list[tuple[dict[str, Any], str, str]] = [
     ({"messages": ASK, "logprobs": True, "top_logprobs": 2**64}, "logprobs", "from 0 to 20"),
     ({"messages": ASK, "seed": 10**30}, "seed", "64 bits"),
     ({"messages": ASK, "stop_token_ids": [2**64]}, "stop_token_ids", "18446744073709551616"),
-    ({"messages": ASK, "stop_token_ids": [5] * 1025}, "stop_token_ids", "1024 is the most"),
+    ({"messages": ASK, "stop_token_ids": [5] * 1025}, "stop_token_ids", "the limit is 1024"),
     ({"messages": ASK, "logit_bias": {str(2**64): 1}}, "logit_bias", "18446744073709551616"),
-    ({"messages": ASK, "logit_bias": dict.fromkeys(map(str, range(1025)), 1)}, "logit_bias", "1024 is the most"),
+    ({"messages": ASK, "logit_bias": dict.fromkeys(map(str, range(1025)), 1)}, "logit_bias", "the limit is 1024"),
     ({"messages": ASK, "logit_bias": {"999999": 1}}, "logit_bias", "999999"),
     ({"messages": ASK, "logit_bias": {"x": 1}}, "logit_bias.x", "valid integer"),
     ({"messages": ASK, "top_logprobs": 2}, "top_logprobs", "needs logprobs"),
@@ -212,7 +212,7 @@ async def test_one_request_cannot_ask_for_more_answers_than_all_together_may(
     running = await serve(config={"max_queued_requests": 100})
     reply = await running.post(path, body)
     assert (reply.status_code, error_of(reply)["param"]) == (400, "n")
-    assert f"asks for {asked} answers, 108 are the most" in error_of(reply)["message"]
+    assert f"asks for {asked} answers; the limit for all requests together is 108" in error_of(reply)["message"]
     assert not running.engine.requests
 
 

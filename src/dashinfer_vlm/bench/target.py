@@ -37,7 +37,7 @@ class Target:
 
 
 Send: TypeAlias = Callable[[Turn, int, int], Awaitable[Outcome]]
-"""Sends one turn, of which so many tokens and which place in its conversation are told, and waits for its end."""
+"""Sends one turn, given its number of tokens and its place in the conversation, and waits for its end."""
 
 
 _SCHEMES = ("http://", "https://")

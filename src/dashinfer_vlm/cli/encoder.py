@@ -52,7 +52,7 @@ def encoder(address: str, model: str | None, encoders: int, threads: int | None)
 
 
 def node_command(address: str, num_encoders: int) -> list[str]:
-    """What starts a Ray node that offers room for so many encoders, and nothing else."""
+    """What starts a Ray node that offers room for that many encoders, and nothing else."""
     resources = json.dumps({RESOURCE: num_encoders})
     start = [sys.executable, "-m", "ray.scripts.scripts", "start", "--block", "--disable-usage-stats", "--num-cpus=0"]
     return [*start, f"--object-store-memory={OBJECT_STORE_BYTES}", f"--resources={resources}", f"--address={address}"]

@@ -50,7 +50,7 @@ def command(**values: Any) -> None:
         config.validate()
     set_up_logging(server.log_level)
     for name in envs.unknown([env for face in flags.FACES for item in flags.flags_of(face) for env in item.envs]):
-        logger.warning("%s is no variable of this server and means nothing; see docs/flags.md", name)
+        logger.warning("%s is not a variable of this server and has no effect; see docs/flags.md", name)
     with ExitStack() as stack:
         _check_keys(server)
         tls = envs.tls_files() if server.ssl else None

@@ -18,7 +18,7 @@ log = logging.getLogger(__name__)
 
 MAX_DEATHS = 2
 """So many encoders may die over one item: the first death may be another item's doing or nobody's, the next one, with
-the item alone, hardly."""
+the item alone, is not."""
 REFUSED = "the image could not be encoded"
 
 

@@ -29,7 +29,7 @@ class EngineClient(Protocol):
         """Stream the outputs of `request`; the last one carries `finish`. Use with `contextlib.aclosing`.
 
         The first `anext` raises InvalidRequestError, ContextLengthError or OverloadedError when the engine refuses
-        the request, and EngineDeadError when there is no engine any more. An engine that dies later ends the stream
+        the request, and EngineDeadError when the engine is gone. An engine that dies later ends the stream
         with an Output whose finish reason is "error". Closing the stream early aborts the sequence.
         """
         ...

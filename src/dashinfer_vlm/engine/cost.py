@@ -7,7 +7,7 @@ from dataclasses import dataclass
 FEW_TOKENS = 16
 """A card has always done its arithmetic over so few tokens before it has read the weights."""
 SLOW, MANY_TOKENS = 2.0, 128
-"""A call over so many tokens that takes so many times what the fixed part says is not below the knee, whatever the
+"""A call over a number of tokens that takes many times what the fixed part says is not below the knee, whatever the
 estimate says."""
 
 
@@ -17,7 +17,7 @@ class StepCost:
 
     The fixed part is the reading of the weights, which every step pays once; the marginal part is arithmetic. Both
     follow what steps really took, by exponential averaging: a machine that throttles or has noisy neighbours moves
-    the estimate, one slow step hardly does.
+    the estimate, a single slow step barely does.
     """
 
     fixed_s: float

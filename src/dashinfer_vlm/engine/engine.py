@@ -102,7 +102,7 @@ class Engine:
         self._counted.num_prompt_tokens_total += len(request.prompt_ids)
 
     def abort(self, request_id: str) -> None:
-        """End a sequence; its final Output comes with the next step. An id that has ended already is no error."""
+        """End a sequence; its final Output comes with the next step. An id that has already ended is not an error."""
         sequence = self._sequences.get(request_id)
         if sequence is not None:
             self._end(sequence, Finish("abort"))

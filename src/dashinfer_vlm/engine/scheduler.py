@@ -39,7 +39,7 @@ IDLE_STEP_S = 0.5
 
 
 def extra_share(num_far: float, num_near: float, num_decoding: int) -> float:
-    """Extra work of a step, as a share of its decode, when so many requests are far from decoding, or near.
+    """Extra work of a step, as a share of its decode, when this many requests are far from decoding, or near.
 
     Each has an equal claim on the machine: that is the ratio of those who wait to those who decode. Near ones are as
     good as decoding for the far ones: they come and go all the time, and the streams' gaps would jump with each of
@@ -268,7 +268,7 @@ class Scheduler:
     # Prefill
 
     def _extra_seconds(self, num_decoding: int) -> float | None:
-        """Seconds that prefill and encoding may add to this step; None is no limit, since no stream is waiting."""
+        """Seconds that prefill and encoding may add to this step; None means no limit, since no stream is waiting."""
         if not num_decoding:
             return None
         distances = [self._distance(sequence) for sequence in self.running if not sequence.is_decoding]

@@ -21,7 +21,7 @@ class Detokenizer:
         min_tokens: int = 0,
         shown: Collection[str] = (),
     ) -> None:
-        """`min_tokens`: stop strings are not looked for in the text of so many first tokens. `shown`: special tokens
+        """`min_tokens`: stop strings are not looked for in the text of this many first tokens. `shown`: special tokens
         that are written whatever `skip_special` says."""
         self._tokenizer = tokenizer
         self._characters = codecs.getincrementaldecoder("utf-8")(errors="replace")

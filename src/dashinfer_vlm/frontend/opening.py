@@ -34,14 +34,16 @@ class FrontEnd:
     @classmethod
     def from_folder(cls, folder: Path, chat_template: str | None = None) -> FrontEnd:
         """`chat_template` is a file that replaces the folder's template. Raises CheckpointError or ConfigError."""
-        checkpoint = FrontendConfig.from_folder(folder)  # first: a folder without config.json is no model folder at all
+        checkpoint = FrontendConfig.from_folder(
+            folder
+        )  # first: a folder without config.json is not a model folder at all
         tokenizer = Tokenizer.from_folder(folder)
         return cls(checkpoint, tokenizer, ChatTemplate.from_folder(folder, tokenizer, chat_template))
 
     def prompts(
         self, loader: Loader, *, max_model_len: int, vocab_size: int, max_items: Mapping[str, int]
     ) -> PromptBuilder:
-        """Prompts for a model of this context and vocabulary, with so many items of a kind at most."""
+        """Prompts for a model of this context and vocabulary, with at most this many items of a kind."""
         return PromptBuilder(
             tokenizer=self.tokenizer,
             template=self.template,

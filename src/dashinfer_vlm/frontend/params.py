@@ -53,7 +53,7 @@ class GenerationParams:
             raise InvalidRequestError(f"n is {self.n}; it must be from 1 to {MAX_CHOICES}", param="n")
         if len(self.stop) > MAX_STOP_STRINGS:
             raise InvalidRequestError(
-                f"stop has {len(self.stop)} strings; {MAX_STOP_STRINGS} is the most", param="stop"
+                f"stop has {len(self.stop)} strings; the limit is {MAX_STOP_STRINGS}", param="stop"
             )
         if not all(self.stop):
             raise InvalidRequestError("stop has an empty string, which would end every answer at once", param="stop")

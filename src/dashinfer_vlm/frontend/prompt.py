@@ -26,7 +26,7 @@ T = TypeVar("T")
 _SHORT_CHARS = 4000
 """About 3 ms of template and tokenizer."""
 _TURN_CHARS = 40
-"""A turn without text takes the template as long as so many characters."""
+"""A turn without text takes the template as long as this many characters."""
 _LOADS_AT_ONCE = 8
 """Media of one request that are on their way together, so that its neighbours' media get their turn too."""
 
@@ -44,7 +44,7 @@ class Loader(Protocol):
 
     @property
     def side_step(self) -> int:
-        """Both sides of a resized picture are multiples of so many pixels."""
+        """Both sides of a resized picture are multiples of this many pixels."""
         ...
 
     @property

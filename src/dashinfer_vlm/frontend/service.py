@@ -37,7 +37,7 @@ class Service:
     ) -> None:
         """`sampling_defaults` are the checkpoint's, for callers that build their SamplingParams from a request.
 
-        Beyond `max_queued_requests` that wait for the engine, requests are refused; None is no limit.
+        Beyond `max_queued_requests` that wait for the engine, requests are refused; None means no limit.
         """
         self.engine = engine
         self.prompts = prompts
@@ -124,13 +124,13 @@ class Service:
         params.validate(self.engine.info.vocab_size)
         if num_choices > self._max_in_flight:
             raise InvalidRequestError(
-                f"the request asks for {num_choices} answers, {self._max_in_flight} are the most of all requests together; "
+                f"the request asks for {num_choices} answers; the limit for all requests together is {self._max_in_flight}; "
                 "ask for fewer at a time or start with --max-queued-requests",
                 param="n",
             )
         if self._num_in_flight + num_choices > self._max_in_flight:
             raise OverloadedError(
-                f"{self._num_in_flight} requests are in flight, {self._max_in_flight} are the most; try again later"
+                f"{self._num_in_flight} requests are in flight, the limit is {self._max_in_flight}; try again later"
             )
         self._num_in_flight += num_choices
         self._num_requests += 1

@@ -71,7 +71,7 @@ class Tokenizer:
         while start + size < len(text):
             if size > _MAX_WORD_CHARS:
                 raise InvalidRequestError(
-                    f"the text has {size} characters without a break, {_MAX_WORD_CHARS} are the most; cut them in pieces"
+                    f"the text has {size} characters without a break, the limit is {_MAX_WORD_CHARS}; cut it into pieces"
                 )
             piece = self._encode(text[start : start + size])
             num_tokens, num_chars = _sure(piece)

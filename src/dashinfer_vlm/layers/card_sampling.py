@@ -147,7 +147,7 @@ def _or_problem(tokens: Tensor, logits: Tensor, found: Tensor) -> Tensor:
 
 def tell(logits: Tensor, rows: Tensor, tokens: Tensor, num_top: int) -> Tensor:
     """What `logprobs` tells of int64 `tokens` [n], one in each of `rows` [n] of float32 [R, V]: float64 [n, 2 + 2 * top],
-    the token's logprob and rank (1 is the likeliest), then so many ids, the likeliest first, and their logprobs."""
+    the token's logprob and rank (1 is the likeliest), then that many ids, the likeliest first, and their logprobs."""
     values = logits[rows]
     top = values.amax(dim=-1, keepdim=True)
     normaliser = top.double() + torch.exp(values - top).double().sum(dim=-1, keepdim=True).log().float().double()

@@ -116,7 +116,7 @@ class MediaLoader:
 
     @property
     def side_step(self) -> int:
-        """Both sides of a resized picture are multiples of so many pixels."""
+        """Both sides of a resized picture are multiples of this many pixels."""
         return self._processor.factor
 
     @property

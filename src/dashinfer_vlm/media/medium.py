@@ -65,7 +65,7 @@ class Medium(ABC):
         return self.limits(config, limits)
 
     def check_parts(self, num_parts: int, config: ProcessorConfig) -> None:
-        """Raise MediaTooLargeError unless an item may be given as a list of so many parts."""
+        """Raise MediaTooLargeError unless an item may be given as a list of this many parts."""
         raise MediaTooLargeError(f"a list of {num_parts} frames; only a video may be one, {self.kind}s come one by one")
 
     @abstractmethod

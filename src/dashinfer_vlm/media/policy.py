@@ -72,7 +72,7 @@ class MediaPolicy:
     """Decides by `allowed_domains` ("host" or "host:port", with its subdomains) and `allowed_local_path`."""
 
     def __init__(self, allowed_domains: Sequence[str] = (), allowed_local_path: str | None = None) -> None:
-        """Raises ConfigError for an entry that is no host and for a folder that is not there."""
+        """Raises ConfigError for an entry that is not a host and for a folder that does not exist."""
         self._allowed = tuple(_allowed_entry(entry) for entry in allowed_domains)
         self._folder: Path | None = None
         if allowed_local_path is not None:
@@ -166,7 +166,7 @@ def _host(host: str) -> str:
     try:
         name = host if host.isascii() else idna.encode(host, uts46=True).decode("ascii")
     except idna.IDNAError as error:
-        raise MediaError("the URL's host is no valid international name") from error
+        raise MediaError("the URL's host is not a valid international name") from error
     name = name.lower().removesuffix(".")
     labels = name.split(".")
     if _NUMBER.fullmatch(labels[-1]):

@@ -28,7 +28,7 @@ class Terms(msgspec.Struct, frozen=True, kw_only=True):
     """Of one image or frame, by its header."""
     max_video_s: float
     max_patches: int | None = None
-    """Encoder work of the whole item, in rows of its features; None is no limit."""
+    """Encoder work of the whole item, in rows of its features; None means no limit."""
 
 
 class DecodeJob(msgspec.Struct, frozen=True, kw_only=True):

@@ -249,7 +249,7 @@ def _abandon(task: asyncio.Task[tuple[Decoded, SharedArray]], worker: _Worker) -
 
 
 def _environment() -> dict[str, str]:
-    """Only what Python needs: keys and tokens of the server are no business of a process that may be taken over."""
+    """Only what Python needs: keys and tokens of the server must not reach a process that may be taken over."""
     kept = ("PATH", "LD_LIBRARY_PATH", "HOME", "LANG", "LC_ALL", "SYSTEMROOT")
     environment = {name: os.environ[name] for name in kept if name in os.environ}
     environment["PYTHONPATH"] = os.pathsep.join(os.path.abspath(entry) for entry in sys.path)

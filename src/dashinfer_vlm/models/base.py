@@ -103,7 +103,7 @@ class EncoderState(Protocol):
 
 class VisionEncoder(Protocol):
     """The ViT in three verbs, so that it can be handed out in slices between the steps of the LLM. How much a slice
-    does is the encoder's own choice: little enough that a stream hardly notices, enough to be efficient."""
+    does is the encoder's own choice: little enough that a stream barely notices, enough to be efficient."""
 
     @property
     def bytes_per_patch(self) -> int:

@@ -93,7 +93,7 @@ def quantise(config: EngineConfig, *, progress: Progress | None = None) -> list[
 def _load_vision(
     config: EngineConfig, checkpoint: CheckpointConfig, weights: Weights, backend: Backend
 ) -> tuple[VisionEncoder, bool]:
-    """The ViT, and whether torch's threads are of no use to it."""
+    """The ViT, and whether it has no use for torch's threads."""
     assert checkpoint.vision is not None
     if config.vision_engine == "transformers":
         return TransformersVision(checkpoint, weights, backend), False

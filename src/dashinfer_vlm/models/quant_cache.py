@@ -178,7 +178,7 @@ class QuantFolder:
         except (UnusableError, OSError) as error:
             logger.warning("quantised weights in %s cannot be used: %s; quantising again", path, error)
             return None
-        with suppress(OSError):  # a folder that may only be read is of use, too; then age is no matter
+        with suppress(OSError):  # a read-only folder is useful too; age does not matter there
             os.utime(path)
         return entry
 
@@ -335,7 +335,7 @@ def open_store(
         logger.warning("quantised weights are not kept: %s; name a folder with --quant-cache", error)
         return nullcontext()
     if path.exists() and not path.is_dir():
-        raise ConfigError(f"--quant-cache {path} is no folder")
+        raise ConfigError(f"--quant-cache {path} is not a folder")
     folder = QuantFolder(path, int(config.quant_cache_gib * _GIB))
     source = folder.remembered(weights.paths, part, lambda: weights.fingerprint(part))
     how = json.dumps([quant_type, str(dtype), cpu_ops.packing()])

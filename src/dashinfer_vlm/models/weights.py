@@ -166,7 +166,7 @@ class Weights:
 
 
 def _with_scales(entries: dict[str, _Entry], stored: StoredFloats) -> dict[str, _Entry]:
-    """Weights of 8-bit floats with the scales that lie beside them, which are no tensors of their own any more."""
+    """Weights of 8-bit floats with the scales that lie beside them, which are no longer tensors of their own."""
     found: dict[str, _Entry] = {}
     for name, entry in entries.items():
         base = name.removesuffix(".weight")
@@ -198,7 +198,7 @@ def _files(folder: Path) -> list[Path]:
         raise CheckpointError(f"{index} cannot be read: {error!r}") from error
     for name in names:
         if not isinstance(name, str) or Path(name).name != name:
-            raise CheckpointError(f"{index} names {name!r}, which is no file name")
+            raise CheckpointError(f"{index} names {name!r}, which is not a file name")
         if not (folder / name).exists():
             raise CheckpointError(f"{folder / name} is missing; {index.name} names it")
     return [folder / name for name in sorted(names)]
@@ -208,7 +208,7 @@ def _header(path: Path) -> list[_Entry]:
     entries = []
     try:
         with safe_open(path, framework="pt") as file:
-            for name in file.keys():  # noqa: SIM118 - the handle is no mapping
+            for name in file.keys():  # noqa: SIM118 - the handle is not a mapping
                 piece = file.get_slice(name)
                 dtype, shape = piece.get_dtype(), tuple(piece.get_shape())
                 if dtype not in SIZES:

@@ -47,7 +47,7 @@ class BatchResponse(msgspec.Struct, frozen=True):
 
 
 class BatchError(msgspec.Struct, frozen=True):
-    """Why a line is no request."""
+    """Why a line is not a request."""
 
     code: str
     message: str
@@ -305,12 +305,12 @@ def _parse(number: int, line: bytes, seen: set[str]) -> BatchRequest | BatchReco
         request = msgspec.json.decode(line, type=BatchRequest)
         streams = msgspec.json.decode(request.body, type=_Streams).stream
     except msgspec.DecodeError as error:
-        return _refused(number, None, f"this line is no request of a batch: {error}")
+        return _refused(number, None, f"this line is not a batch request: {error}")
     if request.custom_id in seen:
         return _refused(number, request.custom_id, "an earlier line has the same custom_id")
     seen.add(request.custom_id)
     if request.method != "POST" or not request.url.startswith("/v1/"):
-        reason = f"{request.method} {request.url} is no request of a batch; POST to /v1/chat/completions, for example"
+        reason = f"{request.method} {request.url} is not a batch request; POST to /v1/chat/completions, for example"
         return _refused(number, request.custom_id, reason)
     if streams:
         return _refused(number, request.custom_id, "stream is set; answers of a batch are whole")
@@ -327,7 +327,7 @@ def _record_id(number: int) -> str:
 
 def _next_of(items: Iterator[T]) -> asyncio.Future[T | None]:
     """The next of `items`, None at their end. It is awaited in a thread that the end of the program does not wait for:
-    a pipe may stay silent for ever."""
+    a pipe may stay silent forever."""
     found: Future[T | None] = Future()
     found.set_running_or_notify_cancel()  # nobody can cancel it any more: the thread sets it
 

@@ -49,7 +49,7 @@ def is_conversation(value: Conversation | Sequence[Conversation]) -> bool:
 
 
 def _message(message: Any, where: str) -> Any:
-    """Whatever is no message is left to the parser, which says so."""
+    """Whatever is not a message is left to the parser, which says so."""
     if not isinstance(message, Mapping):
         return message
     fields: dict[str, Any] = {"role": "user", **message}
@@ -129,5 +129,7 @@ def _rgb(image: Any) -> np.ndarray:
             return image
         image = Image.fromarray(image)
     if not isinstance(image, Image.Image):
-        raise MediaError(f"a {type(image).__name__} is no image; give a PIL image, an array, a path, a URL or bytes")
+        raise MediaError(
+            f"a {type(image).__name__} is not an image; pass a PIL image, an array, a path, a URL or bytes"
+        )
     return decode(image)

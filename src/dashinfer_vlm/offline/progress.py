@@ -27,7 +27,7 @@ class AnswerProgress:
         self._num_tokens = 0
 
     def advance(self, num_tokens: int) -> None:
-        """One more prompt has been answered, with so many tokens."""
+        """One more prompt has been answered, with this many tokens."""
         self._num_tokens += num_tokens
         rate = self._num_tokens / max(time.monotonic() - self._start_s, 1e-6)
         self._bar.update(self._task, advance=1, rate=rate)

@@ -166,7 +166,7 @@ def video_grid(width: int, height: int, num_frames: int, config: ProcessorConfig
 
 
 def check_num_patches(grid: Grid, max_patches: int | None, config: ProcessorConfig, noun: str) -> None:
-    """Raise MediaTooLargeError for more patches than the encoder has memory for; None is no limit."""
+    """Raise MediaTooLargeError for more patches than the encoder has memory for; None means no limit."""
     frames, rows, columns = grid
     if max_patches is not None and math.prod(grid) > max_patches:
         times = f"{frames} times " if frames > 1 else ""

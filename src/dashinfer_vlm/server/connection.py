@@ -1,7 +1,7 @@
 """One client's connection: uvicorn's, with bounds on how long a client may say nothing, read nothing, or half of it.
 
 uvicorn offers a time-out between requests only. A client that connects and stays silent, sends half of its headers, or
-does not read its answer would hold a file descriptor, and an answer, for ever.
+does not read its answer would hold a file descriptor, and an answer, forever.
 """
 
 from __future__ import annotations

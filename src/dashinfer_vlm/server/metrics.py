@@ -53,7 +53,7 @@ HELP = {
     "engine_shared_cache_misses_total": "Embeddings that were not in Redis.",
     "engine_shared_cache_read_bytes_total": "Bytes of embeddings read from Redis.",
     "engine_shared_cache_written_bytes_total": "Bytes of embeddings written to Redis.",
-    "engine_shared_cache_errors_total": "Commands to Redis that failed, and values from it that were no use.",
+    "engine_shared_cache_errors_total": "Commands to Redis that failed, and values from it that could not be used.",
     "engine_shared_cache_dropped_total": "Embeddings that were not written since Redis was away or slow.",
     "engine_step_seconds_total": "Seconds that steps took.",
     "engine_encoder_seconds_total": "Seconds of them that the vision encoder took.",
@@ -141,7 +141,7 @@ class Metrics:
 
 
 class ReplyCounter:
-    """ASGI middleware that counts answers; paths that are no route are one label, so that nobody can invent more."""
+    """ASGI middleware that counts answers; paths that are not routes share one label, so that nobody can invent more."""
 
     def __init__(self, app: ASGIApp, metrics: Metrics, paths: frozenset[str]) -> None:
         self._app = app

@@ -82,7 +82,7 @@ class BodyReader:
     def _keep(self, chunks: list[bytes], chunk: bytes) -> None:
         if self._num_held + len(chunk) > self._budget:
             raise OverloadedError(
-                f"unfinished requests hold {self._num_held} bytes, {self._budget} are the most; try again later"
+                f"unfinished requests hold {self._num_held} bytes, the limit is {self._budget}; try again later"
             )
         self._num_held += len(chunk)
         chunks.append(chunk)

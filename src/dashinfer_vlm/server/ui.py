@@ -46,7 +46,7 @@ class PageModel(msgspec.Struct, frozen=True):
     min_pixels: int
     max_pixels: int
     side_step: int
-    """Both sides of a resized picture are multiples of so many pixels."""
+    """Both sides of a resized picture are multiples of this many pixels."""
     box_unit: str
     """What `bbox_2d` counts: pixels of the resized picture, or thousandths."""
 

@@ -177,7 +177,7 @@ def test_a_checkpoint_with_something_wrong_leaves_nothing(
 
 def test_a_folder_that_is_none_is_refused(checkpoint: CheckpointMaker, cache: Path) -> None:
     cache.write_text("a file")
-    with pytest.raises(ConfigError, match=r"--quant-cache .* is no folder"):
+    with pytest.raises(ConfigError, match=r"--quant-cache .* is not a folder"):
         load_model(config(checkpoint(), cache, quant_type="a8w8"))
 
 

@@ -31,7 +31,7 @@ def check_head(address: str) -> None:
     """Raise ConfigError unless something listens at `address`, which Ray itself would find out after minutes."""
     host, _, port = address.rpartition(":")
     if not host or not (port.isascii() and port.isdigit()):
-        raise ConfigError(f"{address} is no address of a cluster; write host:port, such as 192.168.0.10:6379")
+        raise ConfigError(f"{address} is not the address of a cluster; write host:port, such as 192.168.0.10:6379")
     try:
         socket.create_connection((host.strip("[]"), int(port)), timeout=HEAD_TIMEOUT_S).close()
     except (OSError, OverflowError) as error:

@@ -116,7 +116,7 @@ def pack_fault(error: Exception) -> bytes:
 def unpack_embeddings(data: bytes, pictures: Sequence[Picture], packing: EmbeddingBytes) -> list[torch.Tensor]:
     """One [tokens_i, hidden] per picture, checked against what was asked for.
 
-    Raises the encoder's own error, and MessageError for anything that is no answer to this job.
+    Raises the encoder's own error, and MessageError for anything that is not an answer to this job.
     """
     try:
         reply = _reply_decoder.decode(data)

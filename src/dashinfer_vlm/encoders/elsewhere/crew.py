@@ -29,7 +29,7 @@ MAX_BACK_OFF_S = 30.0
 PLACE_CHECK_S = 1.0
 """How often a thread without a place looks for one."""
 MAX_FAILED_STARTS = 3
-"""After so many in a row nobody waits for this encoder any more; it is still tried."""
+"""After this many in a row nobody waits for this encoder any more; it is still tried."""
 CLOSE_TIMEOUT_S = 10.0
 
 

@@ -181,7 +181,7 @@ class ProcessEngine:
         return event_decoder.decode(receiving.result())
 
     async def _send(self, command: WireCommand) -> None:
-        # NOBLOCK: without a peer this would wait for ever. Nothing is lost: who sent it listens for the answer, and
+        # NOBLOCK: without a peer this would wait forever. Nothing is lost: who sent it listens for the answer, and
         # the reader tells all who listen that the child is gone.
         with contextlib.suppress(zmq.Again):
             await self._socket.send(msgspec.msgpack.encode(command), flags=zmq.NOBLOCK)

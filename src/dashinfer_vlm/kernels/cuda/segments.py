@@ -1,6 +1,6 @@
 """Attention without a mask inside packed segments: the ViT's frames and windows.
 
-A head whose channels are no power of two is cut in two parts, 80 = 64 + 16: padded to 128 it would cost 60 % more.
+A head whose channels are not a power of two is cut in two parts, 80 = 64 + 16: padded to 128 it would cost 60 % more.
 """
 
 from __future__ import annotations
