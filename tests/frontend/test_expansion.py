@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from types import SimpleNamespace
 from typing import Any
 
@@ -53,13 +54,9 @@ def golden_video() -> tuple[tuple[float, ...], str]:
 
 def ids_of(tokenizer: Tokenizer, text: str) -> list[int]:
     """As the reference's tokenizer gives them: text is split at special tokens alone."""
-    ids: list[int] = []
-    while text:
-        found = [(text.find(token), token) for token in tokenizer.added if token in text]
-        at, token = min(found, default=(len(text), ""))
-        ids += tokenizer.encode_text(text[:at]) + ([tokenizer.added[token]] if token else [])
-        text = text[at + len(token) :]
-    return ids
+    pieces = re.split("(" + "|".join(map(re.escape, tokenizer.added)) + ")", text)
+    pairs = ((tokenizer.added.get(piece), piece) for piece in pieces)
+    return [i for token, piece in pairs for i in (tokenizer.encode_text(piece) if token is None else [token])]
 
 
 @pytest.mark.parametrize("replaces_frame", [True, False], ids=["as in 4.57", "as in 5"])
