@@ -16,9 +16,11 @@ from dashinfer_vlm.cli.tool import tool
 from dashinfer_vlm.encoders.elsewhere.stage import WorkerEncoder
 from dashinfer_vlm.engine.engine import Engine
 from dashinfer_vlm.errors import ConfigError
+from dashinfer_vlm.request import Request, SamplingParams
 from tests.conftest import CheckpointMaker
 from tests.encoders.asking import Answers, loaded, picture, request, run
 from tests.encoders.cluster.nodes import Cluster, Node, is_alive
+from tests.models import qwen3_vl
 
 pytestmark = [
     pytest.mark.cluster,
@@ -78,6 +80,23 @@ def test_two_machines_give_the_same_tokens_as_the_step(
         assert run(engine, [request(folder, str(i), picture(i)) for i in range(NUM_REQUESTS)]) == expected
         assert stage_of(engine).own.seconds == before, "the engine encoded itself"
         assert engine.stats().num_encoder_retries_total == 0
+
+
+def test_videos_of_qwen3_vl_come_whole_from_another_machine(
+    cluster: Cluster, nodes: list[Node], checkpoint: CheckpointMaker
+) -> None:
+    folder = checkpoint("qwen3_vl")
+    cases = {name: qwen3_vl.prompt(folder, *parts) for name, parts in qwen3_vl.CASES.items()}
+    params = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True)
+    requests = [Request(id=name, prompt_ids=case.ids, items=case.items, params=params) for name, case in cases.items()]
+    with loaded(folder) as engine:
+        in_step = run(engine, requests)
+    with loaded(folder, vision_workers=1, cluster=cluster.address, prefix_cache=False, vision_cache_gib=0.0) as engine:
+        while stage_of(engine).crew.num_ready == 0:
+            run(engine, requests)
+        before = stage_of(engine).own.seconds
+        assert run(engine, requests) == in_step
+        assert stage_of(engine).own.seconds == before, "the engine encoded itself"
 
 
 def test_a_machine_killed_under_fifty_requests_costs_no_answer_and_another_takes_its_place(

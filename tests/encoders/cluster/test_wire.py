@@ -66,23 +66,27 @@ def test_a_job_that_is_not_for_this_encoder_is_refused(data: bytes, message: str
         unpack_pictures(data, model_id=b"m" * 32, patch_dim=PATCH_DIM)
 
 
-def test_embeddings_arrive_as_they_were_sent() -> None:
+@pytest.mark.parametrize("num_columns", [8, 8 * (1 + 3)], ids=["merged rows", "with three rows of deepstack each"])
+def test_embeddings_arrive_as_they_were_sent(num_columns: int) -> None:
     first, second = picture(1)[0], picture(2, num_tokens=3)[0]
-    sent = [torch.randn(1, 8).bfloat16(), torch.randn(3, 8).bfloat16()]
-    data = pack_embeddings([first.content_hash, second.content_hash], sent, PACKING)
-    got = unpack_embeddings(data, [first, second], PACKING)
+    packing = replace(PACKING, num_columns=num_columns)
+    sent = [torch.randn(1, num_columns).bfloat16(), torch.randn(3, num_columns).bfloat16()]
+    data = pack_embeddings([first.content_hash, second.content_hash], sent, packing)
+    got = unpack_embeddings(data, [first, second], packing)
     assert all(torch.equal(a, b) for a, b in zip(got, sent, strict=True))
 
 
-@pytest.mark.parametrize("wrong", ["hash", "rows", "model", "dtype", "count", "cut", "pickle"])
+@pytest.mark.parametrize("wrong", ["hash", "rows", "columns", "model", "dtype", "count", "cut", "pickle"])
 def test_an_answer_to_something_else_is_refused(wrong: str) -> None:
     asked = picture(1, num_tokens=2)[0]
     key = b"?" * 32 if wrong == "hash" else asked.content_hash
     packing = {
         "model": replace(PACKING, model_id=b"x" * 32),
         "dtype": replace(PACKING, dtype=torch.float16),
+        "columns": replace(PACKING, num_columns=32),
     }.get(wrong, PACKING)
-    data = pack_embeddings([key], [torch.zeros(3 if wrong == "rows" else 2, 8)], packing)
+    rows = torch.zeros(3 if wrong == "rows" else 2, packing.num_columns)
+    data = pack_embeddings([key], [rows], packing)
     data = {"cut": data[:-1], "pickle": b"\x80\x04K\x01."}.get(wrong, data)
     pictures = [asked, asked] if wrong == "count" else [asked]
     with pytest.raises(MessageError):
