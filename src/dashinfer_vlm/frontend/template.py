@@ -9,21 +9,17 @@ that only mark text (`guard.text_marks`) may be the user's. Text that forges not
 
 from __future__ import annotations
 
-import json
 import secrets
 from collections.abc import Sequence
-from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import jinja2
-from jinja2 import meta, nodes
-from jinja2.ext import Extension, loopcontrols
-from jinja2.parser import Parser
-from jinja2.sandbox import ImmutableSandboxedEnvironment
+from jinja2 import meta
 
 from dashinfer_vlm.errors import CheckpointError, ConfigError, InvalidRequestError, UnsupportedError
 from dashinfer_vlm.frontend.answer_parser import THINK, THINK_END, AnswerForm
+from dashinfer_vlm.frontend.bounded_jinja import BoundedEnvironment, ExhaustedError, bounded
 from dashinfer_vlm.frontend.guard import SpecialTokenGuard
 from dashinfer_vlm.frontend.hermes import Turn, in_plain_turns
 from dashinfer_vlm.frontend.messages import Dialogue, Message
@@ -36,22 +32,34 @@ _END_TOKENS = 8
 """Of a prompt, in which an opened or closed reasoning shows."""
 _NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
+_SECONDS, _SECONDS_PER_CHAR = 0.25, 5e-6
+"""Processor time of a rendering: many times what published templates take, even on a slow machine."""
+_CHARS_OF_A_DICT = 40
+"""A turn or a part without text takes a template as long as so many characters."""
+_MAX_REASON = 500
+
 
 class ChatTemplate:
     """Messages to prompt ids."""
 
     def __init__(self, source: str, tokenizer: Tokenizer, variables: dict[str, str] | None = None) -> None:
-        """`variables` are the names of special tokens that the template may use. Raises CheckpointError."""
+        """`variables` are the names of special tokens that the template may use.
+
+        Raises CheckpointError for a template that does not parse, or that cannot even render a greeting in its bounds.
+        """
         self.source = source
         self._tokenizer = tokenizer
         self._variables = variables or {}
         self._guard = SpecialTokenGuard(tokenizer.added, tokenizer.marks)
         try:
-            environment = _environment()
+            environment = BoundedEnvironment()
             self._template = environment.from_string(source)
             self._known = meta.find_undeclared_variables(environment.parse(source))
         except jinja2.TemplateSyntaxError as error:
             raise CheckpointError(f"the chat template does not parse, line {error.lineno}: {error.message}") from error
+        except RecursionError as error:
+            raise CheckpointError("the chat template does not parse: it is nested too deeply") from error
+        self._try()
 
     @classmethod
     def from_folder(cls, folder: Path, tokenizer: Tokenizer, override: str | None = None) -> ChatTemplate:
@@ -79,13 +87,27 @@ class ChatTemplate:
             "add_generation_prompt": then == "answer",
         }
         try:
-            text = self._template.render(told | fixed)
-        except jinja2.TemplateError as error:
-            reason = str(error.message).replace(sentinel, "")
+            text = self._render(told | fixed)
+        except Exception as error:  # noqa: BLE001 - the template is a program of somebody else's
+            reason = _shortened(str(error).replace(sentinel, "") or type(error).__name__)
             raise InvalidRequestError(
                 f"the chat template refuses these messages: {reason}", param="messages"
-            ) from error
+            ) from None  # what Jinja makes of a recursion is a thousand lines long
         return self._encode(_cut(text, end) if then == "continuation" else text, sentinel, most)
+
+    def _try(self) -> None:
+        greeting = [{"role": "user", "content": "Hello"}]
+        try:
+            self._render({**self._variables, "messages": greeting, "tools": None, "add_generation_prompt": True})
+        except (ExhaustedError, OverflowError, RecursionError) as error:  # the range of a loop overflows
+            reason = _shortened(str(error))
+            raise CheckpointError(f"the chat template cannot be used: with a message of one word, {reason}") from None
+        except Exception:  # noqa: BLE001 - it may want other messages, and says so to whoever sends them
+            return
+
+    def _render(self, values: dict[str, Any]) -> str:
+        with bounded(_SECONDS + _SECONDS_PER_CHAR * _num_chars(values)):
+            return self._template.render(values)
 
     def _encode(self, text: str, sentinel: str, most: int | None) -> list[int]:
         ids: list[int] = []
@@ -140,6 +162,19 @@ class ChatTemplate:
         )
 
 
+def _num_chars(value: Any) -> int:
+    """Characters that a template may read, and as much for what holds them."""
+    if isinstance(value, list):
+        return sum(map(_num_chars, value))
+    if isinstance(value, dict):
+        return _CHARS_OF_A_DICT + sum(map(_num_chars, value.values()))
+    return len(value) if isinstance(value, str) else 1
+
+
+def _shortened(reason: str) -> str:
+    return reason if len(reason) <= _MAX_REASON else f"{reason[:_MAX_REASON]}..."
+
+
 def _unguessable() -> str:
     """No user can write it, and no template looks for its characters."""
     return f"\ue000{secrets.token_hex(8)}\ue001"
@@ -162,45 +197,6 @@ def _cut(text: str, end: str) -> str:
     if not found:
         raise InvalidRequestError("the chat template leaves the last message's text out", param="messages")
     return before if after.startswith(" ") else before.rstrip()
-
-
-class _GenerationTag(Extension):
-    """`{% generation %}` marks the assistant's words for training; here its body is rendered as it is."""
-
-    tags = {"generation"}
-
-    def parse(self, parser: Parser) -> list[nodes.Node]:
-        next(parser.stream)
-        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
-
-
-def _environment() -> ImmutableSandboxedEnvironment:
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationTag, loopcontrols]
-    )
-    environment.filters["tojson"] = _tojson
-    environment.globals["raise_exception"] = _raise_exception
-    environment.globals["strftime_now"] = _strftime_now
-    return environment
-
-
-def _tojson(
-    value: Any,
-    ensure_ascii: bool = False,
-    indent: int | None = None,
-    separators: tuple[str, str] | None = None,
-    sort_keys: bool = False,
-) -> str:
-    """Jinja's own filter escapes HTML, which no prompt wants."""
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
-
-
-def _raise_exception(message: str) -> None:
-    raise jinja2.TemplateError(message)
-
-
-def _strftime_now(format: str) -> str:
-    return datetime.now().strftime(format)
 
 
 def _read_override(path: str) -> str:
