@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from dashinfer_vlm.kernels.choices import NOT_A_NUMBER, NOTHING_ALLOWED, Choices
 from dashinfer_vlm.layers import card_sampling, sampling
-from tests.kernels.test_sample import choices, strided
+from tests.kernels.sampling_cases import choices, strided
 
 
 def chosen(logits: torch.Tensor, given: Choices, seen: card_sampling.SeenCounts | None = None) -> list[int]:

@@ -8,6 +8,7 @@ import math
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -15,8 +16,10 @@ import torch
 from torch import Tensor
 
 from card_checks.results import Row, Setting, error
+from dashinfer_vlm.bench.spans import replaced
 from dashinfer_vlm.config import EngineConfig
-from dashinfer_vlm.engine.devices import num_spare_blocks
+from dashinfer_vlm.engine import engine as engine_module
+from dashinfer_vlm.engine.devices import make_card_runner, num_spare_blocks
 from dashinfer_vlm.engine.engine import Engine
 from dashinfer_vlm.layers.backend import Backend, choose_backend, on_card
 from dashinfer_vlm.layers.linear import Matrix
@@ -29,6 +32,8 @@ from dashinfer_vlm.request import Grid, Item, Request, SamplingParams
 from make_checkpoint import RECIPES, generation_config, processor_configs
 
 BLOCK_SIZE = 16
+WAYS = {"kernel by kernel": (False, 0), "as graphs": (True, 0), "as graphs, one ahead": (True, 1)}
+"""How steps are started: whether model calls are graphs, and how many steps are under way while one is planned."""
 
 
 class RandomWeights(Weights):
@@ -96,6 +101,15 @@ def make_engine(model: LoadedModel, num_tokens: int, max_model_len: int, **optio
     return Engine(model, allocate_kv(model, num_blocks, BLOCK_SIZE), config)
 
 
+def engine_for(model: LoadedModel, way: str, num_tokens: int, **options: object) -> Engine:
+    """An engine with a KV cache for `num_tokens`, whose steps go this way on any device."""
+    with_graphs, depth = WAYS[way]
+    config = EngineConfig(device=model.device.type, **options)  # type: ignore[arg-type]
+    num_blocks = -(-num_tokens // BLOCK_SIZE) + 1  # the runner's own is the last one
+    with replaced(engine_module, "make_runner", partial(make_card_runner, with_graphs=with_graphs, depth=depth)):
+        return Engine(model, allocate_kv(model, num_blocks, BLOCK_SIZE), config)
+
+
 def picture(config: CheckpointConfig, grid: Grid, start: int, seed: int) -> Item:
     """Noise; `seed` is its identity."""
     assert config.vision is not None
@@ -145,13 +159,16 @@ def families(setting: Setting) -> Iterator[Row]:
         grids: list[Grid] = [(1, 4, 6), (1, 8, 4)] if processor else []
         count, answer = (2, 3) if setting.tiny else (4, 12)
         requests = [request(config, str(i), grids[: i % 3], 20 + 9 * i, answer, i) for i in range(1, 1 + count)]
-        ours, theirs = (
-            tokens_of(make_engine(make_model(config, backend, small=True), 4096, 512), requests)
-            for backend in (checked_backend(setting, torch.float32), choose_backend(cpu, torch.float32))
-        )
-        apart = sum(a != b for name in ours for a, b in zip(ours[name], theirs[name], strict=True))
-        total = sum(map(len, theirs.values()))
-        yield Row(f"tokens of a tiny {arch}", error=apart / total, allowed=0, note=f"{total} tokens")
+        cpus = make_model(config, choose_backend(cpu, torch.float32), small=True)
+        theirs = tokens_of(make_engine(cpus, 4096, 512), requests)
+        model = make_model(config, checked_backend(setting, torch.float32), small=True)
+        engines = {"": make_engine(model, 4096, 512)}
+        if not setting.tiny:  # the usual way of a card is the last of them
+            engines |= {f" {way}": engine_for(model, way, 4096, max_model_len=512) for way in list(WAYS)[:-1]}
+        for way, engine in engines.items():
+            ours, total = tokens_of(engine, requests), sum(map(len, theirs.values()))
+            apart = sum(a != b for name in ours for a, b in zip(ours[name], theirs[name], strict=True))
+            yield Row(f"tokens of a tiny {arch}{way}", error=apart / total, allowed=0, note=f"{total} tokens")
         yield _rounding(setting, config)
 
 

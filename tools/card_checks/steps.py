@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from functools import partial
 
 import torch
 
 from card_checks.models import (
-    BLOCK_SIZE,
+    WAYS,
     checked_backend,
+    engine_for,
     kv_bytes,
     make_model,
     published_config,
@@ -18,24 +18,7 @@ from card_checks.models import (
     weight_bytes,
 )
 from card_checks.results import Row, Setting
-from dashinfer_vlm.bench.spans import replaced
-from dashinfer_vlm.config import EngineConfig
-from dashinfer_vlm.engine import engine as engine_module
-from dashinfer_vlm.engine.devices import make_card_runner
-from dashinfer_vlm.engine.engine import Engine
-from dashinfer_vlm.models.loading import allocate_kv
 from dashinfer_vlm.models.model import LoadedModel
-
-WAYS = {"kernel by kernel": (False, 0), "as graphs": (True, 0), "as graphs, one ahead": (True, 1)}
-
-
-def engine_for(model: LoadedModel, way: str, num_tokens: int, **options: object) -> Engine:
-    """An engine with a KV cache for `num_tokens`, whose steps go this way on any device."""
-    with_graphs, depth = WAYS[way]
-    config = EngineConfig(device=model.device.type, **options)  # type: ignore[arg-type]
-    num_blocks = -(-num_tokens // BLOCK_SIZE) + 1  # the runner's own is the last one
-    with replaced(engine_module, "make_runner", partial(make_card_runner, with_graphs=with_graphs, depth=depth)):
-        return Engine(model, allocate_kv(model, num_blocks, BLOCK_SIZE), config)
 
 
 def steps(setting: Setting) -> Iterator[Row]:

@@ -116,6 +116,6 @@ class InStepEncoder:
         patches = raw_patches(item)
         if isinstance(patches, np.ndarray):
             patches = torch.from_numpy(np.array(patches))  # a private copy: the shared file may be unmapped any time
-        if self.device.type == "cuda":
+        if self.device.type == "cuda" and patches.device.type == "cpu":
             patches = patches.pin_memory()  # or the copy would wait for all that the card has still to do
         return patches.to(self.device, non_blocking=True)
