@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor
@@ -11,6 +12,10 @@ NOT_A_NUMBER = -1
 """In place of a token: the row holds NaN, or its largest logit is infinite."""
 NOTHING_ALLOWED = -2
 """In place of a token: penalties and mask forbid everything."""
+
+ALIGNED = 4
+"""Numbers of 4 bytes after which an array may begin, so that a kernel is not compiled again for a pointer that 16 does
+not divide."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,3 +82,25 @@ class Likeliest:
             torch.empty(num_rows, dtype=torch.int32),
             torch.empty(num_rows, num_top, dtype=torch.int32),
         )
+
+
+def arrays_of(choices: Choices) -> Iterator[tuple[str, Tensor]]:
+    """What there is, by its name."""
+    for field in fields(choices):
+        array = getattr(choices, field.name)
+        if array is not None:
+            yield field.name, array
+
+
+def moved(choices: Choices, device: torch.device) -> Choices:
+    """The same on `device`, in one copy that is not waited for."""
+    arrays = dict(arrays_of(choices))
+    sizes = [-(-x.numel() // ALIGNED) * ALIGNED for x in arrays.values()]
+    staged = torch.zeros(sum(sizes), dtype=torch.int32)
+    parts = dict(zip(arrays, torch.split(staged, sizes), strict=True))
+    for name, array in arrays.items():
+        parts[name][: array.numel()] = array.contiguous().view(torch.int32).flatten()
+    if device.type == "cuda":
+        staged = staged.pin_memory()  # otherwise the copy is waited for
+    there = dict(zip(arrays, torch.split(staged.to(device, non_blocking=True), sizes), strict=True))
+    return replace(choices, **{n: there[n][: x.numel()].view(x.dtype).view(x.shape) for n, x in arrays.items()})

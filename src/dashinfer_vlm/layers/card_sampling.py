@@ -5,15 +5,16 @@ which takes one row after the other; here they are plain torch over all rows at 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from dashinfer_vlm.kernels import cuda
 from dashinfer_vlm.kernels.choices import NOT_A_NUMBER, NOTHING_ALLOWED, Choices
 
-__all__ = ["SeenCounts", "candidates", "choose", "largest", "shape", "tell"]
+__all__ = ["Chooser", "SeenCounts", "candidates", "choose", "chooser", "largest", "shape", "tell"]
 
 Numbers = NDArray[Any]
 
@@ -91,6 +92,26 @@ def choose(logits: Tensor, choices: Choices, shaped: Tensor | None = None, *, nu
     passed = torch.minimum(choices.uniform[:, None] * total, torch.nextafter(total, torch.zeros_like(total)))
     drawn = torch.searchsorted(mass, passed, right=True)[:, 0].clamp(max=found.shape[1] - 1)
     return _or_problem(torch.where(choices.temperature == 0, found.argmax(dim=-1), drawn), logits, found)
+
+
+class Chooser(Protocol):
+    """`choose`, or what takes its place."""
+
+    def __call__(
+        self, logits: Tensor, choices: Choices, shaped: Tensor | None = None, *, num_candidates: int
+    ) -> Tensor: ...
+
+
+def chooser(device: torch.device) -> Chooser:
+    """The fastest `choose` for `device`: the kernel on cards, which needs no number of candidates and sorts nothing."""
+    if device.type != "cuda" or cuda.why_unavailable() is not None:
+        return choose
+    from dashinfer_vlm.kernels.cuda.sampling import drawn  # imports triton
+
+    def by_kernel(logits: Tensor, choices: Choices, shaped: Tensor | None = None, *, num_candidates: int) -> Tensor:
+        return drawn(logits, choices, shaped).long()
+
+    return by_kernel
 
 
 def candidates(temperature: Numbers, top_k: Numbers, top_p: Numbers, vocab_size: int) -> int:

@@ -12,8 +12,9 @@ from torch import Tensor
 pytest.importorskip("triton")
 
 from dashinfer_vlm.kernels import cuda
-from dashinfer_vlm.kernels.choices import NOT_A_NUMBER, NOTHING_ALLOWED, Choices
+from dashinfer_vlm.kernels.choices import NOT_A_NUMBER, NOTHING_ALLOWED, Choices, moved
 from dashinfer_vlm.kernels.cuda import sampling
+from dashinfer_vlm.layers import card_sampling
 from dashinfer_vlm.layers import sampling as reference
 from tests.kernels.cuda.numbers import DEVICE
 from tests.kernels.sampling_cases import assert_equal_but_for_rounding, choices, rows_and_choices, strided
@@ -90,7 +91,7 @@ def test_arrays_that_are_moved_together_keep_their_numbers_and_begin_at_16_bytes
     given = choices(
         3, top_k=[1, 2, 3], bias=[[(1, 2.5)], [], [(0, -1.0)]], seen=[[(4, 2)], [], []], forbidden=[[7]] * 3
     )
-    there = sampling.moved(given, DEVICE)
+    there = moved(given, DEVICE)
     for name in Choices.__slots__:
         before, after = getattr(given, name), getattr(there, name)
         assert (before is after) if before is None else torch.equal(before, after.cpu())
@@ -120,6 +121,19 @@ def test_what_is_told_of_a_token_is_what_the_reference_tells(width: int, num_top
 def test_ids_and_shapes_that_do_not_fit_are_refused(columns: dict[str, Any], told: str) -> None:
     with pytest.raises(ValueError, match=told):
         sampling.choose(torch.zeros(2, 300), choices(2, **columns))
+
+
+def test_a_step_on_a_card_draws_by_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    by_kernel = card_sampling.chooser(torch.device("cuda"))
+    logits = strided(3, 70).to(DEVICE)
+    given = moved(choices(3, temperature=[0, 1, 1], top_k=[0, 5, 0], top_p=[1, 1, 0.5], forbidden=[[2]] * 3), DEVICE)
+    shaped = card_sampling.shape(logits, given, None)
+    tokens = by_kernel(logits, given, shaped, num_candidates=70)
+    assert tokens.dtype == torch.int64
+    assert torch.equal(tokens, card_sampling.choose(logits, given, shaped, num_candidates=70))
+    assert by_kernel is not card_sampling.choose
+    monkeypatch.setattr(cuda, "why_unavailable", lambda: "no")
+    assert card_sampling.chooser(torch.device("cuda")) is card_sampling.choose
 
 
 def test_a_card_chooses_by_its_kernel(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,8 +7,7 @@ twice. Their steps are computed at once all the same; only the choice waits unti
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, replace
-from typing import Any
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -20,7 +19,7 @@ from dashinfer_vlm.engine.grammars.masks import Masks
 from dashinfer_vlm.engine.sampler import FAILED, FAILED_ROW, PROBLEMS, Row, Sampled, Sampler, choices_of
 from dashinfer_vlm.engine.sequence import Sequence
 from dashinfer_vlm.engine.steps import Chunk
-from dashinfer_vlm.kernels.choices import Choices
+from dashinfer_vlm.kernels.choices import Choices, moved
 from dashinfer_vlm.layers import card_sampling as ops
 from dashinfer_vlm.request import TokenLogprob
 
@@ -84,6 +83,7 @@ class CardSampler:
         self._sampler = sampler
         self._masks = masks
         self._device = device
+        self._choose = ops.chooser(device)
         self._vocab_size = vocab_size
         self.newest = torch.zeros(num_seats + 1, dtype=torch.int64, device=device)
         """The seat behind all others is nobody's."""
@@ -112,7 +112,7 @@ class CardSampler:
         tokens = (
             ops.largest(logits, shaped)
             if wanted.is_greedy
-            else ops.choose(logits, choices, shaped, num_candidates=wanted.num_candidates)
+            else self._choose(logits, choices, shaped, num_candidates=wanted.num_candidates)
         )
         known = tokens.clamp(min=0)
         self.newest[wanted.arrays["seats"][: wanted.num_rows]] = known
@@ -139,7 +139,7 @@ class CardSampler:
         failed = frozenset(i for i, row in enumerate(rows) if row is FAILED_ROW)
         counted = [counts_on_device(chunk.sequence) for chunk in wanted.chunks for _ in range(chunk.num_logits)]
         asked = [_without_seen(row) if is_counted else row for row, is_counted in zip(rows, counted, strict=True)]
-        return self._all_moved(choices_of(asked, mask())), failed
+        return moved(choices_of(asked, mask()), self._device), failed
 
     def _seen_counts(self, wanted: Wanted) -> ops.SeenCounts | None:
         if not wanted.num_counted:
@@ -151,11 +151,6 @@ class CardSampler:
     def _tell(self, logits: Tensor, tokens: Tensor, asking: list[tuple[int, int]]) -> Tensor:
         rows = self._moved(torch.tensor([row for row, _ in asking]))
         return ops.tell(logits, rows, tokens[rows], max(num_top for _, num_top in asking))
-
-    def _all_moved(self, choices: Choices) -> Choices:
-        found = {field.name: getattr(choices, field.name) for field in fields(Choices)}
-        moved: dict[str, Any] = {name: None if x is None else self._moved(x) for name, x in found.items()}
-        return Choices(**moved)
 
     def _moved(self, tensor: Tensor) -> Tensor:
         if self._device.type == "cuda":

@@ -6,25 +6,18 @@ found by bisection on integers that order like floats, over the few candidates t
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import fields, replace
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from dashinfer_vlm.kernels.choices import NOT_A_NUMBER, NOTHING_ALLOWED, Choices, Likeliest
+from dashinfer_vlm.kernels.choices import NOT_A_NUMBER, NOTHING_ALLOWED, Choices, Likeliest, arrays_of, moved
 from dashinfer_vlm.kernels.cuda.launch import check, launch
 
-__all__ = ["choose", "likeliest", "moved", "tokens_of"]
+__all__ = ["choose", "drawn", "likeliest", "tokens_of"]
 
 BLOCK = 4096
 """Logits that a program looks at together."""
-ALIGNED = 4
-"""Numbers of 4 bytes after which an array may begin, so that a kernel is not compiled again for a pointer that 16 does
-not divide."""
-
 NAN, NOTHING = tl.constexpr(NOT_A_NUMBER), tl.constexpr(NOTHING_ALLOWED)
 LAST = tl.constexpr(2**31 - 1)
 LIGHTEST = tl.constexpr(1.1754943508222875e-38)
@@ -277,30 +270,23 @@ def choose(logits: Tensor, choices: Choices) -> Tensor:
 
 def tokens_of(logits: Tensor, choices: Choices) -> Tensor:
     """As `choose`, of choices that are on the logits' device and fit; int32 [R] there. Waits for nothing."""
+    lists = (choices.bias_ids, choices.seen_ids, choices.forbidden_ids)
+    is_shaped = choices.mask is not None or any(x.numel() for x in lists)
+    return drawn(logits, choices, _shaped(logits, choices) if is_shaped else None)
+
+
+def drawn(logits: Tensor, choices: Choices, shaped: Tensor | None = None) -> Tensor:
+    """As `tokens_of`, where `shaped`, a contiguous copy, has all applied already that the lists and the mask ask for."""
     num_rows, width = logits.shape
     values = torch.empty(num_rows, width, dtype=torch.float32, device=logits.device)
     ids = torch.empty(num_rows, width, dtype=torch.int32, device=logits.device)
     tokens = torch.empty(num_rows, dtype=torch.int32, device=logits.device)
-    lists = (choices.bias_ids, choices.seen_ids, choices.forbidden_ids)
-    is_shaped = choices.mask is not None or any(x.numel() for x in lists)
     launch(
-        _choose, (num_rows,), logits, _shaped(logits, choices) if is_shaped else logits, values, ids, tokens,
-        choices.temperature, choices.top_k, choices.top_p, choices.min_p, choices.uniform, logits.stride(0), width,
-        is_shaped, BLOCK, num_warps=16,
+        _choose, (num_rows,), logits, logits if shaped is None else shaped, values, ids, tokens, choices.temperature,
+        choices.top_k, choices.top_p, choices.min_p, choices.uniform, logits.stride(0), width, shaped is not None, BLOCK,
+        num_warps=16,
     )  # fmt: skip
     return tokens
-
-
-def moved(choices: Choices, device: torch.device) -> Choices:
-    """The same on `device`, in one copy that is not waited for."""
-    arrays = dict(_arrays(choices))
-    sizes = [-(-x.numel() // ALIGNED) * ALIGNED for x in arrays.values()]
-    staged = torch.zeros(sum(sizes), dtype=torch.int32)
-    parts = dict(zip(arrays, torch.split(staged, sizes), strict=True))
-    for name, array in arrays.items():
-        parts[name][: array.numel()] = array.contiguous().view(torch.int32).flatten()
-    there = dict(zip(arrays, torch.split(staged.to(device, non_blocking=True), sizes), strict=True))
-    return replace(choices, **{n: there[n][: x.numel()].view(x.dtype).view(x.shape) for n, x in arrays.items()})
 
 
 def likeliest(logits: Tensor, rows: Tensor, tokens: Tensor, num_top: int) -> Likeliest:
@@ -334,17 +320,10 @@ def _shaped(logits: Tensor, choices: Choices) -> Tensor:
     return shaped
 
 
-def _arrays(choices: Choices) -> Iterator[tuple[str, Tensor]]:
-    for field in fields(choices):
-        array = getattr(choices, field.name)
-        if array is not None:
-            yield field.name, array
-
-
 def _check(logits: Tensor, choices: Choices) -> None:
     num_rows, width = logits.shape
     check(logits.dtype == torch.float32 and logits.stride(1) == 1, "logits must be float32 [R, V], rows dense", logits)
-    for name, array in _arrays(choices):
+    for name, array in arrays_of(choices):
         if name.endswith("_ids"):
             starts = getattr(choices, name.removesuffix("_ids") + "_starts")
             check(starts.shape == (num_rows + 1,), f"{name[:-4]}_starts must be [{num_rows} + 1]", starts)
