@@ -162,6 +162,9 @@ class EngineConfig:
         None,
         "Cores to pin compute threads to, one each, vision workers' included: 0-7, or auto for all; not pinned when absent.",
     )
+    step_timeout_s: float = option(
+        300.0, "Seconds that the engine may take for one step before it counts as stuck and is ended.", least=1
+    )
     seed: int = option(0, "Seed of requests that bring none.", least=0)
     vision_engine: VisionEngineName = option(
         "native", "Who runs the vision encoder.", group="Vision", only=("native", "transformers")

@@ -50,6 +50,8 @@ class Script(IntEnum):
     """One token per item and positions: the sum of its numbers."""
     CRASH_EXIT = -7
     """The process ends at once."""
+    HANG = -8
+    """Its step does not end."""
 
 
 class ScriptedEngine:
@@ -87,6 +89,8 @@ class ScriptedEngine:
         self.num_steps += 1
         if any(request.prompt_ids[0] == Script.CRASH_STEP for request in self.requests.values()):
             raise ZeroDivisionError("scripted")
+        if any(request.prompt_ids[0] == Script.HANG for request in self.requests.values()):
+            time.sleep(600)
         if any(request.prompt_ids[0] == Script.ENDLESS for request in self.requests.values()):
             time.sleep(0.001)
         ended, self._ended = self._ended, []

@@ -7,6 +7,8 @@ import os
 import signal
 import subprocess
 import sys
+import time
+from collections.abc import AsyncGenerator
 from pathlib import Path
 
 import pytest
@@ -15,7 +17,7 @@ import torch
 from dashinfer_vlm.config import EngineConfig
 from dashinfer_vlm.engine.host.process import ProcessEngine
 from dashinfer_vlm.errors import CheckpointError, EngineDeadError, EngineError
-from dashinfer_vlm.request import Item, Request, SamplingParams
+from dashinfer_vlm.request import Item, Output, Request, SamplingParams
 from dashinfer_vlm.shared_array import shared_root
 from tests.conftest import CheckpointMaker
 from tests.engine.host.test_client import SCRIPTED_PROCESS, ask, collect
@@ -95,6 +97,46 @@ async def test_a_child_that_dies_ends_every_stream_with_an_error(way: str) -> No
     assert not engine.alive()
     with pytest.raises(EngineDeadError, match=word):
         await collect(engine, ask("late", 1))
+    await engine.close()
+
+
+async def test_a_kill_under_many_fast_streams_is_told_within_a_second() -> None:
+    """However much the child has said that is not handed out yet."""
+    engine = await ProcessEngine.start(EngineConfig())
+    streams = [engine.generate(ask(f"r{i}", Script.ENDLESS)) for i in range(35)]
+    for stream in streams:
+        await anext(stream)
+    time.sleep(1)  # noqa: ASYNC251 - a busy parent: the child's words pile up
+    os.kill(engine.pid, signal.SIGKILL)
+    killed_s = time.perf_counter()
+
+    async def last(stream: AsyncGenerator[Output, None]) -> str | None:
+        return [output.finish async for output in stream][-1].reason  # type: ignore[union-attr]
+
+    assert set(await asyncio.gather(*map(last, streams))) == {"error"}
+    assert time.perf_counter() - killed_s < 1
+    await engine.close()
+
+
+async def test_a_child_that_is_stopped_is_ended_and_its_streams_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ProcessEngine, "stop_timeout_s", 1.0)
+    engine = await ProcessEngine.start(EngineConfig())
+    stream = engine.generate(ask("a", Script.ENDLESS))
+    await anext(stream)
+    os.kill(engine.pid, signal.SIGSTOP)
+    last = [output.finish async for output in stream][-1]
+    assert last is not None
+    assert (last.reason, "has not answered for" in (last.message or "")) == ("error", True)
+    assert not engine.alive()
+    await engine.close()
+
+
+async def test_a_step_without_end_counts_as_stuck() -> None:
+    engine = await ProcessEngine.start(EngineConfig(step_timeout_s=1))
+    outputs = await collect(engine, ask("a", Script.HANG))
+    assert outputs[-1].finish is not None
+    assert "has not answered for" in (outputs[-1].finish.message or "")
+    assert not engine.alive()
     await engine.close()
 
 

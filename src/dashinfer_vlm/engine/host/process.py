@@ -9,6 +9,7 @@ import signal
 import sys
 from collections.abc import AsyncGenerator
 from functools import partial
+from pathlib import Path
 
 import msgspec
 import zmq
@@ -40,6 +41,8 @@ __all__ = ["ProcessEngine"]
 
 logger = logging.getLogger(__name__)
 
+_LOOK_S = 1.0
+"""How often the engine is asked whether it still turns."""
 _LAST_WORDS_S = 0.2
 """How long messages may still be in the socket after the process that sent them has ended."""
 
@@ -54,8 +57,13 @@ class ProcessEngine:
     close_timeout_s = 10.0
     """How long the child may take to end by itself: one step and the unloading of its model."""
 
+    stop_timeout_s = 10.0
+    """How long the child may be stopped by a signal, as a debugger does, before it counts as stuck."""
+
     def __init__(self, process: asyncio.subprocess.Process, socket: zmq.asyncio.Socket, folder: SharedFolder) -> None:
         self._process = process
+        self._watch: asyncio.Task[None] | None = None
+        self._why_ended: str | None = None
         self._exit = asyncio.create_task(process.wait())
         self._socket = socket
         self._folder = folder
@@ -84,6 +92,7 @@ class ProcessEngine:
         except BaseException:
             await engine.close()
             raise
+        engine._watch = asyncio.create_task(engine._end_when_stuck(config.step_timeout_s), name="engine-watch")
         return engine
 
     @property
@@ -123,6 +132,8 @@ class ProcessEngine:
         if self._closing:
             return
         self._closing = True
+        if self._watch:
+            self._watch.cancel()
         await self._end_process()
         if self._reader:
             await self._reader
@@ -141,6 +152,27 @@ class ProcessEngine:
             with contextlib.suppress(ProcessLookupError):
                 self._process.kill()
             await self._exit
+
+    async def _end_when_stuck(self, step_timeout_s: float) -> None:
+        """Ask after every second whether the loop still turns, and end a process that does not answer in time."""
+        while self.alive():
+            answer = asyncio.ensure_future(self.stats())
+            waited_s = 0.0
+            while not answer.done() and waited_s < self._patience_s(step_timeout_s):
+                await asyncio.wait({answer}, timeout=_LOOK_S)
+                waited_s += _LOOK_S
+            if not answer.done():
+                answer.cancel()
+                self._why_ended = f"has not answered for {waited_s:g} s and was ended"
+                with contextlib.suppress(ProcessLookupError):
+                    self._process.kill()
+                return
+            if answer.exception() is not None:  # it is dead, and the reader says so
+                return
+            await asyncio.wait({self._exit}, timeout=_LOOK_S)
+
+    def _patience_s(self, step_timeout_s: float) -> float:
+        return min(self.stop_timeout_s, step_timeout_s) if _is_stopped(self._process.pid) else step_timeout_s
 
     async def _load(self, start: Start, progress: OnProgress) -> None:
         assert self._process.stdin is not None
@@ -170,14 +202,18 @@ class ProcessEngine:
                 self._listeners.end_all(Fault.of(error))
 
     async def _next_event(self) -> WireEvent:
-        """Raises EngineDeadError once the child has ended and all that it said was heard."""
+        """Raises EngineDeadError once the child has ended and all that it said was heard.
+
+        One that was killed had no last words, and what it said before may take seconds to hand out.
+        """
         receiving = asyncio.ensure_future(self._socket.recv())
         await asyncio.wait({receiving, self._exit}, return_when=asyncio.FIRST_COMPLETED)
-        if not receiving.done():
+        was_killed = self._exit.done() and self._exit.result() < 0
+        if not receiving.done() and not was_killed:
             await asyncio.wait({receiving}, timeout=_LAST_WORDS_S)
-        if not receiving.done():
+        if was_killed or not receiving.done():
             receiving.cancel()
-            raise EngineDeadError(f"the engine process {_how_it_ended(self._exit.result())}")
+            raise EngineDeadError(f"the engine process {self._why_ended or _how_it_ended(self._exit.result())}")
         return event_decoder.decode(receiving.result())
 
     async def _send(self, command: WireCommand) -> None:
@@ -185,6 +221,14 @@ class ProcessEngine:
         # the reader tells all who listen that the child is gone.
         with contextlib.suppress(zmq.Again):
             await self._socket.send(msgspec.msgpack.encode(command), flags=zmq.NOBLOCK)
+
+
+def _is_stopped(pid: int) -> bool:
+    """By SIGSTOP or a debugger, as far as the system tells."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2][:1] in "Tt"
+    except OSError:
+        return False
 
 
 def _how_it_ended(status: int) -> str:
