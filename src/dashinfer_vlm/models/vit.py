@@ -171,7 +171,8 @@ class VitBlock:
             yield
         q, k, v = torch.split(heads, self.num_heads, dim=1)
         attended = torch.empty_like(q, memory_format=torch.contiguous_format)
-        for rows, part in self._attention_pieces(starts, num_rows, state.slice_flops):
+        pairs = state.layout.pairs[self.starts_index]
+        for rows, part in self._attention_pieces(pairs, num_rows, state.slice_flops):
             attended[rows, part] = self.ops.varlen_attention(
                 q[rows, part], k[:, part], v[:, part], starts, self.head_dim**-0.5, rows.start
             )
@@ -182,11 +183,9 @@ class VitBlock:
             self.mlp(self.norm2(x), residual=x, out=state.hidden[rows])
             yield
 
-    def _attention_pieces(
-        self, starts: torch.Tensor, num_rows: int, slice_flops: float
-    ) -> Iterator[tuple[slice, slice]]:
+    def _attention_pieces(self, pairs: int, num_rows: int, slice_flops: float) -> Iterator[tuple[slice, slice]]:
         """Queries and heads of each slice: whole heads, or parts of one head's queries where a head is too much."""
-        per_head = 4 * self.head_dim * float(starts.diff().double().square().sum())
+        per_head = 4.0 * self.head_dim * pairs
         for part in pieces(self.num_heads, per_head, 1, slice_flops):
             flops_per_row = per_head * (part.stop - part.start) / num_rows
             for rows in pieces(num_rows, flops_per_row, MIN_SLICE_ROWS, slice_flops):

@@ -19,6 +19,8 @@ class PatchLayout:
 
     starts: tuple[torch.Tensor, ...]
     """One int32 [N + 1] of segment starts for each kind of attention that the blocks use."""
+    pairs: tuple[int, ...]
+    """Of query and key within all segments, for each kind: what attention costs, told without a look at the device."""
     order: torch.Tensor | None = None
     """int64 [P / merge ** 2]: which group of patches stands where; None keeps the items' order."""
 
@@ -43,7 +45,11 @@ def frame_starts(grids: Sequence[Grid], device: torch.device) -> torch.Tensor:
 
 def frames_layout(device: torch.device) -> Layout:
     """Items in their order, each frame attending to itself."""
-    return lambda grids: PatchLayout(starts=(frame_starts(grids, device),))
+    return lambda grids: PatchLayout(starts=(frame_starts(grids, device),), pairs=(_frame_pairs(grids),))
+
+
+def _frame_pairs(grids: Sequence[Grid]) -> int:
+    return sum(frames * (rows * columns) ** 2 for frames, rows, columns in grids)
 
 
 def windows_layout(config: VisionConfig, window: int, device: torch.device) -> Layout:
@@ -58,7 +64,8 @@ def windows_layout(config: VisionConfig, window: int, device: torch.device) -> L
         order = torch.cat([item_order + first for (item_order, _), first in zip(windows, firsts, strict=False)])
         lengths = torch.cat([torch.zeros(1, dtype=torch.int64), *(lengths for _, lengths in windows)]) * m**2
         starts = (frame_starts(grids, device), lengths.cumsum(0).int().to(device))
-        return PatchLayout(starts=starts, order=order.to(device))
+        pairs = (_frame_pairs(grids), int(lengths.square().sum()))
+        return PatchLayout(starts=starts, pairs=pairs, order=order.to(device))
 
     return layout
 

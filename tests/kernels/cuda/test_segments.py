@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from itertools import accumulate, pairwise
 
 import pytest
@@ -10,6 +11,7 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
+from dashinfer_vlm.kernels.cuda import segments
 from dashinfer_vlm.kernels.cuda.segments import segment_tiles, varlen_attention
 from dashinfer_vlm.layers import attention
 from tests.kernels.cuda.numbers import DEVICE, TYPES, allowed, error
@@ -77,3 +79,29 @@ def test_tiles_hold_every_row_once_and_never_two_segments(lengths: list[int], fi
     segments = list(pairwise(starts))
     for begin, end, *segment in tiles:
         assert begin == end or (tuple(segment) in segments and segment[0] <= begin < end <= min(begin + 64, segment[1]))
+
+
+def test_tiles_are_made_once_for_all_blocks_and_no_longer_kept_than_their_segments(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    made: list[int] = []
+
+    def counting(starts: Tensor, *where: int) -> Tensor:
+        made.append(len(starts))
+        return segment_tiles(starts, *where)
+
+    monkeypatch.setattr(segments, "segment_tiles", counting)
+    q, k, v = (torch.randn(9, 1, 16, device=DEVICE) for _ in range(3))
+    starts = torch.tensor([0, 4, 9], dtype=torch.int32, device=DEVICE)
+    kept = len(segments._TILES)
+    outputs = [varlen_attention(q, k, v, starts, 0.1) for _ in range(3)]
+    assert made == [3]
+    assert torch.equal(outputs[0], outputs[2])
+    other = torch.tensor([0, 2, 9], dtype=torch.int32, device=DEVICE)
+    want = attention.varlen_attention(q, k, v, other, 0.1)
+    assert error(varlen_attention(q, k, v, other, 0.1), want) < 1e-5
+    assert made == [3, 3]
+    assert len(segments._TILES) == kept + 2
+    del starts, other
+    gc.collect()
+    assert len(segments._TILES) == kept

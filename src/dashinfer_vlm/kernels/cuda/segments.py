@@ -9,6 +9,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from dashinfer_vlm.kernels.cuda.launch import check, compute_type, launch, power_of_two, unit_of
 
@@ -114,6 +115,18 @@ def _attend(
         tl.store(place + b[None, :], (acc_b / total[:, None]).to(out.dtype.element_ty), mask=inside)
 
 
+_TILES: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+"""By starts, then by rows and height: every block of a ViT attends within the same segments."""
+
+
+def _tiles(starts: Tensor, first: int, stop: int, height: int) -> Tensor:
+    """`segment_tiles`, made once as long as the starts live; nobody changes them."""
+    made: dict[tuple[int, int, int], Tensor] = _TILES.setdefault(starts, {})  # type: ignore[no-untyped-call]
+    if (first, stop, height) not in made:
+        made[first, stop, height] = segment_tiles(starts, first, stop, height)
+    return made[first, stop, height]
+
+
 def segment_tiles(starts: Tensor, first: int, stop: int, height: int) -> Tensor:
     """int32 [n, 4] on the device of `starts`, without a wait: the first row of a tile, the end of its rows, and the
     segment's start and stop; for rows `first .. stop` of the packed ones. Surplus tiles at the end have no rows.
@@ -138,7 +151,9 @@ def parts_of(dim: int) -> tuple[int, int]:
 
 
 def varlen_attention(q: Tensor, k: Tensor, v: Tensor, starts: Tensor, scale: float, first_query: int = 0) -> Tensor:
-    """`layers.attention.varlen_attention`: [Q, H, D] of q's dtype. Waits for nothing and reads nothing back."""
+    """`layers.attention.varlen_attention`: [Q, H, D] of q's dtype. Waits for nothing and reads nothing back.
+
+    Tiles are kept as long as `starts`, which must not change."""
     num_queries, num_heads, dim = q.shape
     check(k.shape == v.shape and k.shape[1:] == q.shape[1:], "q, k and v must agree in heads and channels", q, k, v)
     check(q.stride(2) == k.stride(2) == v.stride(2) == 1, "channels must be dense", q, k, v)
@@ -147,7 +162,7 @@ def varlen_attention(q: Tensor, k: Tensor, v: Tensor, starts: Tensor, scale: flo
         return out
     is_short = len(k) < TALL * (len(starts) - 1)
     height, width, warps, stages = tile_shape(q.dtype, is_short=is_short)
-    tiles = segment_tiles(starts, first_query, first_query + num_queries, height)
+    tiles = _tiles(starts, first_query, first_query + num_queries, height)
     strides = [*q.stride()[:2], *k.stride()[:2], *v.stride()[:2]]
     unit = unit_of(*strides)
     launch(
