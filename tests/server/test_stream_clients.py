@@ -35,9 +35,9 @@ class SteppedByHand(ScriptedEngine):
 
 @dataclass
 class VllmClient:
-    """Reads a stream as `vllm bench serve` does: vllm/benchmarks/lib/endpoint_request_func.py,
+    """Reads a stream as `vllm bench serve` does: vllm/benchmarks/lib/endpoint_request_func.py at commit 02cfb534,
     async_request_openai_chat_completions and async_request_openai_completions. The first event with choices is the
-    first token, every later one ends a wait."""
+    first token, every later one ends a wait, whatever text they have; the event of the usage ends none."""
 
     sent_s: float
     ttft_s: float = 0.0
@@ -56,10 +56,10 @@ class VllmClient:
                 self.ttft_s = now_s - self.sent_s
             else:
                 self.waits_s.append(now_s - self._latest_s)
+            self._latest_s = now_s
             self.text += content or ""
         elif usage := data.get("usage"):
             self.num_output_tokens = usage.get("completion_tokens")
-        self._latest_s = now_s
 
 
 async def lines_of(running: Running, path: str, body: dict[str, Any]) -> list[str]:
