@@ -159,11 +159,15 @@ def test_a_worker_that_dies_before_its_first_line_is_stopped_like_any_other(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What was written for it and never read must not fail its end, which frees the socket."""
-    worker = ProcessEncoder(EngineConfig(model=str(tmp_path)), SharedFolder(tmp_path), torch.float32, "no_such_module")
+    folder = SharedFolder()
+    worker = ProcessEncoder(EngineConfig(model=str(tmp_path)), folder, torch.float32, "no_such_module")
     monkeypatch.setattr(subprocess, "Popen", ended_at_once(subprocess.Popen))
-    with pytest.raises(OSError, match="Broken pipe"):
-        worker.start()
-    worker.stop()
+    try:
+        with pytest.raises(OSError, match="Broken pipe"):
+            worker.start()
+    finally:
+        worker.stop()
+        folder.close()
     assert not worker.is_alive()
 
 
