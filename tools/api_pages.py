@@ -22,7 +22,7 @@ TARGET = ROOT / "docs" / "api"
 PAGES = {
     "python.md": (
         "The Python API",
-        "`from dashinfer_vlm import VLM, SamplingParams, GenerationParams, Grammar`; the rest comes from the module it is "
+        "`from dashinfer_vlm import VLM, SamplingParams, GenerationParams, Grammar`; the rest comes from the module it is "  # noqa: E501
         "listed under.",
         (
             ("dashinfer_vlm/offline/vlm.py", ("VLM",)),

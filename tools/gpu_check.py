@@ -4,9 +4,9 @@
     PYTHONPATH=src:tools python tools/gpu_check.py [--only PHASE]... [--out FILE]
     PYTHONPATH=src:tools python tools/gpu_check.py --device cpu --tiny        # a rehearsal on any machine
 
-Prints a table: name, milliseconds, floor, ratio, bar, error, verdict. The floor is what the ceilings that the first phase
-measured allow. `--out` gets a line of JSON per phase as it ends. The exit status is 1 when a result is wrong; one that
-is only slow is 0. docs/cuda.md says more.
+Prints a table: name, milliseconds, floor, ratio, bar, error, verdict. The floor is what the ceilings that the first
+phase measured allow. `--out` gets a line of JSON per phase as it ends. The exit status is 1 when a result is wrong; one
+that is only slow is 0. docs/cuda.md says more.
 """
 
 from __future__ import annotations

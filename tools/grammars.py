@@ -3,8 +3,8 @@
 
     grammars.py FOLDER [--rows 8 32] [--repeats 5]
 
-FOLDER holds the tokenizer, such as that of any Qwen checkpoint. Every sequence of a batch writes the same record under the
-same schema, each a token behind the one before it, so that a step has rows in all places of the record. Times are
+FOLDER holds the tokenizer, such as that of any Qwen checkpoint. Every sequence of a batch writes the same record under
+the same schema, each a token behind the one before it, so that a step has rows in all places of the record. Times are
 milliseconds: by the clock, which other work on the machine lengthens, and of this process's processors, which it hardly
 does.
 """

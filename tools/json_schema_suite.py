@@ -3,10 +3,10 @@
 
     json_schema_suite.py FOLDER [--page docs/json_schema.md]
 
-FOLDER is a draft of the suite, such as json/tests/draft2020-12 of jsonschema's source distribution (`pip download --no-deps
---no-binary :all: jsonschema`). Its optional folders are left out. A schema is compiled or refused; for those that are
-compiled, each of the suite's values is written as JSON and followed. The worst that can be is an invalid value that may be
-written; a valid one that may not be is narrower than JSON Schema, which has no order of fields, for one.
+FOLDER is a draft of the suite, such as json/tests/draft2020-12 of jsonschema's source distribution (`pip download
+--no-deps --no-binary :all: jsonschema`). Its optional folders are left out. A schema is compiled or refused; for those
+that are compiled, each of the suite's values is written as JSON and followed. The worst that can be is an invalid value
+that may be written; a valid one that may not be is narrower than JSON Schema, which has no order of fields, for one.
 """
 
 from __future__ import annotations
@@ -107,10 +107,10 @@ def written(draft: str, found: dict[str, Findings]) -> str:
             "# What of JSON Schema structured output covers",
             "",
             f"Made by `tools/json_schema_suite.py` from the JSON Schema Test Suite, {draft}, optional tests left out:",
-            f"{all_of.num_compiled} of {all_of.num_schemas} schemas ({share:.0f} %) are accepted, the others are refused",
-            f"with the reason that is shown. Of {all_of.num_values} values for accepted schemas, {len(all_of.too_wide)} that",
-            f"are invalid could be written, and {len(all_of.too_narrow)} that are valid could not: an answer has the fields in",
-            "the order of the schema and numbers spelled as it spells them, and `format` is kept, which the suite does not",
+            f"{all_of.num_compiled} of {all_of.num_schemas} schemas ({share:.0f} %) are accepted, the others are refused",  # noqa: E501
+            f"with the reason that is shown. Of {all_of.num_values} values for accepted schemas, {len(all_of.too_wide)} that",  # noqa: E501
+            f"are invalid could be written, and {len(all_of.too_narrow)} that are valid could not: an answer has the fields in",  # noqa: E501
+            "the order of the schema and numbers spelled as it spells them, and `format` is kept, which the suite does not",  # noqa: E501
             "ask for.",
             "",
             "| file of the suite | accepted | invalid and possible | valid and impossible | refused, with the reason |",

@@ -1,9 +1,11 @@
 #!/usr/bin/env python3
 """Write a random-weight Qwen checkpoint in the published format: real tensor names, real config keys, a tokenizer.
 
-    make_checkpoint.py OUT --arch qwen2_vl|qwen2_5_vl|qwen2|qwen3 --size tiny|small|2b|7b|8b [--seed 0] [--dtype bfloat16]
+    make_checkpoint.py OUT --arch qwen2_vl|qwen2_5_vl|qwen2|qwen3 --size tiny|small|2b|7b|8b
+        [--seed 0] [--dtype bfloat16]
 
-`2b`, `7b` and `8b` (Qwen3-VL) have the published shapes, so that speed and memory are the real ones; the text that comes out is noise.
+`2b`, `7b` and `8b` (Qwen3-VL) have the published shapes, so that speed and memory are the real ones; the text that
+comes out is noise.
 `tiny` and `small` are for parity tests against `transformers`; their norms and biases are random too, since an error
 in a norm of ones or a bias of zeros would not show. A new family is one more row of RECIPES.
 """
@@ -225,7 +227,8 @@ def qwen3(size: str) -> dict[str, Any]:
 
 
 def qwen3_vl(size: str) -> dict[str, Any]:
-    """Text values in `text_config`, as published. The small sizes have a table of 8 x 8 positions, which no grid fits."""
+    """Text values in `text_config`, as published. The small sizes have a table of 8 x 8 positions, which fits
+    no grid."""
     depth, width, heads = (24, 1024, 16) if size == "2b" else VISION[size]
     text = qwen3(size) | {
         "model_type": "qwen3_vl_text",

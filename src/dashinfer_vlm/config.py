@@ -106,7 +106,8 @@ class Speculation:
         made = cls(**counts)  # type: ignore[arg-type]  # all are whole numbers now
         if made.prompt_lookup_min > made.prompt_lookup_max:
             raise ConfigError(
-                f"{name} has prompt_lookup_min {made.prompt_lookup_min} above prompt_lookup_max {made.prompt_lookup_max}"
+                f"{name} has prompt_lookup_min {made.prompt_lookup_min} above prompt_lookup_max "
+                f"{made.prompt_lookup_max}"
             )
         return made
 
@@ -160,7 +161,8 @@ class EngineConfig:
     )
     cores: str | None = option(
         None,
-        "Cores to pin compute threads to, one each, vision workers' included: 0-7, or auto for all; not pinned when absent.",
+        "Cores to pin compute threads to, one each, vision workers' included: 0-7, or auto for all; not pinned when "
+        "absent.",
     )
     step_timeout_s: float = option(
         300.0, "Seconds that the engine may take for one step before it counts as stuck and is ended.", least=1
@@ -199,7 +201,8 @@ class EngineConfig:
     )
     cluster: str | None = option(
         None,
-        "Ray cluster whose machines run the vision workers: host:port of its head, or auto for the one of this machine.",
+        "Ray cluster whose machines run the vision workers: host:port of its head, or auto for the one of this "
+        "machine.",
         group="Vision",
     )
     min_pixels: int | None = option(
@@ -222,8 +225,8 @@ class EngineConfig:
         _check_fields(self)
         if self.vision_engine == "transformers" and self.vision_quant_type != "none":
             raise ConfigError(
-                f"--vision-quant-type is {self.vision_quant_type}, but --vision-engine transformers computes with whole "
-                "weights; use native"
+                f"--vision-quant-type is {self.vision_quant_type}, but --vision-engine transformers computes with "
+                "whole weights; use native"
             )
         for name in ("vision_device", "vision_threads", "cluster"):
             if getattr(self, name) is not None and not self.vision_workers:

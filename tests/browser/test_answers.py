@@ -19,7 +19,7 @@ SHOW = """text => import("/page/markdown.js").then(({showMarkdown}) => {
     showMarkdown(parent, text);
     for (const node of parent.querySelectorAll("*")) for (const name of ["data-source", "tabindex"]) node.removeAttribute(name);
     return parent.innerHTML;
-})"""
+})"""  # noqa: E501
 FIND = """([text, picture, model]) => import("/page/boxes.js").then(({findBoxes}) => findBoxes(text, picture, model))"""
 MODEL = {"side_step": 28, "min_pixels": 3136, "max_pixels": 1_003_520}
 
@@ -70,7 +70,7 @@ async def test_text_never_becomes_markup(text: str, serve: Serve, visit: Visit) 
     await visit.ask("hi")
     await visit.answered()
     made = await visit.page.evaluate(
-        "[...document.querySelectorAll('.answer img, .answer script, .answer iframe, .answer b, .answer i, .answer svg')]"
+        "[...document.querySelectorAll('.answer img, .answer script, .answer iframe, .answer b, .answer i, .answer svg')]"  # noqa: E501
         ".filter((node) => !node.closest('button')).length"
     )
     assert made == 0

@@ -263,7 +263,7 @@ async def test_colours_are_chosen_and_kept(serve: Serve, visit: Visit) -> None:
 async def test_the_end_of_a_long_answer_stays_in_sight_unless_the_user_leaves_it(serve: Serve, visit: Visit) -> None:
     running = await serve("\n\n".join(f"Line {i}." for i in range(60)), engine={"pauses_after": 200})
     await visit.open(running.url)
-    at_end = "() => { const s = document.getElementById('scroller'); return s.scrollHeight - s.scrollTop - s.clientHeight < 2; }"
+    at_end = "() => { const s = document.getElementById('scroller'); return s.scrollHeight - s.scrollTop - s.clientHeight < 2; }"  # noqa: E501
     await visit.ask("Count.")
     await visit.sees(".answer", "Line 20.")
     await visit.page.wait_for_function(at_end)

@@ -18,7 +18,7 @@ HAND_OVER = """([name, base64, makeEvent]) => {
     data.items.add(new File([bytes], name, {type: "image/png"}));
     if (makeEvent === "paste") document.dispatchEvent(new ClipboardEvent("paste", {clipboardData: data, bubbles: true}));
     else for (const type of ["dragenter", "drop"]) document.dispatchEvent(new DragEvent(type, {dataTransfer: data}));
-}"""
+}"""  # noqa: E501
 """Paste or drop a file, which the operating system would otherwise have to do."""
 
 

@@ -26,7 +26,8 @@ from tests.engine.late_runner import LateRunner
 from tests.engine.scripted_model import EOS, VOCAB, ScriptedModel
 
 LETTERS = [chr(code) for code in range(33, 33 + VOCAB - 7)]
-"""Tokens 0 to 93, one printable character each; then blank, end of line, two words that grammars force; then specials."""
+"""Tokens 0 to 93, one printable character each; then blank, end of line, two words that grammars force; then
+specials."""
 WORDS = [*LETTERS, " ", "\n", '{"', '":', "true"]
 SPECIAL = "<|special|>"
 NGRAM = {"method": "ngram", "num_speculative_tokens": 4, "prompt_lookup_min": 1}

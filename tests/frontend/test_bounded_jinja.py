@@ -23,15 +23,15 @@ HOSTILE = {
     "a product": "{{ 'x' * 10 ** 9 }}",
     "a product of lists": "{% set a = [0] * 10 ** 10 %}",
     "doubling": "{% set n = namespace(x='x') %}{% for i in range(99) %}{% set n.x = n.x ~ n.x %}{% endfor %}",
-    "doubling with a sign": "{% set n = namespace(x='x') %}{% for i in range(99) %}{% set n.x = n.x + n.x %}{% endfor %}",
+    "doubling with a sign": "{% set n = namespace(x='x') %}{% for i in range(99) %}{% set n.x = n.x + n.x %}{% endfor %}",  # noqa: E501
     "doubling by replacement": (
         "{% set n = namespace(x='xx') %}{% for i in range(99) %}{% set n.x = n.x.replace('x', n.x) %}{% endfor %}"
     ),
     "doubling by the filter": (
         "{% set n = namespace(x='xx') %}{% for i in range(99) %}{% set n.x = n.x | replace('x', n.x) %}{% endfor %}"
     ),
-    "a list of lists": "{% set n = namespace(x=['lol']) %}{% for i in range(30) %}{% set n.x = [n.x] * 9 %}{% endfor %}{{ n.x }}",
-    "JSON of it": "{% set n = namespace(x=['lol']) %}{% for i in range(30) %}{% set n.x = [n.x] * 9 %}{% endfor %}{{ n.x | tojson }}",
+    "a list of lists": "{% set n = namespace(x=['lol']) %}{% for i in range(30) %}{% set n.x = [n.x] * 9 %}{% endfor %}{{ n.x }}",  # noqa: E501
+    "JSON of it": "{% set n = namespace(x=['lol']) %}{% for i in range(30) %}{% set n.x = [n.x] * 9 %}{% endfor %}{{ n.x | tojson }}",  # noqa: E501
     "a join": "{{ (range(100000) | list) | join('x' * 100000) }}",
     "a join of the text": "{{ ('x' * 100000).join(['a'] * 100000) }}",
     "a wide format": "{{ '%999999999d' % 1 }}",
@@ -44,7 +44,7 @@ HOSTILE = {
     "indentation": "{{ ('\\n' * 60000) | indent(90000) }}",
     "a large number": "{{ 9 ** (9 ** 9) }}",
     "much output": "{% for i in range(100000) %}{{ 'x' * 10000 }}{% endfor %}",
-    "many texts": "{% set n = namespace(x=[]) %}{% for i in range(1000) %}{% set n.x = n.x + ['x' * 9999999] %}{% endfor %}",
+    "many texts": "{% set n = namespace(x=[]) %}{% for i in range(1000) %}{% set n.x = n.x + ['x' * 9999999] %}{% endfor %}",  # noqa: E501
     "many padded texts": "{{ range(100000) | map('string') | map('center', 100000) | list | length }}",
     "JSON with indentation": "{{ [1] | tojson(indent=10 ** 9) }}",
 }

@@ -1,4 +1,5 @@
-"""Qwen3-VL against `transformers`, in float32: deepstack, interleaved M-RoPE, learnt positions, videos in several runs."""
+"""Qwen3-VL against `transformers`, in float32: deepstack, interleaved M-RoPE, learnt positions, videos in several
+runs."""
 
 from __future__ import annotations
 

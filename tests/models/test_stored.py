@@ -1,4 +1,5 @@
-"""Checkpoints of 8-bit floats give what the same numbers give when they are written out, also where blocks are cut off."""
+"""Checkpoints of 8-bit floats give what the same numbers give when they are written out, also where blocks are cut
+off."""
 
 from __future__ import annotations
 

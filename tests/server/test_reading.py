@@ -109,7 +109,7 @@ HEAVY: dict[str, tuple[str, Any, int]] = {
     "empty messages": (CHAT, {"messages": [{"role": "user", "content": ""}] * 300_000}, 400),
     "unknown fields": (CHAT, {"messages": ASK} | {f"f{i}": 1 for i in range(500_000)}, 400),
     "logit_bias": (CHAT, {"messages": ASK, "logit_bias": {str(i): 1.0 for i in range(250_000)}}, 400),
-    "a large picture": (CHAT, {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "data:image/png;base64," + "A" * 10_000_000}}]}]}, 200),
+    "a large picture": (CHAT, {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "data:image/png;base64," + "A" * 10_000_000}}]}]}, 200),  # noqa: E501
     "log probabilities": (CHAT, {"messages": ASK, "logprobs": True, "top_logprobs": 20, "n": 4}, 200),
     "a large answer": (CHAT, {"messages": ASK, "n": 8}, 200),
 }  # fmt: skip

@@ -14,7 +14,7 @@ from tests.server.conftest import Parts, Running, Serve
 
 ASK: Any = [{"role": "user", "content": "Is it?"}]
 HYBRID = (
-    "{% for m in messages %}{{ m.role }}: {% if m.reasoning_content %}<think>{{ m.reasoning_content }}</think>{% endif %}"
+    "{% for m in messages %}{{ m.role }}: {% if m.reasoning_content %}<think>{{ m.reasoning_content }}</think>{% endif %}"  # noqa: E501
     "{{ m.content }}\n{% endfor %}{% if add_generation_prompt %}A:"
     "{% if enable_thinking is defined and not enable_thinking %}<think>\n\n</think>\n\n{% endif %}{% endif %}"
 )

@@ -152,7 +152,7 @@ async def test_the_model_is_shown_tools_calls_and_results_with_pictures(serve: S
     assert reply.status_code == 200, reply.text
     pads = "<|image_pad|>" * running.loader.num_tokens
     assert prompt_of(running, tokenizer) == (
-        "<|im_start|>system\nBe brief.\n\n# Tools\n\nYou may call one or more functions to assist with the user query.\n\n"
+        "<|im_start|>system\nBe brief.\n\n# Tools\n\nYou may call one or more functions to assist with the user query.\n\n"  # noqa: E501
         "You are provided with function signatures within <tools></tools> XML tags:\n<tools>\n"
         f"{json.dumps(TOOLS[0])}\n"
         '{"type": "function", "function": {"name": "time", "parameters": {"type": "object"}}}\n</tools>\n\n'

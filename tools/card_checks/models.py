@@ -152,7 +152,8 @@ def tokens_of(engine: Engine, requests: list[Request]) -> dict[str, list[int]]:
 
 
 def families(setting: Setting) -> Iterator[Row]:
-    """Greedy tokens of a tiny model of each family in float32: the device's are the CPU's; logits in bfloat16 nearly."""
+    """Greedy tokens of a tiny model of each family in float32: the device's are the CPU's; logits in bfloat16
+    nearly."""
     cpu = torch.device("cpu")
     for arch, (_, _, processor) in RECIPES.items():
         config = published_config(arch, "tiny")

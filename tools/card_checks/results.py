@@ -67,7 +67,8 @@ class Setting:
             torch.cuda.synchronize()
 
     def time(self, call: Callable[[], object], *, rounds: int = 20) -> float:
-        """Median seconds of `call` on the device, after two calls that warm up; between them the cache is overwritten."""
+        """Median seconds of `call` on the device, after two calls that warm up; between them the cache is
+        overwritten."""
         rounds = 1 if self.tiny else rounds
         for _ in range(0 if self.tiny else 2):
             call()

@@ -34,7 +34,9 @@ _MOST_LINES = 2000
 @click.option("--api-key", envvar="DASHINFER_API_KEY", help="A key of the server at --url.")
 @click.option("-i", "--image", "images", multiple=True, metavar="PATH|URL", help="A picture of the first message.")
 @click.option("--system", metavar="TEXT", help="What the model is told before the conversation.")
-@click.option("--temperature", type=float, metavar="NUMBER", help="0 is always the likeliest word; the model's own when absent.")  # fmt: skip
+@click.option(
+    "--temperature", type=float, metavar="NUMBER", help="0 is always the likeliest word; the model's own when absent."
+)
 @click.option("--max-tokens", type=int, metavar="COUNT", help="Of an answer; to the end of the context when absent.")
 def chat(
     flags: tuple[str, ...],

@@ -30,7 +30,15 @@ _LOOKAHEAD = 8
 
 @click.command("run", context_settings=CONTEXT)
 @click.argument("input_file", metavar="INPUT.jsonl", type=click.Path(dir_okay=False, allow_dash=True, path_type=Path))
-@click.option("-o", "--output", "output_file", required=True, metavar="OUTPUT.jsonl", type=click.Path(dir_okay=False, allow_dash=True, path_type=Path), help="Where answers are appended; a run that was ended goes on from what is there.")  # fmt: skip
+@click.option(
+    "-o",
+    "--output",
+    "output_file",
+    required=True,
+    metavar="OUTPUT.jsonl",
+    type=click.Path(dir_okay=False, allow_dash=True, path_type=Path),
+    help="Where answers are appended; a run that was ended goes on from what is there.",
+)
 @click.option("--chat-template", metavar="FILE", help="File with a Jinja chat template; the model's own when absent.")
 @options(EngineConfig, MediaConfig)
 def run(input_file: Path, output_file: Path, chat_template: str | None, **values: Any) -> int:

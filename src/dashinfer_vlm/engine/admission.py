@@ -13,7 +13,8 @@ from dashinfer_vlm.request import Item, Request
 
 _MOST_POSITION = 2**31
 _MOST_ID = 2**63
-"""Positions and placeholders are below these; larger ones would not fit the arrays that all requests of a step share."""
+"""Positions and placeholders are below these; larger ones would not fit the arrays that all requests of a step
+share."""
 
 
 @dataclass(frozen=True, slots=True)

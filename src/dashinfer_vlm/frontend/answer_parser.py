@@ -6,7 +6,8 @@ The tags are those that Qwen's models write: `<think>`, and the form of Hermes f
     {"name": "look", "arguments": {"at": "the sky"}}
     </tool_call>
 
-Only what may be a tag, or may turn out to be a call, is held back. Whatever pieces the text comes in, it reads the same.
+Only what may be a tag, or may turn out to be a call, is held back. Whatever pieces the text comes in, it reads the
+same.
 """
 
 from __future__ import annotations
@@ -174,7 +175,8 @@ class AnswerParser:
         return text[:kept]
 
     def _call(self) -> bool:
-        """Behind the tag: from `_body` on stands, or should stand, an object; `_scanned` is how far it was looked at."""
+        """Behind the tag: from `_body` on stands, or should stand, an object; `_scanned` is how far it was looked
+        at."""
         if _NO_CALL.match(self._held, self._body):
             return self._give_up()
         if self._form.sure and (header := _HEADER.match(self._held, self._body)):

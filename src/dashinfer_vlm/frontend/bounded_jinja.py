@@ -1,9 +1,9 @@
-"""Jinja for chat templates, which come with a model folder and may be wrong or hostile: no Python, and bounds on what one
-rendering may compute and make.
+"""Jinja for chat templates, which come with a model folder and may be wrong or hostile: no Python, and bounds on what
+one rendering may compute and make.
 
-Nothing can stop an interpreter from outside, so the template stops itself: every turn of a loop, every call, every filter
-and every operation that makes something larger passes a `Meter`. A string or list that would be too large is refused
-before it is made. Processor time of the thread counts, not the clock: a busy machine changes no answer.
+Nothing can stop an interpreter from outside, so the template stops itself: every turn of a loop, every call, every
+filter and every operation that makes something larger passes a `Meter`. A string or list that would be too large is
+refused before it is made. Processor time of the thread counts, not the clock: a busy machine changes no answer.
 """
 
 from __future__ import annotations

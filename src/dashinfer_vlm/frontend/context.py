@@ -41,7 +41,8 @@ def check_total(num_tokens: int, max_tokens: int | None, limit: int, param: str,
     if max_tokens is None or num_tokens + max_tokens <= limit:
         return
     reason = (
-        f"you requested {num_tokens + max_tokens} tokens ({num_tokens} in the {param}, {max_tokens} in the completion); "
+        f"you requested {num_tokens + max_tokens} tokens ({num_tokens} in the {param}, {max_tokens} in the "
+        f"completion); "
         f"lower {max_tokens_name} to at most {limit - num_tokens}, shorten the {param}, or {_LONGER}."
     )
     raise too_long(limit, reason, param)

@@ -92,8 +92,8 @@ async def open_service(
     """The service of the model in the folder `engine_config.model` (`hub.resolve_model` finds it).
 
     What the folder, the template, `media_config`, or `engine_config` beside the folder have wrong is raised as
-    CheckpointError or ConfigError before the engine is started. With `start_decoders` the decoding processes run before the first medium comes. At the end what
-    still runs is aborted, and all is closed. Belongs to one event loop.
+    CheckpointError or ConfigError before the engine is started. With `start_decoders` the decoding processes run before
+    the first medium comes. At the end what still runs is aborted, and all is closed. Belongs to one event loop.
     """
     folder = Path(engine_config.model)
     check_settings(read_config(folder), engine_config)

@@ -124,7 +124,8 @@ class Service:
         params.validate(self.engine.info.vocab_size)
         if num_choices > self._max_in_flight:
             raise InvalidRequestError(
-                f"the request asks for {num_choices} answers; the limit for all requests together is {self._max_in_flight}; "
+                f"the request asks for {num_choices} answers; the limit for all requests together is "
+                f"{self._max_in_flight}; "
                 "ask for fewer at a time or start with --max-queued-requests",
                 param="n",
             )

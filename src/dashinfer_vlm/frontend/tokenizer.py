@@ -71,7 +71,8 @@ class Tokenizer:
         while start + size < len(text):
             if size > _MAX_WORD_CHARS:
                 raise InvalidRequestError(
-                    f"the text has {size} characters without a break, the limit is {_MAX_WORD_CHARS}; cut it into pieces"
+                    f"the text has {size} characters without a break, the limit is {_MAX_WORD_CHARS}; "
+                    "cut it into pieces"
                 )
             piece = self._encode(text[start : start + size])
             num_tokens, num_chars = _sure(piece)
@@ -145,7 +146,8 @@ def _num_chars(piece: str) -> int:
 
 
 def _sure(piece: tokenizers.Encoding) -> tuple[int, int]:
-    """Leading tokens, and their characters, that stay as they are whatever follows: words are cut from left to right."""
+    """Leading tokens, and their characters, that stay as they are whatever follows: words are cut from left to
+    right."""
     last = piece.token_to_word(len(piece) - 1)
     unsure = None if last is None or last < _UNSURE_WORDS else piece.word_to_tokens(last - _UNSURE_WORDS + 1)
     begin = None if unsure is None else piece.token_to_chars(unsure[0])

@@ -219,7 +219,8 @@ def linear(
     added by the epilogue `residual`; it may be `out` itself. out must not share memory with x. Sums are float32. At the
     levels that multiply bfloat16, x is rounded to it where the weight is bfloat16, and at `amx` 16 or more rows are
     also multiplied with weights in groups that way: both are rounded to bfloat16 then.
-    gelu is the exact (erf) one, gelu_tanh its approximation by tanh, quick_gelu is `v * sigmoid(1.702 v)`, silu_mul is `silu(gate) * up`.
+    gelu is the exact (erf) one, gelu_tanh its approximation by tanh, quick_gelu is `v * sigmoid(1.702 v)`, silu_mul is
+    `silu(gate) * up`.
     """
     if out is None:
         out = torch.empty((x.shape[0], weight.num_columns), dtype=torch.float32)

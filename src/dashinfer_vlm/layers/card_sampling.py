@@ -75,8 +75,8 @@ def _penalised(values: Tensor, counts: Tensor, choices: Choices, rows: Tensor) -
 
 
 def largest(logits: Tensor, shaped: Tensor | None = None) -> Tensor:
-    """int64 [R]: the largest of `shaped`, or else of the logits, the first of equal ones. NOT_A_NUMBER where the largest
-    of `logits` is none or infinite, NOTHING_ALLOWED where only `shaped` has none above -inf."""
+    """int64 [R]: the largest of `shaped`, or else of the logits, the first of equal ones. NOT_A_NUMBER where the
+    largest of `logits` is none or infinite, NOTHING_ALLOWED where only `shaped` has none above -inf."""
     found = logits if shaped is None else shaped
     return _or_problem(found.argmax(dim=-1), logits, found)
 
@@ -167,8 +167,9 @@ def _or_problem(tokens: Tensor, logits: Tensor, found: Tensor) -> Tensor:
 
 
 def tell(logits: Tensor, rows: Tensor, tokens: Tensor, num_top: int) -> Tensor:
-    """What `logprobs` tells of int64 `tokens` [n], one in each of `rows` [n] of float32 [R, V]: float64 [n, 2 + 2 * top],
-    the token's logprob and rank (1 is the likeliest), then that many ids, the likeliest first, and their logprobs."""
+    """What `logprobs` tells of int64 `tokens` [n], one in each of `rows` [n] of float32 [R, V]: float64 [n, 2 + 2 *
+    top], the token's logprob and rank (1 is the likeliest), then that many ids, the likeliest first, and their
+    logprobs."""
     values = logits[rows]
     top = values.amax(dim=-1, keepdim=True)
     normaliser = top.double() + torch.exp(values - top).double().sum(dim=-1, keepdim=True).log().float().double()

@@ -127,7 +127,8 @@ class LeasedCache(Generic[V]):
 
 
 class ByteBudget:
-    """Bytes that may be held at once, taken as they arrive; who finds no room waits in line. Belongs to one event loop."""
+    """Bytes that may be held at once, taken as they arrive; who finds no room waits in line. Belongs to one event
+    loop."""
 
     def __init__(self, total_bytes: int) -> None:
         self.total_bytes = total_bytes

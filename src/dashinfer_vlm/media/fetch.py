@@ -250,7 +250,8 @@ def split_frames(url: str) -> tuple[str, ...] | None:
 
 
 def read_file(path: Path, max_bytes: int) -> bytes:
-    """The bytes of a regular file that the policy allowed; blocks. Its name is resolved, so it is not a link any more."""
+    """The bytes of a regular file that the policy allowed; blocks. Its name is resolved, so it is not a link any
+    more."""
     try:
         with open(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
             if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):

@@ -62,7 +62,8 @@ def explained(noun: str = "image") -> Iterator[None]:
 
 
 def open_image(data: bytes, max_pixels: int) -> Image.Image:
-    """Read the header only. Raises MediaError for an unknown format, MediaTooLargeError for too many pixels or scans."""
+    """Read the header only. Raises MediaError for an unknown format, MediaTooLargeError for too many pixels or
+    scans."""
     with explained():
         image = Image.open(io.BytesIO(without_descriptions(data)), formats=FORMATS)
     if math.prod(image.size) > max_pixels:

@@ -147,7 +147,8 @@ class MediaLoader:
     async def load(self, ref: MediaRef, party: Hashable = None) -> LoadedMedia:
         """Fetch, decode and process; the caller must call `release` of the result once.
 
-        `party` is whom the item is for (a request): parties take turns, however many items each has. Raises MediaError and its kinds, with `param` from the reference, and OverloadedError.
+        `party` is whom the item is for (a request): parties take turns, however many items each has. Raises MediaError
+        and its kinds, with `param` from the reference, and OverloadedError.
         """
         medium = MEDIA[ref.kind]
         try:
@@ -287,8 +288,8 @@ def _cache_bytes(wanted: int, folder: SharedFolder) -> int:
     allowed = min(wanted, shutil.disk_usage(folder.path).total // 2)
     if allowed < wanted:
         log.warning(
-            "the cache of decoded media holds %d MiB instead of %d: half of what the memory folder %s has; give it more "
-            "room (docker: --shm-size)",
+            "the cache of decoded media holds %d MiB instead of %d: half of what the memory folder %s has; give it "
+            "more room (docker: --shm-size)",
             allowed >> 20,
             wanted >> 20,
             folder.path.parent,

@@ -56,7 +56,8 @@ class Sources:
         await self._fetcher.close()
 
     async def encoded(self, source: str | bytes, limits: Limits, party: Hashable) -> Lease[Encoded]:
-        """The bytes of `source`, for one of the `party`'s items; raises MediaError and its kinds, and OverloadedError."""
+        """The bytes of `source`, for one of the `party`'s items; raises MediaError and its kinds, and
+        OverloadedError."""
         if isinstance(source, str) and source[:5].lower() != "data:" and source[:7].lower() != "file://":
             make = partial(self._fetch, source, limits, party)
             return await self._fetched.lease((source, limits.max_bytes), make)

@@ -183,8 +183,8 @@ def read_head_dim(section: Section) -> int:
 
 
 def read_mrope(section: Section, *, interleaved: bool = False) -> Rope:
-    """M-RoPE: `rope_parameters` of newer files, else `rope_scaling` beside `rope_theta`. `interleaved` is what the family
-    is; a file that says otherwise is refused."""
+    """M-RoPE: `rope_parameters` of newer files, else `rope_scaling` beside `rope_theta`. `interleaved` is what the
+    family is; a file that says otherwise is refused."""
     rope = section.section("rope_parameters" if section.has("rope_parameters") else "rope_scaling")
     for key in ("rope_type", "type"):
         rope.choice(key, ("mrope", "default"), "default")

@@ -1,4 +1,5 @@
-"""What a checkpoint will take in memory, told from its configuration and the headers of its files; nothing is loaded."""
+"""What a checkpoint will take in memory, told from its configuration and the headers of its files; nothing is
+loaded."""
 
 from __future__ import annotations
 

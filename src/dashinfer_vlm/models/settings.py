@@ -1,4 +1,5 @@
-"""What a model folder says about the engine's settings, for who has no torch: a server asks before any weight is loaded."""
+"""What a model folder says about the engine's settings, for who has no torch: a server asks before any weight is
+loaded."""
 
 from __future__ import annotations
 

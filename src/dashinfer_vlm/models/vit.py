@@ -250,8 +250,8 @@ class PackedVit:
         table: PositionTable | None = None,
         deepstack: Mapping[int, PatchMerger] | None = None,
     ) -> None:
-        """`table` is added to the embedded patches; a merger of `deepstack` makes further columns of the embeddings from
-        what the block of its number gives."""
+        """`table` is added to the embedded patches; a merger of `deepstack` makes further columns of the embeddings
+        from what the block of its number gives."""
         self.config = config
         self.table, self.deepstack = table, deepstack or {}
         self.embedding_size = config.out_size * (1 + len(self.deepstack))

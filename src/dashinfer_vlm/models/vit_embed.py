@@ -1,4 +1,5 @@
-"""What a ViT begins with: patches embedded, and learnt positions from a square table that is stretched over each grid."""
+"""What a ViT begins with: patches embedded, and learnt positions from a square table that is stretched over each
+grid."""
 
 from __future__ import annotations
 

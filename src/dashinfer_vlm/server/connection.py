@@ -93,7 +93,8 @@ class Connection(H11Protocol):
             self._write_timer = None
 
     def _make_room(self) -> None:
-        """Let go of an idle connection, or of this one where all others are busy; one that is gone already makes none."""
+        """Let go of an idle connection, or of this one where all others are busy; one that is gone already makes
+        none."""
         idle = (other for other in self.connections if isinstance(other, Connection) and other.may_go)
         oldest = min(idle, key=lambda other: other.idle_since_s, default=self)
         oldest.transport.abort()

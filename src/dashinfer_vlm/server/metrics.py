@@ -141,7 +141,8 @@ class Metrics:
 
 
 class ReplyCounter:
-    """ASGI middleware that counts answers; paths that are not routes share one label, so that nobody can invent more."""
+    """ASGI middleware that counts answers; paths that are not routes share one label, so that nobody can invent
+    more."""
 
     def __init__(self, app: ASGIApp, metrics: Metrics, paths: frozenset[str]) -> None:
         self._app = app

@@ -210,7 +210,8 @@ class ChatBody(GenerationBody):
         limits = {_limit(sent) for sent in (self.max_tokens, self.max_completion_tokens) if sent is not None}
         if len(limits) > 1:
             raise InvalidRequestError(
-                f"max_tokens is {self.max_tokens}, max_completion_tokens {self.max_completion_tokens}; send one of them",
+                f"max_tokens is {self.max_tokens}, max_completion_tokens {self.max_completion_tokens}; "
+                "send one of them",
                 param="max_completion_tokens",
             )
         if self.top_logprobs and not self.logprobs:

@@ -1,8 +1,8 @@
 """Tokens are chosen on the device, from logits that stay there; the host learns them when the step has landed.
 
 Most rows are chosen as soon as the step is started: what their parameters ask for is known, and seen tokens are counted
-on the device. Some need the host, and the values of older tokens there: a grammar's mask, and n-grams that must not come
-twice. Their steps are computed at once all the same; only the choice waits until the older tokens are known.
+on the device. Some need the host, and the values of older tokens there: a grammar's mask, and n-grams that must not
+come twice. Their steps are computed at once all the same; only the choice waits until the older tokens are known.
 """
 
 from __future__ import annotations

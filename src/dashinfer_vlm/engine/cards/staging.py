@@ -63,7 +63,8 @@ _TORCH = {"int64": torch.int64, "int32": torch.int32, "float32": torch.float32, 
 
 @cache
 def layout_of(shape: Shape) -> Layout:
-    """Block tables are behind everything else, as wide as the step needs, so that a step of short texts copies little."""
+    """Block tables are behind everything else, as wide as the step needs, so that a step of short texts copies
+    little."""
     rows, sequences, logits = shape.num_rows, shape.num_sequences, shape.num_logits
     arrays: dict[str, tuple[Any, tuple[int, ...]]] = {
         "ids": (np.int64, (rows,)),

@@ -57,7 +57,8 @@ def calls_in_lark(calls: Calls, tokenizer: llguidance.LLTokenizer, whitespace: s
 
 
 def thought_in_lark(thought: tuple[str, str], tokenizer: llguidance.LLTokenizer) -> str:
-    """Free text up to the second tag and an empty line, then `@answer`; with a first tag it may be missing as a whole."""
+    """Free text up to the second tag and an empty line, then `@answer`; with a first tag it may be missing as a
+    whole."""
     begin, end = thought
     closed = _special(end, tokenizer)
     body = f'{_TEXT} {closed} "\\n\\n"' if closed else "/(.|\\n)*" + _escaped(end) + "\\n\\n/"

@@ -41,9 +41,9 @@ class Compiler:
     """Owns its threads and the processes in which grammars are tried: `close` ends them. Thread-safe."""
 
     def __init__(self, vocabulary: Callable[[], str], vocab_size: int, eos_token_ids: tuple[int, ...]) -> None:
-        """`vocabulary` gives the text of a `tokenizer.json` whose added tokens no answer may hold; it is called, and the
-        masks' index of all tokens made of it, in a thread, at once: that takes a second for 150,000 tokens, during which
-        Python's lock is held, so it should not happen later.
+        """`vocabulary` gives the text of a `tokenizer.json` whose added tokens no answer may hold; it is called, and
+        the masks' index of all tokens made of it, in a thread, at once: that takes a second for 150,000 tokens, during
+        which Python's lock is held, so it should not happen later.
         """
         self._lock = threading.Lock()
         self._kept: OrderedDict[tuple[str, str, tuple[str, str] | None], Kept] = OrderedDict()

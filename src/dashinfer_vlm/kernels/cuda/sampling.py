@@ -1,7 +1,7 @@
 """Tokens chosen on the card, by the rules of `layers.sampling` and the same random numbers.
 
-One program per row. It sets aside what a truncation cannot keep, in two or three passes over the row; thresholds are then
-found by bisection on integers that order like floats, over the few candidates that are left.
+One program per row. It sets aside what a truncation cannot keep, in two or three passes over the row; thresholds are
+then found by bisection on integers that order like floats, over the few candidates that are left.
 """
 
 from __future__ import annotations
@@ -276,14 +276,16 @@ def tokens_of(logits: Tensor, choices: Choices) -> Tensor:
 
 
 def drawn(logits: Tensor, choices: Choices, shaped: Tensor | None = None) -> Tensor:
-    """As `tokens_of`, where `shaped`, a contiguous copy, has all applied already that the lists and the mask ask for."""
+    """As `tokens_of`, where `shaped`, a contiguous copy, has all applied already that the lists and the mask ask
+    for."""
     num_rows, width = logits.shape
     values = torch.empty(num_rows, width, dtype=torch.float32, device=logits.device)
     ids = torch.empty(num_rows, width, dtype=torch.int32, device=logits.device)
     tokens = torch.empty(num_rows, dtype=torch.int32, device=logits.device)
     launch(
         _choose, (num_rows,), logits, logits if shaped is None else shaped, values, ids, tokens, choices.temperature,
-        choices.top_k, choices.top_p, choices.min_p, choices.uniform, logits.stride(0), width, shaped is not None, BLOCK,
+        choices.top_k, choices.top_p, choices.min_p, choices.uniform, logits.stride(0), width,
+        shaped is not None, BLOCK,
         num_warps=16,
     )  # fmt: skip
     return tokens
