@@ -6,11 +6,13 @@ import asyncio
 import json
 import time
 from dataclasses import dataclass, field
+from statistics import median
 from typing import Any
 
 import httpx
 import pytest
 
+from dashinfer_vlm.bench.events import Piece, read_events, read_reply
 from dashinfer_vlm.frontend.tokenizer import Tokenizer
 from tests.frontend.scripted import EOS, ScriptedEngine
 from tests.server.conftest import Running, Serve
@@ -33,6 +35,17 @@ class SteppedByHand(ScriptedEngine):
             yield output
 
 
+class Paced(ScriptedEngine):
+    """Makes a token every `pace_s` seconds."""
+
+    pace_s = 0.03
+
+    async def _outputs(self, request: Any) -> Any:
+        async for output in super()._outputs(request):
+            await asyncio.sleep(self.pace_s)
+            yield output
+
+
 @dataclass
 class VllmClient:
     """Reads a stream as `vllm bench serve` does: vllm/benchmarks/lib/endpoint_request_func.py at commit 02cfb534,
@@ -46,10 +59,10 @@ class VllmClient:
     num_output_tokens: int = 0
     _latest_s: float = 0.0
 
-    def read(self, line: str) -> None:
+    def read(self, line: str, now_s: float) -> None:
         if not line.startswith("data: ") or line == "data: [DONE]":
             return
-        now_s, data = time.perf_counter(), json.loads(line.removeprefix("data: "))
+        data = json.loads(line.removeprefix("data: "))
         if choices := data.get("choices"):
             content = choices[0]["delta"].get("content") if "delta" in choices[0] else choices[0].get("text")
             if self.ttft_s == 0.0:
@@ -82,7 +95,7 @@ async def steps_of(running: Running, path: str, tokens: list[int], client: VllmC
         http.stream("POST", path, json=body) as reply,
     ):
         async for line in reply.aiter_lines():
-            client.read(line)
+            client.read(line, time.perf_counter())
             if '"choices":[{' not in line:
                 continue
             choice = json.loads(line.removeprefix("data: "))["choices"][0]
@@ -105,6 +118,26 @@ async def test_every_token_is_an_event_that_arrives_by_itself(serve: Serve, toke
     assert client.num_output_tokens == len(tokens) + 1
     around = 2 if path == CHAT else 1  # the role, and the reason at the end
     assert 1 + len(client.waits_s) == len(tokens) + around
+
+
+async def test_vllms_client_measures_what_our_bench_measures(serve: Serve, tokenizer: Tokenizer) -> None:
+    """Both read the same events with the same times: the role must not come long before the first token."""
+    running = await serve()
+    tokens = tokenizer.encode_text(" one two three four five six seven eight")
+    running.service.engine = Paced(lambda _: tokens)
+    body = ASK[CHAT] | {"stream": True, "stream_options": {"include_usage": True}}
+    pieces: list[Piece] = []
+    sent_s = time.perf_counter()
+    async with httpx.AsyncClient(base_url=running.url) as http, http.stream("POST", CHAT, json=body) as reply:
+        async for piece in reply.aiter_raw():
+            pieces.append((time.perf_counter(), piece))
+    ours = read_reply(sent_s, pieces[-1][0], pieces, len(tokens) + 1)
+    theirs = VllmClient(sent_s)
+    for time_s, data in read_events(pieces):
+        theirs.read(f"data: {data}", time_s)
+    assert theirs.num_output_tokens == ours.num_output_tokens
+    assert 0 <= ours.first_token_s - theirs.ttft_s < Paced.pace_s / 2
+    assert median(theirs.waits_s[1:]) == pytest.approx(median(ours.gaps_s), abs=Paced.pace_s / 6)
 
 
 @pytest.mark.parametrize("path", [CHAT, TEXT])
