@@ -88,7 +88,7 @@ def test_a_folder_is_taken_as_it_is(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("model", ["/no/such/folder", "./missing", "missing", "a/b/c"])
 def test_what_is_neither_folder_nor_id_is_refused(model: str) -> None:
-    with pytest.raises(ConfigError, match="no such folder, and it is no id"):
+    with pytest.raises(ConfigError, match="no such folder, and it is not a hub id"):
         hub.resolve_model(EngineConfig(model=model))
 
 

@@ -158,11 +158,11 @@ def test_one_head_of_a_large_picture_is_cut_by_its_queries(
     monkeypatch.setattr(vit, "MIN_SLICE_ROWS", 12)
     encoder: Any = driving.load(checkpoint("qwen2_vl")).encoder
     block = encoder.blocks[0]
-    starts, num_rows = torch.tensor([0, 60, 100]).int(), 100
-    per_head = 4 * block.head_dim * (60**2 + 40**2)
-    heads = list(block._attention_pieces(starts, num_rows, 2 * per_head))
+    pairs, num_rows = 60**2 + 40**2, 100  # two segments
+    per_head = 4 * block.head_dim * pairs
+    heads = list(block._attention_pieces(pairs, num_rows, 2 * per_head))
     assert heads == [(slice(0, 100), slice(0, 2)), (slice(0, 100), slice(2, 4))]
-    parts = list(block._attention_pieces(starts, num_rows, per_head / 4))
+    parts = list(block._attention_pieces(pairs, num_rows, per_head / 4))
     assert len(parts) == 4 * block.num_heads
     assert [rows for rows, part in parts if part == slice(1, 2)] == [slice(i, i + 25) for i in range(0, 100, 25)]
 
