@@ -58,6 +58,16 @@ def test_an_event_arrives_with_its_last_byte() -> None:
     assert list(read_events([(1.0, b"data: a"), (2.0, b"b\n"), (3.0, b"\n")])) == [(3.0, "ab")]
 
 
+def test_tokens_that_show_no_text_count_by_their_events() -> None:
+    """A model of random weights writes special tokens and parts of characters; the role is no token, nor is the end."""
+    role, *_ = events(Script(), 2)
+    silent = {"choices": [{"index": 0, "delta": {"content": ""}, "finish_reason": None}]}
+    end = {"choices": [{"index": 0, "delta": {}, "finish_reason": "length"}]}
+    usage = {"choices": [], "usage": {"prompt_tokens": 1, "completion_tokens": 2}}
+    reply = read_reply(0.0, 9.0, timed([*encode(role, silent, silent, end, usage), DONE]), 2)
+    assert (reply.first_token_s, reply.gaps_s) == (2.0, (1.0,))
+
+
 def test_an_answer_of_one_token_has_no_time_per_token() -> None:
     assert read_reply(0.0, 9.0, timed(answer(1)), 1).per_token_s == 0.0
 

@@ -28,7 +28,7 @@ class Reply:
 
     sent_s: float
     text_times_s: tuple[float, ...]
-    """When each event with text arrived; a server may put several tokens into one."""
+    """When each event with tokens arrived; a server may put several tokens into one."""
     ended_s: float
     num_prompt_tokens: int
     num_output_tokens: int
@@ -46,7 +46,7 @@ class Reply:
 
     @property
     def gaps_s(self) -> tuple[float, ...]:
-        """Waits between one event with text and the next."""
+        """Waits between one event with tokens and the next."""
         return tuple(b - a for a, b in pairwise(self.text_times_s))
 
     @property
@@ -104,7 +104,7 @@ def read_reply(sent_s: float, ended_s: float, pieces: Iterable[Piece], num_token
             continue
         chunk = _parse(data)
         usage = chunk.get("usage") or usage
-        if _has_text(chunk):
+        if _has_tokens(chunk):
             times.append(time_s)
     if not done:
         raise StreamError("the stream ended without [DONE]")
@@ -129,13 +129,16 @@ def _parse(data: str) -> dict[str, Any]:
     return chunk
 
 
-def _has_text(chunk: dict[str, Any]) -> bool:
-    """Not so the event that only tells the role, or the last one that only tells why the answer ended."""
+def _has_tokens(chunk: dict[str, Any]) -> bool:
+    """Also where they show no text yet: special tokens, parts of a character. Not so the event that only tells the role,
+    or the last one that only tells why the answer ended."""
     choices = chunk.get("choices")
     if not choices:
         return False
     delta = choices[0].get("delta") or {}
-    return bool(delta.get("content") or delta.get("reasoning_content"))
+    if delta.get("content") or delta.get("reasoning_content"):
+        return True
+    return "content" in delta and "role" not in delta and choices[0].get("finish_reason") is None
 
 
 def error_message(body: dict[str, Any]) -> str:
