@@ -130,8 +130,8 @@ def _parse(data: str) -> dict[str, Any]:
 
 
 def _has_tokens(chunk: dict[str, Any]) -> bool:
-    """Also where they show no text yet: special tokens, parts of a character. Not so the event that only tells the role,
-    or the last one that only tells why the answer ended."""
+    """Also where they show no text yet: special tokens, parts of a character. Not so the event that only tells the
+    role, or the last one that only tells why the answer ended."""
     choices = chunk.get("choices")
     if not choices:
         return False
