@@ -32,6 +32,8 @@ from dashinfer_vlm.request import Finish, Grammar, Output, Request, TokenLogprob
 
 log = logging.getLogger(__name__)
 
+_NO_MEMORY = Finish("error", message="the device has no memory left for this request; try again, or send a smaller one")
+
 
 class Engine:
     """Runs many sequences over one model. Not thread-safe: one loop owns it (see loop.py)."""
@@ -116,11 +118,10 @@ class Engine:
             self._settle(leave=0)
         plan = self.scheduler.schedule()
         if plan.chunks:
-            self._flights.append(self.runner.start(plan))
-            self.scheduler.started(plan)
+            self._start(plan)
         self._settle(leave=self.runner.depth if plan.chunks else 0)
         if self._flights:
-            self._flights[-1].resume()
+            self._resume(self._flights[-1])
         self._encode(plan)
         return self._take_news()
 
@@ -160,6 +161,30 @@ class Engine:
         return bool(self._flights) and (
             self.scheduler.needs_tokens() or any(self.runner.needs_tokens(sequence) for sequence in owed)
         )
+
+    def _start(self, plan: Plan) -> None:
+        """A step that finds no memory costs the request that asks for most of it, the newest of equal ones. Nothing has
+        happened to the others, which are planned again."""
+        try:
+            flight = self.runner.start(plan)
+        except torch.OutOfMemoryError as error:
+            log.error("no memory for a step of %d rows: %s", plan.num_tokens, error)
+            largest = max(reversed(plan.chunks), key=lambda chunk: chunk.num_rows)
+            self._end(largest.sequence, _NO_MEMORY)
+        else:
+            self._flights.append(flight)
+            self.scheduler.started(plan)
+
+    def _resume(self, flight: Flight) -> None:
+        """A choice of tokens that finds no memory costs those who wait for it: what was computed for them is lost."""
+        try:
+            flight.resume()
+        except torch.OutOfMemoryError as error:
+            log.error("no memory for a step's choice of tokens: %s", error)
+            self._flights.remove(flight)
+            for chunk in flight.plan.sampled_chunks:
+                if chunk.sequence.finish is None:
+                    self._end(chunk.sequence, _NO_MEMORY)
 
     def _settle(self, *, leave: int) -> None:
         """Take what the oldest steps bring, until `leave` of them are under way."""

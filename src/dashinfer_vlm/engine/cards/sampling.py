@@ -87,14 +87,12 @@ class CardSampler:
         self._vocab_size = vocab_size
         self.newest = torch.zeros(num_seats + 1, dtype=torch.int64, device=device)
         """The seat behind all others is nobody's."""
-        self._seen: Tensor | None = None
+        self._seen = torch.zeros(num_seats + 1, vocab_size, dtype=torch.int32, device=device)
 
     def take_seat(self, seat: Seat) -> None:
         """The seat has a new owner, none of whose tokens is PENDING."""
         if not counts_on_device(seat.sequence):
             return
-        if self._seen is None:
-            self._seen = torch.zeros(len(self.newest), self._vocab_size, dtype=torch.int32, device=self._device)
         seen = seat.sequence.shaping.seen
         assert seen is not None
         self._seen[seat.index] = 0
@@ -103,7 +101,8 @@ class CardSampler:
         )
 
     def choose(self, wanted: Wanted) -> Chosen:
-        """Start all that turns logits into tokens and brings them to the host."""
+        """Start all that turns logits into tokens and brings them to the host. What the device keeps changes last, so
+        that a step for which there is no memory can be computed again."""
         logits = wanted.logits[: wanted.num_rows]
         choices, failed = self._choices(wanted)
         seen = self._seen_counts(wanted)
@@ -115,12 +114,13 @@ class CardSampler:
             else self._choose(logits, choices, shaped, num_candidates=wanted.num_candidates)
         )
         known = tokens.clamp(min=0)
+        asking = [(row, num_top) for row, num_top in enumerate(_logprobs_of(wanted.chunks)) if num_top is not None]
+        told = self._tell(logits, known, asking) if asking else None
+        chosen = Chosen(self._home(tokens), failed, asking, None if told is None else self._home(told))
         self.newest[wanted.arrays["seats"][: wanted.num_rows]] = known
         if seen is not None:
             seen.add(known)
-        asking = [(row, num_top) for row, num_top in enumerate(_logprobs_of(wanted.chunks)) if num_top is not None]
-        told = self._tell(logits, known, asking) if asking else None
-        return Chosen(self._home(tokens), failed, asking, None if told is None else self._home(told))
+        return chosen
 
     def _choices(self, wanted: Wanted) -> tuple[Choices, frozenset[int]]:
         """On the device; and the rows of which nothing can be chosen."""
@@ -144,7 +144,6 @@ class CardSampler:
     def _seen_counts(self, wanted: Wanted) -> ops.SeenCounts | None:
         if not wanted.num_counted:
             return None
-        assert self._seen is not None
         part = slice(wanted.num_counted)
         return ops.SeenCounts(self._seen, wanted.arrays["counted_seats"][part], wanted.arrays["counted_rows"][part])
 
