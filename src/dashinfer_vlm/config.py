@@ -145,7 +145,9 @@ class EngineConfig:
     )
     block_size: int = option(16, "Tokens in one page of the KV cache.", least=1)
     kv_cache_gib: float | None = option(
-        None, "Memory for the KV cache in GiB; a share of what is free when absent.", least=0.001
+        None,
+        "Memory for the KV cache in GiB; when absent, a share of what is free, on a card what the largest step leaves.",
+        least=0.001,
     )
     kv_cache_dtype: KVCacheDTypeName = option(
         "auto", "Type of the KV cache; auto takes that of the weights, int8 holds almost twice the tokens."

@@ -8,11 +8,20 @@ from __future__ import annotations
 
 import os
 from collections.abc import Collection
+from contextlib import suppress
 from pathlib import Path
 
 from dashinfer_vlm.errors import ConfigError
 
-__all__ = ["cache_folder", "encoder_model", "encoder_threads", "kernels", "tls_files", "unknown"]
+__all__ = [
+    "cache_folder",
+    "encoder_model",
+    "encoder_threads",
+    "keep_compiled_kernels",
+    "kernels",
+    "tls_files",
+    "unknown",
+]
 
 _PREFIX = "DASHINFER_"
 _NAMES = frozenset({"DASHINFER_API_KEY", "DASHINFER_ENCODER_MODEL", "DASHINFER_ENCODER_THREADS", "DASHINFER_KERNELS"})
@@ -30,6 +39,13 @@ def cache_folder() -> Path:
     RuntimeError when there is no home."""
     base = os.environ.get("XDG_CACHE_HOME", "")
     return (Path(base) if base.startswith("/") else Path.home() / ".cache") / "dashinfer-vlm"
+
+
+def keep_compiled_kernels() -> None:
+    """Have triton keep what it compiles in our folder of caches, for the next start, unless `TRITON_CACHE_DIR` names
+    another one; without a home, where it wants."""
+    with suppress(RuntimeError):
+        os.environ.setdefault("TRITON_CACHE_DIR", str(cache_folder() / "triton"))
 
 
 def kernels() -> str:

@@ -10,8 +10,9 @@ from pathlib import Path
 import torch
 
 from dashinfer_vlm.config import EngineConfig
+from dashinfer_vlm.engine.cards.worst_step import CardMeter, worst_step_bytes
 from dashinfer_vlm.engine.client import OnProgress
-from dashinfer_vlm.engine.devices import num_spare_blocks
+from dashinfer_vlm.engine.devices import max_batched_tokens, num_spare_blocks
 from dashinfer_vlm.engine.engine import Engine
 from dashinfer_vlm.engine.grammars.compiler import Compiler, read_vocabulary
 from dashinfer_vlm.engine.info import EngineInfo
@@ -20,6 +21,7 @@ from dashinfer_vlm.kernels.threads import engine_cores, engine_threads, set_thre
 from dashinfer_vlm.layers.memory import huge_pages
 from dashinfer_vlm.models.base import KVCache
 from dashinfer_vlm.models.loading import allocate_kv, load_model
+from dashinfer_vlm.models.model import LoadedModel
 
 __all__ = ["load_engine"]
 
@@ -37,7 +39,7 @@ def load_engine(config: EngineConfig, progress: OnProgress) -> tuple[Engine, Eng
     num_threads, cores = engine_threads(config), engine_cores(config)
     set_threads(num_threads, cores)
     model = load_model(config, progress=lambda done, total: progress("weights", done, total))
-    num_blocks = num_kv_blocks(model, config)
+    num_blocks = num_kv_blocks(model, config, _reserved_bytes(model, config))
     all_blocks = num_blocks + num_spare_blocks(model.device)
     kv = allocate_kv(model, all_blocks, config.block_size, kv_dtype(model, config))
     grammars = Compiler(partial(read_vocabulary, Path(config.model)), model.text.vocab_size, model.eos_token_ids)
@@ -62,6 +64,14 @@ def load_engine(config: EngineConfig, progress: OnProgress) -> tuple[Engine, Eng
         )
     stay_on(cores)
     return engine, info
+
+
+def _reserved_bytes(model: LoadedModel, config: EngineConfig) -> int | None:
+    """What steps need of a card beside the KV cache; a processor's share is a guess."""
+    if model.device.type != "cuda":
+        return None
+    meter = CardMeter(model.device)
+    return worst_step_bytes(model, model.config.vision, config, max_batched_tokens(config, model.device), meter)
 
 
 def _info(engine: Engine, kv: KVCache) -> EngineInfo:

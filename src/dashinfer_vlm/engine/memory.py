@@ -23,8 +23,6 @@ _KEPT_BYTES = 256 * 2**20
 """Freed memory that stays with the process."""
 _MAPPED_ALONE_BYTES = 32 * 2**20
 """Allocations from this size on are mapped each for itself; glibc takes no higher value."""
-_CUDA_SHARE = 0.85
-"""The rest of the card is for activations, the encoder's packed batches and the allocator's slack."""
 
 MIN_ITEM_PATCHES = 1024
 """A picture of 448 x 448."""
@@ -33,13 +31,18 @@ EMBEDDING_HEADROOM_BYTES = 256 << 20
 """What running sequences may hold beyond the cache's budget, so that a cache of 0 does not mean one at a time."""
 
 
-def num_kv_blocks(model: Model, config: EngineConfig) -> int:
+def num_kv_blocks(model: Model, config: EngineConfig, reserved: int | None = None) -> int:
     """Blocks of the KV cache: as configured, else a share of the free memory, never more than every sequence could
-    fill. Raises ConfigError when what was asked for is more than the machine has."""
+    fill. Raises ConfigError when what was asked for is more than the machine has.
+
+    With `reserved` bytes for steps, as on a card, the cache takes all that those and the kept embeddings leave."""
     free = free_bytes(model.device)
     block_bytes = kv_block_bytes(model, config)
     if config.kv_cache_gib is None:
-        wanted = _CUDA_SHARE * free if model.device.type == "cuda" else min(CPU_DEFAULT_GIB * _GIB, _CPU_SHARE * free)
+        if reserved is None:
+            wanted = min(CPU_DEFAULT_GIB * _GIB, _CPU_SHARE * free)
+        else:
+            wanted = free - reserved - _embedding_bytes(config)
     else:
         wanted = config.kv_cache_gib * _GIB
         if wanted > free:
@@ -64,8 +67,11 @@ def max_item_patches(model: Model, kv: KVCache) -> int:
 
 def max_pinned_tokens(model: Model, config: EngineConfig) -> int:
     """Visual tokens whose embeddings running sequences may hold: what the cache may hold, and some more."""
-    budget = int(config.vision_cache_gib * _GIB) + EMBEDDING_HEADROOM_BYTES
-    return budget // embedding_row_bytes(model)
+    return _embedding_bytes(config) // embedding_row_bytes(model)
+
+
+def _embedding_bytes(config: EngineConfig) -> int:
+    return int(config.vision_cache_gib * _GIB) + EMBEDDING_HEADROOM_BYTES
 
 
 def kv_dtype(model: Model, config: EngineConfig) -> torch.dtype:

@@ -20,6 +20,7 @@ from dashinfer_vlm.layers.linear import ExpandingLinear, Linear, Matrix, NativeL
 from dashinfer_vlm.layers.memory import in_huge_pages
 from dashinfer_vlm.layers.patches import NativePatches, Patches, TorchPatches
 from dashinfer_vlm.layers.quantise import QUANT_TYPES, PackedStore, QuantisedLinears
+from dashinfer_vlm.layers.upload import upload_to
 
 __all__ = ["NATIVE", "NATIVE_BFLOAT16", "REFERENCE", "Backend", "LinearFactory", "Ops", "choose_backend", "on_card"]
 
@@ -104,6 +105,8 @@ class Backend:
 def _own_copy(tensor: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
     if device.type == "cpu":
         return in_huge_pages(tensor, dtype)
+    if device.type == "cuda" and tensor.device.type == "cpu":
+        return upload_to(device)(tensor, dtype)
     return tensor.to(device, dtype, copy=True)
 
 

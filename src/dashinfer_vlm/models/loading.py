@@ -26,7 +26,7 @@ __all__ = ["allocate_kv", "load_encoder", "load_model", "quantise"]
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
-def load_model(config: EngineConfig, *, progress: Progress | None = None) -> Model:
+def load_model(config: EngineConfig, *, progress: Progress | None = None) -> LoadedModel:
     """Load the checkpoint in the folder `config.model` onto `config.device`, its weights as `config.dtype`.
 
     Quantised weights come from the cache if a former start left them there, and else are left there for the next.

@@ -5,12 +5,13 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
 from torch.nn import functional as F
 
-pytest.importorskip("triton")
+triton = pytest.importorskip("triton")
 
 from dashinfer_vlm.kernels import cuda
 from dashinfer_vlm.layers.activation import EPILOGUES, Epilogue
@@ -99,6 +100,18 @@ def test_the_switch_turns_the_kernels_off_and_the_log_says_so(
     assert backend.ops is REFERENCE
     assert isinstance(backend.make_linear(matrix(torch.zeros(4, 4)), None, "none"), TorchLinear)
     assert "no kernels for the card: DASHINFER_KERNELS=reference" in caplog.text
+
+
+def test_compiled_kernels_are_kept_for_the_next_start(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("TRITON_CACHE_DIR", "to be restored")
+    monkeypatch.delenv("TRITON_CACHE_DIR")
+    choose_backend(CARD, torch.bfloat16)
+    assert triton.knobs.cache.dir == str(tmp_path / "dashinfer-vlm" / "triton")
+    monkeypatch.setenv("TRITON_CACHE_DIR", "/elsewhere")
+    cuda.why_unavailable.cache_clear()
+    choose_backend(CARD, torch.bfloat16)
+    assert triton.knobs.cache.dir == "/elsewhere"
 
 
 def test_a_card_without_triton_computes_with_torch_and_says_why(

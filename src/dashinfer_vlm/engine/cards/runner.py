@@ -11,7 +11,6 @@ from torch import Tensor
 from dashinfer_vlm.config import EngineConfig
 from dashinfer_vlm.encoders.cache import EmbeddingCache
 from dashinfer_vlm.engine.cards.graphs import Graphs, Shapes
-from dashinfer_vlm.engine.cards.marks import Mark, mark
 from dashinfer_vlm.engine.cards.packing import Spare, empty, pack_rows, pack_sampling
 from dashinfer_vlm.engine.cards.sampling import CardSampler, Chosen, Wanted, counts_on_device, waits_for_tokens
 from dashinfer_vlm.engine.cards.seats import Seat, Seats
@@ -22,6 +21,7 @@ from dashinfer_vlm.engine.sampler import Sampled, Sampler
 from dashinfer_vlm.engine.sequence import Sequence
 from dashinfer_vlm.engine.steps import Plan
 from dashinfer_vlm.layers.card_sampling import candidates
+from dashinfer_vlm.layers.marks import Mark, mark
 from dashinfer_vlm.models.base import KVCache, Model, StagedRows, StepBatch
 from dashinfer_vlm.models.settings import resolve_max_model_len
 

@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from dashinfer_vlm.engine.cards.marks import mark
+from dashinfer_vlm.layers.marks import mark
 
 Arrays = dict[str, NDArray[Any]]
 

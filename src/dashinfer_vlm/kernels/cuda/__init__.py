@@ -19,6 +19,7 @@ def why_unavailable() -> str | None:
     """One clause for the log line that says why plain torch runs on the card instead; None when the kernels can run."""
     if envs.kernels() == "reference":
         return "DASHINFER_KERNELS=reference"
+    envs.keep_compiled_kernels()
     try:
         importlib.import_module("triton")
     except ImportError as error:
