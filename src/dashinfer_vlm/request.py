@@ -27,6 +27,9 @@ MAX_LISTED_TOKENS = 1024
 """Of `logit_bias` and of `stop_token_ids`."""
 MAX_STOP_SEQUENCES = 64
 MAX_STOP_SEQUENCE_TOKENS = 1024
+MAX_BAD_WORDS = 1000
+"""As token sequences; vLLM's limit."""
+MAX_LOGPROBS = 20
 FinishReason = Literal["stop", "length", "abort", "error"]
 
 
@@ -100,6 +103,8 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     no_repeat_ngram_size: int = 0
     """0 is off; n forbids a second occurrence of any n-gram of prompt and output."""
     logit_bias: dict[int, float] = {}
+    bad_words: tuple[tuple[int, ...], ...] = ()
+    """Sequences of ids that the output never has: the last id of one is not chosen behind its others."""
     seed: int | None = None
     allowed_token_ids: tuple[int, ...] = ()
     """When there are any, no other token is chosen; one that ends the answer is among them, or its length ends it."""
@@ -109,6 +114,8 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     ignore_eos: bool = False
     logprobs: int | None = None
     """None: none. n: the chosen token's log probability and those of the n likeliest (0 to 20)."""
+    prompt_logprobs: int | None = None
+    """The same for the tokens of the prompt, but for its first. No prefix that was computed before is used then."""
     grammar: Grammar | None = None
     """It goes before `min_tokens` and `ignore_eos`: the answer ends where nothing may follow."""
 
@@ -128,7 +135,8 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
             ("presence_penalty", self.presence_penalty, -2, 2),
             ("frequency_penalty", self.frequency_penalty, -2, 2),
             ("no_repeat_ngram_size", self.no_repeat_ngram_size, 0, _MOST),
-            ("logprobs", self.logprobs, 0, 20),
+            ("logprobs", self.logprobs, 0, MAX_LOGPROBS),
+            ("prompt_logprobs", self.prompt_logprobs, 0, MAX_LOGPROBS),
         )
         for name, value, low, high in limits:
             if value is not None and not low <= value <= high:  # also false for NaN
@@ -150,6 +158,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
         lengths: tuple[tuple[str, str, int, int], ...] = (
             ("logit_bias", "tokens", len(self.logit_bias), MAX_LISTED_TOKENS),
             ("stop_token_ids", "tokens", len(self.stop_token_ids), MAX_LISTED_TOKENS),
+            ("bad_words", "token sequences", len(self.bad_words), MAX_BAD_WORDS),
             ("stop_sequences", "sequences", len(self.stop_sequences), MAX_STOP_SEQUENCES),
             (
                 "stop_sequences",
@@ -175,6 +184,10 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
         for token in (*self.stop_token_ids, *(t for s in self.stop_sequences for t in s)):
             if not 0 <= token < vocab_size:
                 raise InvalidRequestError(f"stop token {token} is not below {vocab_size}", param="stop_token_ids")
+        if not all(0 <= token < vocab_size for word in self.bad_words for token in word):
+            raise InvalidRequestError(f"bad_words has a token that is not below {vocab_size}", param="bad_words")
+        if not all(self.bad_words):
+            raise InvalidRequestError("one of bad_words has no token", param="bad_words")
         if any(not s for s in self.stop_sequences):
             raise InvalidRequestError("a stop sequence is empty", param="stop_sequences")
 
@@ -241,6 +254,8 @@ class Request:
     """int [3, S]: explicit M-RoPE positions; None: computed from the grids."""
     cache_salt: str = ""
     """Prefixes are shared only with requests that have the same one."""
+    priority: int = 0
+    """Of the requests that wait, those with the lowest number run first; of those that run, they are preempted last."""
 
 
 class TokenLogprob(msgspec.Struct, frozen=True, array_like=True):
@@ -274,3 +289,5 @@ class Output(msgspec.Struct, frozen=True, array_like=True):
     num_prompt_tokens: int = 0
     num_cached_tokens: int = 0
     """Prompt tokens whose KV came from the prefix cache."""
+    prompt_logprobs: tuple[TokenLogprob, ...] = ()
+    """When asked for: of the prompt's next tokens that were not told before; all come before the first output token."""

@@ -16,6 +16,7 @@ from dashinfer_vlm.engine.sampler import Sampled
 from dashinfer_vlm.engine.sequence import PENDING, Sequence
 from dashinfer_vlm.engine.steps import Chunk, Plan
 from dashinfer_vlm.models.base import KVCache, Model, StepBatch
+from dashinfer_vlm.request import TokenLogprob
 
 
 @dataclass
@@ -34,6 +35,10 @@ class LateStep:
         assert not self.is_landed, "a flight lands once"
         self.is_landed = True
         return self.done.sampled()
+
+    def scores(self) -> list[list[TokenLogprob]]:
+        assert self.is_landed
+        return self.done.scores()
 
     def seconds(self) -> float:
         assert self.is_landed

@@ -7,7 +7,8 @@ who holds what.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Callable, Hashable, Sequence
+import itertools
+from collections.abc import AsyncGenerator, Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from dashinfer_vlm.engine.info import EngineInfo
@@ -97,6 +98,8 @@ class ScriptedEngine:
 
     async def _outputs(self, request: Request) -> AsyncGenerator[Output, None]:
         limit = request.params.max_tokens
+        if request.params.prompt_logprobs is not None:
+            yield Output(request.id, prompt_logprobs=tuple(_told_of_prompt(request)))
         tokens = list(self.answer(request))
         for i, token in enumerate(tokens if limit is None else tokens[:limit]):
             if i == self.pauses_after:
@@ -115,6 +118,12 @@ class ScriptedEngine:
         row = TokenLogprob(token, -0.5, 1, ((token, -0.5), (0, float("-inf")))[:top])
         logprobs = () if top is None else (row,)
         return Output(request.id, (token,), logprobs, None, len(request.prompt_ids), self.num_cached_tokens)
+
+
+def _told_of_prompt(request: Request) -> Iterator[TokenLogprob]:
+    """The id before it is always likelier than a token of the prompt."""
+    for before, token in itertools.pairwise(request.prompt_ids):
+        yield TokenLogprob(token, float("-inf"), 2, ((before, -0.25),)[: request.params.prompt_logprobs])
 
 
 @dataclass

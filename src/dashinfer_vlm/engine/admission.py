@@ -65,6 +65,8 @@ def check_request(request: Request, limits: Limits) -> int:
         )
     _check_ids(request, limits)
     _check_positions(request)
+    if request.params.prompt_logprobs is not None:
+        _check_words(request.prompt_ids, 0, num_prompt, limits.vocab_size)  # placeholders have log probabilities too
     return room if max_tokens is None else max_tokens
 
 

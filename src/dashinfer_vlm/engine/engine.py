@@ -190,7 +190,9 @@ class Engine:
         """Take what the oldest steps bring, until `leave` of them are under way."""
         while len(self._flights) > leave:
             flight = self._flights.popleft()
-            self._update(flight.plan, flight.sampled())
+            sampled = flight.sampled()
+            self._tell_scores(flight.plan, flight.scores())
+            self._update(flight.plan, sampled)
             self._count(flight.plan, flight.seconds())
 
     def _update(self, plan: Plan, sampled: list[list[Sampled]]) -> None:
@@ -198,6 +200,11 @@ class Engine:
         for chunk, rows in zip(plan.sampled_chunks, sampled, strict=True):
             if chunk.sequence.finish is None:
                 self._news.append(self._advance(chunk, rows))
+
+    def _tell_scores(self, plan: Plan, scores: list[list[TokenLogprob]]) -> None:
+        for chunk, logprobs in zip(plan.scored_chunks, scores, strict=True):
+            if chunk.sequence.finish is None:
+                self._news.append(Output(chunk.sequence.id, prompt_logprobs=tuple(logprobs)))
 
     def _advance(self, chunk: Chunk, rows: list[Sampled]) -> Output:
         """Give the sequence its next token, and one more for each guess that came true in front of it."""

@@ -16,6 +16,7 @@ from dashinfer_vlm.engine.sampler import Sampled, Sampler
 from dashinfer_vlm.engine.sequence import Sequence
 from dashinfer_vlm.engine.steps import Chunk, Plan
 from dashinfer_vlm.models.base import EmbeddingRows, KVCache, Model, StepBatch
+from dashinfer_vlm.request import TokenLogprob
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,6 +25,7 @@ class DoneStep:
 
     plan: Plan
     _sampled: list[list[Sampled]]
+    _scores: list[list[TokenLogprob]]
     _seconds: float
 
     def resume(self) -> None:
@@ -31,6 +33,9 @@ class DoneStep:
 
     def sampled(self) -> list[list[Sampled]]:
         return self._sampled
+
+    def scores(self) -> list[list[TokenLogprob]]:
+        return self._scores
 
     def seconds(self) -> float:
         return self._seconds
@@ -53,15 +58,18 @@ class Runner:
         wanted = [(chunk.sequence, chunk.draft) for chunk in plan.sampled_chunks]
         mask = self.masks.begin(wanted)
         logits = self.run(plan.chunks)
-        sampled = self.sampler.sample(logits, wanted, mask()) if wanted else []
-        return DoneStep(plan, sampled, time.perf_counter() - begun)
+        num_sampled = len(logits) - plan.num_scored
+        sampled = self.sampler.sample(logits[:num_sampled], wanted, mask()) if wanted else []
+        scored = [(chunk.sequence, chunk.scored) for chunk in plan.scored_chunks]
+        scores = self.sampler.scores(logits[num_sampled:], scored) if scored else []
+        return DoneStep(plan, sampled, scores, time.perf_counter() - begun)
 
     def needs_tokens(self, sequence: Sequence) -> bool:
         return sequence.shaping.follows_output or sequence.matcher is not None
 
     @torch.inference_mode()
     def run(self, chunks: tuple[Chunk, ...]) -> torch.Tensor:
-        """float32 logits [sum of `num_logits`, vocab], in the order of the chunks."""
+        """float32 logits [L, vocab]: those of the `num_logits` of all chunks, then those of all `scored` tokens."""
         return self.model.forward(self._batch(chunks), self.kv)
 
     def _batch(self, chunks: tuple[Chunk, ...]) -> StepBatch:
@@ -69,12 +77,10 @@ class Runner:
         ids, slots = np.empty(starts[-1], np.int64), np.empty(starts[-1], np.int64)
         positions = np.empty((3, starts[-1]), np.int64)
         embeddings: list[EmbeddingRows] = []
-        logits_rows: list[int] = []
         for (row, end), chunk in zip(pairwise(starts), chunks, strict=True):
             rows = slice(row, end)
             write_rows(chunk, self.kv.block_size, ids[rows], slots[rows], positions[:, rows])
             embeddings += item_rows(chunk, row, ids, self.embeddings, self.model.device)
-            logits_rows += range(end - chunk.num_logits, end)
         return StepBatch(
             ids=self._tensor(ids),
             positions=self._tensor(positions),
@@ -82,12 +88,22 @@ class Runner:
             query_starts=self._tensor(np.array(starts, np.int32)),
             context_lens=self._tensor(np.array([c.start + c.num_rows for c in chunks], np.int32)),
             block_tables=self._tensor(_block_tables(chunks)),
-            logits_rows=self._tensor(np.array(logits_rows, np.int64)),
+            logits_rows=self._tensor(rows_of_logits(chunks, starts)),
             embeddings=embeddings,
         )
 
     def _tensor(self, values: np.ndarray) -> torch.Tensor:
         return torch.from_numpy(values).to(self.model.device, non_blocking=True)
+
+
+def rows_of_logits(chunks: tuple[Chunk, ...], starts: list[int]) -> np.ndarray:
+    """int64 [L]: the rows of a step that sampling wants, then those that tell of prompts; `starts` are the chunks'
+    first rows, and the end."""
+    sampled = [row for chunk, end in zip(chunks, starts[1:], strict=True) for row in range(end - chunk.num_logits, end)]
+    scored = [
+        start + token - 1 - chunk.start for chunk, start in zip(chunks, starts, strict=False) for token in chunk.scored
+    ]
+    return np.array(sampled + scored, np.int64)
 
 
 def item_rows(

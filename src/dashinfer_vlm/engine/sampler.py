@@ -33,8 +33,8 @@ LEAST_TEMPERATURE = float(np.finfo(np.float32).tiny)
 """Above 0, which means the largest."""
 PROBLEMS = {
     NOT_A_NUMBER: "the model produced a value that is not a number",
-    NOTHING_ALLOWED: "min_tokens, no_repeat_ngram_size, the stop tokens and the mask of allowed tokens forbid every "
-    "token that could come next; ask for fewer tokens or relax one of them",
+    NOTHING_ALLOWED: "min_tokens, no_repeat_ngram_size, bad_words, the stop tokens and the mask of allowed tokens "
+    "forbid every token that could come next; ask for fewer tokens or relax one of them",
 }
 FAILED = "no token could be chosen with these sampling parameters; the server's log says more"
 
@@ -94,6 +94,14 @@ class Sampler:
         )
         return [[next(sampled) for _ in range(len(guesses) + 1)] for _, guesses in groups]
 
+    def scores(self, logits: Tensor, groups: list[tuple[Sequence, range]]) -> list[list[TokenLogprob]]:
+        """What is told of tokens of prompts, by their places; logits: float32 [L, vocab], one row before each of
+        them."""
+        tokens, asked = asked_of_prompts(groups)
+        found = self._logprobs(logits, list(enumerate(asked)), tokens)
+        told = (found[row] for row in range(len(tokens)))
+        return [[next(told) for _ in places] for _, places in groups]
+
     def rows(self, groups: list[tuple[Sequence, Guesses]], places: list[int], vocab_size: int) -> list[Row]:
         """What the rows of all groups ask for; `places` are those of each one's first token in its output."""
         asked = zip(groups, places, strict=True)
@@ -125,7 +133,7 @@ class Sampler:
     def _row(self, sequence: Sequence, index: int, vocab_size: int) -> Row:
         """The row of the output's token at `index`; the sequence's shaping knows those before it."""
         params, shaping = sequence.request.params, sequence.shaping
-        forbidden: list[NDArray[np.integer]] = [] if shaping.ngrams is None else [shaping.ngrams.newest]
+        forbidden = shaping.forbidden
         if index < params.min_tokens:
             forbidden += [self._eos_ids, shaping.stop_ids]
         return Row(
@@ -154,6 +162,13 @@ class Sampler:
             top = tuple(zip(names[1 : num_top + 1], numbers[1 : num_top + 1], strict=True))
             found[row] = TokenLogprob(names[0], numbers[0], rank, top)
         return found
+
+
+def asked_of_prompts(groups: list[tuple[Sequence, range]]) -> tuple[list[int], list[int]]:
+    """The tokens at these places of prompts, and beside how many others each is to be told."""
+    tokens = [sequence.tokens[place] for sequence, places in groups for place in places]
+    asked = [sequence.request.params.prompt_logprobs or 0 for sequence, places in groups for _ in places]
+    return tokens, asked
 
 
 def choices_of(rows: list[Row], mask: Tensor | None) -> Choices:

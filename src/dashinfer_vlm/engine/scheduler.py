@@ -1,11 +1,13 @@
 """Decides what each step does: decode first, then what the oldest requests need, prefill or encoding.
 
 Order of side effects in `schedule()`:
-1. every decoding sequence gets a block for its next token; when none is free, the youngest is preempted;
-2. waiting sequences are admitted in order of arrival while sequences, blocks and embeddings fit: blocks for the whole
-   prompt are taken, prefixes shared, and the encoder is asked for the items that are still needed;
+1. every decoding sequence gets a block for its next token; when none is free, the last in rank is preempted: the
+   youngest of those whose `priority` is the highest number;
+2. waiting sequences are admitted by rank, the oldest of the lowest number first, while sequences, blocks and embeddings
+   fit: blocks for the whole prompt are taken, prefixes shared, and the encoder is asked for the items that are still
+   needed;
 3. decoding sequences that can guess what comes next (`drafts.py`) get as many guesses as are expected to pay;
-4. chunks are cut for admitted sequences, oldest first, up to their first item without an embedding;
+4. chunks are cut for admitted sequences, by rank, up to their first item without an embedding;
 5. what is left of the step's time goes to the encoder; after a step with prefill, while anything decodes, the whole
    extra time does: no step pays for both, and neither waits for the end of the other's queue.
 
@@ -17,7 +19,7 @@ each is expected to shorten the time per token of all streams together.
 
 from __future__ import annotations
 
-from collections import deque
+from bisect import bisect_left, bisect_right
 
 from dashinfer_vlm.encoders.stage import EncoderStage
 from dashinfer_vlm.engine.blocks import BlockPool
@@ -34,6 +36,8 @@ CROWDED_SLACK = 5.0
 FAR_S = 1.0
 """Prefill of this many seconds, or an item to be encoded, makes a request a far one; less makes it partly a near one.
 """
+MAX_SCORED_ROWS = 128
+"""Of one step: rows of prompts whose log probabilities are wanted. Each has a logit for every word."""
 IDLE_STEP_S = 0.5
 """Encoder time of a step in which nothing decodes: long enough to be efficient, short enough to notice arrivals."""
 
@@ -49,6 +53,10 @@ def extra_share(num_far: float, num_near: float, num_decoding: int) -> float:
     """
     crowd = num_far / (num_decoding + num_near)
     return max(DECODE_SLACK, num_near / num_decoding, crowd, min(4 * crowd**3, CROWDED_SLACK))
+
+
+def _priority(sequence: Sequence) -> int:
+    return sequence.priority
 
 
 class Scheduler:
@@ -73,14 +81,14 @@ class Scheduler:
         self.max_num_seqs = max_num_seqs
         self.max_num_batched_tokens = max_num_batched_tokens
         self.max_pinned_tokens = max_pinned_tokens
-        self.waiting: deque[Sequence] = deque()
-        self.running: list[Sequence] = []  # in order of arrival
+        self.waiting: list[Sequence] = []  # by rank
+        self.running: list[Sequence] = []  # by rank
         self.num_preemptions = 0
         self._encoder_is_next = False
         self._wanted: dict[str, list[Item]] = {}  # items that each running sequence holds at the encoder
 
     def add(self, sequence: Sequence) -> None:
-        self.waiting.append(sequence)
+        self._insert(sequence, self.waiting)
 
     def schedule(self) -> Plan:
         decoding = self._make_room_for_decode()
@@ -104,6 +112,7 @@ class Scheduler:
         """The plan's rows are computed, or will be before anything that is started from now on: its tokens are owed."""
         for chunk in plan.chunks:
             self.computed(chunk.sequence, chunk.num_tokens)
+            chunk.sequence.num_scored += len(chunk.scored)
             if chunk.num_logits:
                 chunk.sequence.owe()
 
@@ -197,11 +206,11 @@ class Scheduler:
         return True
 
     def _preempt(self, sequence: Sequence) -> None:
-        """Give its blocks to older sequences; its tokens stay and are computed again when there is room."""
+        """Give its blocks to those before it; its tokens stay and are computed again when there is room."""
         assert not sequence.num_owed, "a token that nobody knows cannot be computed again"
         self.running.remove(sequence)
         self._give_up_resources(sequence)
-        self.waiting.appendleft(sequence)
+        self.waiting.insert(bisect_left(self.waiting, sequence.priority, key=_priority), sequence)
         self.num_preemptions += 1
 
     def _give_up_resources(self, sequence: Sequence) -> None:
@@ -214,7 +223,11 @@ class Scheduler:
 
     def _admit(self) -> None:
         while self.waiting and len(self.running) < self.max_num_seqs and self._try_admit(self.waiting[0]):
-            self.running.append(self.waiting.popleft())
+            self._insert(self.waiting.pop(0), self.running)
+
+    def _insert(self, sequence: Sequence, queue: list[Sequence]) -> None:
+        """Behind those of its own priority: they are older."""
+        queue.insert(bisect_right(queue, sequence.priority, key=_priority), sequence)
 
     def _try_admit(self, sequence: Sequence) -> bool:
         shared = self._find_prefix(sequence)
@@ -245,6 +258,8 @@ class Scheduler:
 
     def _find_prefix(self, sequence: Sequence) -> list[int]:
         """Cached blocks from the start; at least one token is left to compute, since its logits are wanted."""
+        if not sequence.is_scored:
+            return []
         found: list[int] = []
         for index in range((len(sequence.tokens) - 1) // self.block_size):
             block = self.pool.find(sequence.block_hash(index, self.block_size))
@@ -287,12 +302,16 @@ class Scheduler:
             budget = min(budget, max(1, self.cost.joining_in(extra_s, num_rows)))
         chunks: list[Chunk] = []
         in_this_step: set[bytes] = set()
+        scored_left = MAX_SCORED_ROWS
         for sequence in self.running:
             if budget <= 0:
                 break
             if sequence.is_decoding or not self._catch_up(sequence, in_this_step):
                 continue
             num_tokens = min(budget, self._num_ready(sequence))
+            if not sequence.is_scored:
+                num_tokens = min(num_tokens, scored_left)
+                scored_left -= num_tokens
             if num_tokens:
                 chunks.append(Chunk.of(sequence, num_tokens))
                 budget -= num_tokens
@@ -301,6 +320,8 @@ class Scheduler:
     def _catch_up(self, sequence: Sequence, in_this_step: set[bytes]) -> bool:
         """Share blocks that others computed since admission. False: its next block is being computed in this very
         step by another sequence, so that waiting one step is cheaper than doing it twice."""
+        if not sequence.is_scored:  # its rows are wanted, whoever else has computed them
+            return True
         size = self.block_size
         while sequence.num_computed % size == 0 and sequence.num_computed + size < len(sequence.tokens):
             index = sequence.num_computed // size

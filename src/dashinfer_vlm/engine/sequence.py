@@ -25,8 +25,8 @@ PENDING = -1
 class Sequence:
     """Mutable state of one request. Everything that can be derived is a property.
 
-    Owners: the scheduler moves `blocks`, `num_computed` and `num_published` and says which tokens are owed; the engine
-    appends tokens and sets `finish`.
+    Owners: the scheduler moves `blocks`, `num_computed`, `num_published` and `num_scored`, and says which tokens are
+    owed; the engine appends tokens and sets `finish`.
     """
 
     def __init__(
@@ -58,6 +58,8 @@ class Sequence:
         """Tokens at the end that are PENDING."""
         self.num_cached = 0
         """Prompt tokens that were found in the prefix cache when the sequence first ran."""
+        self.num_scored = min(1, self.num_prompt) if request.params.prompt_logprobs is not None else self.num_prompt
+        """Prompt tokens whose log probabilities need not be found any more; the first one has none."""
         self.finish: Finish | None = None
         self.shaping = Shaping(request)
         self.stop_token_ids = frozenset(request.params.stop_token_ids)
@@ -70,6 +72,11 @@ class Sequence:
     @property
     def id(self) -> str:
         return self.request.id
+
+    @property
+    def priority(self) -> int:
+        """The lower, the earlier."""
+        return self.request.priority
 
     @property
     def num_output(self) -> int:
@@ -106,6 +113,15 @@ class Sequence:
         """Items that the encoder is asked for when the first `behind` tokens are computed; of one in several parts the
         last, which is needed longest."""
         return [i for i in self.request.items if i.embedding is None and i.is_last_part and i.end > behind]
+
+    @property
+    def is_scored(self) -> bool:
+        """Whether the log probabilities of its prompt are known or under way, or not wanted."""
+        return self.num_scored == self.num_prompt
+
+    def unscored(self, start: int, stop: int) -> range:
+        """Tokens of the prompt from `start` to before `stop` whose log probabilities are still wanted."""
+        return range(max(start, self.num_scored), min(stop, self.num_prompt))
 
     def owe(self) -> None:
         """A step that was started will give one more token."""

@@ -36,23 +36,36 @@ class Shaping:
         self.seen = SeenTokens(_words(request.prompt_ids, request.items)) if penalised else None
         size = params.no_repeat_ngram_size
         self.ngrams = NgramFollowers(size, request.prompt_ids) if size else None
+        self.banned = np.array([word[0] for word in params.bad_words if len(word) == 1], np.int32)
+        """Bad words of one token."""
+        phrases = [word for word in params.bad_words if len(word) > 1]
+        self.phrases = Phrases(phrases) if phrases else None
+
+    @property
+    def forbids_by_output(self) -> bool:
+        """Whether it depends on the values of the tokens so far which ones may come next."""
+        return self.ngrams is not None or self.phrases is not None
 
     @property
     def follows_output(self) -> bool:
         """Whether what it does depends on the values of the tokens so far."""
-        return self.seen is not None or self.ngrams is not None
+        return self.seen is not None or self.forbids_by_output
+
+    @property
+    def forbidden(self) -> list[NDArray[np.integer]]:
+        """Ids that may not come next, in lists; those outside the vocabulary may be among them."""
+        found: list[NDArray[np.integer]] = [] if not len(self.banned) else [self.banned]
+        return found + [part.newest for part in (self.ngrams, self.phrases) if part is not None]
 
     def push(self, token: int) -> None:
-        if self.seen is not None:
-            self.seen.push(token)
-        if self.ngrams is not None:
-            self.ngrams.push(token)
+        for part in (self.seen, self.ngrams, self.phrases):
+            if part is not None:
+                part.push(token)
 
     def pop(self) -> None:
-        if self.seen is not None:
-            self.seen.pop()
-        if self.ngrams is not None:
-            self.ngrams.pop()
+        for part in (self.seen, self.ngrams, self.phrases):
+            if part is not None:
+                part.pop()
 
 
 class SeenTokens:
@@ -144,6 +157,29 @@ class NgramFollowers:
         if len(self._tokens) < self._run:
             return None
         return (self._hashes[-1] - self._hashes[-1 - self._run] * self._shift) % _PRIME
+
+
+class Phrases:
+    """Sequences of at least two tokens, none of which the output may hold whole; the prompt does not count."""
+
+    def __init__(self, phrases: Iterable[tuple[int, ...]]) -> None:
+        self._output: list[int] = []
+        self._behind: defaultdict[int, list[tuple[int, ...]]] = defaultdict(list)  # by their last token but one
+        for phrase in phrases:
+            self._behind[phrase[-2]].append(phrase)
+
+    @property
+    def newest(self) -> Ids:
+        """int32 [n]: what would end one of them now."""
+        output = self._output
+        phrases = self._behind.get(output[-1], ()) if output else ()
+        return np.array([p[-1] for p in phrases if tuple(output[-(len(p) - 1) :]) == p[:-1]], np.int32)
+
+    def push(self, token: int) -> None:
+        self._output.append(token)
+
+    def pop(self) -> None:
+        self._output.pop()
 
 
 def _words(prompt_ids: list[int], items: tuple[Item, ...]) -> Ids:

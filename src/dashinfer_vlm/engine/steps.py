@@ -19,6 +19,7 @@ from typing import Protocol
 from dashinfer_vlm.engine.sampler import Sampled
 from dashinfer_vlm.engine.sequence import Sequence
 from dashinfer_vlm.models.base import KVCache
+from dashinfer_vlm.request import TokenLogprob
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,12 +33,15 @@ class Chunk:
     num_logits: int
     """Rows whose logits are wanted, the last ones: of the newest token, and of each guess. 0 inside a prompt."""
     draft: tuple[int, ...] = ()
+    scored: range = range(0)
+    """Tokens of the prompt whose log probabilities are wanted; the row before each one gives them."""
 
     @classmethod
     def of(cls, sequence: Sequence, num_tokens: int, draft: tuple[int, ...] = ()) -> Chunk:
         """Cut it now: the mark of the sequence moves on as soon as the step is started."""
         wanted = 1 + len(draft) if num_tokens == sequence.num_uncomputed else 0
-        return cls(sequence, sequence.num_computed, num_tokens, wanted, draft)
+        start = sequence.num_computed
+        return cls(sequence, start, num_tokens, wanted, draft, sequence.unscored(start + 1, start + num_tokens + 1))
 
     @property
     def num_rows(self) -> int:
@@ -62,6 +66,16 @@ class Plan:
         """Those that end in a row whose logits are wanted."""
         return [chunk for chunk in self.chunks if chunk.num_logits]
 
+    @property
+    def scored_chunks(self) -> list[Chunk]:
+        """Those with tokens of a prompt whose log probabilities are wanted."""
+        return [chunk for chunk in self.chunks if chunk.scored]
+
+    @property
+    def num_scored(self) -> int:
+        """Tokens of prompts whose log probabilities are wanted."""
+        return sum(len(chunk.scored) for chunk in self.chunks)
+
 
 class Flight(Protocol):
     """A step that was started."""
@@ -77,6 +91,10 @@ class Flight(Protocol):
     def sampled(self) -> list[list[Sampled]]:
         """For each of the plan's `sampled_chunks` its `num_logits` tokens, as `Sampler.sample` gives them. Waits until
         they are here; called once. Raises what the step has failed with."""
+        ...
+
+    def scores(self) -> list[list[TokenLogprob]]:
+        """For each of the plan's `scored_chunks` what is told of its `scored` tokens. Asked after `sampled`."""
         ...
 
     def seconds(self) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from dashinfer_vlm.frontend.generation import Delta, EndReason, Generation
@@ -24,6 +25,11 @@ class Answer:
     reasoning: str = ""
     """What the model thought before it answered."""
     tool_calls: tuple[ToolCall, ...] = ()
+    end_ids: tuple[int, ...] = ()
+    """The token that ended it, where one did."""
+    prompt_ids: Sequence[int] = field(default=(), repr=False)
+    prompt_logprobs: tuple[TokenLogprob, ...] = field(default=(), repr=False)
+    """One per token of the prompt but for its first, when `SamplingParams.prompt_logprobs` asks for them."""
 
 
 async def collect(generation: Generation) -> tuple[Answer, ...]:
@@ -34,7 +40,7 @@ async def collect(generation: Generation) -> tuple[Answer, ...]:
             drafts[delta.index].add(delta)
     finally:
         generation.close()
-    return tuple(draft.answer() for draft in drafts)
+    return tuple(draft.answer(generation.prompt_logprobs(i)) for i, draft in enumerate(drafts))
 
 
 @dataclass(slots=True)
@@ -43,14 +49,18 @@ class _Draft:
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[TokenLogprob] = field(default_factory=list)
     finish_reason: EndReason | None = None
+    end_ids: tuple[int, ...] = ()
+    prompt_ids: Sequence[int] = ()
 
     def add(self, delta: Delta) -> None:
         self.pieces += delta.pieces
         self.token_ids += delta.token_ids
         self.logprobs += delta.logprobs
         self.finish_reason = delta.finish_reason
+        self.end_ids = delta.end_ids
+        self.prompt_ids = self.prompt_ids or delta.prompt_ids
 
-    def answer(self) -> Answer:
+    def answer(self, prompt_logprobs: tuple[TokenLogprob, ...]) -> Answer:
         assert self.finish_reason is not None, self
         said = join(self.pieces)
         return Answer(
@@ -60,4 +70,7 @@ class _Draft:
             token_ids=tuple(self.token_ids),
             finish_reason=self.finish_reason,
             logprobs=tuple(self.logprobs),
+            end_ids=self.end_ids,
+            prompt_ids=self.prompt_ids,
+            prompt_logprobs=prompt_logprobs,
         )

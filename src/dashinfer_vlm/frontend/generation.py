@@ -40,6 +40,10 @@ class Delta:
     logprobs: tuple[TokenLogprob, ...] = ()
     """One per token of `token_ids` when asked for; a token may precede its text."""
     finish_reason: EndReason | None = None
+    end_ids: tuple[int, ...] = ()
+    """The token that ended the choice, where one did; it is not among `token_ids`."""
+    prompt_ids: Sequence[int] = ()
+    """In the choice's first delta: the prompt."""
 
     def merge(self, later: Delta) -> Delta:
         """Both as one; `later` is the next delta of the same choice."""
@@ -50,6 +54,8 @@ class Delta:
             token_ids=self.token_ids + later.token_ids,
             logprobs=self.logprobs + later.logprobs,
             finish_reason=later.finish_reason,
+            end_ids=later.end_ids,
+            prompt_ids=self.prompt_ids,
         )
 
 
@@ -75,6 +81,9 @@ class Choice:
         self.prompt = prompt
         self.sampling = params.of_choice(index % params.n)
         self.cache_salt = params.cache_salt
+        self.priority = params.priority
+        self.prompt_logprobs: list[TokenLogprob] = []
+        """Of the prompt but for its first token, where this choice asks for them."""
         self.num_tokens = 0
         self.num_reasoning_tokens = 0
         self.num_cached_tokens = 0
@@ -91,17 +100,21 @@ class Choice:
             shown=() if prompt.form.is_plain else TAGS,
         )
         self._parser = AnswerParser(prompt.form)
+        self._is_begun = False
         self._pieces: list[Piece] = []
         """Read, and not told yet."""
 
     def feed(self, output: Output) -> Delta | None:
         """The news in `output`, if any; raises EngineError when the engine gave up on the sequence."""
         self.num_cached_tokens = max(self.num_cached_tokens, output.num_cached_tokens)
+        self.prompt_logprobs += output.prompt_logprobs
         text, num_used = self._push(output.token_ids)
         reason: EndReason | None = "stop" if self._text.stopped or self._parser.is_over else None
+        end_ids: tuple[int, ...] = ()
         if reason is None and output.finish:
             reason = self._end_reason(output)
             text += self._last_text(output.finish.stop_token)
+            end_ids = () if output.finish.stop_token is None else (output.finish.stop_token,)
         if reason is not None:
             self._pieces += self._parser.flush()
         if reason == "stop" and self._parser.num_calls:
@@ -109,6 +122,7 @@ class Choice:
         self.end_reason = reason
         if not text and reason is None and not output.token_ids:
             return None
+        is_first, self._is_begun = not self._is_begun, True
         return Delta(
             index=self.index,
             text=text,
@@ -116,6 +130,8 @@ class Choice:
             token_ids=output.token_ids[:num_used],
             logprobs=output.logprobs[:num_used],
             finish_reason=reason,
+            end_ids=end_ids,
+            prompt_ids=self.prompt.ids if is_first else (),
         )
 
     def _push(self, tokens: tuple[int, ...]) -> tuple[str, int]:
@@ -183,6 +199,7 @@ class Generation:
         self._news: deque[Delta | BaseException] = deque()
         self._arrived = asyncio.Event()
         """Set while there is something to read: news, or the end."""
+        self._num_choices = params.n
         self.choices = [Choice(i, prompts[i // params.n], params, tokenizer) for i in range(len(prompts) * params.n)]
         self._id = secrets.token_hex(8)
         self._closed = False
@@ -204,6 +221,10 @@ class Generation:
             sum(cached.values()),
             sum(choice.num_reasoning_tokens for choice in self.choices),
         )
+
+    def prompt_logprobs(self, index: int) -> tuple[TokenLogprob, ...]:
+        """Of the prompt of choice `index`, whose first choice has asked for them; whole once the choice has begun."""
+        return tuple(self.choices[index - index % self._num_choices].prompt_logprobs)
 
     def __aiter__(self) -> Generation:
         return self
@@ -249,6 +270,7 @@ class Generation:
             params=choice.sampling,
             items=choice.prompt.items,
             cache_salt=choice.cache_salt,
+            priority=choice.priority,
         )
         async with aclosing(self._engine.generate(request)) as outputs:
             async for output in outputs:

@@ -9,13 +9,16 @@ from typing import Literal
 import msgspec
 
 from dashinfer_vlm.errors import InvalidRequestError
-from dashinfer_vlm.request import SamplingParams
+from dashinfer_vlm.frontend.truncation import Truncation
+from dashinfer_vlm.request import MAX_BAD_WORDS, SamplingParams
 
 Next = Literal["answer", "continuation", "nothing"]
 """Behind a conversation the assistant's turn is opened, the last message goes on, or nothing is added."""
 
 MAX_CHOICES = 128
 MAX_STOP_STRINGS = 64
+MAX_BAD_WORD_CHARS = 1024
+_PRIORITIES = 2**63
 _SEEDS = 2**63
 
 
@@ -37,6 +40,12 @@ class GenerationParams:
     """The answer goes on with a conversation's last message, which is left open."""
     cache_salt: str = ""
     """The prompt's keys and values are shared only with prompts that have the same one."""
+    bad_words: tuple[str, ...] = ()
+    """Words that no answer has; see `bad_words.bad_word_ids`."""
+    truncation: Truncation | None = None
+    """What becomes of a prompt that is too long; None: it is refused."""
+    priority: int = 0
+    """Requests with a lower number come first."""
     max_tokens_name: str = "max_tokens"
     """What the caller calls the bound of an answer's tokens, for error messages."""
 
@@ -57,6 +66,17 @@ class GenerationParams:
             )
         if not all(self.stop):
             raise InvalidRequestError("stop has an empty string, which would end every answer at once", param="stop")
+        if len(self.bad_words) > MAX_BAD_WORDS:
+            raise InvalidRequestError(
+                f"bad_words has {len(self.bad_words)} words; the limit is {MAX_BAD_WORDS}", param="bad_words"
+            )
+        longest = max(map(len, self.bad_words), default=1)
+        if not all(word.strip() for word in self.bad_words) or longest > MAX_BAD_WORD_CHARS:
+            raise InvalidRequestError(
+                f"bad_words has an empty word, or one of more than {MAX_BAD_WORD_CHARS} characters", param="bad_words"
+            )
+        if not -_PRIORITIES <= self.priority < _PRIORITIES:
+            raise InvalidRequestError(f"priority is {self.priority}; it must fit 64 bits", param="priority")
         if self.continue_final_message and self.add_generation_prompt:
             raise InvalidRequestError(
                 "continue_final_message and add_generation_prompt are both true, and either excludes the other; "
@@ -66,11 +86,16 @@ class GenerationParams:
         self.sampling.validate(vocab_size, self.max_tokens_name)
 
     def of_choice(self, index: int) -> SamplingParams:
-        """The engine's parameters of answer `index`: equal but for the seed, so that answers differ."""
+        """The engine's parameters of answer `index`: equal but for the seed, so that answers differ, and for the log
+        probabilities of the prompt, which are told once."""
         if self.n == 1:
             return self.sampling
         seed = self.sampling.seed
-        return msgspec.structs.replace(self.sampling, seed=secrets.randbits(62) if seed is None else _plus(seed, index))
+        return msgspec.structs.replace(
+            self.sampling,
+            seed=secrets.randbits(62) if seed is None else _plus(seed, index),
+            prompt_logprobs=self.sampling.prompt_logprobs if index == 0 else None,
+        )
 
 
 DEFAULT_PARAMS = GenerationParams()

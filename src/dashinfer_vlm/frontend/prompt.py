@@ -113,7 +113,8 @@ class PromptBuilder:
         self._check_chars(num_chars, "messages", self.max_model_len)
         effort = num_chars + sum(_TURN_CHARS + message.num_argument_chars for message in messages)
         encode = partial(self.template.encode, then=params.next)
-        ids = await _encode(effort, encode, dialogue, self.max_model_len, "messages")
+        ids = self._cut(await _encode(effort, encode, dialogue, self._most(params), "messages"), params)
+        self._check_placeholders(ids, len(refs), params)
         check_prompt(len(ids), self.max_model_len, "messages", len(refs))  # before anything is fetched
         form = self.template.answer_form(dialogue, ids)
         if not refs:
@@ -134,7 +135,8 @@ class PromptBuilder:
         if params.next != "answer":
             name = "continue_final_message" if params.continue_final_message else "add_generation_prompt"
             raise InvalidRequestError(f"{name} is about conversations; a text goes on anyway", param=name)
-        ids = await self.text_ids(prompt, self.max_model_len) if isinstance(prompt, str) else list(prompt)
+        ids = await self.text_ids(prompt, self.max_model_len, params) if isinstance(prompt, str) else list(prompt)
+        ids = self._cut(ids, params)
         if not ids:
             raise InvalidRequestError("the prompt is empty", param="prompt")
         for id in (min(ids), max(ids)):
@@ -144,14 +146,35 @@ class PromptBuilder:
                 )
         return self._finish(ids, (), params, "prompt")
 
-    async def text_ids(self, text: str, most: int) -> list[int]:
-        """Ids of plain text, in which only marks are special; raises ContextLengthError for more than `most`."""
+    async def text_ids(self, text: str, most: int, params: GenerationParams = DEFAULT_PARAMS) -> list[int]:
+        """Ids of plain text, in which only marks are special; raises ContextLengthError for more than `most`, unless
+        `params` say that they will be cut."""
         self._check_chars(len(text), "prompt", most)
 
-        def encode(text: str, most: int) -> list[int]:
+        def encode(text: str, most: int | None) -> list[int]:
             return self.tokenizer.encode_marked(text, most=most)
 
-        return await _encode(len(text), encode, text, most, "prompt")
+        return await _encode(len(text), encode, text, None if params.truncation else most, "prompt")
+
+    def _most(self, params: GenerationParams) -> int | None:
+        """Tokens beyond which a prompt need not be encoded to its end."""
+        return None if params.truncation else self.max_model_len
+
+    def _cut(self, ids: list[int], params: GenerationParams) -> list[int]:
+        if params.truncation is None:
+            return ids
+        return params.truncation.cut(ids, self.max_model_len, params.sampling.max_tokens)
+
+    def _check_placeholders(self, ids: list[int], num_items: int, params: GenerationParams) -> None:
+        if params.truncation is None:
+            return
+        num_left = sum(map(ids.count, self.placeholder_ids.values()))
+        if num_left != num_items:
+            raise InvalidRequestError(
+                f"truncate_prompt_tokens takes away {num_items - num_left} of {num_items} images and videos; "
+                "leave them out of the messages, or keep more tokens",
+                param="truncate_prompt_tokens",
+            )
 
     def _finish(self, ids: Sequence[int], media: Sequence[LoadedMedia], params: GenerationParams, param: str) -> Prompt:
         full, items = Expander(self.tokenizer, self.placeholder_ids, self.expand_item)(ids, media, param)
@@ -178,7 +201,9 @@ class PromptBuilder:
             raise too_long(self.max_model_len, reason, param)
 
 
-async def _encode(effort: int, encode: Callable[[T, int], list[int]], text: T, most: int, param: str) -> list[int]:
+async def _encode(
+    effort: int, encode: Callable[[T, int | None], list[int]], text: T, most: int | None, param: str
+) -> list[int]:
     """Long texts are encoded in a thread; for short ones the change of threads would cost more than it saves."""
     try:
         if effort <= _SHORT_CHARS:

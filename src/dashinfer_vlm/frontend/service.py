@@ -7,9 +7,13 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
+
+import msgspec
 
 from dashinfer_vlm.engine.client import EngineClient
 from dashinfer_vlm.errors import EngineDeadError, InvalidRequestError, OverloadedError
+from dashinfer_vlm.frontend.bad_words import bad_word_ids
 from dashinfer_vlm.frontend.constraints import constrained
 from dashinfer_vlm.frontend.generation import Generation
 from dashinfer_vlm.frontend.messages import Dialogue
@@ -81,6 +85,7 @@ class Service:
         """
         with self._admitted(params, params.n) as leave:
             started_s = time.perf_counter()
+            params = await self._prepared(params)
             prompt = await self.prompts.chat(dialogue, params)
             try:
                 held = constrained(params, dialogue, prompt.form, self.tokenizer.marks)
@@ -94,6 +99,7 @@ class Service:
         """Continue texts or ids; choice `i` belongs to prompt `i // n`. Raises like `chat`."""
         with self._admitted(params, params.n * len(prompts)) as leave:
             started_s = time.perf_counter()
+            params = await self._prepared(params)
             built = [await self.prompts.text(prompt, params) for prompt in prompts]
             return self._start(built, params, leave, started_s)
 
@@ -116,6 +122,15 @@ class Service:
                 generation.close(_shutting_down())
             await asyncio.gather(*(generation.wait_ended() for generation in tuple(self._generations)))
         self._closed = True
+
+    async def _prepared(self, params: GenerationParams) -> GenerationParams:
+        """With words as ids; raises InvalidRequestError for too many."""
+        if not params.bad_words:
+            return params
+        ids = await asyncio.to_thread(bad_word_ids, params.bad_words, self.tokenizer)
+        sampling = msgspec.structs.replace(params.sampling, bad_words=params.sampling.bad_words + ids)
+        sampling.validate(self.engine.info.vocab_size, params.max_tokens_name)
+        return replace(params, sampling=sampling)
 
     @contextmanager
     def _admitted(self, params: GenerationParams, num_choices: int) -> Iterator[Callable[[], None]]:

@@ -16,6 +16,7 @@ from dashinfer_vlm.server.body import read_body
 from dashinfer_vlm.server.context import Context
 from dashinfer_vlm.server.protocol import ChatBody
 from dashinfer_vlm.server.replies import (
+    NO_EXTRAS,
     AnswerMessage,
     ChatChoice,
     ChatLogprobs,
@@ -23,6 +24,7 @@ from dashinfer_vlm.server.replies import (
     Chunk,
     ChunkChoice,
     DeltaMessage,
+    Extras,
     Head,
     UsageEvents,
     UsageReply,
@@ -45,6 +47,7 @@ def chat_routes(context: Context) -> APIRouter:
             logprobs=bool(body.logprobs),
             usage=body.usage_events,
             reasoning=body.include_reasoning is not False,
+            extras=body.extras,
         )
         dialogue = body.dialogue(service.prompts.loader.pixel_bounds)
         begin = service.chat(dialogue, body.params(service.sampling_defaults))
@@ -59,10 +62,18 @@ class ChatWriter:
     """Answers in the form of OpenAI's chat completions."""
 
     def __init__(
-        self, head: Head, tokenizer: Tokenizer, *, logprobs: bool, usage: UsageEvents, reasoning: bool = True
+        self,
+        head: Head,
+        tokenizer: Tokenizer,
+        *,
+        logprobs: bool,
+        usage: UsageEvents,
+        reasoning: bool = True,
+        extras: Extras = NO_EXTRAS,
     ) -> None:
         """`reasoning`: whether it is told."""
         self._reasoning = reasoning
+        self._extras = extras
         self._head = head
         self._tokenizer = tokenizer
         self._logprobs = logprobs
@@ -71,11 +82,26 @@ class ChatWriter:
 
     def whole(self, answers: Sequence[Answer], usage: Usage) -> ChatReply:
         choices = [
-            ChatChoice(i, AnswerMessage.of(a, reasoning=self._reasoning), self._rows(a.logprobs), a.finish_reason)
+            ChatChoice(
+                i,
+                AnswerMessage.of(a, reasoning=self._reasoning),
+                self._rows(a.logprobs),
+                a.finish_reason,
+                self._extras.ids(a.token_ids + a.end_ids),
+            )
             for i, a in enumerate(answers)
         ]
-        head = self._head
-        return ChatReply(head.id, head.created, head.model, choices, UsageReply.of(usage), head.fingerprint)
+        head, extras = self._head, self._extras
+        return ChatReply(
+            head.id,
+            head.created,
+            head.model,
+            choices,
+            UsageReply.of(usage),
+            head.fingerprint,
+            prompt_token_ids=extras.prompt_ids(answers[0]),
+            prompt_logprobs=extras.prompt_rows(answers[0], self._tokenizer),
+        )
 
     def news(self, delta: Delta, usage: Callable[[], Usage]) -> list[msgspec.Struct]:
         """The role first, then what each step brought, then the reason why it ends, each in an event of its own.
@@ -85,14 +111,19 @@ class ChatWriter:
         events: list[msgspec.Struct] = []
         if delta.index not in self._begun:
             self._begun.add(delta.index)
-            events.append(self._chunk(ChunkChoice(delta.index, DeltaMessage(role="assistant", content="")), usage))
+            opened = ChunkChoice(delta.index, DeltaMessage(role="assistant", content=""))
+            events.append(self._chunk(opened, usage, self._extras.prompt_ids(delta)))
         if delta.text or delta.token_ids or delta.pieces:
             choice = ChunkChoice(
-                delta.index, DeltaMessage.of(delta.pieces, reasoning=self._reasoning), self._rows(delta.logprobs)
+                delta.index,
+                DeltaMessage.of(delta.pieces, reasoning=self._reasoning),
+                self._rows(delta.logprobs),
+                token_ids=self._extras.ids(delta.token_ids),
             )
             events.append(self._chunk(choice, usage))
         if delta.finish_reason:
-            choice = ChunkChoice(delta.index, DeltaMessage(), finish_reason=delta.finish_reason)
+            ids = self._extras.ids(delta.end_ids)
+            choice = ChunkChoice(delta.index, DeltaMessage(), finish_reason=delta.finish_reason, token_ids=ids)
             events.append(self._chunk(choice, usage))
         return events
 
@@ -102,7 +133,13 @@ class ChatWriter:
     def _rows(self, logprobs: tuple[TokenLogprob, ...]) -> ChatLogprobs | None:
         return chat_logprobs(logprobs, self._tokenizer) if self._logprobs else None
 
-    def _chunk(self, choice: ChunkChoice | None, usage: Callable[[], Usage]) -> Chunk:
+    def _chunk(
+        self,
+        choice: ChunkChoice | None,
+        usage: Callable[[], Usage],
+        prompt_ids: list[int] | msgspec.UnsetType = msgspec.UNSET,
+    ) -> Chunk:
         head, told = self._head, self._usage.told(usage, is_last=choice is None)
         choices = [] if choice is None else [choice]
-        return Chunk(head.id, "chat.completion.chunk", head.created, head.model, head.fingerprint, choices, told)
+        kind = "chat.completion.chunk"
+        return Chunk(head.id, kind, head.created, head.model, head.fingerprint, choices, told, prompt_ids)

@@ -16,7 +16,9 @@ from dashinfer_vlm.server.body import read_body
 from dashinfer_vlm.server.context import Context
 from dashinfer_vlm.server.protocol import CompletionBody
 from dashinfer_vlm.server.replies import (
+    NO_EXTRAS,
     Chunk,
+    Extras,
     Head,
     TextChoice,
     TextLogprobs,
@@ -37,7 +39,9 @@ def completion_routes(context: Context) -> APIRouter:
         body = await read_body(request, CompletionBody, context.bodies)
         head = context.head("cmpl", body.model)
         wants_logprobs = body.logprobs is not None
-        writer = CompletionWriter(head, service.tokenizer, logprobs=wants_logprobs, usage=body.usage_events)
+        writer = CompletionWriter(
+            head, service.tokenizer, logprobs=wants_logprobs, usage=body.usage_events, extras=body.extras
+        )
         begin = service.complete(body.prompts(), body.params(service.sampling_defaults))
         return await respond(request, begin, writer, stream=bool(body.stream))
 
@@ -47,15 +51,30 @@ def completion_routes(context: Context) -> APIRouter:
 class CompletionWriter:
     """Answers in the form of OpenAI's text completions."""
 
-    def __init__(self, head: Head, tokenizer: Tokenizer, *, logprobs: bool, usage: UsageEvents) -> None:
+    def __init__(
+        self, head: Head, tokenizer: Tokenizer, *, logprobs: bool, usage: UsageEvents, extras: Extras = NO_EXTRAS
+    ) -> None:
         self._head = head
+        self._extras = extras
         self._tokenizer = tokenizer
         self._logprobs = logprobs
         self._usage = usage
         self._offsets: dict[int, int] = {}
 
     def whole(self, answers: Sequence[Answer], usage: Usage) -> TextReply:
-        choices = [TextChoice(i, a.text, self._rows(i, a.logprobs), a.finish_reason) for i, a in enumerate(answers)]
+        extras, tokenizer = self._extras, self._tokenizer
+        choices = [
+            TextChoice(
+                i,
+                a.text,
+                self._rows(i, a.logprobs),
+                a.finish_reason,
+                extras.ids(a.token_ids + a.end_ids),
+                extras.prompt_ids(a),
+                extras.prompt_rows(a, tokenizer),
+            )
+            for i, a in enumerate(answers)
+        ]
         head = self._head
         return TextReply(head.id, head.created, head.model, choices, UsageReply.of(usage), head.fingerprint)
 
@@ -63,8 +82,16 @@ class CompletionWriter:
         """What each step brought, which may be no text (yet), with the reason in the last one."""
         if not (delta.text or delta.token_ids or delta.finish_reason):
             return []
-        rows = self._rows(delta.index, delta.logprobs)
-        return [self._chunk(TextChoice(delta.index, delta.text, rows, delta.finish_reason), usage)]
+        rows, extras = self._rows(delta.index, delta.logprobs), self._extras
+        choice = TextChoice(
+            delta.index,
+            delta.text,
+            rows,
+            delta.finish_reason,
+            extras.ids(delta.token_ids + delta.end_ids),
+            extras.prompt_ids(delta),
+        )
+        return [self._chunk(choice, usage)]
 
     def last(self, usage: Usage) -> list[msgspec.Struct]:
         return [self._chunk(None, lambda: usage)] if self._usage.last else []

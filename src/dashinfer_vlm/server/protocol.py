@@ -18,8 +18,9 @@ from dashinfer_vlm.frontend.params import GenerationParams
 from dashinfer_vlm.frontend.schema import Body, Whole, Wholes, by_shape, only
 from dashinfer_vlm.frontend.structured import StructuredBody
 from dashinfer_vlm.frontend.tool_schema import ToolBody, ToolChoiceBody, read_tools
+from dashinfer_vlm.frontend.truncation import Truncation, TruncationSide
 from dashinfer_vlm.request import SamplingParams
-from dashinfer_vlm.server.replies import UsageEvents
+from dashinfer_vlm.server.replies import Extras, UsageEvents
 
 _SAMPLED = (
     "temperature",
@@ -93,6 +94,12 @@ class GenerationBody(StructuredBody):
     include_stop_str_in_output: bool | None = None
     skip_special_tokens: bool | None = None
     cache_salt: str | None = Field(None, min_length=1, max_length=1024)
+    bad_words: list[str] | None = None
+    prompt_logprobs: Whole | None = None
+    truncate_prompt_tokens: Whole | None = None
+    truncation_side: TruncationSide | None = None
+    return_token_ids: bool | None = None
+    priority: Whole | None = None
 
     # no effect by their nature
     user: str | None = None
@@ -111,14 +118,9 @@ class GenerationBody(StructuredBody):
     best_of: Annotated[Any, only(1)] = None
     use_beam_search: Annotated[Any, only(False)] = None
     length_penalty: Annotated[Any, only(1)] = None
-    prompt_logprobs: Annotated[Any, only()] = None
-    priority: Annotated[Any, only(0)] = None
     detokenize: Annotated[Any, only(True)] = None
-    truncate_prompt_tokens: Annotated[Any, only()] = None
-    bad_words: Annotated[Any, only([])] = None
     logits_processors: Annotated[Any, only([])] = None
     return_tokens_as_token_ids: Annotated[Any, only(False)] = None
-    return_token_ids: Annotated[Any, only(False)] = None
     guided_decoding_backend: Annotated[Any, only()] = None
     guided_whitespace_pattern: Annotated[Any, only()] = None
     structural_tag: Annotated[Any, only()] = None
@@ -126,13 +128,22 @@ class GenerationBody(StructuredBody):
     vllm_xargs: Annotated[Any, only({})] = None
 
     @property
+    def extras(self) -> Extras:
+        return Extras(bool(self.return_token_ids), self.prompt_logprobs is not None)
+
+    @property
     def usage_events(self) -> UsageEvents:
         options = self.stream_options or StreamOptions()
         return UsageEvents(last=bool(options.include_usage), every=bool(options.continuous_usage_stats))
 
-    def check_stream_options(self) -> None:
+    def check_fields(self) -> None:
+        """Raise InvalidRequestError for fields that need others, or exclude them."""
         if self.stream_options and not self.stream:
             raise InvalidRequestError("stream_options needs stream: true", param="stream_options")
+        if self.prompt_logprobs is not None and self.stream:
+            raise InvalidRequestError("prompt_logprobs are not told in a stream", param="prompt_logprobs")
+        if self.truncation_side is not None and self.truncate_prompt_tokens is None:
+            raise InvalidRequestError("truncation_side needs truncate_prompt_tokens", param="truncation_side")
 
     def _params(
         self, defaults: dict[str, float | int], max_tokens: int | None, logprobs: int | None
@@ -146,6 +157,7 @@ class GenerationBody(StructuredBody):
             **fields,
             max_tokens=max_tokens,
             logprobs=logprobs,
+            prompt_logprobs=self.prompt_logprobs,
             stop_token_ids=tuple(self.stop_token_ids or ()),
             allowed_token_ids=tuple(self.allowed_token_ids or ()),
             ignore_eos=bool(self.ignore_eos),
@@ -158,7 +170,15 @@ class GenerationBody(StructuredBody):
             include_stop_str_in_output=bool(self.include_stop_str_in_output),
             skip_special_tokens=self.skip_special_tokens is not False,
             cache_salt=self.cache_salt or "",
+            bad_words=tuple(self.bad_words or ()),
+            truncation=self._truncation(),
+            priority=self.priority or 0,
         )
+
+    def _truncation(self) -> Truncation | None:
+        if self.truncate_prompt_tokens is None:
+            return None
+        return Truncation(self.truncate_prompt_tokens, self.truncation_side or "left")
 
 
 class ChatBody(GenerationBody):
@@ -206,7 +226,7 @@ class ChatBody(GenerationBody):
 
     def params(self, defaults: dict[str, float | int]) -> GenerationParams:
         """Raises InvalidRequestError for fields that contradict each other."""
-        self.check_stream_options()
+        self.check_fields()
         limits = {_limit(sent) for sent in (self.max_tokens, self.max_completion_tokens) if sent is not None}
         if len(limits) > 1:
             raise InvalidRequestError(
@@ -252,7 +272,7 @@ class CompletionBody(GenerationBody):
         return [prompt for prompt in self.prompt if not isinstance(prompt, int)]
 
     def params(self, defaults: dict[str, float | int]) -> GenerationParams:
-        self.check_stream_options()
+        self.check_fields()
         return self._params(defaults, _limit(self.max_tokens), self.logprobs)
 
 

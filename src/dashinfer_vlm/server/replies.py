@@ -12,7 +12,7 @@ from itertools import accumulate
 import msgspec
 
 from dashinfer_vlm.frontend.answers import Answer
-from dashinfer_vlm.frontend.generation import Usage
+from dashinfer_vlm.frontend.generation import Delta, Usage
 from dashinfer_vlm.frontend.messages import ToolCall
 from dashinfer_vlm.frontend.pieces import CallArguments, CallStart, Piece, ReasoningPiece, TextPiece
 from dashinfer_vlm.frontend.tokenizer import Tokenizer
@@ -149,11 +149,23 @@ class DeltaMessage(msgspec.Struct, frozen=True, omit_defaults=True):
         )
 
 
+class PromptLogprob(msgspec.Struct, frozen=True):
+    logprob: float
+    rank: int
+    decoded_token: str
+
+
+PromptLogprobs = list[msgspec.Raw | None]
+"""Null for the first token, then objects from ids to `PromptLogprob`: of the prompt's token, then of the likeliest."""
+
+
 class ChatChoice(msgspec.Struct, frozen=True):
     index: int
     message: AnswerMessage
     logprobs: ChatLogprobs | None
     finish_reason: str
+    token_ids: list[int] | msgspec.UnsetType = msgspec.UNSET
+    """What ended the answer is among them."""
 
 
 class ChunkChoice(msgspec.Struct, frozen=True):
@@ -161,6 +173,7 @@ class ChunkChoice(msgspec.Struct, frozen=True):
     delta: DeltaMessage
     logprobs: ChatLogprobs | None = None
     finish_reason: str | None = None
+    token_ids: list[int] | msgspec.UnsetType = msgspec.UNSET
 
 
 class TextChoice(msgspec.Struct, frozen=True):
@@ -168,6 +181,10 @@ class TextChoice(msgspec.Struct, frozen=True):
     text: str
     logprobs: TextLogprobs | None
     finish_reason: str | None
+    token_ids: list[int] | msgspec.UnsetType = msgspec.UNSET
+    prompt_token_ids: list[int] | msgspec.UnsetType = msgspec.UNSET
+    """In a stream, of the choice's first event."""
+    prompt_logprobs: PromptLogprobs | msgspec.UnsetType = msgspec.UNSET
 
 
 class ChatReply(msgspec.Struct, frozen=True):
@@ -178,6 +195,8 @@ class ChatReply(msgspec.Struct, frozen=True):
     usage: UsageReply
     system_fingerprint: str
     object: str = "chat.completion"
+    prompt_token_ids: list[int] | msgspec.UnsetType = msgspec.UNSET
+    prompt_logprobs: PromptLogprobs | msgspec.UnsetType = msgspec.UNSET
 
 
 class TextReply(msgspec.Struct, frozen=True):
@@ -200,6 +219,8 @@ class Chunk(msgspec.Struct, frozen=True):
     system_fingerprint: str
     choices: list[ChunkChoice] | list[TextChoice]
     usage: UsageReply | msgspec.UnsetType | None = msgspec.UNSET
+    prompt_token_ids: list[int] | msgspec.UnsetType = msgspec.UNSET
+    """Of chat, in the first event of each choice."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -244,6 +265,34 @@ def text_logprobs(logprobs: Iterable[TokenLogprob], tokenizer: Tokenizer, offset
     return TextLogprobs(tokens, [_finite(row.logprob) for row in rows], top, offsets)
 
 
+@dataclass(frozen=True, slots=True)
+class Extras:
+    """What vLLM's users may ask to be told beside the text; what was not asked for is unset."""
+
+    token_ids: bool = False
+    prompt_logprobs: bool = False
+
+    def ids(self, ids: tuple[int, ...]) -> list[int] | msgspec.UnsetType:
+        """`ids`, where they are to be told."""
+        return list(ids) if self.token_ids else msgspec.UNSET
+
+    def prompt_ids(self, news: Answer | Delta) -> list[int] | msgspec.UnsetType:
+        return list(news.prompt_ids) if self.token_ids and news.prompt_ids else msgspec.UNSET
+
+    def prompt_rows(self, answer: Answer, tokenizer: Tokenizer) -> PromptLogprobs | msgspec.UnsetType:
+        if not self.prompt_logprobs:
+            return msgspec.UNSET
+        return [None, *(_raw(_prompt_logprob(row, tokenizer)) for row in answer.prompt_logprobs)]
+
+
+NO_EXTRAS = Extras()
+
+
+def _prompt_logprob(row: TokenLogprob, tokenizer: Tokenizer) -> dict[str, PromptLogprob]:
+    ranked = [(row.token_id, row.logprob, row.rank), *((t, p, i) for i, (t, p) in enumerate(row.top, 1))]
+    return {str(t): PromptLogprob(_finite(p), rank, _text(t, tokenizer)) for t, p, rank in ranked}
+
+
 def _chat_logprob(row: TokenLogprob, tokenizer: Tokenizer) -> ChatLogprob:
     top = [
         TopLogprob(_text(token, tokenizer), _finite(logprob), list(tokenizer.token_bytes(token)))
@@ -254,7 +303,7 @@ def _chat_logprob(row: TokenLogprob, tokenizer: Tokenizer) -> ChatLogprob:
     )
 
 
-def _raw(value: msgspec.Struct | dict[str, float]) -> msgspec.Raw:
+def _raw(value: msgspec.Struct | dict[str, float] | dict[str, PromptLogprob]) -> msgspec.Raw:
     return msgspec.Raw(msgspec.json.encode(value))
 
 

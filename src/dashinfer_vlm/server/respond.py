@@ -47,7 +47,8 @@ async def _whole(begin: Coroutine[Any, Any, Generation], writer: Writer) -> Resp
     generation = await begin
     answers = await collect(generation)
     usage = generation.usage
-    if usage.num_output_tokens <= _SHORT_TOKENS:
+    num_told = usage.num_output_tokens + sum(len(answer.prompt_logprobs) for answer in answers)
+    if num_told <= _SHORT_TOKENS:
         body = _encode(writer, answers, usage)
     else:
         body = await asyncio.to_thread(_encode, writer, answers, usage)

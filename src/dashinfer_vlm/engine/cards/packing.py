@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from itertools import accumulate, pairwise
+from itertools import accumulate
 
 import numpy as np
 
 from dashinfer_vlm.engine.cards.seats import Seat, Seats
 from dashinfer_vlm.engine.cards.staging import SAMPLING, Arrays, Shape
-from dashinfer_vlm.engine.runner import write_rows
+from dashinfer_vlm.engine.runner import rows_of_logits, write_rows
 from dashinfer_vlm.engine.sequence import PENDING
 from dashinfer_vlm.engine.steps import Chunk
 from dashinfer_vlm.layers.sampling import uniform
@@ -45,9 +45,8 @@ def pack_rows(chunks: tuple[Chunk, ...], seated: list[Seat], seats: Seats, spare
         write_rows(
             chunks[i], spare.block_size, arrays["ids"][rows], arrays["slots"][rows], arrays["positions"][:, rows]
         )
-    wanted = [np.arange(end - c.num_logits, end) for c, (_, end) in zip(chunks, pairwise(starts), strict=True)]
-    rows_of_logits = np.concatenate([*wanted, np.zeros(0, np.int64)])
-    arrays["logits_rows"][: len(rows_of_logits)] = rows_of_logits
+    wanted = rows_of_logits(chunks, starts)
+    arrays["logits_rows"][: len(wanted)] = wanted
 
 
 def _pad(arrays: Arrays, num_rows: int, num_sequences: int, spare: Spare) -> None:

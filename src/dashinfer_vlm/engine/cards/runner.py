@@ -12,7 +12,7 @@ from dashinfer_vlm.config import EngineConfig
 from dashinfer_vlm.encoders.cache import EmbeddingCache
 from dashinfer_vlm.engine.cards.graphs import Graphs, Shapes
 from dashinfer_vlm.engine.cards.packing import Spare, empty, pack_rows, pack_sampling
-from dashinfer_vlm.engine.cards.sampling import CardSampler, Chosen, Wanted, counts_on_device, waits_for_tokens
+from dashinfer_vlm.engine.cards.sampling import CardSampler, Chosen, Scored, Wanted, counts_on_device, waits_for_tokens
 from dashinfer_vlm.engine.cards.seats import Seat, Seats
 from dashinfer_vlm.engine.cards.staging import Arrays, Shape, Staging, layout_of
 from dashinfer_vlm.engine.grammars.masks import Masks
@@ -24,6 +24,7 @@ from dashinfer_vlm.layers.card_sampling import candidates
 from dashinfer_vlm.layers.marks import Mark, mark
 from dashinfer_vlm.models.base import KVCache, Model, StagedRows, StepBatch
 from dashinfer_vlm.models.settings import resolve_max_model_len
+from dashinfer_vlm.request import TokenLogprob
 
 _TABLE_ENTRY = np.dtype(np.int32)
 
@@ -31,8 +32,11 @@ _TABLE_ENTRY = np.dtype(np.int32)
 class CardFlight:
     """A step under way, whose choice of tokens may still have to be started."""
 
-    def __init__(self, plan: Plan, begin: Mark, sampler: CardSampler, wanted: Wanted | None) -> None:
+    def __init__(
+        self, plan: Plan, begin: Mark, sampler: CardSampler, wanted: Wanted | None, scored: Scored | None
+    ) -> None:
         self.plan = plan
+        self._scored = scored
         self._begin = begin
         self._sampler = sampler
         self._wanted = wanted
@@ -52,6 +56,9 @@ class CardFlight:
         assert self._end is not None
         self._end.wait()
         return [] if self._chosen is None else self._chosen.sampled(self.plan.sampled_chunks)
+
+    def scores(self) -> list[list[TokenLogprob]]:
+        return [] if self._scored is None else self._scored.scores()
 
     def seconds(self) -> float:
         assert self._end is not None
@@ -109,7 +116,8 @@ class CardRunner:
         seated = [self._take_seat(plan, i) for i in range(len(plan.chunks))]
         has_items = any(chunk.sequence.pending_items for chunk in plan.chunks)
         num_logits = sum(chunk.num_logits for chunk in plan.chunks)
-        shape = self.shapes.of(plan.num_tokens, len(plan.chunks), num_logits, has_items=has_items)
+        num_rows = num_logits + plan.num_scored
+        shape = self.shapes.of(plan.num_tokens, len(plan.chunks), num_rows, has_items=has_items)
         flat = self._staging.next()
         arrays = layout_of(shape).host(flat)
         pack_rows(plan.chunks, seated, self._seats, self._spare, arrays)
@@ -120,6 +128,8 @@ class CardRunner:
             self._items[start : start + len(rows), : rows.shape[1]] = rows
             self._items[start : start + len(rows), rows.shape[1] :] = 0
         logits = self._logits_of(shape)
+        groups = [(chunk.sequence, chunk.scored) for chunk in plan.scored_chunks]
+        scored = self._sampler.score(logits[num_logits:num_rows], groups) if groups else None
         wanted = Wanted(
             plan.sampled_chunks,
             num_logits,
@@ -128,7 +138,7 @@ class CardRunner:
             logits,
             *_reach(arrays, num_logits, self.model.text.vocab_size),
         )
-        return CardFlight(plan, begin, self._sampler, wanted if num_logits else None)
+        return CardFlight(plan, begin, self._sampler, wanted if num_logits else None, scored)
 
     def needs_tokens(self, sequence: Sequence) -> bool:
         """Never: what the host must apply is applied when the tokens are there, while the model computes."""

@@ -7,6 +7,7 @@ come twice. Their steps are computed at once all the same; only the choice waits
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -16,7 +17,16 @@ from torch import Tensor
 from dashinfer_vlm.engine.cards.packing import place_of
 from dashinfer_vlm.engine.cards.seats import Seat
 from dashinfer_vlm.engine.grammars.masks import Masks
-from dashinfer_vlm.engine.sampler import FAILED, FAILED_ROW, PROBLEMS, Row, Sampled, Sampler, choices_of
+from dashinfer_vlm.engine.sampler import (
+    FAILED,
+    FAILED_ROW,
+    PROBLEMS,
+    Row,
+    Sampled,
+    Sampler,
+    asked_of_prompts,
+    choices_of,
+)
 from dashinfer_vlm.engine.sequence import Sequence
 from dashinfer_vlm.engine.steps import Chunk
 from dashinfer_vlm.kernels.choices import Choices, moved
@@ -60,20 +70,36 @@ class Chosen:
         """Once they are here."""
         tokens = self.tokens.tolist()
         problems = [FAILED if row in self.failed else PROBLEMS.get(token) for row, token in enumerate(tokens)]
-        logprobs = {} if self.told is None else self._logprobs(tokens, self.told.tolist())
+        logprobs = {} if self.told is None else dict(_read_told(tokens, self.asking, self.told))
         sampled = (
             Sampled(token, logprobs.get(row)) if problem is None else Sampled(-1, None, problem)
             for row, (token, problem) in enumerate(zip(tokens, problems, strict=True))
         )
         return [[next(sampled) for _ in range(chunk.num_logits)] for chunk in chunks]
 
-    def _logprobs(self, tokens: list[int], told: list[list[float]]) -> dict[int, TokenLogprob]:
-        found = {}
-        for (row, num_top), (logprob, rank, *others) in zip(self.asking, told, strict=True):
-            ids, values = others[: len(others) // 2], others[len(others) // 2 :]
-            top = tuple((int(i), value) for i, value in zip(ids[:num_top], values[:num_top], strict=True))
-            found[row] = TokenLogprob(tokens[row], logprob, int(rank), top)
-        return found
+
+@dataclass(frozen=True, slots=True)
+class Scored:
+    """What is told of tokens of prompts, on its way to the host."""
+
+    groups: list[tuple[Sequence, range]]
+    tokens: list[int]
+    asking: list[tuple[int, int]]
+    told: Tensor
+    """See `card_sampling.tell`."""
+
+    def scores(self) -> list[list[TokenLogprob]]:
+        """Once it is here."""
+        found = _read_told(self.tokens, self.asking, self.told)
+        return [[next(found)[1] for _ in places] for _, places in self.groups]
+
+
+def _read_told(tokens: list[int], asking: list[tuple[int, int]], told: Tensor) -> Iterator[tuple[int, TokenLogprob]]:
+    """The rows that ask, in order, each with what it is told of its token."""
+    for (row, num_top), (logprob, rank, *others) in zip(asking, told.tolist(), strict=True):
+        ids, values = others[: len(others) // 2], others[len(others) // 2 :]
+        top = tuple((int(i), value) for i, value in zip(ids[:num_top], values[:num_top], strict=True))
+        yield row, TokenLogprob(tokens[row], logprob, int(rank), top)
 
 
 class CardSampler:
@@ -122,6 +148,13 @@ class CardSampler:
             seen.add(known)
         return chosen
 
+    def score(self, logits: Tensor, groups: list[tuple[Sequence, range]]) -> Scored:
+        """Start to find what `Sampler.scores` tells."""
+        tokens, asked = asked_of_prompts(groups)
+        asking = list(enumerate(asked))
+        told = self._tell(logits, self._moved(torch.tensor(tokens)), asking)
+        return Scored(groups, tokens, asking, self._home(told))
+
     def _choices(self, wanted: Wanted) -> tuple[Choices, frozenset[int]]:
         """On the device; and the rows of which nothing can be chosen."""
         if not any(_needs_lists(chunk) for chunk in wanted.chunks):
@@ -165,7 +198,7 @@ class CardSampler:
 
 def waits_for_tokens(chunk: Chunk) -> bool:
     """Whether the choice of its tokens needs the values of all older ones on the host."""
-    return chunk.sequence.matcher is not None or chunk.sequence.shaping.ngrams is not None
+    return chunk.sequence.matcher is not None or chunk.sequence.shaping.forbids_by_output
 
 
 def counts_on_device(sequence: Sequence) -> bool:
@@ -180,6 +213,7 @@ def _needs_lists(chunk: Chunk) -> bool:
     return (
         waits_for_tokens(chunk)
         or len(sequence.shaping.bias_ids) > 0
+        or len(sequence.shaping.banned) > 0
         or place_of(chunk) < sequence.request.params.min_tokens
         or (sequence.shaping.seen is not None and sequence.drafter is not None)
     )

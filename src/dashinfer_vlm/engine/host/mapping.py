@@ -40,6 +40,7 @@ def from_wire(wire: WireRequest) -> Request:
         items=items,
         positions=positions,
         cache_salt=wire.cache_salt,
+        priority=wire.priority,
     )
 
 

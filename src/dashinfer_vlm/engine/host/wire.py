@@ -98,6 +98,7 @@ class WireRequest(msgspec.Struct, frozen=True, tag=True, array_like=True):
     items: tuple[WireItem, ...]
     positions: SharedArray | None
     cache_salt: str
+    priority: int
 
 
 class Start(msgspec.Struct, frozen=True):
@@ -145,7 +146,13 @@ def to_wire(request: Request, folder: Path) -> tuple[WireRequest, list[SharedArr
         for item in request.items
     )
     wire = WireRequest(
-        request.id, request.prompt_ids, request.params, items, share(request.positions), request.cache_salt
+        request.id,
+        request.prompt_ids,
+        request.params,
+        items,
+        share(request.positions),
+        request.cache_salt,
+        request.priority,
     )
     return wire, made
 
