@@ -266,6 +266,11 @@ class MediaConfig:
         64, "Pixels of one image at most, in millions, before decoding.", group="Media", least=1
     )
     image_fetch_timeout_s: float = option(5.0, "Seconds to fetch one image.", group="Media", least=0.001)
+    enable_mm_embeds: bool = option(
+        False,
+        "Take ready-made embeddings of images (image_embeds) in messages; who sends them decides what the model sees.",
+        group="Media",
+    )
     media_workers: int = option(1, "Processes that decode media.", group="Media", least=1)
     media_cache_mib: int = option(
         256, "Memory for decoded media that may be sent again, in MiB; 0 is off.", group="Media", least=0
@@ -311,6 +316,7 @@ class ServerConfig:
     allow_credentials: bool = option(False, "Let browsers send credentials.", group="Server")
     ssl: bool = option(False, "Serve TLS with the files named by SSL_KEYFILE and SSL_CERTFILE.", group="Server")
     ui: bool = option(True, "Serve a page to try the model at /.", group="Server")
+    docs: bool = option(True, "Serve the API's description at /openapi.json and /docs.", group="Server")
     max_queued_requests: int = option(1024, "Requests that may wait; more are answered 503.", group="Server", least=0)
     max_body_mib: int = option(
         64,

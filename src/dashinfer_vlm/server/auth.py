@@ -1,4 +1,4 @@
-"""API keys: one of them opens every route but the probes and the files of the page."""
+"""API keys: one of them opens every route but the probes, the API's description and the files of the page."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from dashinfer_vlm.config import ServerConfig
 from dashinfer_vlm.errors import ConfigError
 from dashinfer_vlm.server.errors import HttpError
 
-OPEN_PATHS = frozenset({"/health", "/ready"})
-"""What load balancers ask before they know a key."""
+OPEN_PATHS = frozenset({"/health", "/ready", "/openapi.json", "/docs"})
+"""What load balancers ask before they know a key, and what holds no secret."""
 
 
 class ApiKeys:
