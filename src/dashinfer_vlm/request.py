@@ -211,8 +211,8 @@ class Item:
     patches: np.ndarray | torch.Tensor | SharedArray | None = None
     """The item's features; of images and videos uint8 [P, patch_dim], rows in the processor's merge order (see
     processors/qwen.py). The engine's loop maps a shared array before the engine sees it."""
-    embedding: torch.Tensor | SharedArray | None = None
-    """float [num_tokens, embedding size]; mapped like `patches`."""
+    embedding: torch.Tensor | None = None
+    """float [num_tokens, embedding size]."""
     first_row: int = 0
     """Row of the encoder's output that the first placeholder stands for."""
     encoded_rows: int | None = None
@@ -256,6 +256,10 @@ class Request:
     """Prefixes are shared only with requests that have the same one."""
     priority: int = 0
     """Of the requests that wait, those with the lowest number run first; of those that run, they are preempted last."""
+    tenant: str = ""
+    """Whose it is: those of a busy engine take turns."""
+    weight: float = 1.0
+    """How much of it the tenant gets beside others."""
 
 
 class TokenLogprob(msgspec.Struct, frozen=True, array_like=True):

@@ -3,9 +3,9 @@
 Order of side effects in `schedule()`:
 1. every decoding sequence gets a block for its next token; when none is free, the last in rank is preempted: the
    youngest of those whose `priority` is the highest number;
-2. waiting sequences are admitted by rank, the oldest of the lowest number first, while sequences, blocks and embeddings
-   fit: blocks for the whole prompt are taken, prefixes shared, and the encoder is asked for the items that are still
-   needed;
+2. waiting sequences are admitted, tenants in turns and each one's by rank, the oldest of the lowest number first
+   (`waiting.py`), while sequences, blocks and embeddings fit: blocks for the whole prompt are taken, prefixes shared,
+   and the encoder is asked for the items that are still needed;
 3. decoding sequences that can guess what comes next (`drafts.py`) get as many guesses as are expected to pay;
 4. chunks are cut for admitted sequences, by rank, up to their first item without an embedding;
 5. what is left of the step's time goes to the encoder; after a step with prefill, while anything decodes, the whole
@@ -19,13 +19,14 @@ each is expected to shorten the time per token of all streams together.
 
 from __future__ import annotations
 
-from bisect import bisect_left, bisect_right
+from bisect import bisect_right
 
 from dashinfer_vlm.encoders.stage import EncoderStage
 from dashinfer_vlm.engine.blocks import BlockPool
 from dashinfer_vlm.engine.cost import StepCost
 from dashinfer_vlm.engine.sequence import Sequence
 from dashinfer_vlm.engine.steps import Chunk, Plan
+from dashinfer_vlm.engine.waiting import WaitingLine
 from dashinfer_vlm.request import Item
 
 DECODE_SLACK = 0.4
@@ -55,10 +56,6 @@ def extra_share(num_far: float, num_near: float, num_decoding: int) -> float:
     return max(DECODE_SLACK, num_near / num_decoding, crowd, min(4 * crowd**3, CROWDED_SLACK))
 
 
-def _priority(sequence: Sequence) -> int:
-    return sequence.priority
-
-
 class Scheduler:
     """Owns which sequences wait and which run, and every change of their blocks."""
 
@@ -81,14 +78,14 @@ class Scheduler:
         self.max_num_seqs = max_num_seqs
         self.max_num_batched_tokens = max_num_batched_tokens
         self.max_pinned_tokens = max_pinned_tokens
-        self.waiting: list[Sequence] = []  # by rank
+        self.waiting = WaitingLine()
         self.running: list[Sequence] = []  # by rank
         self.num_preemptions = 0
         self._encoder_is_next = False
         self._wanted: dict[str, list[Item]] = {}  # items that each running sequence holds at the encoder
 
     def add(self, sequence: Sequence) -> None:
-        self._insert(sequence, self.waiting)
+        self.waiting.add(sequence)
 
     def schedule(self) -> Plan:
         decoding = self._make_room_for_decode()
@@ -115,6 +112,7 @@ class Scheduler:
             chunk.sequence.num_scored += len(chunk.scored)
             if chunk.num_logits:
                 chunk.sequence.owe()
+                self.waiting.charge(chunk.sequence, 1)
 
     def computed(self, sequence: Sequence, num_tokens: int) -> None:
         """K and V of the sequence's next `num_tokens` tokens are in the cache, or on their way there: publish full
@@ -210,7 +208,7 @@ class Scheduler:
         assert not sequence.num_owed, "a token that nobody knows cannot be computed again"
         self.running.remove(sequence)
         self._give_up_resources(sequence)
-        self.waiting.insert(bisect_left(self.waiting, sequence.priority, key=_priority), sequence)
+        self.waiting.put_back(sequence)
         self.num_preemptions += 1
 
     def _give_up_resources(self, sequence: Sequence) -> None:
@@ -222,12 +220,13 @@ class Scheduler:
     # Admission
 
     def _admit(self) -> None:
-        while self.waiting and len(self.running) < self.max_num_seqs and self._try_admit(self.waiting[0]):
-            self._insert(self.waiting.pop(0), self.running)
-
-    def _insert(self, sequence: Sequence, queue: list[Sequence]) -> None:
-        """Behind those of its own priority: they are older."""
-        queue.insert(bisect_right(queue, sequence.priority, key=_priority), sequence)
+        while self.waiting and len(self.running) < self.max_num_seqs:
+            sequence = self.waiting.first()
+            if not self._try_admit(sequence):
+                break
+            self.waiting.remove(sequence)
+            place = bisect_right(self.running, sequence.priority, key=lambda running: running.priority)
+            self.running.insert(place, sequence)  # behind those of its own priority: they are older
 
     def _try_admit(self, sequence: Sequence) -> bool:
         shared = self._find_prefix(sequence)
@@ -243,6 +242,7 @@ class Scheduler:
         sequence.num_computed, sequence.num_published = len(shared) * self.block_size, len(shared)
         if not sequence.num_output:
             sequence.num_cached = sequence.num_computed
+            self.waiting.charge(sequence, sequence.num_uncomputed + sum(item.num_rows for item in wanted))
         for item in wanted:
             self.stage.request(item)
         if wanted:

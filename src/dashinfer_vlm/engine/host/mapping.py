@@ -41,6 +41,8 @@ def from_wire(wire: WireRequest) -> Request:
         positions=positions,
         cache_salt=wire.cache_salt,
         priority=wire.priority,
+        tenant=wire.tenant,
+        weight=wire.weight,
     )
 
 
