@@ -42,6 +42,10 @@ class EngineClient(Protocol):
         """Whether new requests can be served."""
         ...
 
+    def gone(self) -> bool:
+        """Whether none will be served any more: it is dead, and no other one is started in its place."""
+        ...
+
     async def close(self) -> None:
         """End what still runs (finish reason "abort") and free everything; idempotent."""
         ...

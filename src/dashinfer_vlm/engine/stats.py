@@ -25,4 +25,6 @@ class EngineStats(StageStats, kw_only=True):
     num_accepted_draft_tokens_total: int = 0
     """... of them right: each spared a row of a later step."""
     num_preemptions_total: int = 0
+    num_restarts_total: int = 0
+    """Engine processes that were started in place of a dead one."""
     step_seconds_total: float = 0.0

@@ -74,6 +74,9 @@ class LocalEngine:
     def alive(self) -> bool:
         return self._listeners.dead is None
 
+    def gone(self) -> bool:
+        return not self.alive()
+
     def shutdown(self) -> None:
         """`close()` for callers without an event loop: returns when the engine's thread has ended."""
         self._commands.put(Close())

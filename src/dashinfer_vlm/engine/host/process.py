@@ -128,6 +128,14 @@ class ProcessEngine:
     def alive(self) -> bool:
         return self._listeners.dead is None
 
+    def gone(self) -> bool:
+        return not self.alive()
+
+    async def wait_dead(self) -> None:
+        """Until the child has ended and whoever waits for it has been told."""
+        assert self._reader is not None, "start() returns loaded engines only"
+        await asyncio.wait({self._reader})
+
     async def close(self) -> None:
         if self._closing:
             return
