@@ -122,9 +122,7 @@ class EngineConfig:
     device: DeviceName = option("auto", "Where the model runs; auto takes CUDA when there is a card.")
     dtype: DTypeName = option("bfloat16", "Type of stored weights; auto takes the checkpoint's.")
     quant_type: QuantTypeName = option(
-        "none",
-        "Quantise the text model's weights while they are loaded; a8w8 on processors, fp8 on cards.",
-        only=("none", "a8w8", "a16w8", "a16w4", "fp8"),
+        "none", "Quantise the text model's weights while they are loaded.", only=("none", "a8w8", "a16w8", "a16w4")
     )
     quant_cache: str | None = option(
         None, "Folder that keeps quantised weights for the next start; one below the user's caches when absent."
@@ -268,11 +266,6 @@ class MediaConfig:
         64, "Pixels of one image at most, in millions, before decoding.", group="Media", least=1
     )
     image_fetch_timeout_s: float = option(5.0, "Seconds to fetch one image.", group="Media", least=0.001)
-    enable_mm_embeds: bool = option(
-        False,
-        "Take ready-made embeddings of images (image_embeds) in messages; who sends them decides what the model sees.",
-        group="Media",
-    )
     media_workers: int = option(1, "Processes that decode media.", group="Media", least=1)
     media_cache_mib: int = option(
         256, "Memory for decoded media that may be sent again, in MiB; 0 is off.", group="Media", least=0
@@ -309,7 +302,20 @@ class ServerConfig:
         group="Server",
         secret=True,
     )
-    api_keys_file: str | None = option(None, "File with one key per line.", group="Server")
+    api_keys_file: str | None = option(
+        None,
+        "File with one key per line, or a JSON object of names, keys and limits; read again when it changes.",
+        group="Server",
+    )
+    key_requests_per_minute: float | None = option(
+        None, "Requests of one key in a minute; no limit when absent.", group="Server", least=0.001
+    )
+    key_tokens_per_minute: float | None = option(
+        None, "Tokens of one key in a minute, prompts and answers; no limit when absent.", group="Server", least=0.001
+    )
+    key_max_concurrent: int | None = option(
+        None, "Requests of one key at a time; no limit when absent.", group="Server", least=1
+    )
     allowed_origins: tuple[str, ...] = option(
         (), "Origins that browsers may call from; none when absent.", group="Server"
     )
@@ -317,9 +323,24 @@ class ServerConfig:
     allowed_headers: tuple[str, ...] = option(("*",), "Headers that they may send.", group="Server")
     allow_credentials: bool = option(False, "Let browsers send credentials.", group="Server")
     ssl: bool = option(False, "Serve TLS with the files named by SSL_KEYFILE and SSL_CERTFILE.", group="Server")
+    ssl_certfile: str | None = option(
+        None, "Serve TLS with the certificate in this PEM file, which is read again when it changes.", group="Server"
+    )
+    ssl_keyfile: str | None = option(None, "PEM file with the certificate's private key.", group="Server")
     ui: bool = option(True, "Serve a page to try the model at /.", group="Server")
-    docs: bool = option(True, "Serve the API's description at /openapi.json and /docs.", group="Server")
-    max_queued_requests: int = option(1024, "Requests that may wait; more are answered 503.", group="Server", least=0)
+    max_queued_requests: int = option(1024, "Requests that may wait; more are answered 429.", group="Server", least=0)
+    max_queued_tokens: int = option(
+        1 << 20, "Tokens of prompts that may wait together; more are answered 429.", group="Server", least=1
+    )
+    max_queued_visual_tokens: int = option(
+        1 << 18, "Those of them that stand for pictures and videos.", group="Server", least=1
+    )
+    max_queued_encoder_s: float = option(
+        300.0,
+        "Seconds that the vision encoder may be expected to need for what waits; more is answered 429.",
+        group="Server",
+        least=1,
+    )
     max_body_mib: int = option(
         64,
         "Bytes of one request at most, in MiB; pictures in base64 are a third larger than their files.",
@@ -336,8 +357,19 @@ class ServerConfig:
         group="Server",
         least=0,
     )
+    max_engine_restarts: int = option(
+        3,
+        "Times that an engine which has died is started again within 10 minutes; then the server ends with status 1.",
+        group="Server",
+        least=0,
+    )
     log_level: Literal["debug", "info", "warning", "error"] = option("info", "How much is logged.", group="Server")
 
     def validate(self) -> None:
         """Raise ConfigError for the first value that is out of range."""
         _check_fields(self)
+        if (self.ssl_certfile is None) != (self.ssl_keyfile is None):
+            raise ConfigError("--ssl-certfile and --ssl-keyfile go together; name both files")
+        for name in ("key_requests_per_minute", "key_tokens_per_minute", "key_max_concurrent"):
+            if getattr(self, name) is not None and not self.api_keys and self.api_keys_file is None:
+                raise ConfigError(f"{flag(name)} is {getattr(self, name)}, but there are no keys; add --api-keys-file")

@@ -62,7 +62,7 @@ def tls_files() -> tuple[str, str]:
 def _file(name: str) -> str:
     value = os.environ.get(name, "")
     if not value:
-        raise ConfigError(f"{name} is not set; --ssl needs SSL_KEYFILE and SSL_CERTFILE")
+        raise ConfigError(f"{name} is not set; --ssl needs SSL_KEYFILE and SSL_CERTFILE; or name the files by flags")
     if not Path(value).is_file():
         raise ConfigError(f"{name} is {value}; there is no such file")
     return value

@@ -12,7 +12,10 @@ DashInferError
 │   ├── MediaUnavailableError  its host does not hand it out: the URL is wrong
 │   ├── MediaFetchError    the host that should deliver it failed
 │   └── MediaTimeoutError  ... or did not answer in time
-├── OverloadedError        no room now; `retry_after_s` says when to try again
+├── DeadlineError          the request's own time is over
+├── OverloadedError        no room now; `retry_after_s` says when to try again, `reason` which limit it was
+│   ├── RateLimitError     the caller's own limits, not the server's
+│   └── UnavailableError   the server shuts down, or waits for another engine
 └── EngineError            a failure of ours
     └── EngineDeadError    the engine process is gone
 """
@@ -24,6 +27,7 @@ __all__ = [
     "ConfigError",
     "ContextLengthError",
     "DashInferError",
+    "DeadlineError",
     "EngineDeadError",
     "EngineError",
     "InvalidRequestError",
@@ -34,6 +38,8 @@ __all__ = [
     "MediaTooLargeError",
     "MediaUnavailableError",
     "OverloadedError",
+    "RateLimitError",
+    "UnavailableError",
     "UnsupportedError",
 ]
 
@@ -90,12 +96,25 @@ class MediaTimeoutError(MediaFetchError):
     """The host that should deliver the item did not answer in time."""
 
 
-class OverloadedError(DashInferError):
-    """No room for another request now; try again in `retry_after_s` seconds."""
+class DeadlineError(DashInferError):
+    """The answer was not complete in the time that the request gave for it."""
 
-    def __init__(self, message: str, *, retry_after_s: int = 1) -> None:
+
+class OverloadedError(DashInferError):
+    """No room for another request now; try again in `retry_after_s` seconds. `reason` names the limit in metrics."""
+
+    def __init__(self, message: str, *, reason: str = "busy", retry_after_s: int = 1) -> None:
         super().__init__(message)
+        self.reason = reason
         self.retry_after_s = retry_after_s
+
+
+class RateLimitError(OverloadedError):
+    """The caller has used what it may use now."""
+
+
+class UnavailableError(OverloadedError):
+    """This server takes no requests for a while, whoever asks."""
 
 
 class EngineError(DashInferError):

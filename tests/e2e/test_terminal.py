@@ -8,18 +8,14 @@ import select
 import socket
 import ssl
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from datetime import datetime, timedelta, timezone
 from pathlib import Path
 
 import httpx
 import openai
 import pytest
-from cryptography import x509
-from cryptography.hazmat.primitives import hashes, serialization
-from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.x509.oid import NameOID
 from openai.types.chat import ChatCompletionChunk
 
+from tests.certificates import self_signed
 from tests.e2e.serving import Server, run_to_end
 
 SHUTTING_DOWN = re.compile(r"answers get up to 600 s to end; press Ctrl\+C again")
@@ -53,22 +49,6 @@ def stream(server: Server, num_tokens: int) -> Iterator[ChatCompletionChunk]:
     )
 
 
-def self_signed(folder: Path) -> tuple[Path, Path]:
-    """Files with a new key and a certificate of it for `localhost`."""
-    key = ec.generate_private_key(ec.SECP256R1())
-    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "localhost")])
-    now = datetime.now(timezone.utc)
-    certificate = (
-        x509.CertificateBuilder(name, name, key.public_key(), x509.random_serial_number(), now, now + timedelta(days=1))
-        .add_extension(x509.SubjectAlternativeName([x509.DNSName("localhost")]), critical=False)
-        .sign(key, hashes.SHA256())
-    )
-    pem, plain = serialization.Encoding.PEM, serialization.NoEncryption()
-    (folder / "key.pem").write_bytes(key.private_bytes(pem, serialization.PrivateFormat.PKCS8, plain))
-    (folder / "certificate.pem").write_bytes(certificate.public_bytes(pem))
-    return folder / "key.pem", folder / "certificate.pem"
-
-
 def wait_gone(pids: Iterable[int], timeout_s: float = 30.0) -> None:
     """Return when none of the processes is alive any more; they need not be children of ours."""
     for pid in pids:
@@ -95,7 +75,7 @@ def test_help_names_every_room() -> None:
         (("--max-batch", "0"), 2, "--max-num-seqs is 0; it must be at least 1"),
         (("--parallel_size", "2"), 2, "this version supports 1"),
         (("--vision_engine", "tensorrt"), 2, "this version supports native"),
-        (("--quant-type", "gptq"), 2, "this version supports none or a8w8 or a16w8 or a16w4 or fp8"),
+        (("--quant-type", "fp8"), 2, "this version supports none or a8w8 or a16w8 or a16w4"),
         (("--model", "/no/such/folder", "--port", "0"), 2, "no such folder"),
         (("--ssl",), 2, "SSL_KEYFILE is not set"),
         (("--host", "no.such.host.invalid"), 2, "--host no.such.host.invalid"),

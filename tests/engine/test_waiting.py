@@ -107,7 +107,9 @@ def test_what_is_used_while_nobody_waits_is_not_held_against_a_tenant() -> None:
 
 @given(st.lists(st.tuples(st.sampled_from("abc"), st.sampled_from(["add", "take", "put back", "leave"])), max_size=60))
 def test_nothing_is_lost_and_nobody_twice(steps: list[tuple[str, str]]) -> None:
-    line, waiting, taken = WaitingLine(), [], []
+    line = WaitingLine()
+    waiting: list[Sequence] = []
+    taken: list[Sequence] = []
     for number, (tenant, what) in enumerate(steps):
         if what == "add":
             waiting.append(each := sequence(tenant, str(number)))

@@ -66,6 +66,8 @@ class ScriptedEngine:
     idle: asyncio.Event = field(default_factory=asyncio.Event)
     """Set whenever the last running request has ended."""
     is_alive: bool = True
+    comes_back: bool = False
+    """Whether a dead one is started again."""
 
     async def generate(self, request: Request) -> AsyncGenerator[Output, None]:
         self.requests.append(request)
@@ -92,6 +94,9 @@ class ScriptedEngine:
 
     def alive(self) -> bool:
         return self.is_alive
+
+    def gone(self) -> bool:
+        return not self.is_alive and not self.comes_back
 
     async def close(self) -> None:
         self.is_alive = False
@@ -140,6 +145,7 @@ class ScriptedLoader:
     loaded: list[MediaRef] = field(default_factory=list)
     parties: list[Hashable] = field(default_factory=list)
     """For whom each of them was loaded."""
+    salts: list[str] = field(default_factory=list)
     num_held: int = 0
     hanging: asyncio.Event = field(default_factory=asyncio.Event)
     """Set once somebody waits for a URL that never comes."""
@@ -155,7 +161,7 @@ class ScriptedLoader:
     async def close(self) -> None:
         pass
 
-    async def load(self, ref: MediaRef, party: Hashable = None) -> LoadedMedia:
+    async def load(self, ref: MediaRef, party: Hashable = None, *, salt: str = "") -> LoadedMedia:
         source = ref.source if isinstance(ref.source, str) else "frames"
         if source in self.fails:
             raise self.fails[source]
@@ -164,6 +170,7 @@ class ScriptedLoader:
             await asyncio.Event().wait()
         self.loaded.append(ref)
         self.parties.append(party)
+        self.salts.append(salt)
         self.num_held += 1
         released = False
 

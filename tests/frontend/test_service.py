@@ -15,6 +15,7 @@ from dashinfer_vlm.errors import (
     InvalidRequestError,
     OverloadedError,
 )
+from dashinfer_vlm.frontend.backlog import QueueLimits
 from dashinfer_vlm.frontend.checkpoint import FrontendConfig
 from dashinfer_vlm.frontend.generation import Delta, Generation
 from dashinfer_vlm.frontend.messages import Dialogue, MediaPart, Message, TextPart
@@ -36,7 +37,7 @@ class Bench:
     def __init__(self, folder: Path, tokenizer: Tokenizer, text: str = "hello", **engine: Any) -> None:
         self.engine = ScriptedEngine(lambda _: tokenizer.encode_text(text), **engine)
         self.loader = ScriptedLoader()
-        self.service = FrontEnd.from_folder(folder).service(self.engine, self.loader, max_queued_requests=2)
+        self.service = FrontEnd.from_folder(folder).service(self.engine, self.loader, queue=QueueLimits(requests=2))
 
 
 async def collect(generation: Generation) -> tuple[list[str], list[str | None], list[Delta]]:

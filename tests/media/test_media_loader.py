@@ -95,6 +95,17 @@ async def test_equal_bytes_behind_many_names_are_decoded_once(
     assert (loader.counters.fetches, loader.counters.decodes) == (4, 1)
 
 
+async def test_equal_items_under_another_salt_share_nothing(make_loader: LoaderMaker, picture: PictureMaker) -> None:
+    loader, data = make_loader(), picture()
+    loaded = [await loader.load(ref(data), salt=salt) for salt in ("", "a", "b", "a")]
+    assert loader.counters.decodes == 3
+    assert loaded[1].content_hash == loaded[3].content_hash
+    assert [len(media.content_hash) for media in loaded] == [32] * 4
+    assert len({media.content_hash for media in loaded}) == 3
+    for media in loaded:
+        media.release()
+
+
 async def test_a_later_load_of_a_url_fetches_again_and_sees_the_new_picture(
     site: Site, make_loader: LoaderMaker, picture: PictureMaker
 ) -> None:

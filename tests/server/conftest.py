@@ -16,6 +16,7 @@ import pytest
 from openai import AsyncOpenAI
 
 from dashinfer_vlm.config import ServerConfig
+from dashinfer_vlm.frontend.backlog import QueueLimits
 from dashinfer_vlm.frontend.prompt import PromptBuilder
 from dashinfer_vlm.frontend.service import Service
 from dashinfer_vlm.frontend.template import ChatTemplate
@@ -129,9 +130,7 @@ class Parts:
         )
         options: dict[str, Any] = {"host": "127.0.0.1", "port": 0, "log_level": "warning", **(config or {})}
         settings = ServerConfig(**options)
-        service = Service(
-            scripted, prompts, sampling_defaults=defaults, max_queued_requests=settings.max_queued_requests
-        )
+        service = Service(scripted, prompts, sampling_defaults=defaults, queue=QueueLimits.of(settings))
         app = create_app(service, settings, bodies=BodyReader(max_body_bytes, start_s=body_start_s))
         server = TestedServer(app, service, settings)
         async with listening(server):

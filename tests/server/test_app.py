@@ -6,7 +6,6 @@ import asyncio
 import os
 import signal
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import openai
@@ -16,9 +15,8 @@ from openai import AsyncOpenAI
 import dashinfer_vlm
 from dashinfer_vlm.cli.listen import listen
 from dashinfer_vlm.config import ServerConfig
-from dashinfer_vlm.errors import ConfigError, EngineDeadError
+from dashinfer_vlm.errors import EngineDeadError
 from dashinfer_vlm.server import run
-from dashinfer_vlm.server.auth import read_keys
 from tests.server.conftest import Serve
 
 Client = Callable[..., AsyncOpenAI]
@@ -46,22 +44,19 @@ async def test_a_wrong_key_is_401(serve: Serve, header: str) -> None:
     assert not running.engine.requests
 
 
+async def test_a_key_may_come_as_anthropics_clients_send_it(serve: Serve) -> None:
+    running = await serve(config=KEYS)
+    for headers in ({"x-api-key": "first"}, {"X-Api-Key": "first", "Authorization": "Bearer not-needed"}):
+        assert (await running.get("/v1/models", headers=headers)).status_code == 200
+    for headers in ({"x-api-key": "wrong"}, {"x-api-key": ""}, {"x-api-key": "Bearer first"}):
+        assert (await running.get("/v1/models", headers=headers)).status_code == 401
+
+
 async def test_the_client_raises_its_authentication_error(serve: Serve, openai_client: Client) -> None:
     running = await serve(config=KEYS)
     with pytest.raises(openai.AuthenticationError, match="API key"):
         await openai_client(running, "wrong").models.list()
     assert (await openai_client(running, "first").models.list()).data
-
-
-def test_keys_come_from_the_flag_and_from_the_file(tmp_path: Path) -> None:
-    path = tmp_path / "keys"
-    path.write_text("one\n\n  two  \n")
-    assert read_keys(ServerConfig(api_keys=("zero",), api_keys_file=str(path))) == ("zero", "one", "two")
-    path.write_text("\n")
-    with pytest.raises(ConfigError, match="holds no key"):
-        read_keys(ServerConfig(api_keys_file=str(path)))
-    with pytest.raises(ConfigError, match="cannot be read"):
-        read_keys(ServerConfig(api_keys_file=str(tmp_path / "absent")))
 
 
 async def test_browsers_of_other_origins_may_call_only_where_allowed(serve: Serve) -> None:

@@ -240,7 +240,9 @@ async def test_media_errors_have_their_statuses(serve: Serve, error: errors.Medi
     [
         (errors.InvalidRequestError("no"), 400, "invalid_value"),
         (errors.ContextLengthError("no"), 400, "context_length_exceeded"),
-        (errors.OverloadedError("full", retry_after_s=7), 503, "overloaded"),
+        (errors.OverloadedError("full", retry_after_s=7), 429, "overloaded"),
+        (errors.RateLimitError("enough", retry_after_s=7), 429, "rate_limit_exceeded"),
+        (errors.UnavailableError("closing", retry_after_s=7), 503, "overloaded"),
         (errors.EngineDeadError("gone"), 503, "engine_dead"),
         (errors.EngineError("broken"), 500, "engine_error"),
         (OSError(2, "no such file", "/secret/path"), 500, "internal_error"),
@@ -252,14 +254,14 @@ async def test_engine_errors_have_their_statuses(serve: Serve, error: Exception,
     told = error_of(reply)
     assert (reply.status_code, told["code"]) == (status, code)
     assert "secret" not in reply.text
-    assert reply.headers.get("retry-after") == ("7" if code == "overloaded" else None)
+    assert reply.headers.get("retry-after") == ("7" if code in ("overloaded", "rate_limit_exceeded") else None)
 
 
-async def test_too_many_requests_are_503_with_retry_after(serve: Serve) -> None:
+async def test_too_many_requests_are_429_with_retry_after(serve: Serve) -> None:
     running = await serve(config={"max_queued_requests": 0}, engine={"pauses_after": 0})
     full = await running.service.complete(["x"] * 8, GenerationParams())
     reply = await running.post(CHAT, {"messages": ASK})
-    assert (reply.status_code, error_of(reply)["code"], reply.headers["retry-after"]) == (503, "overloaded", "1")
+    assert (reply.status_code, error_of(reply)["code"], reply.headers["retry-after"]) == (429, "overloaded", "1")
     full.close()
 
 
@@ -301,3 +303,42 @@ def test_every_error_of_the_package_has_a_row_that_fits(name: str) -> None:
     startup = kind in (errors.DashInferError, errors.ConfigError, errors.CheckpointError)
     assert (reply.error.code == "internal_error") == startup
     assert (reply.error.message == "told") != startup
+
+
+async def test_an_answer_that_is_not_there_in_time_is_504(serve: Serve) -> None:
+    running = await serve(engine={"pauses_after": 1})
+    for body, headers in (({"timeout": 0.05}, {}), ({}, {"X-Request-Timeout": "0.05"})):
+        reply = await running.post(CHAT, {"messages": ASK, **body}, headers=headers)
+        assert (reply.status_code, error_of(reply)["code"]) == (504, "deadline_exceeded")
+    assert running.service.num_in_flight == 0
+
+
+async def test_a_stream_that_is_not_complete_in_time_ends_with_an_error_event(serve: Serve) -> None:
+    running = await serve(engine={"pauses_after": 1})
+    reply = await running.post(CHAT, {"messages": ASK, "stream": True, "timeout": 0.2})
+    assert reply.status_code == 200
+    assert '"code":"deadline_exceeded"' in reply.text.strip().rsplit("\n\n", 1)[1]
+    assert "[DONE]" not in reply.text
+    metrics = (await running.get("/metrics")).text
+    assert 'dashinfer_choices_total{reason="timeout"} 1.0' in metrics
+
+
+@pytest.mark.parametrize("header", ["soon", "0", "-1", "nan", "1e300"])
+async def test_a_time_that_cannot_be_is_400(serve: Serve, header: str) -> None:
+    running = await serve()
+    reply = await running.post(CHAT, {"messages": ASK}, headers={"X-Request-Timeout": header})
+    assert (reply.status_code, error_of(reply)["param"]) == (400, "timeout")
+
+
+async def test_tokens_that_wait_are_bounded_and_counted(serve: Serve) -> None:
+    running = await serve(engine={"pauses_after": 0}, config={"max_queued_tokens": 10})
+    asking = asyncio.create_task(running.post("/v1/completions", {"prompt": [1] * 10}))
+    await running.engine.paused.wait()
+    reply = await running.post(CHAT, {"messages": ASK})
+    assert (reply.status_code, error_of(reply)["code"]) == (429, "overloaded")
+    assert int(reply.headers["retry-after"]) >= 1
+    lines = (await running.get("/metrics")).text.splitlines()
+    assert "dashinfer_queued_tokens 10.0" in lines
+    assert 'dashinfer_refusals_total{reason="queued_tokens"} 1.0' in lines
+    running.engine.resume.set()
+    assert (await asking).status_code == 200

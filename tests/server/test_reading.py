@@ -87,7 +87,7 @@ async def test_unfinished_bodies_have_a_budget_together(serve: Serve) -> None:
         await writer.drain()
     waiting = [asyncio.ensure_future(reader.readline()) for reader, _ in opened]
     done, pending = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED, timeout=60)
-    assert [task.result() for task in done] == [b"HTTP/1.1 503 Service Unavailable\r\n"]
+    assert [task.result() for task in done] == [b"HTTP/1.1 429 Too Many Requests\r\n"]
     for (_, writer), task in zip(opened, waiting, strict=True):
         task.cancel()
         writer.close()

@@ -14,6 +14,7 @@ import signal
 import socket
 import sys
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from dashinfer_vlm.cli.logs import announce, set_up_logging
 from dashinfer_vlm.cli.options import options
 from dashinfer_vlm.config import EngineConfig, MediaConfig, ServerConfig
 from dashinfer_vlm.hub import DEMO_NAME, resolve_model
+from dashinfer_vlm.server.tls import Certificate
 
 __all__ = ["main"]
 
@@ -53,21 +55,32 @@ def command(**values: Any) -> None:
         logger.warning("%s is not a variable of this server and has no effect; see docs/flags.md", name)
     with ExitStack() as stack:
         _check_keys(server)
-        tls = envs.tls_files() if server.ssl else None
+        certificate = _certificate(server)
         sockets = [stack.enter_context(each) for each in listen(server.host, server.port)]
         folder = resolve_model(engine)
         names = server.served_model_name or (engine.model or DEMO_NAME,)
         # SIGTERM ends loading as Ctrl-C does; uvicorn handles both once it runs
         signal.signal(signal.SIGTERM, signal.default_int_handler)
-        asyncio.run(_serve(folder, engine, media, dataclasses.replace(server, served_model_name=names), sockets, tls))
+        server = dataclasses.replace(server, served_model_name=names)
+        asyncio.run(_serve(folder, engine, media, server, sockets, certificate))
 
 
 def _check_keys(config: ServerConfig) -> None:
-    """The file of keys is read again when the server starts; here a wrong one is found before the model is loaded."""
+    """The keys are read again when the server starts; here a wrong file is found before the model is loaded."""
     if config.api_keys_file is not None:
         from dashinfer_vlm.server.auth import read_keys  # brings the web framework
 
         read_keys(config)
+
+
+def _certificate(config: ServerConfig) -> Certificate | None:
+    """The one that the flags name, or with --ssl the environment; raises ConfigError."""
+    if config.ssl_certfile and config.ssl_keyfile:
+        return Certificate(config.ssl_certfile, config.ssl_keyfile)
+    if not config.ssl:
+        return None
+    keyfile, certfile = envs.tls_files()
+    return Certificate(certfile, keyfile)
 
 
 async def _serve(
@@ -76,22 +89,24 @@ async def _serve(
     media_config: MediaConfig,
     server_config: ServerConfig,
     sockets: list[socket.socket],
-    tls: tuple[str, str] | None,
+    certificate: Certificate | None,
 ) -> None:
     # the rooms bring torch and more, which neither -h nor a wrong flag should wait for
-    from dashinfer_vlm.frontend.opening import open_service
-    from dashinfer_vlm.server.run import TlsFiles, serve
+    from dashinfer_vlm.frontend.backlog import QueueLimits
+    from dashinfer_vlm.frontend.opening import open_service, start_restarted
+    from dashinfer_vlm.server.run import serve
 
     opening = open_service(
         dataclasses.replace(engine_config, model=str(folder)),
         media_config,
+        start_engine=partial(start_restarted, max_restarts=server_config.max_engine_restarts),
         chat_template=server_config.chat_template,
-        max_queued_requests=server_config.max_queued_requests,
+        queue=QueueLimits.of(server_config),
         start_decoders=True,
     )
     async with opening as service:
         announce(server_config.served_model_name[0], service.engine.info)
-        await serve(service, server_config, TlsFiles(*tls) if tls else None, sockets)
+        await serve(service, server_config, certificate, sockets)
 
 
 def main() -> None:

@@ -6,14 +6,15 @@ import asyncio
 import secrets
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Literal
 
 from dashinfer_vlm.engine.client import EngineClient
-from dashinfer_vlm.errors import EngineDeadError, EngineError
+from dashinfer_vlm.errors import DeadlineError, EngineDeadError, EngineError
 from dashinfer_vlm.frontend.answer_parser import TAGS, AnswerParser
+from dashinfer_vlm.frontend.booking import Booking
 from dashinfer_vlm.frontend.detokenizer import Detokenizer
 from dashinfer_vlm.frontend.observer import Observer
 from dashinfer_vlm.frontend.params import GenerationParams
@@ -24,6 +25,7 @@ from dashinfer_vlm.request import Output, Request, TokenLogprob
 
 _MERGED_TOKENS = 64
 """Tokens of a delta, at most a few more, so that writing one takes no time that others would notice."""
+OUT_OF_TIME = "the answer was not complete in the time that the request gave for it"
 EndReason = Literal["stop", "length", "tool_calls"]
 
 
@@ -176,7 +178,7 @@ class Generation:
     """All choices of a call, as an asynchronous iterator of deltas in the order in which they are made.
 
     `close()` stops what still runs; it must be called when the deltas are not read to their end. An error of one
-    choice ends all of them and is raised from the iterator. `on_end` runs once, after the engine's last word on every
+    choice ends all of them and is raised from the iterator. The booking ends after the engine's last word on every
     choice.
     """
 
@@ -186,16 +188,18 @@ class Generation:
         tokenizer: Tokenizer,
         prompts: Sequence[Prompt],
         params: GenerationParams,
-        on_end: Callable[[], None],
+        booking: Booking,
         observer: Observer,
         started_s: float,
+        timeout_s: float | None = None,
     ) -> None:
-        """`started_s` is when the caller asked, on `time.perf_counter`'s clock."""
+        """`booking` is told what is used, and when it ends. Who still iterates after `timeout_s` from now is told
+        DeadlineError. `started_s` is when the caller asked, on `time.perf_counter`'s clock."""
         self._engine = engine
         self._observer = observer
         self._started_s = started_s
         self._prompts = tuple(prompts)
-        self._on_end = on_end
+        self._booking = booking
         self._news: deque[Delta | BaseException] = deque()
         self._arrived = asyncio.Event()
         """Set while there is something to read: news, or the end."""
@@ -203,9 +207,12 @@ class Generation:
         self.choices = [Choice(i, prompts[i // params.n], params, tokenizer) for i in range(len(prompts) * params.n)]
         self._id = secrets.token_hex(8)
         self._closed = False
+        self._unfinished = "abort"
+        """Why choices have ended that were closed."""
         self._ended = asyncio.Event()
         self._tasks = {asyncio.create_task(self._run(choice)) for choice in self.choices}
         self._num_running = len(self._tasks)
+        self._timer = None if timeout_s is None else asyncio.get_running_loop().call_later(timeout_s, self._time_is_up)
         for task in self._tasks:
             task.add_done_callback(self._task_done)
 
@@ -259,6 +266,10 @@ class Generation:
         for task in self._tasks:
             task.cancel()
 
+    def _time_is_up(self) -> None:
+        self._unfinished = "timeout"
+        self.close(DeadlineError(OUT_OF_TIME))
+
     async def wait_ended(self) -> None:
         """Until the engine has spoken its last word and everything is given back."""
         await self._ended.wait()
@@ -269,8 +280,10 @@ class Generation:
             prompt_ids=choice.prompt.ids,
             params=choice.sampling,
             items=choice.prompt.items,
-            cache_salt=choice.cache_salt,
             priority=choice.priority,
+            cache_salt=self._booking.tenant.salted(choice.cache_salt),
+            tenant=self._booking.tenant.name,
+            weight=self._booking.tenant.weight,
         )
         async with aclosing(self._engine.generate(request)) as outputs:
             async for output in outputs:
@@ -289,6 +302,7 @@ class Generation:
 
     def _observe(self, choice: Choice, delta: Delta) -> None:
         if num_tokens := len(delta.token_ids):
+            self._booking.used(num_tokens)
             now_s, first = time.perf_counter(), choice.last_token_s is None
             waited_s = now_s - (choice.last_token_s or self._started_s)
             self._observer.tokens(num_tokens, waited_s, first=first)
@@ -302,12 +316,15 @@ class Generation:
         if self._num_running == 0:
             self._ended.set()
             self._arrived.set()
-            self._on_end()
+            if self._timer is not None:
+                self._timer.cancel()
+            self._booking.end()
             self._tell_end()
 
     def _tell_end(self) -> None:
         usage = self.usage
-        unfinished = "error" if any(not task.cancelled() and task.exception() for task in self._tasks) else "abort"
+        has_failed = any(not task.cancelled() and task.exception() for task in self._tasks)
+        unfinished = "error" if has_failed else self._unfinished
         self._observer.ended(
             num_prompt_tokens=usage.num_prompt_tokens,
             num_cached_tokens=usage.num_cached_tokens,

@@ -13,7 +13,7 @@ class Observer(Protocol):
         ...
 
     def ended(self, *, num_prompt_tokens: int, num_cached_tokens: int, reasons: list[str], seconds: float) -> None:
-        """A call is over after `seconds`. One reason per choice: stop, length, tool_calls, abort or error."""
+        """A call is over after `seconds`. One reason per choice: stop, length, tool_calls, abort, timeout or error."""
         ...
 
 

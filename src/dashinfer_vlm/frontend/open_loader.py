@@ -40,7 +40,7 @@ class NoLoader:
     async def start(self) -> None:
         """There is nothing to start."""
 
-    async def load(self, ref: MediaRef, party: Hashable = None) -> LoadedMedia:
+    async def load(self, ref: MediaRef, party: Hashable = None, *, salt: str = "") -> LoadedMedia:
         raise InvalidRequestError(f"the model takes no {ref.kind} input", param=ref.param)
 
     async def close(self) -> None:

@@ -10,6 +10,8 @@ from pathlib import Path
 from dashinfer_vlm.config import EngineConfig, MediaConfig
 from dashinfer_vlm.engine.client import EngineClient
 from dashinfer_vlm.engine.host.process import ProcessEngine
+from dashinfer_vlm.engine.host.restarts import RestartedEngine
+from dashinfer_vlm.frontend.backlog import NO_LIMITS, QueueLimits
 from dashinfer_vlm.frontend.checkpoint import FrontendConfig
 from dashinfer_vlm.frontend.open_loader import open_loader
 from dashinfer_vlm.frontend.prompt import Loader, PromptBuilder
@@ -62,7 +64,7 @@ class FrontEnd:
         loader: Loader,
         *,
         max_items: Mapping[str, int] | None = None,
-        max_queued_requests: int | None = None,
+        queue: QueueLimits = NO_LIMITS,
     ) -> Service:
         """The service over an engine and a media room that stay their owner's."""
         info = engine.info
@@ -70,13 +72,19 @@ class FrontEnd:
             loader, max_model_len=info.max_model_len, vocab_size=info.vocab_size, max_items=max_items or {}
         )
         defaults = self.checkpoint.sampling_defaults
-        return Service(engine, prompts, sampling_defaults=defaults, max_queued_requests=max_queued_requests)
+        return Service(engine, prompts, sampling_defaults=defaults, queue=queue)
 
 
 async def start_process(config: EngineConfig) -> EngineClient:
     """An engine in a process of its own; standard error shows how far its loading has come."""
     with LoadingProgress() as progress:
         return await ProcessEngine.start(config, progress=progress)
+
+
+async def start_restarted(config: EngineConfig, max_restarts: int) -> EngineClient:
+    """The same, and another one in its place when it dies (`engine/host/restarts.py`)."""
+    with LoadingProgress() as progress:
+        return await RestartedEngine.start(config, max_restarts, progress=progress)
 
 
 @asynccontextmanager
@@ -86,7 +94,7 @@ async def open_service(
     *,
     start_engine: StartEngine = start_process,
     chat_template: str | None = None,
-    max_queued_requests: int | None = None,
+    queue: QueueLimits = NO_LIMITS,
     start_decoders: bool = False,
 ) -> AsyncIterator[Service]:
     """The service of the model in the folder `engine_config.model` (`hub.resolve_model` finds it).
@@ -106,8 +114,6 @@ async def open_service(
         loader.max_patches = engine.info.max_item_patches
         if start_decoders:
             await loader.start()
-        service = front_end.service(
-            engine, loader, max_items=media_config.max_items, max_queued_requests=max_queued_requests
-        )
+        service = front_end.service(engine, loader, max_items=media_config.max_items, queue=queue)
         stack.push_async_callback(service.drain, 0)
         yield service

@@ -19,6 +19,7 @@ MAX_CHOICES = 128
 MAX_STOP_STRINGS = 64
 MAX_BAD_WORD_CHARS = 1024
 _PRIORITIES = 2**63
+MAX_TIMEOUT_S = 86_400
 _SEEDS = 2**63
 
 
@@ -46,6 +47,8 @@ class GenerationParams:
     """What becomes of a prompt that is too long; None: it is refused."""
     priority: int = 0
     """Requests with a lower number come first."""
+    timeout_s: float | None = None
+    """The answer must be complete by then; None is no limit."""
     max_tokens_name: str = "max_tokens"
     """What the caller calls the bound of an answer's tokens, for error messages."""
 
@@ -77,6 +80,8 @@ class GenerationParams:
             )
         if not -_PRIORITIES <= self.priority < _PRIORITIES:
             raise InvalidRequestError(f"priority is {self.priority}; it must fit 64 bits", param="priority")
+        if self.timeout_s is not None:
+            check_timeout(self.timeout_s)
         if self.continue_final_message and self.add_generation_prompt:
             raise InvalidRequestError(
                 "continue_final_message and add_generation_prompt are both true, and either excludes the other; "
@@ -95,6 +100,15 @@ class GenerationParams:
             self.sampling,
             seed=secrets.randbits(62) if seed is None else _plus(seed, index),
             prompt_logprobs=self.sampling.prompt_logprobs if index == 0 else None,
+        )
+
+
+def check_timeout(seconds: float) -> None:
+    """Raise InvalidRequestError for a time that no answer can have."""
+    if not 0 < seconds <= MAX_TIMEOUT_S:  # also false for NaN
+        raise InvalidRequestError(
+            f"the time for the answer is {seconds:g} s; it must be above 0 and at most {MAX_TIMEOUT_S} s",
+            param="timeout",
         )
 
 

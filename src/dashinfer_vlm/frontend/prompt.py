@@ -56,8 +56,8 @@ class Loader(Protocol):
         """Get ready ahead of the first load."""
         ...
 
-    async def load(self, ref: MediaRef, party: Hashable = None) -> LoadedMedia:
-        """`party` is whom it is for; parties take turns."""
+    async def load(self, ref: MediaRef, party: Hashable = None, *, salt: str = "") -> LoadedMedia:
+        """`party` is whom it is for; parties take turns. Items with another `salt` share nothing."""
         ...
 
     async def close(self) -> None:
@@ -99,8 +99,11 @@ class PromptBuilder:
     max_items: Mapping[str, int] = field(default_factory=dict)
     """Items of a kind in one prompt at most; kinds that are absent have no limit."""
 
-    async def chat(self, dialogue: Dialogue, params: GenerationParams = DEFAULT_PARAMS) -> Prompt:
-        """Render, fetch and expand; `params` say how the prompt ends, and how many tokens are to follow.
+    async def chat(
+        self, dialogue: Dialogue, params: GenerationParams = DEFAULT_PARAMS, *, media_salt: str = ""
+    ) -> Prompt:
+        """Render, fetch and expand; `params` say how the prompt ends, and how many tokens are to follow. Media are
+        shared only with prompts that have the same `media_salt`.
 
         Raises InvalidRequestError for messages that cannot be, ContextLengthError when prompt and answer do not fit,
         and MediaError for the first medium that cannot be used (the others are given back).
@@ -119,7 +122,7 @@ class PromptBuilder:
         form = self.template.answer_form(dialogue, ids)
         if not refs:
             return replace(self._finish(ids, (), params, "messages"), form=form)
-        media = await _load_all(self.loader, refs)
+        media = await _load_all(self.loader, refs, media_salt)
         try:
             return replace(self._finish(ids, media, params, "messages"), form=form)
         except InvalidRequestError:
@@ -214,13 +217,13 @@ async def _encode(
         raise
 
 
-async def _load_all(loader: Loader, refs: Sequence[MediaRef]) -> tuple[LoadedMedia, ...]:
+async def _load_all(loader: Loader, refs: Sequence[MediaRef], salt: str) -> tuple[LoadedMedia, ...]:
     """Load a few at a time; when one fails, or the caller leaves, the others are stopped and given back."""
     places, party = asyncio.Semaphore(_LOADS_AT_ONCE), object()
 
     async def load(ref: MediaRef) -> LoadedMedia:
         async with places:
-            return await loader.load(ref, party)
+            return await loader.load(ref, party, salt=salt)
 
     tasks = [asyncio.ensure_future(load(ref)) for ref in refs]
     try:

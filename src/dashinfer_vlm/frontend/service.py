@@ -3,27 +3,30 @@
 from __future__ import annotations
 
 import asyncio
-import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
+import anyio
 import msgspec
 
 from dashinfer_vlm.engine.client import EngineClient
-from dashinfer_vlm.errors import EngineDeadError, InvalidRequestError, OverloadedError
+from dashinfer_vlm.errors import DeadlineError, EngineDeadError, InvalidRequestError, OverloadedError, UnavailableError
+from dashinfer_vlm.frontend.backlog import ANY_LOAD, NO_LIMITS, Backlog, QueueLimits
 from dashinfer_vlm.frontend.bad_words import bad_word_ids
+from dashinfer_vlm.frontend.booking import Booking
 from dashinfer_vlm.frontend.constraints import constrained
-from dashinfer_vlm.frontend.generation import Generation
+from dashinfer_vlm.frontend.generation import OUT_OF_TIME, Generation
 from dashinfer_vlm.frontend.messages import Dialogue
 from dashinfer_vlm.frontend.observer import Observer, Silence
-from dashinfer_vlm.frontend.params import DEFAULT_PARAMS, GenerationParams
+from dashinfer_vlm.frontend.params import DEFAULT_PARAMS, GenerationParams, check_timeout
 from dashinfer_vlm.frontend.prompt import Prompt, PromptBuilder
+from dashinfer_vlm.frontend.tenants import Tenant, current_tenant, current_timeout_s
 from dashinfer_vlm.frontend.tokenizer import Tokenizer
 
 _RESTART_S = 30
-"""When to try again at a server that shuts down: about how long another one takes to load."""
+"""When to try again at a server that shuts down, or whose engine does: about how long another one takes to load."""
 
 PromptText = str | Sequence[int]
 
@@ -37,19 +40,18 @@ class Service:
         prompts: PromptBuilder,
         *,
         sampling_defaults: dict[str, float | int] | None = None,
-        max_queued_requests: int | None = 1024,
+        queue: QueueLimits = NO_LIMITS,
     ) -> None:
         """`sampling_defaults` are the checkpoint's, for callers that build their SamplingParams from a request.
 
-        Beyond `max_queued_requests` that wait for the engine, requests are refused; None means no limit.
+        Beyond what `queue` lets wait for the engine, requests are refused.
         """
         self.engine = engine
         self.prompts = prompts
         self.sampling_defaults = sampling_defaults or {}
         self.observer: Observer = Silence()
-        self._max_in_flight = (
-            math.inf if max_queued_requests is None else engine.info.max_num_seqs + max_queued_requests
-        )
+        self.backlog = Backlog(queue)
+        self._max_in_flight = engine.info.max_num_seqs + queue.requests
         self._num_in_flight = 0
         self._num_requests = 0
         self._draining = False
@@ -81,34 +83,32 @@ class Service:
         """Answer a conversation.
 
         Raises, before anything is generated, InvalidRequestError and its kin for what the caller did wrong,
-        OverloadedError when too many wait, EngineDeadError without an engine.
+        OverloadedError when too many wait or while the engine is replaced, EngineDeadError without one, DeadlineError.
         """
-        with self._admitted(params, params.n) as leave:
-            started_s = time.perf_counter()
+        with self._admitted(params, params.n) as admission:
             params = await self._prepared(params)
-            prompt = await self.prompts.chat(dialogue, params)
+            prompt = await self.prompts.chat(dialogue, params, media_salt=current_tenant.get().salt)
             try:
                 held = constrained(params, dialogue, prompt.form, self.tokenizer.marks)
                 held.validate(self.engine.info.vocab_size)
             except InvalidRequestError:
                 prompt.release()
                 raise
-            return self._start([prompt], held, leave, started_s)
+            return self._start([prompt], held, admission)
 
     async def complete(self, prompts: Sequence[PromptText], params: GenerationParams) -> Generation:
         """Continue texts or ids; choice `i` belongs to prompt `i // n`. Raises like `chat`."""
-        with self._admitted(params, params.n * len(prompts)) as leave:
-            started_s = time.perf_counter()
+        with self._admitted(params, params.n * len(prompts)) as admission:
             params = await self._prepared(params)
             built = [await self.prompts.text(prompt, params) for prompt in prompts]
-            return self._start(built, params, leave, started_s)
+            return self._start(built, params, admission)
 
     async def count(self, dialogue: Dialogue, params: GenerationParams = DEFAULT_PARAMS) -> list[int]:
         """The prompt's ids as `chat` would send them, media expanded; the media are loaded for it. Raises like it."""
-        with self._admitted(params, 1) as leave:
-            prompt = await self.prompts.chat(dialogue, params)
+        with self._admitted(params, 1) as admission:
+            prompt = await self.prompts.chat(dialogue, params, media_salt=current_tenant.get().salt)
             prompt.release()
-            leave()
+            admission.leave()
             return prompt.ids
 
     async def drain(self, timeout_s: float) -> None:
@@ -133,10 +133,36 @@ class Service:
         return replace(params, sampling=sampling)
 
     @contextmanager
-    def _admitted(self, params: GenerationParams, num_choices: int) -> Iterator[Callable[[], None]]:
-        """Hold `num_choices` places; whoever leaves the block without an error calls the yielded function later."""
+    def _admitted(self, params: GenerationParams, num_choices: int) -> Iterator[_Admission]:
+        """Hold `num_choices` places; whoever leaves the block without an error calls `leave` of what is yielded later.
+
+        The block has the time that the request gives for its answer; DeadlineError is raised when it is over.
+        """
         self._check_open()
         params.validate(self.engine.info.vocab_size)
+        timeout_s, tenant = _timeout_s(params), current_tenant.get()
+        self._check_places(num_choices, tenant)
+        self._num_in_flight += num_choices
+        tenant.num_choices += num_choices
+        self._num_requests += 1
+        self._idle.clear()
+
+        def leave() -> None:
+            self._num_in_flight -= num_choices
+            tenant.num_choices -= num_choices
+            self._num_requests -= 1
+            if not self._num_in_flight:
+                self._idle.set()
+
+        admission = _Admission(leave, time.perf_counter(), timeout_s)
+        try:
+            with admission.in_time():
+                yield admission
+        except BaseException:
+            leave()
+            raise
+
+    def _check_places(self, num_choices: int, tenant: Tenant) -> None:
         if num_choices > self._max_in_flight:
             raise InvalidRequestError(
                 f"the request asks for {num_choices} answers; the limit for all requests together is "
@@ -146,47 +172,89 @@ class Service:
             )
         if self._num_in_flight + num_choices > self._max_in_flight:
             raise OverloadedError(
-                f"{self._num_in_flight} requests are in flight, the limit is {self._max_in_flight}; try again later"
+                f"{self._num_in_flight} requests are in flight, the limit is {self._max_in_flight}; try again later",
+                reason="queued_requests",
+                retry_after_s=self.backlog.seconds_for_a_place(),
             )
-        self._num_in_flight += num_choices
-        self._num_requests += 1
-        self._idle.clear()
-
-        def leave() -> None:
-            self._num_in_flight -= num_choices
-            self._num_requests -= 1
-            if not self._num_in_flight:
-                self._idle.set()
-
-        try:
-            yield leave
-        except BaseException:
-            leave()
-            raise
+        if tenant.has_neighbours and tenant.num_choices + num_choices > self._max_in_flight - self._num_in_flight:
+            raise OverloadedError(
+                f"{tenant.num_choices} requests with this key are in flight, and no key may hold more places than are "
+                "left for others; try again later",
+                reason="key_share",
+                retry_after_s=self.backlog.seconds_for_a_place(),
+            )
+        self.backlog.check(ANY_LOAD)
 
     def _check_open(self) -> None:
-        if not self.engine.alive():
+        if self.engine.gone():
             raise EngineDeadError("the engine has stopped")
+        if not self.engine.alive():
+            raise UnavailableError(
+                "the engine has died and is being started again; try again later",
+                reason="engine_restart",
+                retry_after_s=_RESTART_S,
+            )
         if self._draining:
             raise _shutting_down()
 
-    def _start(
-        self, prompts: list[Prompt], params: GenerationParams, leave: Callable[[], None], started_s: float
-    ) -> Generation:
+    def _start(self, prompts: list[Prompt], params: GenerationParams, admission: _Admission) -> Generation:
         def end() -> None:
-            for prompt in prompts:
-                prompt.release()
             self._generations.discard(generation)
-            leave()
+            admission.leave()
 
-        if self._closed:  # the media took longer than the drain
+        try:
+            if self._closed:  # the media took longer than the drain
+                raise _shutting_down()
+            booking = Booking(prompts, current_tenant.get(), self.backlog, end)
+        except OverloadedError:
             for prompt in prompts:
                 prompt.release()
-            raise _shutting_down()
-        generation = Generation(self.engine, self.tokenizer, prompts, params, end, self.observer, started_s)
+            raise
+        generation = Generation(
+            self.engine,
+            self.tokenizer,
+            prompts,
+            params,
+            booking,
+            self.observer,
+            admission.started_s,
+            admission.left_s,
+        )
         self._generations.add(generation)
         return generation
 
 
-def _shutting_down() -> OverloadedError:
-    return OverloadedError("the server is shutting down", retry_after_s=_RESTART_S)
+@dataclass(frozen=True, slots=True)
+class _Admission:
+    """One call that was let in."""
+
+    leave: Callable[[], None]
+    """Gives its places back."""
+    started_s: float
+    """On `time.perf_counter`'s clock."""
+    timeout_s: float | None
+
+    @property
+    def left_s(self) -> float | None:
+        """Seconds that are left for the answer."""
+        return None if self.timeout_s is None else self.started_s + self.timeout_s - time.perf_counter()
+
+    @contextmanager
+    def in_time(self) -> Iterator[None]:
+        """Raise DeadlineError in place of what the block does when the time is over."""
+        with anyio.move_on_after(self.left_s) as scope:
+            yield
+        if scope.cancelled_caught:
+            raise DeadlineError(OUT_OF_TIME)
+
+
+def _timeout_s(params: GenerationParams) -> float | None:
+    """Of the request's field and its header, the shorter one; raises InvalidRequestError."""
+    header_s = current_timeout_s.get()
+    if header_s is not None:
+        check_timeout(header_s)
+    return min((seconds for seconds in (params.timeout_s, header_s) if seconds is not None), default=None)
+
+
+def _shutting_down() -> UnavailableError:
+    return UnavailableError("the server is shutting down", reason="shutting_down", retry_after_s=_RESTART_S)

@@ -166,7 +166,7 @@ class ByteBudget:
         """If all bytes were held by those who wait for more, nobody would ever give any back."""
         waiting = {account, *(other for _, _, other in self._line)}
         if self.free_bytes + sum(other.num_bytes for other in waiting) >= self.total_bytes:
-            raise OverloadedError(BUSY)
+            raise OverloadedError(BUSY, reason="media_wait")
 
     def _admit(self) -> None:
         while self._line and self._line[0][0] <= self.free_bytes:

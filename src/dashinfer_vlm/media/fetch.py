@@ -129,7 +129,7 @@ class Fetcher:
             with anyio.fail_after(self._limits.wait_timeout_s):
                 await turns.take(party)
         except TimeoutError as error:
-            raise OverloadedError(BUSY) from error
+            raise OverloadedError(BUSY, reason="media_wait") from error
 
     async def _fetch(self, target: Target, max_bytes: int, timeout_s: float, reserve: Reserve | None) -> bytes:
         clock = asyncio.get_running_loop().time

@@ -14,24 +14,22 @@ import errno
 import hashlib
 import logging
 import shutil
-from collections.abc import Callable, Hashable
-from contextlib import ExitStack
+from collections.abc import Hashable
 from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
 
 from dashinfer_vlm.config import MediaConfig
-from dashinfer_vlm.errors import MediaError, MediaRefusedError, MediaTooLargeError, UnsupportedError
+from dashinfer_vlm.errors import MediaError, MediaRefusedError, MediaTooLargeError
 from dashinfer_vlm.media.cache import Lease, LeasedCache
 from dashinfer_vlm.media.decode import content_hash
-from dashinfer_vlm.media.embeddings import embedding_hash, read_embedding
 from dashinfer_vlm.media.fetch import Resolver
 from dashinfer_vlm.media.medium import DEFAULT_LIMITS, MediaLimits, Medium
 from dashinfer_vlm.media.policy import MediaPolicy
 from dashinfer_vlm.media.registry import MEDIA
 from dashinfer_vlm.media.sources import Encoded, Sources
-from dashinfer_vlm.media.types import GivenEmbedding, LoadedMedia, MediaRef, Source
+from dashinfer_vlm.media.types import LoadedMedia, MediaRef, Source
 from dashinfer_vlm.media.wire import NO_ROOM, DecodeJob, Terms
 from dashinfer_vlm.media.workers import SharedMemoryFullError, WorkerPool
 from dashinfer_vlm.processors.qwen import ProcessorConfig
@@ -146,18 +144,16 @@ class MediaLoader:
         await self._workers.close()
         self._folder.close()
 
-    async def load(self, ref: MediaRef, party: Hashable = None) -> LoadedMedia:
+    async def load(self, ref: MediaRef, party: Hashable = None, *, salt: str = "") -> LoadedMedia:
         """Fetch, decode and process; the caller must call `release` of the result once.
 
-        `party` is whom the item is for (a request): parties take turns, however many items each has. Raises MediaError
-        and its kinds, with `param` from the reference, UnsupportedError for an embedding where none are taken, and
-        OverloadedError.
+        `party` is whom the item is for (a request): parties take turns, however many items each has. Equal items share
+        what was decoded, and their `content_hash`, only under the same `salt`. Raises MediaError and its kinds, with
+        `param` from the reference, and OverloadedError.
         """
         medium = MEDIA[ref.kind]
-        if isinstance(ref.source, GivenEmbedding) and not self._config.enable_mm_embeds:
-            raise UnsupportedError("image_embeds are not taken here; start with --enable-mm-embeds", param=ref.param)
         try:
-            terms = self._terms(ref)
+            terms = self._terms(ref, salt)
             lease = await self._load(medium, ref.source, terms, party)
         except MediaError as error:
             self._failures += 1
@@ -168,15 +164,14 @@ class MediaLoader:
             kind=ref.kind,
             grid=made.grid,
             num_tokens=medium.num_tokens(made.grid, terms.config),
-            content_hash=made.content_hash,
+            content_hash=_salted(made.content_hash, salt),
             features=made.array,
             release=lease.release,
             seconds_per_grid=made.seconds_per_grid,
             timestamps=made.timestamps,
-            is_embedding=isinstance(ref.source, GivenEmbedding),
         )
 
-    def _terms(self, ref: MediaRef) -> Terms:
+    def _terms(self, ref: MediaRef, salt: str) -> Terms:
         """The settings under the reference's bounds; raises MediaError for those that cannot be."""
         sampling = Sampling(
             fps=ref.fps, num_frames=ref.num_frames, min_frames=ref.min_frames, max_frames=ref.max_frames
@@ -191,6 +186,7 @@ class MediaLoader:
             max_pixels=self._max_pixels,
             max_video_s=self._limits.max_video_s,
             max_patches=self.max_patches,
+            salt=salt,
         )
 
     async def _load(self, medium: Medium, source: Source, terms: Terms, party: Hashable) -> Lease[_Features]:
@@ -198,8 +194,6 @@ class MediaLoader:
             return await self._load_array(medium, source, terms)
         if isinstance(source, tuple):
             return await self._load_parts(medium, source, terms, party)
-        if isinstance(source, GivenEmbedding):
-            return await self._load_embedding(medium, source, terms, party)
         encoded = await self._sources.encoded(source, medium.limits(self._config, self._limits), party)
         try:
             return await self._decoded(medium, (encoded.value,), terms, party, in_parts=False)
@@ -262,24 +256,6 @@ class MediaLoader:
         key = ("array", medium.kind, array.shape, digest, terms)
         return await self._features.lease(key, partial(self._process, medium, array, terms))
 
-    async def _load_embedding(
-        self, medium: Medium, source: GivenEmbedding, terms: Terms, party: Hashable
-    ) -> Lease[_Features]:
-        limits = medium.limits(self._config, self._limits)
-        with ExitStack() as stack:
-            files: list[Encoded] = []
-            for text in (source.image_embeds, source.image_grid_thw):
-                lease = await self._sources.encoded(f"data:;base64,{text}", limits, party)
-                stack.callback(lease.release)
-                files.append(lease.value)
-
-            def work() -> _Features:
-                rows, grid = read_embedding(files[0].data, files[1].data, merge_size=terms.config.merge_size)
-                return _Features(grid, embedding_hash(rows), 1.0, (), _put(self._folder, rows))
-
-            key = ("embedding", *(file.digest for file in files))
-            return await self._features.lease(key, partial(self._in_thread, work))
-
     async def _process(self, medium: Medium, array: np.ndarray, terms: Terms) -> _Features:
         self._decodes += 1
 
@@ -293,14 +269,16 @@ class MediaLoader:
                 _put(self._folder, processed.features),
             )
 
-        return await self._in_thread(work)
-
-    async def _in_thread(self, work: Callable[[], _Features]) -> _Features:
         try:
             return await asyncio.to_thread(work)
         except SharedMemoryFullError:
             self._features.drop_unused()
             return await asyncio.to_thread(work)
+
+
+def _salted(content_hash: bytes, salt: str) -> bytes:
+    """32 bytes."""
+    return hashlib.sha256(salt.encode() + b"\0" + content_hash).digest() if salt else content_hash
 
 
 def _put(folder: SharedFolder, features: np.ndarray) -> SharedArray:

@@ -101,7 +101,7 @@ class Sources:
             with anyio.fail_after(self._limits.wait_timeout_s):
                 await account.grow(num_bytes)
         except TimeoutError as error:
-            raise OverloadedError(BUSY) from error
+            raise OverloadedError(BUSY, reason="media_wait") from error
 
 
 def _size_hint(source: str | bytes, unknown: int) -> int:

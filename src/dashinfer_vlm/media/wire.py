@@ -29,6 +29,8 @@ class Terms(msgspec.Struct, frozen=True, kw_only=True):
     max_video_s: float
     max_patches: int | None = None
     """Encoder work of the whole item, in rows of its features; None means no limit."""
+    salt: str = ""
+    """Equal items with another salt share nothing that is kept."""
 
 
 class DecodeJob(msgspec.Struct, frozen=True, kw_only=True):

@@ -37,6 +37,9 @@ _STDERR_LINES = 20
 class SharedMemoryFullError(OverloadedError):
     """The features of an item do not fit the memory folder now."""
 
+    def __init__(self, message: str) -> None:
+        super().__init__(message, reason="shared_memory")
+
 
 _FAILURES = {"media": MediaError, "too_large": MediaTooLargeError, "no_room": SharedMemoryFullError}
 
@@ -87,7 +90,7 @@ class WorkerPool:
             with anyio.fail_after(self._wait_timeout_s):
                 await self._turns.take(party)
         except TimeoutError as error:
-            raise OverloadedError(BUSY) from error
+            raise OverloadedError(BUSY, reason="media_wait") from error
         worker = self._idle.pop()
         task = asyncio.create_task(self._occupy(worker, job, timeout_s, party))
         self._running.add(task)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from fastapi import APIRouter, FastAPI
+from fastapi import FastAPI
 from fastapi.middleware.cors import CORSMiddleware
 from fastapi.routing import APIRoute
 
@@ -10,13 +10,12 @@ import dashinfer_vlm
 from dashinfer_vlm.config import ServerConfig
 from dashinfer_vlm.frontend.service import Service
 from dashinfer_vlm.server.access import Access
-from dashinfer_vlm.server.auth import OPEN_PATHS, ApiKeys, read_keys
+from dashinfer_vlm.server.auth import OPEN_PATHS, ApiKeys, Keyring
 from dashinfer_vlm.server.chat import chat_routes
 from dashinfer_vlm.server.completions import completion_routes
 from dashinfer_vlm.server.context import Context
 from dashinfer_vlm.server.errors import install_error_handlers
 from dashinfer_vlm.server.metrics import Metrics, ReplyCounter, metrics_routes
-from dashinfer_vlm.server.openapi import document_routes
 from dashinfer_vlm.server.reading import BodyReader
 from dashinfer_vlm.server.status import status_routes
 from dashinfer_vlm.server.tokenize import tokenize_routes
@@ -39,15 +38,15 @@ def create_app(service: Service, config: ServerConfig, *, bodies: BodyReader | N
     routers.append(metrics_routes(metrics))
     if config.ui:
         routers.append(page_routes(context))
-    keys = read_keys(config)
-    if config.docs:
-        routers.append(document_routes(_routes(routers), with_keys=bool(keys)))
     for router in routers:
         app.include_router(router)
-    install_error_handlers(app)
-    if keys:
-        app.add_middleware(ApiKeys, keys=keys, open_paths=OPEN_PATHS.union(page_files() if config.ui else ()))
-    app.add_middleware(ReplyCounter, metrics=metrics, paths=frozenset(route.path for route in _routes(routers)))
+    paths = frozenset(route.path for router in routers for route in router.routes if isinstance(route, APIRoute))
+    install_error_handlers(app, metrics.refused)
+    if keyring := Keyring(config):
+        open_paths = OPEN_PATHS.union(page_files() if config.ui else ())
+        metrics.watch(keyring.tenants)
+        app.add_middleware(ApiKeys, keyring=keyring, open_paths=open_paths, refused=metrics.refused)
+    app.add_middleware(ReplyCounter, metrics=metrics, paths=paths)
     app.add_middleware(Access)
     if config.allowed_origins:  # added last, so outermost: a refusal needs its headers too
         app.add_middleware(
@@ -58,7 +57,3 @@ def create_app(service: Service, config: ServerConfig, *, bodies: BodyReader | N
             allow_credentials=config.allow_credentials,
         )
     return app
-
-
-def _routes(routers: list[APIRouter]) -> list[APIRoute]:
-    return [route for router in routers for route in router.routes if isinstance(route, APIRoute)]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import secrets
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from http import HTTPStatus
 
@@ -31,7 +31,10 @@ _TABLE: tuple[tuple[type[errors.DashInferError], int, str, str], ...] = (
     (errors.MediaFetchError, 502, "upstream_error", "media_fetch_failed"),
     (errors.MediaError, 422, _INVALID, "invalid_media"),
     (errors.InvalidRequestError, 400, _INVALID, "invalid_value"),
-    (errors.OverloadedError, 503, "overloaded_error", "overloaded"),
+    (errors.DeadlineError, 504, "timeout_error", "deadline_exceeded"),
+    (errors.UnavailableError, 503, "overloaded_error", "overloaded"),
+    (errors.RateLimitError, 429, "rate_limit_error", "rate_limit_exceeded"),
+    (errors.OverloadedError, 429, "overloaded_error", "overloaded"),
     (errors.EngineDeadError, 503, "server_error", "engine_dead"),
     (errors.EngineError, 500, "server_error", "engine_error"),
 )
@@ -67,12 +70,6 @@ class ErrorObject(msgspec.Struct, frozen=True):
     code: str | None
 
 
-class ErrorBody(msgspec.Struct, frozen=True):
-    """The body of every error."""
-
-    error: ErrorObject
-
-
 @dataclass(frozen=True, slots=True)
 class ErrorReply:
     """An error on its way out."""
@@ -82,8 +79,13 @@ class ErrorReply:
     headers: Mapping[str, str] = field(default_factory=dict)
 
     @property
+    def is_refusal(self) -> bool:
+        """Whether a limit or a rule kept the request out, and no failure."""
+        return self.status < HTTPStatus.INTERNAL_SERVER_ERROR or self.error.type == "overloaded_error"
+
+    @property
     def body(self) -> bytes:
-        return msgspec.json.encode(ErrorBody(self.error))
+        return msgspec.json.encode({"error": self.error})
 
     def response(self) -> Response:
         return Response(self.body, self.status, dict(self.headers), "application/json")
@@ -101,11 +103,14 @@ def reply_to(error: Exception) -> ErrorReply:
     return _unforeseen(error)
 
 
-def install_error_handlers(app: FastAPI) -> None:
-    """Every way in which a request can fail ends in `reply_to`."""
+def install_error_handlers(app: FastAPI, refused: Callable[[str], None]) -> None:
+    """Every way in which a request can fail ends in `reply_to`; `refused` hears why a request was not taken."""
 
     async def answer(_: Request, error: Exception) -> Response:
-        return reply_to(error).response()
+        reply = reply_to(error)
+        if reply.is_refusal:
+            refused(error.reason if isinstance(error, errors.OverloadedError) else str(reply.error.code))
+        return reply.response()
 
     async def answer_http(request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException), error

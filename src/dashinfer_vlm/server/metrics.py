@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import msgspec
 from fastapi import APIRouter
@@ -16,8 +16,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from dashinfer_vlm.engine.stats import EngineStats
 from dashinfer_vlm.errors import EngineDeadError
 from dashinfer_vlm.frontend.service import Service
+from dashinfer_vlm.frontend.tenants import Tenant
 from dashinfer_vlm.media.loader import MediaCounters
-from dashinfer_vlm.server.described import Operation
 
 _PREFIX = "dashinfer_"
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80, 160)
@@ -56,6 +56,7 @@ HELP = {
     "engine_shared_cache_written_bytes_total": "Bytes of embeddings written to Redis.",
     "engine_shared_cache_errors_total": "Commands to Redis that failed, and values from it that could not be used.",
     "engine_shared_cache_dropped_total": "Embeddings that were not written since Redis was away or slow.",
+    "engine_num_restarts_total": "Engine processes that were started in place of a dead one.",
     "engine_step_seconds_total": "Seconds that steps took.",
     "engine_encoder_seconds_total": "Seconds of them that the vision encoder took.",
     "media_fetches": "GETs of http and https URLs, redirects not counted.",
@@ -91,9 +92,24 @@ class Metrics:
             f"{_PREFIX}requests_in_flight", "Requests that are being prepared or answered.", registry=registry
         )
         self._in_flight.set_function(lambda: service.num_requests)
+        backlog = service.backlog
+        queued: tuple[tuple[str, str, Callable[[], float]], ...] = (
+            ("requests", "Requests that have no token yet.", lambda: backlog.requests.waiting),
+            ("tokens", "Tokens of their prompts.", lambda: backlog.tokens.waiting),
+            ("visual_tokens", "Those that stand for pictures and videos.", lambda: backlog.visual_tokens.waiting),
+            ("encoder_seconds", "Time that the vision encoder is expected to need.", lambda: backlog.encoder_s),
+        )
+        for name, words, read in queued:
+            Gauge(f"{_PREFIX}queued_{name}", words, registry=registry).set_function(read)
         self._choices = Counter(
             f"{_PREFIX}choices",
             "Answers that are over (a request may ask for several), by how they ended.",
+            ["reason"],
+            registry=registry,
+        )
+        self._refusals = Counter(
+            f"{_PREFIX}refusals",
+            "Requests that were not taken, by the limit or the rule that kept them out.",
             ["reason"],
             registry=registry,
         )
@@ -130,6 +146,13 @@ class Metrics:
         self._whole.observe(seconds)
         for reason in reasons:
             self._choices.labels(reason).inc()
+
+    def refused(self, reason: str) -> None:
+        self._refusals.labels(reason).inc()
+
+    def watch(self, tenants: Callable[[], Iterable[Tenant]]) -> None:
+        """Tell what the holders of keys do, too."""
+        self.registry.register(_Tenants(tenants))
 
     async def render(self) -> bytes:
         """The text format; without an engine that answers, its figures are absent and `dashinfer_engine_up` is 0."""
@@ -175,13 +198,10 @@ class ReplyCounter:
         self._metrics.replies.labels(route if route in self._paths else "other", status).inc()
 
 
-METRICS = Operation(summary="Figures for Prometheus.", reply="text/plain")
-
-
 def metrics_routes(metrics: Metrics) -> APIRouter:
     router = APIRouter()
 
-    @router.get("/metrics", openapi_extra=METRICS.extra)
+    @router.get("/metrics")
     async def scrape() -> Response:
         return Response(await metrics.render(), headers={"Content-Type": CONTENT_TYPE_LATEST})
 
@@ -206,6 +226,25 @@ class _State:
                 yield _metric(f"{_PREFIX}engine_{name}", value, counts=name.endswith("_total"))
         for name, value in dataclasses.asdict(self._media).items():
             yield _metric(f"{_PREFIX}media_{name}", value, counts=name not in _MEDIA_GAUGES)
+
+
+class _Tenants:
+    """Collector of what each name of a key has asked for."""
+
+    def __init__(self, tenants: Callable[[], Iterable[Tenant]]) -> None:
+        self._tenants = tenants
+
+    def collect(self) -> Iterator[Metric]:
+        requests = CounterMetricFamily(f"{_PREFIX}key_requests", "Requests that were taken, by key.", labels=["key"])
+        refusals = CounterMetricFamily(f"{_PREFIX}key_refusals", "Requests over a limit of the key.", labels=["key"])
+        tokens = CounterMetricFamily(f"{_PREFIX}key_tokens", "Tokens of prompts and answers, by key.", labels=["key"])
+        running = GaugeMetricFamily(f"{_PREFIX}key_requests_in_flight", "Requests that run, by key.", labels=["key"])
+        for tenant in self._tenants():
+            requests.add_metric([tenant.name], tenant.num_requests_total)
+            refusals.add_metric([tenant.name], tenant.num_refusals_total)
+            tokens.add_metric([tenant.name], tenant.num_tokens_total)
+            running.add_metric([tenant.name], tenant.num_requests)
+        yield from (requests, refusals, tokens, running)
 
 
 def _metric(name: str, value: float, *, counts: bool) -> Metric:

@@ -82,7 +82,8 @@ class BodyReader:
     def _keep(self, chunks: list[bytes], chunk: bytes) -> None:
         if self._num_held + len(chunk) > self._budget:
             raise OverloadedError(
-                f"unfinished requests hold {self._num_held} bytes, the limit is {self._budget}; try again later"
+                f"unfinished requests hold {self._num_held} bytes, the limit is {self._budget}; try again later",
+                reason="unfinished_bodies",
             )
         self._num_held += len(chunk)
         chunks.append(chunk)

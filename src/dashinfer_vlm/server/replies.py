@@ -209,30 +209,18 @@ class TextReply(msgspec.Struct, frozen=True):
     object: str = "text_completion"
 
 
-class ChatChunk(msgspec.Struct, frozen=True):
-    """One event of a stream; `usage` is absent unless it was asked for, and then null where it is not told yet."""
+class Chunk(msgspec.Struct, frozen=True):
+    """One event of a stream; `usage` is absent unless it was asked for, and then null where it was not asked for."""
 
     id: str
+    object: str
     created: int
     model: str
     system_fingerprint: str
-    choices: list[ChunkChoice]
+    choices: list[ChunkChoice] | list[TextChoice]
     usage: UsageReply | msgspec.UnsetType | None = msgspec.UNSET
     prompt_token_ids: list[int] | msgspec.UnsetType = msgspec.UNSET
-    """In the first event of each choice."""
-    object: str = "chat.completion.chunk"
-
-
-class TextChunk(msgspec.Struct, frozen=True):
-    """The same of text completions."""
-
-    id: str
-    created: int
-    model: str
-    system_fingerprint: str
-    choices: list[TextChoice]
-    usage: UsageReply | msgspec.UnsetType | None = msgspec.UNSET
-    object: str = "text_completion"
+    """Of chat, in the first event of each choice."""
 
 
 @dataclass(frozen=True, slots=True)

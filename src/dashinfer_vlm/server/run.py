@@ -7,7 +7,6 @@ import logging
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 
 import uvicorn
 from fastapi import FastAPI
@@ -17,6 +16,7 @@ from dashinfer_vlm.errors import EngineDeadError
 from dashinfer_vlm.frontend.service import Service
 from dashinfer_vlm.server.app import create_app
 from dashinfer_vlm.server.connection import Connection, raise_file_limit
+from dashinfer_vlm.server.tls import Certificate
 
 logger = logging.getLogger(__name__)
 
@@ -25,7 +25,7 @@ _GRACE_S = 3
 _LAST_WORDS_S = 1.0
 """What streams that were ended get to say why."""
 _TICKS_WITHOUT_ENGINE = 30
-"""Tenths of a second that a server stays up once its engine is dead."""
+"""Tenths of a second that a server stays up once its engine is gone for good."""
 _ACCEPTED_AT_ONCE = 16
 """Connections that one turn of the event loop takes. `Connection` makes room some turns later, and until then each of
 them holds a file."""
@@ -35,16 +35,12 @@ _LOOK_S = 0.1
 """How often a second Ctrl-C is looked for."""
 
 
-@dataclass(frozen=True, slots=True)
-class TlsFiles:
-    key: str
-    certificate: str
-
-
 class HttpServer(uvicorn.Server):
     """uvicorn that drains the service at SIGINT or SIGTERM and then returns; a second SIGINT does not wait."""
 
-    def __init__(self, app: FastAPI, service: Service, config: ServerConfig, tls: TlsFiles | None = None) -> None:
+    def __init__(
+        self, app: FastAPI, service: Service, config: ServerConfig, certificate: Certificate | None = None
+    ) -> None:
         super().__init__(
             uvicorn.Config(
                 app,
@@ -52,8 +48,8 @@ class HttpServer(uvicorn.Server):
                 port=config.port,
                 log_level=config.log_level,
                 access_log=False,  # see server/access.py
-                ssl_keyfile=tls.key if tls else None,
-                ssl_certfile=tls.certificate if tls else None,
+                ssl_keyfile=certificate.keyfile if certificate else None,
+                ssl_certfile=certificate.certfile if certificate else None,
                 lifespan="on",  # "Application startup complete" tells that the server is ready
                 ws="none",
                 timeout_keep_alive=config.keep_alive_s,  # type: ignore[arg-type]  # a delay in seconds, whole or not
@@ -63,6 +59,7 @@ class HttpServer(uvicorn.Server):
             )
         )
         self._service = service
+        self._certificate = certificate
         self._drain_s = config.shutdown_timeout_s
         self._num_ticks_dead = 0
         self.engine_is_gone = False
@@ -70,6 +67,8 @@ class HttpServer(uvicorn.Server):
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """uvicorn announces itself only on sockets that it has bound; people and scripts wait for that line."""
+        if self._certificate and self.config.ssl:
+            self._certificate.follow(self.config.ssl)
         await super().startup(sockets)
         if sockets and self.started:
             for each in sockets:
@@ -78,8 +77,7 @@ class HttpServer(uvicorn.Server):
 
     async def on_tick(self, counter: int) -> bool:
         """Whether to end: told so, or without an engine for a while, in which clients and probes hear of it."""
-        alive = self._service.engine.alive()
-        self._num_ticks_dead = 0 if alive else self._num_ticks_dead + 1
+        self._num_ticks_dead = self._num_ticks_dead + 1 if self._service.engine.gone() else 0
         self.engine_is_gone = self._num_ticks_dead > _TICKS_WITHOUT_ENGINE
         return await super().on_tick(counter) or self.engine_is_gone
 
@@ -115,7 +113,7 @@ class HttpServer(uvicorn.Server):
 async def serve(
     service: Service,
     config: ServerConfig,
-    tls: TlsFiles | None = None,
+    certificate: Certificate | None = None,
     sockets: list[socket.socket] | None = None,
 ) -> None:
     """Serve until a signal, on `sockets` when the address is bound already.
@@ -124,7 +122,7 @@ async def serve(
     started the server then starts another one.
     """
     Connection.max_connections = raise_file_limit()
-    server = HttpServer(create_app(service, config), service, config, tls)
+    server = HttpServer(create_app(service, config), service, config, certificate)
     await server.serve(sockets)
     if server.engine_is_gone:
         raise EngineDeadError("the engine has stopped, and the server with it")

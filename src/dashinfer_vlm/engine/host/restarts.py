@@ -116,4 +116,4 @@ class RestartedEngine:
                 WINDOW_S,
             )
             return None
-        return self.first_pause_s * 2 ** max(0, num_recent - 1)
+        return self.first_pause_s * float(2 ** max(0, num_recent - 1))

@@ -14,8 +14,7 @@ import torch
 from torch import Tensor
 
 from dashinfer_vlm.kernels.choices import Choices
-from dashinfer_vlm.kernels.cuda import fp8, paged, patches, rotary, rows, sampling, segments, skinny
-from dashinfer_vlm.kernels.grouped import GROUP, GroupedWeight
+from dashinfer_vlm.kernels.cuda import paged, patches, rotary, rows, sampling, segments
 
 __all__ = ["PUBLISHED", "Sizes", "Variant", "variants"]
 
@@ -70,8 +69,6 @@ def variants(sizes: Sizes, dtype: torch.dtype) -> Iterator[Variant]:
     modules were imported sees what is compiled."""
     meta = torch.device("meta")
     yield from _text(sizes, dtype, meta)
-    yield from _floats(sizes, dtype, meta)
-    yield from _few_rows(sizes, dtype, meta)
     yield from _choosing(sizes.vocab, meta)
     if sizes.vit_width:
         yield from _vit(sizes, dtype, meta)
@@ -87,13 +84,13 @@ def _text(s: Sizes, dtype: torch.dtype, device: torch.device) -> Iterator[Varian
 
     def attend(queries: list[int], cache: torch.dtype, splits: int | None) -> Tensor:
         num_rows, num_sequences = sum(queries), len(queries)
-        keys = empty(64, BLOCK_SIZE, s.kv_heads, s.head_dim + 16 * (cache == torch.int8), dtype=cache)
+        keys = empty(64, BLOCK_SIZE, s.kv_heads, s.head_dim + 4 * (cache == torch.int8), dtype=cache)
         starts, contexts = (empty(n, dtype=torch.int32) for n in (num_sequences + 1, num_sequences))
         tables = empty(num_sequences, 64, dtype=torch.int32)
         return paged.paged_attention(heads(num_rows)[0], keys, keys, tables, starts, contexts, 0.1, splits)
 
     def write(cache: torch.dtype) -> None:
-        keys = empty(64, BLOCK_SIZE, s.kv_heads, s.head_dim + 16 * (cache == torch.int8), dtype=cache)
+        keys = empty(64, BLOCK_SIZE, s.kv_heads, s.head_dim + 4 * (cache == torch.int8), dtype=cache)
         table = empty(16, s.head_dim // 2, dtype=torch.float32)
         q, k, v = heads(16)
         rotary.rope_write_kv(q, k, v, table, table, keys, keys, empty(16, dtype=torch.int64))
@@ -113,57 +110,6 @@ def _text(s: Sizes, dtype: torch.dtype, device: torch.device) -> Iterator[Varian
         yield Variant(f"decode {kind}", partial(attend, [1] * 16, cache, 1))
         yield Variant(f"decode in 8 splits {kind}", partial(attend, [1] * 16, cache, 8))
         yield Variant(f"prefill {kind}", partial(attend, [1024], cache, None))
-
-
-def _floats(s: Sizes, dtype: torch.dtype, device: torch.device) -> Iterator[Variant]:
-    """Layers of 8-bit floats."""
-    x = torch.empty(1024, s.hidden, dtype=dtype, device=device)
-    weight = torch.empty(s.hidden, s.hidden, dtype=torch.float8_e4m3fn, device=device)
-    groups = -(-s.hidden // fp8.BLOCK)
-    weight_scales = torch.empty(groups, groups, dtype=torch.float32, device=device)
-
-    def product(num_rows: int) -> Tensor:
-        numbers, scales = (
-            torch.empty(num_rows, n, dtype=t, device=device)
-            for n, t in ((s.hidden, weight.dtype), (groups, torch.float32))
-        )
-        return fp8.block_product(numbers, scales, weight, weight_scales, dtype)
-
-    yield Variant("fp8 rows", lambda: fp8.quantise(x))
-    yield Variant("fp8 rows of an MLP", lambda: fp8.quantise(torch.empty(16, s.inner, dtype=dtype, device=device)))
-    yield Variant("fp8 groups", lambda: fp8.quantise(x, fp8.BLOCK))
-    yield Variant("fp8 product, few rows", lambda: product(16))
-    yield Variant("fp8 product", lambda: product(1024))
-
-
-def _few_rows(s: Sizes, dtype: torch.dtype, device: torch.device) -> Iterator[Variant]:
-    """Products of few rows, with what rides in them."""
-
-    def empty(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
-        return torch.empty(*shape, dtype=dtype, device=device)
-
-    def weight(size: int, depth: int, bits: int) -> GroupedWeight:
-        if bits == 16:
-            return GroupedWeight(empty(size, depth), None, depth, bits)
-        groups = -(-depth // GROUP)
-        kind, width = (torch.int8, groups * GROUP) if bits == 8 else (torch.uint8, groups * GROUP // 2)
-        return GroupedWeight(empty(size, width, dtype=kind), empty(size, groups, dtype=torch.bfloat16), depth, bits)
-
-    queries = (s.heads + 2 * s.kv_heads) * s.head_dim
-    norm = skinny.Norm(empty(s.hidden), 1e-6)
-    for bits in (16, 8, 4):
-        before = norm if bits == 16 else None
-        for num_rows, told in ((16, "few"), (64, "some")):
-            x, inner = empty(num_rows, s.hidden), empty(num_rows, s.inner)
-            qkv, gate_up = weight(queries, s.hidden, bits), weight(2 * s.inner, s.hidden, bits)
-            down = weight(s.hidden, s.inner, bits)
-            yield Variant(f"{bits} bits, qkv of {told}", partial(skinny.product, x, qkv, empty(queries), norm=before))
-            yield Variant(
-                f"{bits} bits, MLP of {told}", partial(skinny.product, x, gate_up, norm=before, silu_mul=True)
-            )
-            yield Variant(f"{bits} bits, down of {told}", partial(skinny.product, inner, down, residual=x))
-        if bits < 16:
-            yield Variant(f"{bits} bits, expanded", partial(skinny.expand, weight(s.hidden, s.inner, bits), dtype))
 
 
 def _choosing(vocab: int, device: torch.device) -> Iterator[Variant]:
