@@ -62,6 +62,7 @@ class Server:
 
 
 def main() -> None:
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that stopped servers end with us
     args = parse()
     checkpoint = args.checkpoint or make_checkpoint(args.size)
     runs: list[dict[str, object]] = []
