@@ -266,6 +266,11 @@ class MediaConfig:
         64, "Pixels of one image at most, in millions, before decoding.", group="Media", least=1
     )
     image_fetch_timeout_s: float = option(5.0, "Seconds to fetch one image.", group="Media", least=0.001)
+    enable_mm_embeds: bool = option(
+        False,
+        "Take ready-made embeddings of images (image_embeds) in messages; who sends them decides what the model sees.",
+        group="Media",
+    )
     media_workers: int = option(1, "Processes that decode media.", group="Media", least=1)
     media_cache_mib: int = option(
         256, "Memory for decoded media that may be sent again, in MiB; 0 is off.", group="Media", least=0
@@ -328,6 +333,7 @@ class ServerConfig:
     )
     ssl_keyfile: str | None = option(None, "PEM file with the certificate's private key.", group="Server")
     ui: bool = option(True, "Serve a page to try the model at /.", group="Server")
+    docs: bool = option(True, "Serve the API's description at /openapi.json and /docs.", group="Server")
     max_queued_requests: int = option(1024, "Requests that may wait; more are answered 429.", group="Server", least=0)
     max_queued_tokens: int = option(
         1 << 20, "Tokens of prompts that may wait together; more are answered 429.", group="Server", least=1

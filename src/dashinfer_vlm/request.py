@@ -211,8 +211,8 @@ class Item:
     patches: np.ndarray | torch.Tensor | SharedArray | None = None
     """The item's features; of images and videos uint8 [P, patch_dim], rows in the processor's merge order (see
     processors/qwen.py). The engine's loop maps a shared array before the engine sees it."""
-    embedding: torch.Tensor | None = None
-    """float [num_tokens, embedding size]."""
+    embedding: torch.Tensor | SharedArray | None = None
+    """float [num_tokens, embedding size]; mapped like `patches`."""
     first_row: int = 0
     """Row of the encoder's output that the first placeholder stands for."""
     encoded_rows: int | None = None

@@ -13,6 +13,13 @@ from tests.conftest import CheckpointMaker
 @pytest.fixture(scope="package")
 def vlm(checkpoint: CheckpointMaker) -> Iterator[VLM]:
     with VLM(
-        checkpoint(), dtype="float32", device="cpu", max_length=1024, kv_cache_gib=0.1, threads=1, progress=False
+        checkpoint(),
+        dtype="float32",
+        device="cpu",
+        max_length=1024,
+        kv_cache_gib=0.1,
+        threads=1,
+        progress=False,
+        enable_mm_embeds=True,
     ) as loaded:
         yield loaded

@@ -118,7 +118,7 @@ def item_rows(
             ids[at : at + last - first] = 0
             offset = item.first_row - item.start
             found = item.embedding if item.embedding is not None else embeddings.get(item.content_hash)
-            assert found is not None, f"the item at {item.start} was scheduled before it was encoded"
+            assert isinstance(found, torch.Tensor), f"the item at {item.start} was scheduled before it was encoded"
             yield EmbeddingRows(start=at, rows=found[first + offset : last + offset].to(device, non_blocking=True))
 
 

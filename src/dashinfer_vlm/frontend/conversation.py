@@ -13,10 +13,18 @@ from pydantic import Discriminator, Tag, TypeAdapter, ValidationError
 
 from dashinfer_vlm.errors import InvalidRequestError, UnsupportedError
 from dashinfer_vlm.frontend.messages import MediaPart, Message, Part, TextPart, ToolCall
-from dashinfer_vlm.frontend.parts import AnyPart, MediumBody, OpenedMedia, Options, Rate, TextBody
-from dashinfer_vlm.frontend.schema import Body, Positive, Whole, by_shape, explain, only
+from dashinfer_vlm.frontend.parts import (
+    AnyPart,
+    ImageEmbedsBody,
+    MediumBody,
+    OpenedMedia,
+    Options,
+    Rate,
+    TextBody,
+)
+from dashinfer_vlm.frontend.schema import Body, Positive, Whole, by_shape, explain, no_effect, only
 from dashinfer_vlm.media.fetch import split_frames
-from dashinfer_vlm.media.types import MediaRef
+from dashinfer_vlm.media.types import GivenEmbedding, MediaRef
 
 LOW_DETAIL_PIXELS = 512 * 512
 """`detail: "low"`: the size that OpenAI documents for it."""
@@ -44,7 +52,7 @@ class MessageBody(Body):
     name: str | None = None
     tool_calls: list[ToolCallBody] | None = None
     tool_call_id: str | None = None
-    cache_control: dict[str, Any] | None = None
+    cache_control: Annotated[dict[str, Any] | None, no_effect] = None
     refusal: Annotated[Any, only()] = None
     annotations: Annotated[Any, only([])] = None
     audio: Annotated[Any, only()] = None
@@ -147,10 +155,15 @@ class _Reader:
     def _content(self, content: str | list[Any] | None, where: str) -> str | tuple[Part, ...]:
         if content is None or isinstance(content, str):
             return content or ""
-        return tuple(
-            TextPart(part.text) if isinstance(part, TextBody) else MediaPart(self._ref(part, f"{where}[{i}]"))
-            for i, part in enumerate(content)
-        )
+        return tuple(self._part(part, f"{where}[{i}]") for i, part in enumerate(content))
+
+    def _part(self, part: TextBody | MediumBody | ImageEmbedsBody, where: str) -> Part:
+        if isinstance(part, TextBody):
+            return TextPart(part.text)
+        if isinstance(part, ImageEmbedsBody):
+            given = GivenEmbedding(part.image_embeds.image_embeds, part.image_embeds.image_grid_thw)
+            return MediaPart(MediaRef(kind="image", source=given, param=f"{where}.image_embeds"))
+        return MediaPart(self._ref(part, where))
 
     def _ref(self, part: MediumBody, where: str) -> MediaRef:
         source, path = _source(part, where)

@@ -11,8 +11,9 @@ from typing import Annotated, Any, ClassVar, Literal, TypeAlias
 
 import numpy as np
 from pydantic import AliasChoices, BeforeValidator, Discriminator, Field, Tag
+from pydantic.json_schema import SkipJsonSchema
 
-from dashinfer_vlm.frontend.schema import Body, Positive, by_shape, json_type, meant, unsupported
+from dashinfer_vlm.frontend.schema import Body, Positive, by_shape, json_type, meant, no_effect, unsupported
 from dashinfer_vlm.request import ItemKind
 
 _PIXEL_OPTIONS = ("min_pixels", "max_pixels", "resized_height", "resized_width")
@@ -23,6 +24,7 @@ _FORMS = {
     "video_url": '{"type": "video_url", "video_url": {"url": ...}}',
     "image": '{"type": "image", "image": URL}',
     "video": '{"type": "video", "video": URL or list of URLs}',
+    "image_embeds": '{"type": "image_embeds", "image_embeds": {"image_embeds": ..., "image_grid_thw": ...}}',
 }
 """The parts of a content, by type."""
 
@@ -54,7 +56,7 @@ def _form_of_source(value: Any) -> str | None:
 Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 _Url = Annotated[str, Tag(":text")]
 _Frames = Annotated[list[str], Field(min_length=1), Tag(":list")]
-_Opened = Annotated[Any, Tag(":opened")]
+_Opened = Annotated[Any, Tag(":opened"), SkipJsonSchema()]
 _by_form = Discriminator(_form_of_source)
 
 
@@ -96,7 +98,7 @@ class VideoUrl(VideoOptions):
 
 
 class PartBody(Body):
-    cache_control: dict[str, Any] | None = None
+    cache_control: Annotated[dict[str, Any] | None, no_effect] = None
     """Of Anthropic's API; no effect, since prefixes are cached without being asked."""
 
 
@@ -111,7 +113,7 @@ class MediumBody(PartBody, Options):
     kind: ClassVar[ItemKind]
 
     type: str
-    uuid: str | None = None
+    uuid: Annotated[str | None, no_effect] = None
     """Accepted; identity here is the content itself."""
 
     def named(self) -> Source | ImageUrl | VideoUrl:
@@ -157,6 +159,22 @@ class VideoBody(MediumBody, VideoOptions):
         return self.video
 
 
+class Embeds(Body):
+    """Safetensors files of one tensor each, in base64."""
+
+    image_embeds: str
+    image_grid_thw: str
+
+
+class ImageEmbedsBody(PartBody):
+    """An image that was encoded elsewhere, as in vLLM, but for the files' format."""
+
+    type: Literal["image_embeds"]
+    image_embeds: Embeds
+    uuid: Annotated[str | None, no_effect] = None
+    """Accepted; identity here is the content itself."""
+
+
 def _checked_part(value: Any) -> Any:
     """A text may stand for its part; any other part says what it is."""
     if isinstance(value, str):
@@ -179,7 +197,8 @@ AnyPart = Annotated[
     | Annotated[ImageUrlBody, Tag(":image_url")]
     | Annotated[VideoUrlBody, Tag(":video_url")]
     | Annotated[ImageBody, Tag(":image")]
-    | Annotated[VideoBody, Tag(":video")],
+    | Annotated[VideoBody, Tag(":video")]
+    | Annotated[ImageEmbedsBody, Tag(":image_embeds")],
     Discriminator(_type_of_part),
     BeforeValidator(_checked_part),
 ]

@@ -2,10 +2,22 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, ValidationError
-from pydantic_core import PydanticCustomError
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Discriminator,
+    Field,
+    GetCoreSchemaHandler,
+    GetJsonSchemaHandler,
+    ValidationError,
+)
+from pydantic.fields import FieldInfo
+from pydantic_core import CoreSchema, PydanticCustomError
+from pydantic_core.core_schema import no_info_after_validator_function
 
 from dashinfer_vlm.errors import InvalidRequestError, UnsupportedError
 
@@ -38,15 +50,46 @@ all_whole = BeforeValidator(_all_whole)
 Wholes = Annotated[list[int], all_whole]
 
 
-def only(*neutral: Any) -> Any:
-    """Annotation of a known field that is accepted only with a value that means "not used"."""
+@dataclass(frozen=True, slots=True)
+class Only:
+    """Of a known field that is accepted only with a value that means "not used"."""
 
-    def check(value: Any) -> Any:
-        if value is None or any(isinstance(value, bool) == isinstance(n, bool) and value == n for n in neutral):
+    neutral: tuple[Any, ...]
+    """Those values, beside null."""
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        return no_info_after_validator_function(self._check, handler(source))
+
+    def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
+        return {"enum": [None, *self.neutral], "description": "Not served: only what means that it is not used."}
+
+    def _check(self, value: Any) -> Any:
+        neutral = (isinstance(value, bool) == isinstance(n, bool) and value == n for n in self.neutral)
+        if value is None or any(neutral):
             return value
         raise unsupported("is not supported by this server; leave it out")
 
-    return AfterValidator(check)
+
+def only(*neutral: Any) -> Only:
+    """Annotation of a known field that is accepted only with a value that means "not used"."""
+    return Only(neutral)
+
+
+class NoEffect:
+    """Of a field that is accepted and, by its nature, changes nothing here."""
+
+    def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
+        return {**handler(schema), "description": "No effect."}
+
+
+no_effect = NoEffect()
+
+
+def state_of(field: FieldInfo) -> Literal["works", "no effect", "refused"]:
+    """What becomes of a field that a client sends."""
+    if any(isinstance(note, Only) for note in field.metadata):
+        return "refused"
+    return "no effect" if any(note is no_effect for note in field.metadata) else "works"
 
 
 def meant(message: str, field: str | None = None) -> PydanticCustomError:

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, Tag
 
 from dashinfer_vlm.errors import InvalidRequestError
-from dashinfer_vlm.frontend.schema import Body, by_shape, only
+from dashinfer_vlm.frontend.schema import Body, by_shape, no_effect, only
 from dashinfer_vlm.request import Grammar
 
 Schema = dict[str, Any]
@@ -19,9 +19,9 @@ SchemaOrText = Annotated[Annotated[str, Tag(":text")] | Annotated[Schema, Tag(":
 class JsonSchemaBody(Body):
     name: str
     schema_: Schema | None = Field(None, alias="schema")
-    description: str | None = None
+    description: Annotated[str | None, no_effect] = None
     """For people: the model is not shown it."""
-    strict: bool | None = None
+    strict: Annotated[bool | None, no_effect] = None
     """An answer follows the schema either way."""
 
 

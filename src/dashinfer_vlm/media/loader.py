@@ -14,22 +14,24 @@ import errno
 import hashlib
 import logging
 import shutil
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
 
 from dashinfer_vlm.config import MediaConfig
-from dashinfer_vlm.errors import MediaError, MediaRefusedError, MediaTooLargeError
+from dashinfer_vlm.errors import MediaError, MediaRefusedError, MediaTooLargeError, UnsupportedError
 from dashinfer_vlm.media.cache import Lease, LeasedCache
 from dashinfer_vlm.media.decode import content_hash
+from dashinfer_vlm.media.embeddings import embedding_hash, read_embedding
 from dashinfer_vlm.media.fetch import Resolver
 from dashinfer_vlm.media.medium import DEFAULT_LIMITS, MediaLimits, Medium
 from dashinfer_vlm.media.policy import MediaPolicy
 from dashinfer_vlm.media.registry import MEDIA
 from dashinfer_vlm.media.sources import Encoded, Sources
-from dashinfer_vlm.media.types import LoadedMedia, MediaRef, Source
+from dashinfer_vlm.media.types import GivenEmbedding, LoadedMedia, MediaRef, Source
 from dashinfer_vlm.media.wire import NO_ROOM, DecodeJob, Terms
 from dashinfer_vlm.media.workers import SharedMemoryFullError, WorkerPool
 from dashinfer_vlm.processors.qwen import ProcessorConfig
@@ -149,9 +151,11 @@ class MediaLoader:
 
         `party` is whom the item is for (a request): parties take turns, however many items each has. Equal items share
         what was decoded, and their `content_hash`, only under the same `salt`. Raises MediaError and its kinds, with
-        `param` from the reference, and OverloadedError.
+        `param` from the reference, UnsupportedError for an embedding where none are taken, and OverloadedError.
         """
         medium = MEDIA[ref.kind]
+        if isinstance(ref.source, GivenEmbedding) and not self._config.enable_mm_embeds:
+            raise UnsupportedError("image_embeds are not taken here; start with --enable-mm-embeds", param=ref.param)
         try:
             terms = self._terms(ref, salt)
             lease = await self._load(medium, ref.source, terms, party)
@@ -169,6 +173,7 @@ class MediaLoader:
             release=lease.release,
             seconds_per_grid=made.seconds_per_grid,
             timestamps=made.timestamps,
+            is_embedding=isinstance(ref.source, GivenEmbedding),
         )
 
     def _terms(self, ref: MediaRef, salt: str) -> Terms:
@@ -194,6 +199,8 @@ class MediaLoader:
             return await self._load_array(medium, source, terms)
         if isinstance(source, tuple):
             return await self._load_parts(medium, source, terms, party)
+        if isinstance(source, GivenEmbedding):
+            return await self._load_embedding(medium, source, terms, party)
         encoded = await self._sources.encoded(source, medium.limits(self._config, self._limits), party)
         try:
             return await self._decoded(medium, (encoded.value,), terms, party, in_parts=False)
@@ -256,6 +263,24 @@ class MediaLoader:
         key = ("array", medium.kind, array.shape, digest, terms)
         return await self._features.lease(key, partial(self._process, medium, array, terms))
 
+    async def _load_embedding(
+        self, medium: Medium, source: GivenEmbedding, terms: Terms, party: Hashable
+    ) -> Lease[_Features]:
+        limits = medium.limits(self._config, self._limits)
+        with ExitStack() as stack:
+            files: list[Encoded] = []
+            for text in (source.image_embeds, source.image_grid_thw):
+                lease = await self._sources.encoded(f"data:;base64,{text}", limits, party)
+                stack.callback(lease.release)
+                files.append(lease.value)
+
+            def work() -> _Features:
+                rows, grid = read_embedding(files[0].data, files[1].data, merge_size=terms.config.merge_size)
+                return _Features(grid, embedding_hash(rows), 1.0, (), _put(self._folder, rows))
+
+            key = ("embedding", *(file.digest for file in files))
+            return await self._features.lease(key, partial(self._in_thread, work))
+
     async def _process(self, medium: Medium, array: np.ndarray, terms: Terms) -> _Features:
         self._decodes += 1
 
@@ -269,6 +294,9 @@ class MediaLoader:
                 _put(self._folder, processed.features),
             )
 
+        return await self._in_thread(work)
+
+    async def _in_thread(self, work: Callable[[], _Features]) -> _Features:
         try:
             return await asyncio.to_thread(work)
         except SharedMemoryFullError:

@@ -10,13 +10,23 @@ import numpy as np
 from dashinfer_vlm.request import Grid, ItemKind
 from dashinfer_vlm.shared_array import SharedArray
 
-Source = str | bytes | np.ndarray | tuple[str | bytes, ...]
+
+@dataclass(frozen=True, slots=True)
+class GivenEmbedding:
+    """An image that its sender has encoded already: both are safetensors files of one tensor, in base64."""
+
+    image_embeds: str
+    image_grid_thw: str
+
+
+Source = str | bytes | np.ndarray | tuple[str | bytes, ...] | GivenEmbedding
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MediaRef:
     """One image or video as a client named it. `source` is a URL (http, https, data, file), the encoded bytes, or
-    decoded frames as uint8 [F, H, W, 3] (an image has F = 1); a video may also be a tuple of images."""
+    decoded frames as uint8 [F, H, W, 3] (an image has F = 1); a video may also be a tuple of images, an image an
+    embedding."""
 
     kind: ItemKind
     source: Source
@@ -52,9 +62,12 @@ class LoadedMedia:
     num_tokens: int
     content_hash: bytes
     features: SharedArray
+    """For the encoder; of a GivenEmbedding its rows, float32 [num_tokens, width]."""
     release: Callable[[], None]
     seconds_per_grid: float = 1.0
     """Seconds of video per temporal grid step, by the rate at which frames were sampled."""
     timestamps: tuple[float, ...] = ()
     """Seconds from the start of a video, one per temporal grid step (`grid[0]`): midway between the step's first and
     last frame, by the frames' own time stamps. Empty for an image."""
+    is_embedding: bool = False
+    """There is nothing left to encode."""

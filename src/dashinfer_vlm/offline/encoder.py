@@ -22,6 +22,7 @@ import torch
 
 from dashinfer_vlm.config import EngineConfig, MediaConfig
 from dashinfer_vlm.engine.host.mapping import map_tensor
+from dashinfer_vlm.errors import InvalidRequestError
 from dashinfer_vlm.frontend.messages import Dialogue
 from dashinfer_vlm.frontend.open_loader import open_loader
 from dashinfer_vlm.frontend.opening import FrontEnd
@@ -165,6 +166,8 @@ def _grid(item: Item) -> Grid:
 
 
 def _patches(item: Item) -> torch.Tensor:
+    if item.embedding is not None:
+        raise InvalidRequestError("the conversation holds an image that is encoded already", param="messages")
     assert isinstance(item.patches, SharedArray), item
     return map_tensor(item.patches)
 

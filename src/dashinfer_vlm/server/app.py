@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from fastapi import FastAPI
+from fastapi import APIRouter, FastAPI
 from fastapi.middleware.cors import CORSMiddleware
 from fastapi.routing import APIRoute
 
@@ -16,6 +16,7 @@ from dashinfer_vlm.server.completions import completion_routes
 from dashinfer_vlm.server.context import Context
 from dashinfer_vlm.server.errors import install_error_handlers
 from dashinfer_vlm.server.metrics import Metrics, ReplyCounter, metrics_routes
+from dashinfer_vlm.server.openapi import document_routes
 from dashinfer_vlm.server.reading import BodyReader
 from dashinfer_vlm.server.status import status_routes
 from dashinfer_vlm.server.tokenize import tokenize_routes
@@ -38,15 +39,17 @@ def create_app(service: Service, config: ServerConfig, *, bodies: BodyReader | N
     routers.append(metrics_routes(metrics))
     if config.ui:
         routers.append(page_routes(context))
+    keyring = Keyring(config)
+    if config.docs:
+        routers.append(document_routes(_routes(routers), with_keys=bool(keyring)))
     for router in routers:
         app.include_router(router)
-    paths = frozenset(route.path for router in routers for route in router.routes if isinstance(route, APIRoute))
     install_error_handlers(app, metrics.refused)
-    if keyring := Keyring(config):
+    if keyring:
         open_paths = OPEN_PATHS.union(page_files() if config.ui else ())
         metrics.watch(keyring.tenants)
         app.add_middleware(ApiKeys, keyring=keyring, open_paths=open_paths, refused=metrics.refused)
-    app.add_middleware(ReplyCounter, metrics=metrics, paths=paths)
+    app.add_middleware(ReplyCounter, metrics=metrics, paths=frozenset(route.path for route in _routes(routers)))
     app.add_middleware(Access)
     if config.allowed_origins:  # added last, so outermost: a refusal needs its headers too
         app.add_middleware(
@@ -57,3 +60,7 @@ def create_app(service: Service, config: ServerConfig, *, bodies: BodyReader | N
             allow_credentials=config.allow_credentials,
         )
     return app
+
+
+def _routes(routers: list[APIRouter]) -> list[APIRoute]:
+    return [route for router in routers for route in router.routes if isinstance(route, APIRoute)]

@@ -1,4 +1,5 @@
-"""API keys: one of them opens every route but the probes and the files of the page, and says whose request it is."""
+"""API keys: one of them opens every route but the probes, the API's description and the files of the page, and says
+whose request it is."""
 
 from __future__ import annotations
 
@@ -22,8 +23,8 @@ from dashinfer_vlm.server.files import Changes
 
 logger = logging.getLogger(__name__)
 
-OPEN_PATHS = frozenset({"/health", "/ready"})
-"""What load balancers ask before they know a key."""
+OPEN_PATHS = frozenset({"/health", "/ready", "/openapi.json", "/docs"})
+"""What load balancers ask before they know a key, and what holds no secret."""
 TENANT = "dashinfer.tenant"
 """The key of the ASGI scope that holds the Tenant of a request, for the log."""
 _FREE_METHODS = frozenset({"GET", "HEAD", "OPTIONS"})

@@ -14,14 +14,15 @@ from dashinfer_vlm.frontend.tokenizer import Tokenizer
 from dashinfer_vlm.request import TokenLogprob
 from dashinfer_vlm.server.body import read_body
 from dashinfer_vlm.server.context import Context
+from dashinfer_vlm.server.described import GENERATING, Operation
 from dashinfer_vlm.server.protocol import ChatBody
 from dashinfer_vlm.server.replies import (
     NO_EXTRAS,
     AnswerMessage,
     ChatChoice,
+    ChatChunk,
     ChatLogprobs,
     ChatReply,
-    Chunk,
     ChunkChoice,
     DeltaMessage,
     Extras,
@@ -32,12 +33,20 @@ from dashinfer_vlm.server.replies import (
 )
 from dashinfer_vlm.server.respond import respond
 
+CHAT = Operation(
+    summary="Answer a conversation with images and videos.",
+    body=ChatBody,
+    reply=ChatReply,
+    event=ChatChunk,
+    errors=GENERATING,
+)
+
 
 def chat_routes(context: Context) -> APIRouter:
     router = APIRouter()
     service = context.service
 
-    @router.post("/v1/chat/completions")
+    @router.post("/v1/chat/completions", openapi_extra=CHAT.extra)
     async def chat_completions(request: Request) -> Response:
         body = await read_body(request, ChatBody, context.bodies)
         head = context.head("chatcmpl", body.model)
@@ -138,8 +147,7 @@ class ChatWriter:
         choice: ChunkChoice | None,
         usage: Callable[[], Usage],
         prompt_ids: list[int] | msgspec.UnsetType = msgspec.UNSET,
-    ) -> Chunk:
+    ) -> ChatChunk:
         head, told = self._head, self._usage.told(usage, is_last=choice is None)
         choices = [] if choice is None else [choice]
-        kind = "chat.completion.chunk"
-        return Chunk(head.id, kind, head.created, head.model, head.fingerprint, choices, told, prompt_ids)
+        return ChatChunk(head.id, head.created, head.model, head.fingerprint, choices, told, prompt_ids)

@@ -14,13 +14,14 @@ from dashinfer_vlm.frontend.tokenizer import Tokenizer
 from dashinfer_vlm.request import TokenLogprob
 from dashinfer_vlm.server.body import read_body
 from dashinfer_vlm.server.context import Context
+from dashinfer_vlm.server.described import GENERATING, Operation
 from dashinfer_vlm.server.protocol import CompletionBody
 from dashinfer_vlm.server.replies import (
     NO_EXTRAS,
-    Chunk,
     Extras,
     Head,
     TextChoice,
+    TextChunk,
     TextLogprobs,
     TextReply,
     UsageEvents,
@@ -29,12 +30,20 @@ from dashinfer_vlm.server.replies import (
 )
 from dashinfer_vlm.server.respond import respond
 
+COMPLETIONS = Operation(
+    summary="Continue text or ids; no chat template, no images.",
+    body=CompletionBody,
+    reply=TextReply,
+    event=TextChunk,
+    errors=GENERATING,
+)
+
 
 def completion_routes(context: Context) -> APIRouter:
     router = APIRouter()
     service = context.service
 
-    @router.post("/v1/completions")
+    @router.post("/v1/completions", openapi_extra=COMPLETIONS.extra)
     async def completions(request: Request) -> Response:
         body = await read_body(request, CompletionBody, context.bodies)
         head = context.head("cmpl", body.model)
@@ -104,7 +113,7 @@ class CompletionWriter:
         self._offsets[index] = offset + sum(map(len, rows.tokens))
         return rows
 
-    def _chunk(self, choice: TextChoice | None, usage: Callable[[], Usage]) -> Chunk:
+    def _chunk(self, choice: TextChoice | None, usage: Callable[[], Usage]) -> TextChunk:
         head, told = self._head, self._usage.told(usage, is_last=choice is None)
         choices = [] if choice is None else [choice]
-        return Chunk(head.id, "text_completion", head.created, head.model, head.fingerprint, choices, told)
+        return TextChunk(head.id, head.created, head.model, head.fingerprint, choices, told)

@@ -70,6 +70,12 @@ class ErrorObject(msgspec.Struct, frozen=True):
     code: str | None
 
 
+class ErrorBody(msgspec.Struct, frozen=True):
+    """The body of every error."""
+
+    error: ErrorObject
+
+
 @dataclass(frozen=True, slots=True)
 class ErrorReply:
     """An error on its way out."""
@@ -85,7 +91,7 @@ class ErrorReply:
 
     @property
     def body(self) -> bytes:
-        return msgspec.json.encode({"error": self.error})
+        return msgspec.json.encode(ErrorBody(self.error))
 
     def response(self) -> Response:
         return Response(self.body, self.status, dict(self.headers), "application/json")

@@ -18,6 +18,7 @@ from dashinfer_vlm.errors import EngineDeadError
 from dashinfer_vlm.frontend.service import Service
 from dashinfer_vlm.frontend.tenants import Tenant
 from dashinfer_vlm.media.loader import MediaCounters
+from dashinfer_vlm.server.described import Operation
 
 _PREFIX = "dashinfer_"
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80, 160)
@@ -198,10 +199,13 @@ class ReplyCounter:
         self._metrics.replies.labels(route if route in self._paths else "other", status).inc()
 
 
+METRICS = Operation(summary="Figures for Prometheus.", reply="text/plain")
+
+
 def metrics_routes(metrics: Metrics) -> APIRouter:
     router = APIRouter()
 
-    @router.get("/metrics")
+    @router.get("/metrics", openapi_extra=METRICS.extra)
     async def scrape() -> Response:
         return Response(await metrics.render(), headers={"Content-Type": CONTENT_TYPE_LATEST})
 

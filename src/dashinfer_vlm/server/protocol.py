@@ -15,7 +15,7 @@ from dashinfer_vlm.errors import InvalidRequestError
 from dashinfer_vlm.frontend.conversation import MessageBody, ProcessorBody, read_conversation
 from dashinfer_vlm.frontend.messages import Dialogue
 from dashinfer_vlm.frontend.params import GenerationParams
-from dashinfer_vlm.frontend.schema import Body, Whole, Wholes, by_shape, only
+from dashinfer_vlm.frontend.schema import Body, Whole, Wholes, by_shape, no_effect, only
 from dashinfer_vlm.frontend.structured import StructuredBody
 from dashinfer_vlm.frontend.tool_schema import ToolBody, ToolChoiceBody, read_tools
 from dashinfer_vlm.frontend.truncation import Truncation, TruncationSide
@@ -60,7 +60,7 @@ Prompts = Annotated[
 
 class StreamOptions(Body):
     include_usage: bool | None = None
-    include_obfuscation: bool | None = None
+    include_obfuscation: Annotated[bool | None, no_effect] = None
     """OpenAI pads chunks against eavesdroppers when true; the padding is optional and absent here."""
     continuous_usage_stats: bool | None = None
     """Every event tells the tokens so far; as in vLLM, only beside `include_usage`."""
@@ -104,16 +104,16 @@ class GenerationBody(StructuredBody):
     """Seconds; ours, and the header `x-request-timeout` alike."""
 
     # no effect by their nature
-    user: str | None = None
-    metadata: dict[str, Any] | None = None
-    service_tier: str | None = None
-    safety_identifier: str | None = None
-    prompt_cache_key: str | None = None
-    prompt_cache_retention: str | None = None
-    request_id: str | None = None
-    add_special_tokens: bool | None = None
+    user: Annotated[str | None, no_effect] = None
+    metadata: Annotated[dict[str, Any] | None, no_effect] = None
+    service_tier: Annotated[str | None, no_effect] = None
+    safety_identifier: Annotated[str | None, no_effect] = None
+    prompt_cache_key: Annotated[str | None, no_effect] = None
+    prompt_cache_retention: Annotated[str | None, no_effect] = None
+    request_id: Annotated[str | None, no_effect] = None
+    add_special_tokens: Annotated[bool | None, no_effect] = None
     """These tokenizers add none of their own to a text."""
-    spaces_between_special_tokens: bool | None = None
+    spaces_between_special_tokens: Annotated[bool | None, no_effect] = None
     """Byte-level tokens are joined as they are."""
 
     # known, not served
@@ -259,7 +259,7 @@ class CompletionBody(GenerationBody):
     """OpenAI's default for this route; null runs to the end of the context."""
     logprobs: Whole | None = None
 
-    include_reasoning: bool | None = None
+    include_reasoning: Annotated[bool | None, no_effect] = None
     """A continued text is all text."""
 
     echo: Annotated[Any, only(False)] = None

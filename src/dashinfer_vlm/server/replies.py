@@ -209,18 +209,30 @@ class TextReply(msgspec.Struct, frozen=True):
     object: str = "text_completion"
 
 
-class Chunk(msgspec.Struct, frozen=True):
-    """One event of a stream; `usage` is absent unless it was asked for, and then null where it was not asked for."""
+class ChatChunk(msgspec.Struct, frozen=True):
+    """One event of a stream; `usage` is absent unless it was asked for, and then null where it is not told yet."""
 
     id: str
-    object: str
     created: int
     model: str
     system_fingerprint: str
-    choices: list[ChunkChoice] | list[TextChoice]
+    choices: list[ChunkChoice]
     usage: UsageReply | msgspec.UnsetType | None = msgspec.UNSET
     prompt_token_ids: list[int] | msgspec.UnsetType = msgspec.UNSET
-    """Of chat, in the first event of each choice."""
+    """In the first event of each choice."""
+    object: str = "chat.completion.chunk"
+
+
+class TextChunk(msgspec.Struct, frozen=True):
+    """The same of text completions."""
+
+    id: str
+    created: int
+    model: str
+    system_fingerprint: str
+    choices: list[TextChoice]
+    usage: UsageReply | msgspec.UnsetType | None = msgspec.UNSET
+    object: str = "text_completion"
 
 
 @dataclass(frozen=True, slots=True)

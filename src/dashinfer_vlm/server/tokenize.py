@@ -14,10 +14,11 @@ from dashinfer_vlm.errors import InvalidRequestError
 from dashinfer_vlm.frontend.conversation import MessageBody, ProcessorBody, read_conversation
 from dashinfer_vlm.frontend.messages import Dialogue
 from dashinfer_vlm.frontend.params import GenerationParams
-from dashinfer_vlm.frontend.schema import Body, all_whole
+from dashinfer_vlm.frontend.schema import Body, all_whole, no_effect
 from dashinfer_vlm.frontend.tokenizer import Tokenizer
 from dashinfer_vlm.server.body import read_body, unless_gone
 from dashinfer_vlm.server.context import Context
+from dashinfer_vlm.server.described import GENERATING, READING, Operation
 from dashinfer_vlm.server.status import json_response
 
 _MOST_IDS = 1 << 18
@@ -31,7 +32,7 @@ class TokenizeBody(Body):
     prompt: str | None = None
     messages: list[MessageBody] | None = None
     return_token_strs: bool | None = None
-    add_special_tokens: bool | None = None
+    add_special_tokens: Annotated[bool | None, no_effect] = None
     """No effect: these tokenizers add none of their own to a text."""
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
@@ -54,11 +55,17 @@ class Text(msgspec.Struct, frozen=True):
     prompt: str
 
 
+TOKENIZE = Operation(
+    summary="What a prompt costs, images included.", body=TokenizeBody, reply=Tokens, errors=GENERATING
+)
+DETOKENIZE = Operation(summary="What ids say.", body=DetokenizeBody, reply=Text, errors=READING)
+
+
 def tokenize_routes(context: Context) -> APIRouter:
     router = APIRouter()
     service = context.service
 
-    @router.post("/tokenize")
+    @router.post("/tokenize", openapi_extra=TOKENIZE.extra)
     async def tokenize(request: Request) -> Response:
         body = await read_body(request, TokenizeBody, context.bodies)
         context.model_name(body.model)
@@ -66,7 +73,7 @@ def tokenize_routes(context: Context) -> APIRouter:
         texts = await asyncio.to_thread(_texts, service.tokenizer, ids) if body.return_token_strs else None
         return json_response(Tokens(len(ids), service.engine.info.max_model_len, ids, texts))
 
-    @router.post("/detokenize")
+    @router.post("/detokenize", openapi_extra=DETOKENIZE.extra)
     async def detokenize(request: Request) -> Response:
         body = await read_body(request, DetokenizeBody, context.bodies)
         context.model_name(body.model)

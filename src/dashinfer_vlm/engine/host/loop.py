@@ -7,12 +7,12 @@ Every request that the engine accepted gets exactly one final Output from here, 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import cache
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from dashinfer_vlm.engine.host.mapping import map_tensor
 from dashinfer_vlm.engine.host.wire import (
@@ -29,8 +29,11 @@ from dashinfer_vlm.engine.host.wire import (
 from dashinfer_vlm.engine.stats import EngineStats
 from dashinfer_vlm.errors import DashInferError, EngineDeadError, EngineError, InvalidRequestError
 from dashinfer_vlm.fault import Fault
-from dashinfer_vlm.request import Finish, FinishReason, Output, Request
+from dashinfer_vlm.request import Finish, FinishReason, Item, Output, Request
 from dashinfer_vlm.shared_array import SharedArray
+
+if TYPE_CHECKING:
+    import torch
 
 logger = logging.getLogger(__name__)
 
@@ -109,7 +112,7 @@ class EngineLoop:
         with self._refusing(request.id):
             if request.id in self._live:
                 raise InvalidRequestError(f"request id {request.id!r} is in use", param="id")
-            request = _with_mapped_patches(request)
+            request = _with_mapped_arrays(request)
             ready = self._engine.prepare(request)
             if ready is None:
                 self._engine.add(request)
@@ -177,16 +180,19 @@ class EngineLoop:
         self._publish([Output(request_id, finish=finish) for request_id in sorted(self._live)])
 
 
-def _with_mapped_patches(request: Request) -> Request:
-    """Map shared patches now, so that their owner may remove them whenever the request has ended."""
-    if not any(isinstance(item.patches, SharedArray) for item in request.items):
-        return request
+def _with_mapped_arrays(request: Request) -> Request:
+    """Map shared patches and embeddings now, so that their owner may remove them whenever the request has ended."""
     map_once = cache(map_tensor)  # the parts of an item share its patches
     try:
-        items = tuple(
-            replace(item, patches=map_once(item.patches)) if isinstance(item.patches, SharedArray) else item
-            for item in request.items
-        )
+        items = tuple(_with_mapped(item, map_once) for item in request.items)
     except FileNotFoundError as error:
         raise EngineError(f"the patches of request {request.id} were removed before the engine saw them") from error
     return replace(request, items=items)
+
+
+def _with_mapped(item: Item, map_once: Callable[[SharedArray], torch.Tensor]) -> Item:
+    if isinstance(item.patches, SharedArray):
+        return replace(item, patches=map_once(item.patches))
+    if isinstance(item.embedding, SharedArray):
+        return replace(item, embedding=map_once(item.embedding))
+    return item

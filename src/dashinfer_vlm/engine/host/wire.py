@@ -139,8 +139,8 @@ def to_wire(request: Request, folder: Path) -> tuple[WireRequest, list[SharedArr
             content_hash=item.content_hash,
             grid=item.grid,
             patches=item.patches if isinstance(item.patches, SharedArray) else share(item.patches),
-            embedding=share(item.embedding),
-            embedding_dtype=None if item.embedding is None else str(item.embedding.dtype).removeprefix("torch."),
+            embedding=item.embedding if isinstance(item.embedding, SharedArray) else share(item.embedding),
+            embedding_dtype=_dtype_name(item.embedding),
             seconds_per_grid=item.seconds_per_grid,
             first_row=item.first_row,
             encoded_rows=item.encoded_rows,
@@ -159,6 +159,14 @@ def to_wire(request: Request, folder: Path) -> tuple[WireRequest, list[SharedArr
         request.weight,
     )
     return wire, made
+
+
+def _dtype_name(embedding: torch.Tensor | SharedArray | None) -> str | None:
+    if embedding is None:
+        return None
+    if isinstance(embedding, SharedArray):
+        return str(np.dtype(embedding.dtype).name)
+    return str(embedding.dtype).removeprefix("torch.")
 
 
 def _as_numpy(array: torch.Tensor | np.ndarray) -> np.ndarray:

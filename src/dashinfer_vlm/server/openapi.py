@@ -1,0 +1,132 @@
+"""`GET /openapi.json` and `GET /docs`: the API as the models that read requests and write answers have it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator
+from functools import cache
+from http import HTTPStatus
+from typing import Any, Literal
+
+import msgspec
+from fastapi import APIRouter
+from fastapi.routing import APIRoute
+from pydantic import BaseModel
+from pydantic.json_schema import models_json_schema
+from starlette.responses import Response
+
+import dashinfer_vlm
+from dashinfer_vlm.server.described import Operation, operation_of
+from dashinfer_vlm.server.errors import ErrorBody
+from dashinfer_vlm.server.openapi_page import page
+
+__all__ = ["document", "document_routes"]
+
+Json = dict[str, Any]
+
+_REF = "#/components/schemas/{}"
+_PAGE_POLICY = "default-src 'none'; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
+_PARAMETER = re.compile(r"\{(\w+)(?::\w+)?\}")
+
+
+def document_routes(routes: Iterable[APIRoute], *, with_keys: bool) -> APIRouter:
+    """Describe `routes`; `with_keys`: they want a key. Worked out when first asked for, and then kept."""
+    router = APIRouter(include_in_schema=False)
+    described = tuple(routes)
+
+    @cache
+    def whole() -> Json:
+        return document(described, with_keys=with_keys)
+
+    @router.get("/openapi.json")
+    def openapi() -> Response:
+        return Response(msgspec.json.encode(whole()), media_type="application/json")
+
+    @router.get("/docs")
+    def docs() -> Response:
+        headers = {"Content-Security-Policy": _PAGE_POLICY, "X-Content-Type-Options": "nosniff"}
+        return Response(page(whole()), media_type="text/html; charset=utf-8", headers=headers)
+
+    return router
+
+
+def document(routes: Iterable[APIRoute], *, with_keys: bool) -> Json:
+    """OpenAPI 3.1 of those routes that say what they are."""
+    operations = [(route, operation) for route in routes if (operation := operation_of(route)) is not None]
+    schemas = _Schemas([operation for _, operation in operations])
+    paths: dict[str, Json] = {}
+    for route, operation in operations:
+        path = _PARAMETER.sub(r"{\1}", route.path)
+        for method in sorted(route.methods or ()):
+            told = _operation(route, method, operation, schemas, with_keys=with_keys)
+            paths.setdefault(path, {})[method.lower()] = told
+    components: Json = {"schemas": schemas.components}
+    if with_keys:
+        components["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
+    return {
+        "openapi": "3.1.0",
+        "info": {"title": "DashInfer-VLM", "version": dashinfer_vlm.__version__},
+        "paths": paths,
+        "components": components,
+    }
+
+
+class _Schemas:
+    """References to the schemas of all operations, and what they refer to."""
+
+    def __init__(self, operations: list[Operation]) -> None:
+        bodies = list({operation.body: None for operation in operations if operation.body is not None})
+        asked: list[tuple[type[BaseModel], Literal["validation"]]] = [(body, "validation") for body in bodies]
+        by_body, definitions = models_json_schema(asked, ref_template=_REF.format("{model}"))
+        self._bodies = {body: by_body[body, "validation"] for body in bodies}
+        replies = list(dict.fromkeys(r for o in operations for r in (o.reply, o.event, ErrorBody) if not _is_text(r)))
+        told, components = msgspec.json.schema_components(replies, ref_template=_REF.format("{name}"))
+        self._replies = dict(zip(replies, told, strict=True))
+        self.components = {**definitions.get("$defs", {}), **components}
+
+    def of_body(self, body: type[BaseModel]) -> Json:
+        return self._bodies[body]
+
+    def of_reply(self, reply: Any) -> Json:
+        return self._replies[reply]
+
+
+def _is_text(reply: Any) -> bool:
+    """What has no schema but a media type, or is not there."""
+    return reply is None or isinstance(reply, str)
+
+
+def _operation(route: APIRoute, method: str, operation: Operation, schemas: _Schemas, *, with_keys: bool) -> Json:
+    told: Json = {
+        "operationId": f"{method.lower()}_{route.name}",
+        "summary": operation.summary,
+        "responses": dict(_responses(operation, schemas, has_content=method != "HEAD", with_keys=with_keys)),
+    }
+    if names := _PARAMETER.findall(route.path):
+        told["parameters"] = [
+            {"name": name, "in": "path", "required": True, "schema": {"type": "string"}} for name in names
+        ]
+    if operation.body is not None:
+        content = {"application/json": {"schema": schemas.of_body(operation.body)}}
+        told["requestBody"] = {"required": True, "content": content}
+    if with_keys:
+        told["security"] = [{"key": []}]
+    return told
+
+
+def _responses(
+    operation: Operation, schemas: _Schemas, *, has_content: bool, with_keys: bool
+) -> Iterator[tuple[str, Json]]:
+    reply = operation.reply
+    content: Json = (
+        {reply: {"schema": {"type": "string"}}}
+        if isinstance(reply, str)
+        else {"application/json": {"schema": schemas.of_reply(reply)}}
+    )
+    if operation.event is not None:
+        event = schemas.of_reply(operation.event)
+        content["text/event-stream"] = {"schema": {"type": "string", "contentSchema": event}}
+    yield "200", {"description": "OK", **({"content": content} if has_content else {})}
+    error: Json = {"content": {"application/json": {"schema": schemas.of_reply(ErrorBody)}}} if has_content else {}
+    for status in sorted({*operation.errors, *((401,) if with_keys else ())}):
+        yield str(status), {"description": HTTPStatus(status).phrase, **error}

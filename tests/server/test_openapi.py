@@ -1,0 +1,126 @@
+"""The API's description says what the server does: every route, every field, and answers that keep to it."""
+
+from __future__ import annotations
+
+import json
+import re
+from typing import Any
+
+import httpx
+import jsonschema
+import pytest
+from fastapi.routing import APIRoute
+
+from dashinfer_vlm.server.described import operation_of
+from dashinfer_vlm.server.protocol import ChatBody, CompletionBody
+from tests.server.conftest import Running, Serve
+
+CHAT = {"messages": [{"role": "user", "content": "hi"}]}
+TEXT = {"prompt": "hi"}
+
+
+@pytest.fixture(scope="module")
+def document(shared: httpx.Client) -> dict[str, Any]:
+    reply = shared.get("/openapi.json")
+    assert reply.headers["content-type"] == "application/json"
+    return dict(reply.json())
+
+
+def schema(document: dict[str, Any], told: dict[str, Any]) -> dict[str, Any]:
+    return {**told, "components": document["components"]}
+
+
+def answer(document: dict[str, Any], path: str, method: str, reply: httpx.Response) -> dict[str, Any]:
+    """The schema that the description has for a reply."""
+    content = document["paths"][path][method]["responses"][str(reply.status_code)]["content"]
+    return schema(document, content[reply.headers["content-type"]]["schema"])
+
+
+async def test_every_route_but_those_of_pages_is_described(serve: Serve) -> None:
+    running: Running = await serve()
+    app = running.server.config.app
+    routes = [route for route in app.routes if isinstance(route, APIRoute)]  # type: ignore[union-attr]
+    for route in routes:
+        assert (operation_of(route) is None) == (not route.include_in_schema or route.path.startswith("/page/")), route
+
+
+@pytest.mark.parametrize(("name", "body"), [("ChatBody", ChatBody), ("CompletionBody", CompletionBody)])
+def test_bodies_are_those_that_are_validated(document: dict[str, Any], name: str, body: Any) -> None:
+    told = document["components"]["schemas"][name]
+    assert told["properties"].keys() == body.model_fields.keys()
+    assert told["additionalProperties"] is False
+
+
+def test_what_is_not_served_may_only_be_absent(document: dict[str, Any]) -> None:
+    fields = document["components"]["schemas"]["ChatBody"]["properties"]
+    assert fields["best_of"]["enum"] == [None, 1]
+    assert fields["use_beam_search"]["enum"] == [None, False]
+    assert fields["audio"]["enum"] == [None]
+    assert fields["user"]["description"] == "No effect."
+
+
+def test_every_reference_leads_somewhere(document: dict[str, Any]) -> None:
+    for name in re.findall(r"#/components/schemas/(\w+)", json.dumps(document)):
+        assert name in document["components"]["schemas"]
+
+
+@pytest.mark.parametrize(
+    ("path", "method", "body"),
+    [
+        ("/v1/chat/completions", "post", CHAT | {"logprobs": True, "top_logprobs": 1, "return_token_ids": True}),
+        ("/v1/chat/completions", "post", CHAT | {"prompt_logprobs": 1, "n": 2}),
+        ("/v1/chat/completions", "post", {"messages": []}),
+        ("/v1/chat/completions", "post", CHAT | {"model": "another"}),
+        ("/v1/completions", "post", TEXT | {"logprobs": 1, "prompt_logprobs": 0, "return_token_ids": True}),
+        ("/v1/completions", "post", {}),
+        ("/tokenize", "post", TEXT | {"return_token_strs": True}),
+        ("/detokenize", "post", {"tokens": [1, 2]}),
+        ("/v1/models", "get", None),
+        ("/health", "get", None),
+        ("/ready", "get", None),
+        ("/version", "get", None),
+    ],
+)
+def test_answers_have_the_form_that_is_told(
+    shared: httpx.Client, document: dict[str, Any], path: str, method: str, body: Any
+) -> None:
+    reply = shared.request(method, path, json=body)
+    jsonschema.validate(reply.json(), answer(document, path, method, reply))
+
+
+@pytest.mark.parametrize(("path", "body"), [("/v1/chat/completions", CHAT), ("/v1/completions", TEXT)])
+def test_events_have_the_form_that_is_told(
+    shared: httpx.Client, document: dict[str, Any], path: str, body: dict[str, Any]
+) -> None:
+    extras = {"stream": True, "stream_options": {"include_usage": True}, "return_token_ids": True}
+    text = shared.post(path, json=body | extras).text
+    content = document["paths"][path]["post"]["responses"]["200"]["content"]
+    event = schema(document, content["text/event-stream"]["schema"]["contentSchema"])
+    for line in text.split("\n\n")[:-2]:
+        jsonschema.validate(json.loads(line.removeprefix("data: ")), event)
+
+
+async def test_the_page_needs_no_script_and_no_other_host(serve: Serve) -> None:
+    running: Running = await serve()
+    reply = await running.get("/docs")
+    assert reply.headers["content-type"] == "text/html; charset=utf-8"
+    assert "default-src 'none'" in reply.headers["content-security-policy"]
+    assert not re.search(r"<script|https?://|src=", reply.text)
+    assert "POST /v1/chat/completions" in reply.text
+    targets = set(re.findall(r'href="#(\w+)"', reply.text))
+    assert targets <= set(re.findall(r'id="(\w+)"', reply.text))
+
+
+async def test_with_keys_the_description_is_open_and_says_that_a_key_is_wanted(serve: Serve) -> None:
+    running: Running = await serve(config={"api_keys": ("secret",)})
+    told = (await running.get("/openapi.json")).json()
+    chat = told["paths"]["/v1/chat/completions"]["post"]
+    assert (chat["security"], "401" in chat["responses"]) == ([{"key": []}], True)
+    assert (await running.get("/docs")).status_code == 200
+    assert (await running.get("/v1/models")).status_code == 401
+
+
+async def test_no_docs_turns_both_off(serve: Serve) -> None:
+    running: Running = await serve(config={"docs": False})
+    for path in ("/openapi.json", "/docs"):
+        assert (await running.get(path)).status_code == 404
