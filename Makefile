@@ -85,7 +85,7 @@ $(PEER)/.ready:
 docs: $(READY)
 	$(BIN)/dashinfer-vlm flags > docs/flags.md
 	$(BIN)/python tools/api_pages.py
-	$(BIN)/python tools/api_pages.py
+	$(BIN)/python tools/field_tables.py
 
 # torch comes first and exactly, so that no range below can bring another build of it; the build tools come before the
 # package, whose build then runs in this very environment.

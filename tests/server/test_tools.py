@@ -9,6 +9,7 @@ from typing import Any
 import openai
 import pytest
 from openai import AsyncOpenAI
+from pydantic import BaseModel
 
 from dashinfer_vlm.frontend.tokenizer import Tokenizer
 from tests.server.conftest import Running, Serve
@@ -67,6 +68,28 @@ async def test_a_stream_tells_the_same_calls_with_ids_of_their_own_in_every_choi
         assert choice.logprobs is not None
         assert choice.logprobs.content
     assert len(ids) == 6
+
+
+async def test_an_event_has_one_entry_for_a_call(serve: Serve, openai_client: Client) -> None:
+    """OpenAI's client takes two entries of its first event for two calls."""
+    client = openai_client(await serve(TWO))
+    stream = await client.chat.completions.create(model="model", messages=ASK, tools=TOOLS, stream=True)
+    numbers = [[call.index for call in chunk.choices[0].delta.tool_calls or ()] async for chunk in stream]
+    assert any(numbers)
+    assert all(len(set(told)) == len(told) for told in numbers)
+
+
+async def test_what_the_client_has_parsed_may_be_sent_back(serve: Serve, openai_client: Client) -> None:
+    class Weather(BaseModel):
+        city: str
+
+    client = openai_client(await serve(CALL)).chat.completions
+    tool = openai.pydantic_function_tool(Weather, name="weather")
+    said = (await client.parse(model="model", messages=ASK, tools=[tool])).choices[0].message
+    assert said.tool_calls
+    assert said.tool_calls[0].function.parsed_arguments == Weather(city="Paris")
+    result: Any = {"role": "tool", "tool_call_id": said.tool_calls[0].id, "content": "sunny"}
+    assert await client.create(model="model", messages=[*ASK, said, result])
 
 
 async def test_a_malformed_call_is_text(serve: Serve, openai_client: Client) -> None:

@@ -35,6 +35,8 @@ Content = Annotated[Annotated[str, Tag(":text")] | Annotated[list[AnyPart], Tag(
 class FunctionBody(Body):
     name: str
     arguments: str
+    parsed_arguments: Annotated[Any, no_effect] = None
+    """What OpenAI's client adds to an answer that it has parsed."""
 
 
 class ToolCallBody(Body):
@@ -57,6 +59,8 @@ class MessageBody(Body):
     annotations: Annotated[Any, only([])] = None
     audio: Annotated[Any, only()] = None
     function_call: Annotated[Any, only()] = None
+    parsed: Annotated[Any, no_effect] = None
+    """What OpenAI's client adds to an answer that it has parsed."""
     reasoning_content: str | None = None
     reasoning: str | None = None
     """The same under OpenRouter's name."""

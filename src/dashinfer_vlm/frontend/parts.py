@@ -100,6 +100,8 @@ class VideoUrl(VideoOptions):
 class PartBody(Body):
     cache_control: Annotated[dict[str, Any] | None, no_effect] = None
     """Of Anthropic's API; no effect, since prefixes are cached without being asked."""
+    prompt_cache_breakpoint: Annotated[dict[str, Any] | None, no_effect] = None
+    """The same in OpenAI's."""
 
 
 class TextBody(PartBody):

@@ -110,6 +110,7 @@ class GenerationBody(StructuredBody):
     safety_identifier: Annotated[str | None, no_effect] = None
     prompt_cache_key: Annotated[str | None, no_effect] = None
     prompt_cache_retention: Annotated[str | None, no_effect] = None
+    prompt_cache_options: Annotated[dict[str, Any] | None, no_effect] = None
     request_id: Annotated[str | None, no_effect] = None
     add_special_tokens: Annotated[bool | None, no_effect] = None
     """These tokenizers add none of their own to a text."""
@@ -208,6 +209,7 @@ class ChatBody(GenerationBody):
     functions: Annotated[Any, only([])] = None
     function_call: Annotated[Any, only("none", "auto")] = None
     audio: Annotated[Any, only()] = None
+    moderation: Annotated[Any, only()] = None
     prediction: Annotated[Any, only()] = None
     verbosity: Annotated[Any, only()] = None
     web_search_options: Annotated[Any, only()] = None

@@ -117,7 +117,13 @@ class ToolCallDelta(msgspec.Struct, frozen=True, omit_defaults=True):
     index: int
     id: str | None = None
     type: str | None = None
-    function: FunctionDelta | None = None
+    function: FunctionDelta = FunctionDelta("")
+
+    def with_arguments(self, text: str) -> ToolCallDelta:
+        """The same with more of its arguments."""
+        return msgspec.structs.replace(
+            self, function=msgspec.structs.replace(self.function, arguments=self.function.arguments + text)
+        )
 
 
 class DeltaMessage(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -128,10 +134,11 @@ class DeltaMessage(msgspec.Struct, frozen=True, omit_defaults=True):
 
     @classmethod
     def of(cls, pieces: Iterable[Piece], *, reasoning: bool) -> DeltaMessage:
-        """All that is new in an answer; the content is empty where that is no text."""
+        """All that is new in an answer; the content is empty where that is no text. A call has one entry: clients take
+        the entries of one event for as many calls."""
         texts: list[str] = []
         thoughts: list[str] = []
-        calls: list[ToolCallDelta] = []
+        calls: dict[int, ToolCallDelta] = {}
         for piece in pieces:
             match piece:
                 case TextPiece(text):
@@ -139,13 +146,13 @@ class DeltaMessage(msgspec.Struct, frozen=True, omit_defaults=True):
                 case ReasoningPiece(text):
                     thoughts.append(text)
                 case CallStart(index, id, name):
-                    calls.append(ToolCallDelta(index, id, "function", FunctionDelta("", name)))
+                    calls[index] = ToolCallDelta(index, id, "function", FunctionDelta("", name))
                 case CallArguments(index, text):
-                    calls.append(ToolCallDelta(index, function=FunctionDelta(text)))
+                    calls[index] = calls.get(index, ToolCallDelta(index)).with_arguments(text)
         return cls(
             content="".join(texts),
             reasoning_content=("".join(thoughts) or None) if reasoning else None,
-            tool_calls=calls or None,
+            tool_calls=list(calls.values()) or None,
         )
 
 
