@@ -24,8 +24,8 @@ def test_defaults_are_valid(face: type[Any]) -> None:
         (EngineConfig(min_pixels=10, max_pixels=5), "--min-pixels 10 is above --max-pixels 5"),
         (EngineConfig(parallel_size=2), "--parallel-size 2 is not offered yet; this version supports 1"),
         (
-            EngineConfig(quant_type="fp8"),
-            "--quant-type fp8 is not offered yet; this version supports none or a8w8 or a16w8 or a16w4",
+            EngineConfig(quant_type="gptq"),
+            "--quant-type gptq is not offered yet; this version supports none or a8w8 or a16w8 or a16w4 or fp8",
         ),
         (
             EngineConfig(speculative_config={"method": "eagle", "num_speculative_tokens": 4}),

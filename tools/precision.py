@@ -14,14 +14,20 @@ import json
 import logging
 import sys
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from tests.models.driving import Driver, image, prompt
 
+from dashinfer_vlm.bench.spans import replaced
 from dashinfer_vlm.config import EngineConfig, QuantTypeName, VisionQuantTypeName
 from dashinfer_vlm.hub import DEMO_MODEL
+from dashinfer_vlm.layers import fp8
+from dashinfer_vlm.layers.backend import Backend, choose_backend, float_linears
+from dashinfer_vlm.models import loading
 from dashinfer_vlm.models.loading import load_model
 from demo_model.cases import Case, held_out_cases
 from demo_model.placements import GREEDY, loaded, with_media
@@ -54,7 +60,9 @@ PRECISIONS = (
     Precision("a16w8", "a8w8", 1),
     Precision("a16w4", "none", 2),
     Precision("a16w4", "a8w8", 2),
+    Precision("fp8", "none", 1),
 )
+"""fp8 is computed in plain torch, as a card would: its layers alone are rounded, activations are float32 elsewhere."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,22 +82,30 @@ class Row:
         return f"{self.precision:20}{errors}{self.exact:10.2%}{self.same:10.2%}{verdict}"
 
 
+@contextmanager
+def computing(precision: Precision) -> Iterator[dict[str, Any]]:
+    """Options of an engine that computes so on this machine."""
+    text = "none" if precision.text == "fp8" else precision.text
+    options = {"device": "cpu", "quant_type": text, "vision_quant_type": precision.vision, "quant_cache_gib": 0.0}
+    chosen = loading.choose_backend if precision.text != "fp8" else with_plain_floats
+    with replaced(loading, "choose_backend", chosen):
+        yield options
+
+
+def with_plain_floats(device: torch.device, dtype: torch.dtype, *_: object) -> Backend:
+    linears = float_linears(device, torch.float32, fp8.REFERENCE)
+    return replace(choose_backend(device, dtype), make_linear=linears)
+
+
 def logits(folder: Path, precision: Precision) -> torch.Tensor:
     """float32 [T, vocab] over all prompts."""
-    config = EngineConfig(
-        model=str(folder),
-        device="cpu",
-        quant_type=precision.text,
-        vision_quant_type=precision.vision,
-        quant_cache_gib=0,
-    )
-    driver = Driver(load_model(config))
+    with computing(precision) as options:
+        driver = Driver(load_model(EngineConfig(model=str(folder), **options)))
     return torch.cat([driver.run(driver.start(case)) for case in CASES])
 
 
 def answers(folder: Path, precision: Precision, cases: list[Case]) -> list[str]:
-    quantised = {"quant_type": precision.text, "vision_quant_type": precision.vision}
-    with loaded(folder, device="cpu", quant_cache_gib=0.0, **quantised) as vlm:
+    with computing(precision) as options, loaded(folder, **options) as vlm:
         return [result.text for result in vlm.chat([with_media(case) for case in cases], GREEDY)]
 
 

@@ -122,7 +122,9 @@ class EngineConfig:
     device: DeviceName = option("auto", "Where the model runs; auto takes CUDA when there is a card.")
     dtype: DTypeName = option("bfloat16", "Type of stored weights; auto takes the checkpoint's.")
     quant_type: QuantTypeName = option(
-        "none", "Quantise the text model's weights while they are loaded.", only=("none", "a8w8", "a16w8", "a16w4")
+        "none",
+        "Quantise the text model's weights while they are loaded; fp8 on cards, the others on processors.",
+        only=("none", "a8w8", "a16w8", "a16w4", "fp8"),
     )
     quant_cache: str | None = option(
         None, "Folder that keeps quantised weights for the next start; one below the user's caches when absent."

@@ -50,7 +50,7 @@ def test_what_cannot_be_kept_is_a_failure(
     [
         ([], "nothing to quantise"),
         (["--quant-type", "a8w8", "--quant-cache-gib", "0"], "keeps nothing"),
-        (["--quant-type", "fp8"], "not offered yet"),
+        (["--quant-type", "fp8"], "nothing to keep for the next start"),
         (["--port", "8000"], "No such option"),
     ],
 )

@@ -75,7 +75,7 @@ def test_help_names_every_room() -> None:
         (("--max-batch", "0"), 2, "--max-num-seqs is 0; it must be at least 1"),
         (("--parallel_size", "2"), 2, "this version supports 1"),
         (("--vision_engine", "tensorrt"), 2, "this version supports native"),
-        (("--quant-type", "fp8"), 2, "this version supports none or a8w8 or a16w8 or a16w4"),
+        (("--quant-type", "gptq"), 2, "this version supports none or a8w8 or a16w8 or a16w4 or fp8"),
         (("--model", "/no/such/folder", "--port", "0"), 2, "no such folder"),
         (("--ssl",), 2, "SSL_KEYFILE is not set"),
         (("--host", "no.such.host.invalid"), 2, "--host no.such.host.invalid"),

@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from dashinfer_vlm.kernels import cpu_ops
+from dashinfer_vlm.errors import ConfigError
+from dashinfer_vlm.kernels import cpu_ops, cuda
 from dashinfer_vlm.layers import backend as backends
 from dashinfer_vlm.layers import onednn
 from dashinfer_vlm.layers.activation import EPILOGUES, Epilogue
@@ -134,3 +135,18 @@ def test_a_torch_that_has_renamed_a_private_function_costs_no_start(monkeypatch:
         assert not onednn.available()
     finally:
         onednn.available.cache_clear()
+
+
+def test_8_bit_floats_need_a_card_with_its_kernels_and_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
+    card = torch.device("cuda")
+    with pytest.raises(ConfigError, match="fp8 computes on NVIDIA cards; on processors --quant-type a8w8"):
+        choose_backend(CPU, torch.bfloat16, "fp8")
+    monkeypatch.setattr(cuda, "why_unavailable", lambda: "no triton")
+    with pytest.raises(ConfigError, match="fp8 needs the kernels for cards: no triton"):
+        choose_backend(card, torch.bfloat16, "fp8")
+    monkeypatch.setattr(cuda, "why_unavailable", lambda: None)
+    with pytest.raises(ConfigError, match="activations in bfloat16, not float16"):
+        choose_backend(card, torch.float16, "fp8")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    with pytest.raises(ConfigError, match=r"compute capability 8\.9"):
+        choose_backend(card, torch.bfloat16, "fp8")

@@ -16,9 +16,14 @@ from safetensors.torch import load_file, save_file
 from dashinfer_vlm.config import EngineConfig
 from dashinfer_vlm.errors import CheckpointError
 from dashinfer_vlm.kernels import cpu_ops
+from dashinfer_vlm.layers import fp8
+from dashinfer_vlm.layers.backend import REFERENCE, Backend, float_linears
+from dashinfer_vlm.layers.linear import TorchLinear
+from dashinfer_vlm.models import loading
 from dashinfer_vlm.models.config import read_config
 from dashinfer_vlm.models.loading import load_model
 from dashinfer_vlm.models.stored import StoredFloats
+from dashinfer_vlm.models.weights import Weights
 from tests.conftest import CheckpointMaker
 from tests.models import driving
 from tests.models.driving import Driver, prompt
@@ -131,6 +136,57 @@ def test_it_can_be_quantised_anew(pair: tuple[Path, Path]) -> None:
 def test_a_model_that_sees_is_read_too(checkpoint: CheckpointMaker, tmp_path: Path) -> None:
     pair = write_pair(checkpoint("qwen3_vl", dtype="bfloat16"), tmp_path, *FORMATS["fp8, blocks"])
     assert torch.equal(logits(pair[0]), logits(pair[1]))
+
+
+BLOCKS = {"quant_method": "fp8", "weight_block_size": [128, 128]}
+NATIVE: dict[str, tuple[dict[str, Any], str, Write]] = {
+    "blocks": (BLOCKS, ".weight_scale_inv", by_blocks(128, 128)),
+    **{name: FORMATS[name] for name in ("fp8, one scale", "compressed-tensors, rows")},
+}
+
+
+@pytest.mark.parametrize("form", NATIVE)
+def test_a_card_computes_with_the_numbers_as_they_are_stored(
+    checkpoint: CheckpointMaker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, form: str
+) -> None:
+    folder, written = write_pair(checkpoint("qwen3", dtype="bfloat16"), tmp_path, *NATIVE[form])
+    whole_logits = logits(folder, dtype="float32")
+    monkeypatch.setattr(loading, "choose_backend", plain_floats)
+    model = load_model(EngineConfig(model=str(folder), dtype="float32", device="cpu"))
+    down = model.decoder.layers[0].mlp.down  # type: ignore[attr-defined]
+    name = "model.layers.0.mlp.down_proj.weight"
+    stored = load_file(folder / "model.safetensors")[name]
+    assert torch.equal(down.weight.numbers.view(torch.uint8), stored.view(torch.uint8))
+    assert error(logits(folder, dtype="float32"), whole_logits) < 0.1
+    assert error(logits(written, dtype="float32"), whole_logits) < 0.1
+
+
+def test_joined_matrices_keep_their_own_scales(checkpoint: CheckpointMaker, tmp_path: Path) -> None:
+    folder, _ = write_pair(checkpoint("qwen3", dtype="bfloat16"), tmp_path, *FORMATS["fp8, one scale"])
+    config = read_config(folder)
+    names = [f"model.layers.0.mlp.{name}_proj.weight" for name in ("gate", "up")]
+    rows = dict.fromkeys(names, config.text.intermediate_size)
+    matrix = Weights(folder, config.family.names, config.stored).matrix(rows, config.text.hidden_size)
+    assert matrix.read_floats is not None
+    floats = matrix.read_floats()
+    assert torch.equal((floats.numbers.float() * floats.scales).bfloat16(), matrix.read())
+
+
+def test_blocks_that_a_join_would_cut_are_rounded_anew() -> None:
+    assert StoredFloats((128, 128)).can_be_joined([128, 256, 100])
+    assert not StoredFloats((128, 128)).can_be_joined([100, 128])
+    assert not StoredFloats((64, 128)).can_be_joined([128])
+    assert StoredFloats(None).can_be_joined([100, 3])
+
+
+def plain_floats(device: torch.device, dtype: torch.dtype, *_: object) -> Backend:
+    """What a card computes with `--quant-type fp8`, in plain torch."""
+    linears = float_linears(device, dtype, fp8.REFERENCE)
+    return Backend("torch", device, dtype, dtype, REFERENCE, linears, lambda w, b, e: TorchLinear(w.read(), b, e))
+
+
+def error(got: torch.Tensor, want: torch.Tensor) -> float:
+    return float((got - want).norm() / want.norm())
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (128, 128), (129, 127), (300, 5), (48, 320)], ids=str)

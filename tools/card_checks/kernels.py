@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from itertools import accumulate
 
 import torch
@@ -12,7 +13,7 @@ from torch.nn import functional as F
 
 from card_checks.models import checked_backend
 from card_checks.results import Row, Setting, error
-from dashinfer_vlm.layers import activation, attention, norm, rotary
+from dashinfer_vlm.layers import activation, attention, fp8, norm, rotary
 from dashinfer_vlm.layers.backend import Ops
 
 BLOCK_SIZE = 16
@@ -72,10 +73,29 @@ def _cases(setting: Setting, dtype: torch.dtype, *, small: bool) -> Iterator[Cas
     if small:
         yield _segments(setting, ops, dtype, "frames", [37, 1, 64, 5], 2, 80)
         yield _segments(setting, ops, dtype, "heads of 72", [30, 9], 2, 72)
+        yield from _floats(setting, dtype, small=True)
     else:
+        yield from _floats(setting, dtype, small=False)
         yield _segments(setting, ops, dtype, "16 pictures of 1024^2", [5476] * 16, 16, 80)
         yield _segments(setting, ops, dtype, "heads of 72", [4096] * 16, 16, 72)
         yield _segments(setting, ops, dtype, "windows", [64] * 1369, 16, 80)
+
+
+def _floats(setting: Setting, dtype: torch.dtype, *, small: bool) -> Iterator[Case]:
+    """Products in 8-bit floats with a scale per block; those of few rows are bound by reading the weight."""
+    from dashinfer_vlm.kernels.cuda import fp8 as kernels  # triton reads the environment when it is imported
+
+    size, depth = (130, 200) if small else (3584, 18944)
+    weight = torch.randn(size, depth, device=setting.device).to(torch.float8_e4m3fn)
+    of_blocks = torch.rand(-(-size // fp8.BLOCK), -(-depth // fp8.BLOCK), device=setting.device)
+    for num_rows in (3, 20) if small else (16,):
+        x, scales = fp8.quantise(torch.randn(num_rows, depth, device=setting.device), fp8.BLOCK)
+        yield Case(
+            f"fp8 product of {num_rows} rows",
+            partial(kernels.block_product, x, scales, weight, of_blocks, dtype),
+            partial(fp8.block_product, x, scales, weight, of_blocks, torch.float64),
+            weight.nbytes + x.nbytes,
+        )
 
 
 def _steps(small: bool) -> list[tuple[str, list[int], list[int]]]:

@@ -21,7 +21,8 @@ from dashinfer_vlm.config import EngineConfig
 from dashinfer_vlm.engine import engine as engine_module
 from dashinfer_vlm.engine.devices import make_card_runner, num_spare_blocks
 from dashinfer_vlm.engine.engine import Engine
-from dashinfer_vlm.layers.backend import Backend, choose_backend, on_card
+from dashinfer_vlm.layers.backend import Backend, choose_backend, in_floats, on_card
+from dashinfer_vlm.layers.fp8 import Fp8Linear
 from dashinfer_vlm.layers.linear import Matrix
 from dashinfer_vlm.models.base import KVCache, StepBatch
 from dashinfer_vlm.models.config import CheckpointConfig, read_config
@@ -217,6 +218,7 @@ def shapes(setting: Setting) -> Iterator[Row]:
         backend = checked_backend(setting, dtype)
         model = make_model(config, backend, small=setting.tiny)
         yield from _decoding(setting, model, f"{size} decode", bars)
+        yield from _decoding(setting, in_8_bits(setting, config, dtype), f"{size} fp8 decode", (1.7, 1.5, 1.5))
         yield _encoding(setting, model, f"Qwen2-VL ViT for {size}")
         if size != "2b":
             config = published_config("qwen2_5_vl", size)
@@ -224,6 +226,13 @@ def shapes(setting: Setting) -> Iterator[Row]:
         del model
         if setting.device.type == "cuda":
             torch.cuda.empty_cache()
+
+
+def in_8_bits(setting: Setting, config: CheckpointConfig, dtype: torch.dtype) -> LoadedModel:
+    """The text model alone, its layers rounded to 8-bit floats."""
+    backend = in_floats(setting.device, dtype)
+    weights = RandomWeights(config, setting.device, same_everywhere=setting.tiny)
+    return LoadedModel(config, config.family.decoder(config, weights, backend), None, backend)
 
 
 def _decoding(setting: Setting, model: LoadedModel, name: str, bars: tuple[float, float, float]) -> Iterator[Row]:
@@ -234,7 +243,7 @@ def _decoding(setting: Setting, model: LoadedModel, name: str, bars: tuple[float
         batch = text_batch(setting.device, [1] * count, [context] * count)
         seconds = setting.time(lambda batch=batch: model.forward(batch, kv))
         moved = weight_bytes(model) + count * context * kv_bytes(kv)
-        floor = setting.ceilings.seconds(moved, 2 * weight_bytes(model) / model.kv_dtype.itemsize * count)
+        floor = setting.ceilings.seconds(moved, 2 * (layer_numbers(model) + head_numbers(model)) * count)
         bar = bars[1] if count == streams[-1] else bars[0]
         yield Row(f"{name} {count} of {context}", seconds, floor, bar, note=_host(setting, model, batch, kv))
     batch = text_batch(setting.device, [long], [long])
@@ -279,10 +288,15 @@ def layer_numbers(model: LoadedModel) -> int:
     return t.num_layers * (attention + 3 * t.hidden_size * t.intermediate_size)
 
 
+def head_numbers(model: LoadedModel) -> int:
+    return model.config.text.hidden_size * model.config.text.vocab_size
+
+
 def weight_bytes(model: LoadedModel) -> int:
     """What a step reads of them."""
-    text = model.config.text
-    return (layer_numbers(model) + text.hidden_size * text.vocab_size) * model.kv_dtype.itemsize
+    qkv = model.decoder.layers[0].attention.qkv
+    of_layers = 1 if isinstance(qkv, Fp8Linear) else model.kv_dtype.itemsize
+    return layer_numbers(model) * of_layers + head_numbers(model) * model.kv_dtype.itemsize
 
 
 def kv_bytes(kv: KVCache) -> float:

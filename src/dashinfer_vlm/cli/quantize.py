@@ -41,6 +41,10 @@ def quantize(model: str, **values: Any) -> None:
     config.validate()
     if config.quant_type == config.vision_quant_type == "none":
         raise ConfigError("nothing to quantise: name --quant-type, --vision-quant-type, or both")
+    if config.quant_type == "fp8":
+        raise ConfigError(
+            "--quant-type fp8 is made on the card in seconds; there is nothing to keep for the next start"
+        )
     if not config.quant_cache_gib:
         raise ConfigError("--quant-cache-gib 0 keeps nothing; give it room")
     set_up_logging("warning")

@@ -16,13 +16,24 @@ from dashinfer_vlm.errors import ConfigError
 from dashinfer_vlm.kernels import cpu_ops, cuda
 from dashinfer_vlm.layers import attention, norm, onednn, rotary
 from dashinfer_vlm.layers.activation import Epilogue
-from dashinfer_vlm.layers.linear import ExpandingLinear, Linear, Matrix, NativeLinear, OneDnnLinear, TorchLinear
+from dashinfer_vlm.layers.fp8 import Fp8Linear, Fp8Ops, rounded
+from dashinfer_vlm.layers.linear import ExpandingLinear, Floats, Linear, Matrix, NativeLinear, OneDnnLinear, TorchLinear
 from dashinfer_vlm.layers.memory import in_huge_pages
 from dashinfer_vlm.layers.patches import NativePatches, Patches, TorchPatches
 from dashinfer_vlm.layers.quantise import QUANT_TYPES, PackedStore, QuantisedLinears
 from dashinfer_vlm.layers.upload import upload_to
 
-__all__ = ["NATIVE", "NATIVE_BFLOAT16", "REFERENCE", "Backend", "LinearFactory", "Ops", "choose_backend", "on_card"]
+__all__ = [
+    "NATIVE",
+    "NATIVE_BFLOAT16",
+    "REFERENCE",
+    "Backend",
+    "LinearFactory",
+    "Ops",
+    "choose_backend",
+    "in_floats",
+    "on_card",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -130,6 +141,8 @@ def choose_backend(
 
 
 def _choose(device: torch.device, weight_dtype: torch.dtype, quant_type: str, store: PackedStore | None) -> Backend:
+    if quant_type == "fp8":
+        return _in_floats(device, weight_dtype)
     if quant_type != "none":
         return _quantised(device, weight_dtype, quant_type, store)
     if device.type == "cuda":
@@ -171,6 +184,45 @@ def on_card(device: torch.device, dtype: torch.dtype) -> Backend:
         make_head=_of_own_copies(head, device, dtype),
         make_patches=patches,
     )
+
+
+def _in_floats(device: torch.device, dtype: torch.dtype) -> Backend:
+    if device.type != "cuda":
+        raise ConfigError("--quant-type fp8 computes on NVIDIA cards; on processors --quant-type a8w8 is as small")
+    why = cuda.why_unavailable()
+    if why is not None:
+        raise ConfigError(f"--quant-type fp8 needs the kernels for cards: {why}")
+    if dtype != torch.bfloat16:
+        raise ConfigError(
+            f"--quant-type fp8 computes with activations in bfloat16, not {_name(dtype)}; leave out --dtype"
+        )
+    if torch.cuda.get_device_capability(device) < (8, 9):
+        raise ConfigError("--quant-type fp8 needs a card of compute capability 8.9 (Ada, Hopper) or later")
+    return in_floats(device, dtype)
+
+
+def in_floats(device: torch.device, dtype: torch.dtype) -> Backend:
+    """As `on_card`, the text model's layers but the head in 8-bit floats; on a CPU where triton interprets."""
+    from dashinfer_vlm.layers.cuda import FP8_OPS
+
+    return replace(on_card(device, dtype), name="triton, fp8", make_linear=float_linears(device, dtype, FP8_OPS))
+
+
+def float_linears(device: torch.device, dtype: torch.dtype, ops: Fp8Ops) -> LinearFactory:
+    """Layers of 8-bit floats: the checkpoint's own where it has them, else weights of `dtype` rounded on the device."""
+
+    def make(weight: Matrix, bias: Tensor | None, epilogue: Epilogue) -> Linear:
+        if weight.read_floats is None:
+            return Fp8Linear(rounded(_own_copy(weight.read(), device, dtype), ops), bias, epilogue, ops)
+        stored = weight.read_floats()
+        numbers, scales = (_own_copy(x, device, x.dtype) for x in (stored.numbers, stored.scales))
+        return Fp8Linear(Floats(numbers, scales, stored.is_in_blocks), bias, epilogue, ops)
+
+    return make
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _of_own_copies(linear_class: TensorLinear, device: torch.device, dtype: torch.dtype) -> LinearFactory:

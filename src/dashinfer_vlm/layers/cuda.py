@@ -8,12 +8,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from dashinfer_vlm.kernels.cuda import paged, rotary, rows, segments
+from dashinfer_vlm.kernels.cuda import fp8, paged, rotary, rows, segments
 from dashinfer_vlm.kernels.cuda.patches import embed_patches, two_halves
 from dashinfer_vlm.layers.activation import EPILOGUES, Epilogue
 from dashinfer_vlm.layers.backend import Ops
+from dashinfer_vlm.layers.fp8 import Fp8Ops
 
-__all__ = ["OPS", "CudaHead", "CudaLinear", "CudaPatches", "multiplies_into_float32"]
+__all__ = ["FP8_OPS", "OPS", "CudaHead", "CudaLinear", "CudaPatches", "multiplies_into_float32"]
 
 OPS = Ops(
     rms_norm=rows.rms_norm,
@@ -27,6 +28,9 @@ OPS = Ops(
 
 _EPILOGUES = {**EPILOGUES, "silu_mul": rows.silu_mul, "quick_gelu": rows.quick_gelu}
 """One launch each: torch's GELU is one already."""
+
+
+FP8_OPS = Fp8Ops(fp8.quantise, fp8.block_product, _EPILOGUES)
 
 
 class CudaLinear:

@@ -15,10 +15,21 @@ from dashinfer_vlm.kernels import cpu_ops
 from dashinfer_vlm.layers import onednn
 from dashinfer_vlm.layers.activation import EPILOGUES, Epilogue
 
-__all__ = ["ExpandingLinear", "Linear", "Matrix", "NativeLinear", "OneDnnLinear", "TorchLinear"]
+__all__ = ["ExpandingLinear", "Floats", "Linear", "Matrix", "NativeLinear", "OneDnnLinear", "TorchLinear"]
 
 SCRATCH_ROWS = 1024
 """Weight rows that are expanded at a time: the scratch buffer stays in the last-level cache."""
+
+
+@dataclass(frozen=True, slots=True)
+class Floats:
+    """A matrix of 8-bit floats."""
+
+    numbers: torch.Tensor
+    """float8_e4m3fn [N, K]."""
+    scales: torch.Tensor
+    """float32 [N, 1], or one for each block of 128 x 128, those at the lower and right edges cut off."""
+    is_in_blocks: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +44,8 @@ class Matrix:
     """Gives [num_rows, depth], whose memory the next matrix may use again."""
     is_kept: bool = False
     """`read` gives memory on the device and in the stored type that stays: share it instead of copying."""
+    read_floats: Callable[[], Floats] | None = None
+    """The same as the checkpoint has it, where that is 8-bit floats; on the CPU."""
 
 
 class Linear(Protocol):

@@ -32,6 +32,7 @@ from dashinfer_vlm.config import EngineConfig
 from dashinfer_vlm.errors import ConfigError
 from dashinfer_vlm.kernels import cpu_ops
 from dashinfer_vlm.kernels.cpu_ops import PackedShape, PackedWeight
+from dashinfer_vlm.layers.quantise import QUANT_TYPES
 from dashinfer_vlm.models.family import Part
 from dashinfer_vlm.models.weights import Weights
 
@@ -327,7 +328,7 @@ def open_store(
 ) -> QuantStore | nullcontext[None]:
     """The store for a part that `config` wants quantised; a context of None where it does not, or keeps nothing."""
     quant_type = config.quant_type if part == "text" else config.vision_quant_type
-    if quant_type == "none" or not config.quant_cache_gib or not cpu_ops.available():
+    if quant_type not in QUANT_TYPES or not config.quant_cache_gib or not cpu_ops.available():
         return nullcontext()
     try:
         path = Path(config.quant_cache).expanduser() if config.quant_cache else envs.cache_folder() / "quantised"

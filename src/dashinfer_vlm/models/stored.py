@@ -35,6 +35,15 @@ class StoredFloats:
             return (shape[0], 1), (shape[0],), (1,), ()
         return (tuple(-(-size // edge) for size, edge in zip(shape, self.block, strict=True)),)
 
+    def can_be_joined(self, rows: list[int]) -> bool:
+        """Whether matrices of so many rows can be put below each other and stay what `layers.linear.Floats` knows: with
+        a scale per row, or in blocks of 128 x 128 of which each matrix begins one."""
+        return self.block is None or (self.block == (128, 128) and all(count % 128 == 0 for count in rows[:-1]))
+
+    def own_scales(self, scale: torch.Tensor, num_rows: int) -> torch.Tensor:
+        """float32, per block or [num_rows, 1]."""
+        return scale.float() if self.block is not None else scale.float().view(-1, 1).expand(num_rows, 1)
+
     def restore(self, weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
         """bfloat16 [N, K] from e4m3 [N, K] and its scales, block by block."""
         import torch

@@ -18,7 +18,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from dashinfer_vlm.errors import CheckpointError
-from dashinfer_vlm.layers.linear import Matrix
+from dashinfer_vlm.layers.linear import Floats, Matrix
 from dashinfer_vlm.layers.memory import huge_zeros
 from dashinfer_vlm.models.family import Names, Part
 from dashinfer_vlm.models.stored import StoredFloats
@@ -98,7 +98,8 @@ class Weights:
         They are taken, and complained about, now.
         """
         entries = [self._claim(name, (num_rows, depth)) for name, num_rows in rows.items()]
-        return Matrix("+".join(rows), sum(rows.values()), depth, partial(self._join, entries))
+        read = partial(self._join, entries)
+        return Matrix("+".join(rows), sum(rows.values()), depth, read, read_floats=_floats(entries))
 
     def fingerprint(self, part: Part) -> bytes:
         """SHA-256 over names, shapes, types and values of all tensors of a part of the model, which are read in several
@@ -163,6 +164,20 @@ class Weights:
                     "config.json has no quantization_config" if stored is None else "the checkpoint has no scale for it"
                 )
                 raise CheckpointError(f"{entry.path}: tensor {name} is {FP8}, but {reason}")
+
+
+def _floats(entries: list[_Entry]) -> Callable[[], Floats] | None:
+    """Reads them joined as they are stored, where all are 8-bit floats that can be."""
+    stored, scales = entries[0].stored, [entry.scale for entry in entries if entry.scale is not None]
+    if stored is None or len(scales) < len(entries) or not stored.can_be_joined([e.shape[0] for e in entries]):
+        return None
+
+    def read() -> Floats:
+        numbers = torch.cat([_read_whole(entry).view(torch.uint8) for entry in entries])
+        joined = [stored.own_scales(_read_whole(s), e.shape[0]) for s, e in zip(scales, entries, strict=True)]
+        return Floats(numbers.view(torch.float8_e4m3fn), torch.cat(joined), stored.block is not None)
+
+    return read
 
 
 def _with_scales(entries: dict[str, _Entry], stored: StoredFloats) -> dict[str, _Entry]:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from dashinfer_vlm.kernels.choices import Choices
-from dashinfer_vlm.kernels.cuda import paged, patches, rotary, rows, sampling, segments
+from dashinfer_vlm.kernels.cuda import fp8, paged, patches, rotary, rows, sampling, segments
 
 __all__ = ["PUBLISHED", "Sizes", "Variant", "variants"]
 
@@ -69,6 +69,7 @@ def variants(sizes: Sizes, dtype: torch.dtype) -> Iterator[Variant]:
     modules were imported sees what is compiled."""
     meta = torch.device("meta")
     yield from _text(sizes, dtype, meta)
+    yield from _floats(sizes, dtype, meta)
     yield from _choosing(sizes.vocab, meta)
     if sizes.vit_width:
         yield from _vit(sizes, dtype, meta)
@@ -110,6 +111,27 @@ def _text(s: Sizes, dtype: torch.dtype, device: torch.device) -> Iterator[Varian
         yield Variant(f"decode {kind}", partial(attend, [1] * 16, cache, 1))
         yield Variant(f"decode in 8 splits {kind}", partial(attend, [1] * 16, cache, 8))
         yield Variant(f"prefill {kind}", partial(attend, [1024], cache, None))
+
+
+def _floats(s: Sizes, dtype: torch.dtype, device: torch.device) -> Iterator[Variant]:
+    """Layers of 8-bit floats."""
+    x = torch.empty(1024, s.hidden, dtype=dtype, device=device)
+    weight = torch.empty(s.hidden, s.hidden, dtype=torch.float8_e4m3fn, device=device)
+    groups = -(-s.hidden // fp8.BLOCK)
+    weight_scales = torch.empty(groups, groups, dtype=torch.float32, device=device)
+
+    def product(num_rows: int) -> Tensor:
+        numbers, scales = (
+            torch.empty(num_rows, n, dtype=t, device=device)
+            for n, t in ((s.hidden, weight.dtype), (groups, torch.float32))
+        )
+        return fp8.block_product(numbers, scales, weight, weight_scales, dtype)
+
+    yield Variant("fp8 rows", lambda: fp8.quantise(x))
+    yield Variant("fp8 rows of an MLP", lambda: fp8.quantise(torch.empty(16, s.inner, dtype=dtype, device=device)))
+    yield Variant("fp8 groups", lambda: fp8.quantise(x, fp8.BLOCK))
+    yield Variant("fp8 product, few rows", lambda: product(16))
+    yield Variant("fp8 product", lambda: product(1024))
 
 
 def _choosing(vocab: int, device: torch.device) -> Iterator[Variant]:

@@ -1,0 +1,106 @@
+"""8-bit floats (e4m3): activations rounded row by row or in groups of columns, and products with weights whose scales
+belong to blocks. Products with a scale per row are torch's.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from dashinfer_vlm.kernels.cuda.launch import INTERPRETED, check, launch, power_of_two
+
+__all__ = ["BLOCK", "block_product", "quantise"]
+
+BLOCK = 128
+"""Rows and columns that share a scale of a weight, and columns that share one of a row of activations."""
+TOP = 448.0
+"""The largest number that there is."""
+
+
+@triton.jit
+def _nearest(x):
+    """To the nearest 8-bit float, ties to even: what a card's cast does, and the interpreter's does not."""
+    bits = x.to(tl.int32, bitcast=True)
+    normal = ((bits + 0x7FFFF + ((bits >> 20) & 1)) & -0x100000).to(tl.float32, bitcast=True)
+    small = (x + 24576.0) - 24576.0  # a float32 of that size has the spacing of the smallest numbers, 2 ** -9
+    return tl.where(tl.abs(x) < 0.015625, small, normal)
+
+
+@triton.jit
+def _quantise(
+    x_rows, out, scales, x_t, o_t, s_t, K, WIDTH: tl.constexpr, B: tl.constexpr, TOP: tl.constexpr, CUTS: tl.constexpr
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    group = tl.program_id(1)
+    i = tl.arange(0, B)
+    column = group * WIDTH + i
+    inside = (i < WIDTH) & (column < K)
+    x = tl.load(x_rows + row * x_t + column, mask=inside, other=0.0).to(tl.float32)
+    scale = tl.maximum(tl.max(tl.abs(x), 0), 1e-12) / TOP
+    q = tl.minimum(tl.maximum(tl.div_rn(x, tl.full([B], 0.0, tl.float32) + scale), -TOP), TOP)
+    if CUTS:
+        q = _nearest(q)
+    tl.store(out + row * o_t + column, q.to(out.dtype.element_ty), mask=inside)
+    tl.store(scales + row * s_t + group, scale)
+
+
+@triton.jit(do_not_specialize=["T"])
+def _multiply(
+    x, x_scales, w, w_scales, out, T, x_t, xs_t, w_n, ws_n, o_t, N: tl.constexpr, K: tl.constexpr, BM: tl.constexpr,
+    BN: tl.constexpr, BK: tl.constexpr, BLOCK_ROWS: tl.constexpr, WIDEN: tl.constexpr,
+):  # fmt: skip
+    m = tl.program_id(1) * BM + tl.arange(0, BM)
+    n = tl.program_id(0) * BN + tl.arange(0, BN)
+    k = tl.arange(0, BK)
+    mine = m < T
+    x_places = x + m.to(tl.int64)[:, None] * x_t + k[None, :]
+    w_places = w + n.to(tl.int64)[None, :] * w_n + k[:, None]
+    scale_places = w_scales + (n // BLOCK_ROWS) * ws_n
+    acc = tl.zeros([BM, BN], tl.float32)
+    for group in range((K + BK - 1) // BK):
+        left = K - group * BK
+        a = tl.load(x_places + group * BK, mask=mine[:, None] & (k < left)[None, :], other=0.0)
+        b = tl.load(w_places + group * BK, mask=(n < N)[None, :] & (k < left)[:, None], other=0.0)
+        if WIDEN:  # the interpreter multiplies no 8-bit floats
+            a = a.to(tl.float32)
+            b = b.to(tl.float32)
+        of_rows = tl.load(x_scales + m * xs_t + group, mask=mine, other=0.0)
+        of_columns = tl.load(scale_places + group, mask=n < N, other=0.0)
+        acc += tl.dot(a, b) * of_rows[:, None] * of_columns[None, :]
+    place = out + m.to(tl.int64)[:, None] * o_t + n[None, :]
+    tl.store(place, acc.to(out.dtype.element_ty), mask=mine[:, None] & (n < N)[None, :])
+
+
+def quantise(x: Tensor, group: int = 0) -> tuple[Tensor, Tensor]:
+    """`layers.fp8.quantise` of [T, K], rows may be strided."""
+    check(x.ndim == 2 and x.stride(1) == 1, "rows must be dense", x)
+    num_rows, depth = x.shape
+    width = group or depth
+    num_groups = -(-depth // width)
+    out = torch.empty(num_rows, depth, dtype=torch.float8_e4m3fn, device=x.device)
+    scales = torch.empty(num_rows, num_groups, dtype=torch.float32, device=x.device)
+    block = power_of_two(width)
+    launch(
+        _quantise, (num_rows, num_groups), x, out, scales, x.stride(0), depth, num_groups, depth, width, block, TOP,
+        INTERPRETED, num_warps=min(max(block // 512, 1), 16),
+    )  # fmt: skip
+    return out, scales
+
+
+def block_product(x: Tensor, scales: Tensor, weight: Tensor, weight_scales: Tensor, dtype: torch.dtype) -> Tensor:
+    """`layers.fp8.block_product`: [T, N] of `dtype`."""
+    (num_rows, depth), size = x.shape, len(weight)
+    wanted = (-(-size // BLOCK), -(-depth // BLOCK))
+    check(weight_scales.shape == wanted, f"scales of the weight must be {wanted}", weight, weight_scales)
+    check(scales.shape == (num_rows, wanted[1]), f"scales of the rows must be [T, {wanted[1]}]", x, scales)
+    check(x.stride(1) == weight.stride(1) == 1, "rows must be dense", x, weight)
+    out = torch.empty(num_rows, size, dtype=dtype, device=x.device)
+    height, width = (16, 64) if num_rows <= 16 else (64, 128)
+    launch(
+        _multiply, (-(-size // width), -(-num_rows // height)), x, scales, weight, weight_scales, out, num_rows,
+        x.stride(0), scales.stride(0), weight.stride(0), weight_scales.stride(0), size, size, depth, height, width,
+        BLOCK, BLOCK, INTERPRETED, num_warps=4, num_stages=4,
+    )  # fmt: skip
+    return out
