@@ -166,7 +166,7 @@ def _paged(
     tables = torch.zeros(len(contexts), max(needed), dtype=torch.int32)
     for table, begin, count in zip(tables, [0, *accumulate(needed)], needed, strict=False):
         table[:count] = order[begin : begin + count]
-    shape = (len(order), BLOCK_SIZE, heads.key, attention.cache_row_size(heads.dim, cache))
+    shape = (len(order), BLOCK_SIZE, heads.key, attention.cache_row_size(heads.dim, cache, "cuda"))
     keys, values = (torch.zeros(shape, dtype=cache, device=setting.device) for _ in range(2))
     slots = torch.arange(len(order) * BLOCK_SIZE, device=setting.device)
     for begin in range(0, len(slots), 4096):

@@ -82,7 +82,7 @@ def kv_dtype(model: Model, config: EngineConfig) -> torch.dtype:
 def kv_block_bytes(model: Model, config: EngineConfig) -> int:
     """Bytes of one block over all layers, keys and values."""
     text, dtype = model.text, kv_dtype(model, config)
-    row_bytes = cache_row_size(text.head_dim, dtype) * dtype.itemsize
+    row_bytes = cache_row_size(text.head_dim, dtype, model.device.type) * dtype.itemsize
     return 2 * text.num_layers * config.block_size * text.num_kv_heads * row_bytes
 
 

@@ -17,9 +17,12 @@ _SMALLEST_TOP = 1e-30
 """A row with no larger number is zero."""
 
 
-def cache_row_size(head_dim: int, dtype: torch.dtype) -> int:
-    """Elements of one head of one token in a cache of `dtype`: an int8 row ends with the 4 bytes of its scale."""
-    return head_dim + (_SCALE_BYTES if dtype == torch.int8 else 0)
+def cache_row_size(head_dim: int, dtype: torch.dtype, device_type: str = "cpu") -> int:
+    """Elements of one head of one token in a cache of `dtype`: behind an int8 row are the 4 bytes of its scale, on a
+    card as many as make 16, at multiples of which its loads are wide."""
+    if dtype != torch.int8:
+        return head_dim
+    return head_dim + (16 if device_type == "cuda" else _SCALE_BYTES)
 
 
 def write_kv(
@@ -36,8 +39,8 @@ def write_kv(
         k_rows, v_rows = _quantise(_hadamard(k.float())), _quantise(v.float())
     else:
         k_rows, v_rows = k.to(k_cache.dtype), v.to(v_cache.dtype)
-    k_cache.flatten(0, 1).index_copy_(0, slots, k_rows)
-    v_cache.flatten(0, 1).index_copy_(0, slots, v_rows)
+    for cache, rows in ((k_cache, k_rows), (v_cache, v_rows)):
+        cache.flatten(0, 1)[..., : rows.shape[-1]].index_copy_(0, slots, rows)
 
 
 def rope_write_kv(
@@ -80,8 +83,8 @@ def paged_attention(
     for s, context in enumerate(contexts):
         rows = slice(starts[s], starts[s + 1])
         blocks = block_tables[s, : -(-context // block_size)].long()
-        k = _numbers(k_cache[blocks].flatten(0, 1)[:context]).to(q.dtype)
-        v = _numbers(v_cache[blocks].flatten(0, 1)[:context]).to(q.dtype)
+        k = _numbers(k_cache[blocks].flatten(0, 1)[:context], q.shape[-1]).to(q.dtype)
+        v = _numbers(v_cache[blocks].flatten(0, 1)[:context], q.shape[-1]).to(q.dtype)
         out[rows] = _grouped_attention(q[rows], k, v, scale)
     return out
 
@@ -93,12 +96,12 @@ def _quantise(x: torch.Tensor) -> torch.Tensor:
     return torch.cat(((x * inverse).round().to(torch.int8), (largest / 127).view(torch.int8)), dim=-1)
 
 
-def _numbers(rows: torch.Tensor) -> torch.Tensor:
+def _numbers(rows: torch.Tensor, dim: int) -> torch.Tensor:
     """What the rows of a cache stand for; [..., D] as float32 for int8."""
     if rows.dtype != torch.int8:
         return rows
-    scales = rows[..., -_SCALE_BYTES:].clone(memory_format=torch.contiguous_format)  # aligned, which a slice may not be
-    return rows[..., :-_SCALE_BYTES].float() * scales.view(torch.float32)
+    scales = rows[..., dim : dim + _SCALE_BYTES].clone(memory_format=torch.contiguous_format)  # aligned, as no slice is
+    return rows[..., :dim].float() * scales.view(torch.float32)
 
 
 def _hadamard_size(dim: int) -> int:

@@ -76,7 +76,7 @@ class StepBatch:
 
 @dataclass(frozen=True, slots=True)
 class KVCache:
-    """Paged keys and values: per layer `[num_blocks, block_size, num_kv_heads, head_dim]`; in int8, rows are 4 bytes
+    """Paged keys and values: per layer `[num_blocks, block_size, num_kv_heads, head_dim]`; in int8, rows are
     longer (see `layers.attention.write_kv`)."""
 
     keys: list[torch.Tensor]

@@ -104,7 +104,8 @@ def allocate_kv(model: Model, num_blocks: int, block_size: int, dtype: torch.dty
     """Zeroed KV cache of `dtype`, or else of the model's, on the model's device; CPU memory is in huge pages and taken
     when first written."""
     dtype = dtype or model.kv_dtype
-    shape = (num_blocks, block_size, model.text.num_kv_heads, cache_row_size(model.text.head_dim, dtype))
+    row_size = cache_row_size(model.text.head_dim, dtype, model.device.type)
+    shape = (num_blocks, block_size, model.text.num_kv_heads, row_size)
 
     def caches() -> list[torch.Tensor]:
         if model.device.type == "cpu":

@@ -50,7 +50,7 @@ def make(
     for table, begin, count in zip(tables, [0, *accumulate(needed)], needed, strict=False):
         table[:count] = order[begin : begin + count]
     cache = cache or dtype
-    shape = (len(order), block_size, heads[1], attention.cache_row_size(dim, cache))
+    shape = (len(order), block_size, heads[1], attention.cache_row_size(dim, cache, "cuda"))
     caches = [torch.full(shape, 99 if cache == torch.int8 else torch.nan, dtype=cache) for _ in range(2)]
     for table, context in zip(tables, contexts, strict=True):
         slots = (table.long()[:, None] * block_size + torch.arange(block_size)).flatten()[:context]

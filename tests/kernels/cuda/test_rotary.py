@@ -55,7 +55,7 @@ def test_the_cache_gets_the_rows_of_the_reference(
     qkv = torch.randn(num_rows, heads + 2 * kv_heads, dim).to(DEVICE, dtype)
     qkv[:, heads, :3] *= 50
     slots = torch.tensor([17, 3, 40, 0, 31], device=DEVICE)
-    shape = (3, 16, kv_heads, attention.cache_row_size(dim, cache))
+    shape = (3, 16, kv_heads, attention.cache_row_size(dim, cache, "cuda"))
     got, want = (torch.full((2, *shape), 55, dtype=cache, device=DEVICE) for _ in range(2))
     (q, k, v), (q2, k2, v2) = (torch.split(qkv.clone(), [heads, kv_heads, kv_heads], dim=1) for _ in range(2))
     rope_write_kv(q, k, v, cos, sin, got[0], got[1], slots)
@@ -68,7 +68,7 @@ def test_the_cache_gets_the_rows_of_the_reference(
         assert error(got, want) < max(allowed(dtype), allowed(cache))
         return
     rows = [x.flatten(1, 2)[:, slots] for x in (got, want)]
-    assert error(*(attention._numbers(x) for x in rows)) < (2e-2 if dtype == torch.bfloat16 else 2e-3)
+    assert error(*(attention._numbers(x, dim) for x in rows)) < (2e-2 if dtype == torch.bfloat16 else 2e-3)
     if dtype == torch.float32:
         assert (rows[0] != rows[1]).float().mean() < 0.01  # on the border between two numbers
 

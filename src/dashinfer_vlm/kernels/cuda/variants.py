@@ -85,13 +85,13 @@ def _text(s: Sizes, dtype: torch.dtype, device: torch.device) -> Iterator[Varian
 
     def attend(queries: list[int], cache: torch.dtype, splits: int | None) -> Tensor:
         num_rows, num_sequences = sum(queries), len(queries)
-        keys = empty(64, BLOCK_SIZE, s.kv_heads, s.head_dim + 4 * (cache == torch.int8), dtype=cache)
+        keys = empty(64, BLOCK_SIZE, s.kv_heads, s.head_dim + 16 * (cache == torch.int8), dtype=cache)
         starts, contexts = (empty(n, dtype=torch.int32) for n in (num_sequences + 1, num_sequences))
         tables = empty(num_sequences, 64, dtype=torch.int32)
         return paged.paged_attention(heads(num_rows)[0], keys, keys, tables, starts, contexts, 0.1, splits)
 
     def write(cache: torch.dtype) -> None:
-        keys = empty(64, BLOCK_SIZE, s.kv_heads, s.head_dim + 4 * (cache == torch.int8), dtype=cache)
+        keys = empty(64, BLOCK_SIZE, s.kv_heads, s.head_dim + 16 * (cache == torch.int8), dtype=cache)
         table = empty(16, s.head_dim // 2, dtype=torch.float32)
         q, k, v = heads(16)
         rotary.rope_write_kv(q, k, v, table, table, keys, keys, empty(16, dtype=torch.int64))
