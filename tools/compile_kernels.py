@@ -1,11 +1,11 @@
 #!/usr/bin/env python3
 """Compile every kernel for a card that is not there, and tell what the compiler made of it.
 
-    compile_kernels.py [--target 90] [--model Qwen2-VL-7B]... [--first 5]
+    compile_kernels.py [--target 90] [--model Qwen2-VL-7B]... [--only ViT] [--first 5]
 
 Prints one JSON object a line: model, variant, kernel, registers, bytes of stack, spills, bytes of shared memory, and
-how often the instructions occur that decide the speed: `HGMMA` (products of a warp group), `HMMA` (of a warp), and
-asynchronous copies, those of 128 bits apart; sines that are only approximate.
+how often the instructions occur that decide the speed: `HGMMA` (products of a warp group), `HMMA` (of a warp), `QGMMA`
+(of a warp group, 8-bit floats), and asynchronous copies, those of 128 bits apart; sines that are only approximate.
 """
 
 from __future__ import annotations
@@ -42,6 +42,7 @@ class Compiled:
     warps: int
     hgmma: int
     hmma: int
+    qgmma: int
     copies: int
     wide_copies: int
     fast_sines: int
@@ -79,16 +80,17 @@ class Recorder:
         return found
 
 
-def compile_all(models: list[str], capability: int, first: int | None = None) -> Iterator[Compiled]:
-    """Every variant, or the `first` ones, of the published `models` in bfloat16, for cards of compute capability
-    `capability` / 10."""
+def compile_all(models: list[str], capability: int, first: int | None = None, only: str = "") -> Iterator[Compiled]:
+    """Every variant, or the `first` ones, whose name has `only` in it, of the published `models` in bfloat16, for cards
+    of compute capability `capability` / 10."""
     triton.runtime.driver.set_active(AbsentCard(capability))
     recorder = Recorder()
     launching.launch = recorder  # before the kernels' modules take it
     from dashinfer_vlm.kernels.cuda.variants import PUBLISHED, variants
 
     for model in models or PUBLISHED:
-        for variant in islice(variants(PUBLISHED[model], torch.bfloat16), first):
+        found = (x for x in variants(PUBLISHED[model], torch.bfloat16) if only in x.name)
+        for variant in islice(found, first):
             variant.call()
             for kernel, compiled in recorder.take():
                 yield _read(model, variant.name, kernel, compiled)
@@ -111,6 +113,7 @@ def _read(model: str, variant: str, kernel: str, compiled: Any) -> Compiled:
         compiled.metadata.num_warps,
         len(re.findall(r"\bHGMMA\b", code)),
         len(re.findall(r"\bHMMA\b", code)),
+        len(re.findall(r"\bQGMMA\b", code)),
         len(re.findall(r"\bLDGSTS\b", code)),
         len(re.findall(r"\bLDGSTS\S*\.128", code)),
         len(re.findall(r"\bMUFU\.(?:SIN|COS)\b", code)),
@@ -126,8 +129,9 @@ def main() -> None:
     parser.add_argument("--target", type=int, default=90, help="compute capability times ten")
     parser.add_argument("--model", action="append", default=[], help="a published model; all when none is named")
     parser.add_argument("--first", type=int, help="variants of each model; all when absent")
+    parser.add_argument("--only", default="", help="what the variant's name has in it")
     options = parser.parse_args()
-    for compiled in compile_all(options.model, options.target, options.first):
+    for compiled in compile_all(options.model, options.target, options.first, options.only):
         print(json.dumps(asdict(compiled)), flush=True)
 
 

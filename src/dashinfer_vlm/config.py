@@ -123,7 +123,7 @@ class EngineConfig:
     dtype: DTypeName = option("bfloat16", "Type of stored weights; auto takes the checkpoint's.")
     quant_type: QuantTypeName = option(
         "none",
-        "Quantise the text model's weights while they are loaded; fp8 on cards, the others on processors.",
+        "Quantise the text model's weights while they are loaded; a8w8 on processors, fp8 on cards.",
         only=("none", "a8w8", "a16w8", "a16w4", "fp8"),
     )
     quant_cache: str | None = option(

@@ -145,6 +145,8 @@ def test_8_bit_floats_need_a_card_with_its_kernels_and_bfloat16(monkeypatch: pyt
     with pytest.raises(ConfigError, match="fp8 needs the kernels for cards: no triton"):
         choose_backend(card, torch.bfloat16, "fp8")
     monkeypatch.setattr(cuda, "why_unavailable", lambda: None)
+    with pytest.raises(ConfigError, match="a8w8 computes on processors; on cards take fp8, a16w8 or a16w4"):
+        choose_backend(card, torch.bfloat16, "a8w8")
     with pytest.raises(ConfigError, match="activations in bfloat16, not float16"):
         choose_backend(card, torch.float16, "fp8")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))

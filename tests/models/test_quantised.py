@@ -7,7 +7,7 @@ import torch
 
 from dashinfer_vlm.config import EngineConfig
 from dashinfer_vlm.errors import ConfigError
-from dashinfer_vlm.kernels import cpu_ops
+from dashinfer_vlm.kernels import cpu_ops, cuda
 from dashinfer_vlm.layers import backend
 from dashinfer_vlm.models.base import Model
 from dashinfer_vlm.models.loading import load_model
@@ -59,6 +59,7 @@ def test_without_the_native_kernels_it_is_refused(checkpoint: CheckpointMaker, m
         load(checkpoint, "qwen2_vl", quant_type="a8w8")
 
 
-def test_on_a_card_it_is_refused() -> None:
-    with pytest.raises(ConfigError, match="a16w4 computes on the CPU only"):
+def test_on_a_card_it_needs_the_kernels_for_cards(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cuda, "why_unavailable", lambda: "no triton")
+    with pytest.raises(ConfigError, match="a16w4 needs the kernels for cards: no triton"):
         backend.choose_backend(torch.device("cuda"), torch.bfloat16, "a16w4")

@@ -14,9 +14,10 @@ from torch import Tensor
 
 from dashinfer_vlm.errors import ConfigError
 from dashinfer_vlm.kernels import cpu_ops, cuda
-from dashinfer_vlm.layers import attention, norm, onednn, rotary
+from dashinfer_vlm.layers import attention, grouped, norm, onednn, rotary
 from dashinfer_vlm.layers.activation import Epilogue
 from dashinfer_vlm.layers.fp8 import Fp8Linear, Fp8Ops, rounded
+from dashinfer_vlm.layers.grouped import BITS, GroupedLinear, GroupedOps
 from dashinfer_vlm.layers.linear import ExpandingLinear, Floats, Linear, Matrix, NativeLinear, OneDnnLinear, TorchLinear
 from dashinfer_vlm.layers.memory import in_huge_pages
 from dashinfer_vlm.layers.patches import NativePatches, Patches, TorchPatches
@@ -141,8 +142,8 @@ def choose_backend(
 
 
 def _choose(device: torch.device, weight_dtype: torch.dtype, quant_type: str, store: PackedStore | None) -> Backend:
-    if quant_type == "fp8":
-        return _in_floats(device, weight_dtype)
+    if quant_type != "none" and device.type == "cuda":
+        return _quantised_on_card(device, weight_dtype, quant_type)
     if quant_type != "none":
         return _quantised(device, weight_dtype, quant_type, store)
     if device.type == "cuda":
@@ -186,19 +187,43 @@ def on_card(device: torch.device, dtype: torch.dtype) -> Backend:
     )
 
 
-def _in_floats(device: torch.device, dtype: torch.dtype) -> Backend:
-    if device.type != "cuda":
-        raise ConfigError("--quant-type fp8 computes on NVIDIA cards; on processors --quant-type a8w8 is as small")
+def _quantised_on_card(device: torch.device, dtype: torch.dtype, quant_type: str) -> Backend:
     why = cuda.why_unavailable()
     if why is not None:
-        raise ConfigError(f"--quant-type fp8 needs the kernels for cards: {why}")
+        raise ConfigError(f"--quant-type {quant_type} needs the kernels for cards: {why}")
+    if quant_type in BITS:
+        return in_groups(device, dtype, quant_type)
+    if quant_type != "fp8":
+        raise ConfigError(f"--quant-type {quant_type} computes on processors; on cards take fp8, a16w8 or a16w4")
     if dtype != torch.bfloat16:
-        raise ConfigError(
-            f"--quant-type fp8 computes with activations in bfloat16, not {_name(dtype)}; leave out --dtype"
-        )
+        raise ConfigError(f"--quant-type fp8 computes with activations in bfloat16, not {_name(dtype)}")
     if torch.cuda.get_device_capability(device) < (8, 9):
         raise ConfigError("--quant-type fp8 needs a card of compute capability 8.9 (Ada, Hopper) or later")
     return in_floats(device, dtype)
+
+
+def in_groups(device: torch.device, dtype: torch.dtype, quant_type: str) -> Backend:
+    """As `on_card`, the text model's layers in 8 or 4 bits and its head in 8; on a CPU where triton interprets."""
+    from dashinfer_vlm.layers.cuda import CudaHead, CudaLinear, grouped_ops, multiplies_into_float32
+
+    ops = grouped_ops(CudaHead if multiplies_into_float32(device, dtype) else CudaLinear)
+    layers, head = (
+        grouped_linears(device, dtype, bits, ops, is_head=i == 1) for i, bits in enumerate(BITS[quant_type])
+    )
+    return replace(on_card(device, dtype), name=f"triton, {quant_type}", make_linear=layers, make_head=head)
+
+
+def grouped_linears(
+    device: torch.device, dtype: torch.dtype, bits: int, ops: GroupedOps, *, is_head: bool = False
+) -> LinearFactory:
+    """Layers whose weights are first of `dtype`, as they would be without quantisation, then of 8 or 4 bits."""
+
+    def make(weight: Matrix, bias: Tensor | None, epilogue: Epilogue) -> Linear:
+        tensor = weight.read()
+        there = tensor if weight.is_kept else _own_copy(tensor, device, dtype)
+        return GroupedLinear(grouped.rounded(there, bits), bias, epilogue, ops, is_head=is_head)
+
+    return make
 
 
 def in_floats(device: torch.device, dtype: torch.dtype) -> Backend:
@@ -244,8 +269,8 @@ def _packed(dtype: torch.dtype, weight: Matrix, bias: Tensor | None, epilogue: E
 
 def _quantised(device: torch.device, weight_dtype: torch.dtype, quant_type: str, store: PackedStore | None) -> Backend:
     """Norms, embeddings and the KV cache keep `weight_dtype`."""
-    if device.type != "cpu":
-        raise ConfigError(f"--quant-type {quant_type} computes on the CPU only; start with --device cpu or without it")
+    if quant_type == "fp8":
+        raise ConfigError("--quant-type fp8 computes on NVIDIA cards; on processors --quant-type a8w8 is as small")
     if not cpu_ops.available():
         raise ConfigError(f"--quant-type {quant_type} needs the native kernels: {cpu_ops.why_unavailable()}")
     if weight_dtype == torch.float16:

@@ -4,17 +4,22 @@ imported by `backend` alone, when a card is chosen.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from dashinfer_vlm.kernels.cuda import fp8, paged, rotary, rows, segments
+from dashinfer_vlm.kernels.cuda import fp8, paged, rotary, rows, segments, skinny
 from dashinfer_vlm.kernels.cuda.patches import embed_patches, two_halves
+from dashinfer_vlm.kernels.grouped import GroupedWeight
 from dashinfer_vlm.layers.activation import EPILOGUES, Epilogue
 from dashinfer_vlm.layers.backend import Ops
 from dashinfer_vlm.layers.fp8 import Fp8Ops
+from dashinfer_vlm.layers.grouped import GroupedOps
+from dashinfer_vlm.layers.linear import Linear
 
-__all__ = ["FP8_OPS", "OPS", "CudaHead", "CudaLinear", "CudaPatches", "multiplies_into_float32"]
+__all__ = ["FP8_OPS", "OPS", "CudaHead", "CudaLinear", "CudaPatches", "grouped_ops", "multiplies_into_float32"]
 
 OPS = Ops(
     rms_norm=rows.rms_norm,
@@ -79,6 +84,22 @@ class CudaHead:
 def multiplies_into_float32(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether torch has the product that `CudaHead` needs: from 2.8 on, and for 16 bits on cards alone."""
     return dtype == torch.float32 or (device.type == "cuda" and hasattr(torch.ops.aten.mm, "dtype_out"))
+
+
+def grouped_ops(head: Callable[[Tensor, Tensor | None, Epilogue], Linear]) -> GroupedOps:
+    """`head` is the class of whole heads."""
+
+    def few(
+        x: Tensor,
+        weight: GroupedWeight,
+        bias: Tensor | None,
+        silu_mul: bool,
+        residual: Tensor | None,
+        dtype: torch.dtype,
+    ) -> Tensor:
+        return skinny.product(x, weight, bias, silu_mul=silu_mul, residual=residual, dtype=dtype)
+
+    return GroupedOps(few, skinny.MOST_ROWS, skinny.expand, CudaLinear, head)
 
 
 class CudaPatches:

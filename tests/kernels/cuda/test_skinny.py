@@ -1,0 +1,107 @@
+"""Products of few rows: every layout of weights, and all that can ride in them."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+pytest.importorskip("triton")
+
+from dashinfer_vlm.kernels.cuda import skinny
+from dashinfer_vlm.kernels.cuda.skinny import MOST_ROWS, Norm, num_splits, product
+from dashinfer_vlm.kernels.grouped import GroupedWeight
+from dashinfer_vlm.layers import norm
+from dashinfer_vlm.layers.activation import EPILOGUES, Epilogue, silu_mul
+from dashinfer_vlm.layers.cuda import CudaHead, grouped_ops
+from dashinfer_vlm.layers.grouped import GroupedLinear, expand, rounded
+from tests.kernels.cuda.numbers import DEVICE, error
+from tests.kernels.test_linear_int import weight_to_4_bits, weight_to_8_bits
+
+
+def stored(weight: Tensor, bits: int) -> tuple[GroupedWeight, Tensor]:
+    """A weight in so many bits, and what its numbers stand for."""
+    if bits == 16:
+        return GroupedWeight(weight, None, weight.shape[1], 16), weight
+    grouped = rounded(weight, bits)
+    return grouped, expand(grouped, torch.float32)
+
+
+@pytest.mark.parametrize("bits", [16, 8, 4])
+@pytest.mark.parametrize("splits", [1, 2])
+@pytest.mark.parametrize(("num_rows", "size", "depth"), [(1, 40, 384), (5, 34, 300), (18, 66, 256)])
+def test_a_product_is_that_of_the_numbers(num_rows: int, size: int, depth: int, splits: int, bits: int) -> None:
+    x = torch.randn(num_rows, depth + 8, device=DEVICE)[:, :depth]
+    weight, numbers = stored(torch.randn(size, depth, device=DEVICE), bits)
+    got = product(x, weight, splits=splits)
+    assert error(got, x.double() @ numbers.double().t()) < 1e-5
+
+
+@pytest.mark.parametrize("bits", [16, 8, 4])
+@pytest.mark.parametrize("splits", [1, 2])
+@pytest.mark.parametrize("is_gated", [False, True])
+@pytest.mark.parametrize("has_more", [False, True])
+def test_what_surrounds_a_product_rides_in_it(bits: int, splits: int, is_gated: bool, has_more: bool) -> None:
+    """With a norm before; with `has_more` a bias and a residual, too."""
+    x = torch.randn(3, 300, device=DEVICE) * 4
+    gains = torch.randn(300, device=DEVICE)
+    weight, numbers = stored(torch.randn(68, 300, device=DEVICE), bits)
+    bias = torch.randn(68, device=DEVICE) if has_more else None
+    normed = norm.rms_norm(x.double(), gains.double(), 1e-6)
+    want = F.linear(normed, numbers.double(), None if bias is None else bias.double())
+    want = silu_mul(want) if is_gated else want
+    residual = torch.randn_like(want).float() if has_more else None
+    want = want if residual is None else want + residual
+    got = product(x, weight, bias, norm=Norm(gains, 1e-6), silu_mul=is_gated, residual=residual, splits=splits)
+    assert error(got, want) < 1e-5
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("depth", [128, 300])
+def test_the_numbers_are_those_of_processors(bits: int, depth: int) -> None:
+    weight = torch.randn(9, depth).bfloat16()
+    weight[3] = 0
+    want = weight_to_8_bits(weight, 128) if bits == 8 else weight_to_4_bits(weight, 128)
+    assert torch.equal(expand(rounded(weight, bits), torch.float64), want)
+
+
+def test_columns_are_shared_until_a_card_is_busy() -> None:
+    assert num_splits(1000, 28) == 1
+    assert num_splits(144, 28) == 2
+    assert num_splits(48, 28) == 4  # each with seven groups
+    assert num_splits(1, 2) == 1
+
+
+def test_a_weight_of_another_depth_is_refused() -> None:
+    weight, _ = stored(torch.randn(8, 128, device=DEVICE), 16)
+    with pytest.raises(ValueError, match="the weight has 128 columns"):
+        product(torch.randn(1, 64, device=DEVICE), weight)
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_a_weight_is_expanded_as_the_reference_does_it(bits: int) -> None:
+    weight = rounded(torch.randn(5, 300, device=DEVICE), bits)
+    assert torch.equal(skinny.expand(weight, torch.float32), expand(weight, torch.float32))
+
+
+@pytest.mark.parametrize("epilogue", ["none", "silu_mul"])
+@pytest.mark.parametrize("num_rows", [2, MOST_ROWS + 1])
+def test_a_layer_takes_few_rows_and_many(num_rows: int, epilogue: Epilogue) -> None:
+    x, weight, bias = (torch.randn(*shape, device=DEVICE) for shape in ((num_rows, 256), (32, 256), (32,)))
+    grouped = rounded(weight, 8)
+    layer = GroupedLinear(grouped, bias, epilogue, grouped_ops(CudaHead))
+    want = EPILOGUES[epilogue](F.linear(x, expand(grouped, torch.float32), bias))
+    residual = torch.randn_like(want)
+    assert error(layer(x), want) < 1e-5
+    wanted = want + residual
+    assert layer(x, residual=residual, out=residual).data_ptr() == residual.data_ptr()
+    assert error(residual, wanted) < 1e-5
+
+
+@pytest.mark.parametrize("num_rows", [2, MOST_ROWS + 1])
+def test_a_head_gives_float32(num_rows: int) -> None:
+    x, grouped = torch.randn(num_rows, 128, device=DEVICE), rounded(torch.randn(40, 128, device=DEVICE), 8)
+    head = GroupedLinear(grouped, None, "none", grouped_ops(CudaHead), is_head=True)
+    assert head(x).dtype == torch.float32
+    assert error(head(x), x @ expand(grouped, torch.float32).t()) < 1e-5
