@@ -30,12 +30,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
+from pages import latency_section, put, serve_section
 from rich.console import Console
 
 from dashinfer_vlm.bench.config import ServeBench, parse_size
-from dashinfer_vlm.bench.latency_report import latency_section
 from dashinfer_vlm.bench.machine import Machine
-from dashinfer_vlm.bench.pages import put, serve_section
 from dashinfer_vlm.bench.processes import ProcessTree
 from dashinfer_vlm.bench.report import as_json, table
 from dashinfer_vlm.bench.serve import measure

@@ -8,11 +8,10 @@ clients.py     many clients at once: a fixed number of requests, or streams besi
 processes.py   the process tree of a server: its memory, and holding it still while another one is measured
 serve.py       targets in turn, round after round
 figures.py     percentiles and rates of what came back
-report.py      the table and the JSON; plot.py the picture; pages.py the tables of docs/performance.md
+report.py      the table and the JSON; plot.py the picture
 machine.py     where it was measured
 
 latency.py     one engine in this process: prompts, decode steps, pictures
 instruments.py puts spans around its parts; spans.py adds up who spends the time
 latency_report.py tables and JSON of that
-slicing.py     the vision encoder alone: pictures whole and in slices
 """

@@ -30,6 +30,7 @@ __all__ = ["LatencyBench", "Limits", "Phase", "measure_latency"]
 
 _SIZE_PX = 28  # a token of a picture, in all supported models: sizes that need no resize
 _NO_HURRY_S = 3600.0
+_WARM_UP = "warm-up"  # the first prompt and picture, which count for nothing
 _WARM_STEPS = 2  # buffers, and the estimates of the scheduler
 
 
@@ -131,10 +132,8 @@ class _Driver:
         """Whole prompts to their first token, one after the other."""
         seconds = []
         for number in range(-1, self.config.repeats):
-            if number == 0:
-                self.spans.forget()  # the first one warmed up
             self._add(max_tokens=1)
-            with self.spans.phase("prefill"):
+            with self.spans.phase("prefill" if number >= 0 else _WARM_UP):
                 taken_s = _seconds(self._run_dry)
             seconds += [taken_s] if number >= 0 else []
         return self._phase("prefill", self.config.prompt_tokens, seconds)
@@ -147,7 +146,6 @@ class _Driver:
             waiting -= {output.request_id for output in self._step()}
         for _ in range(_WARM_STEPS):
             self._step()
-        self.spans.forget()
         with self.spans.phase("decode"):
             seconds = [_seconds(self._step) for _ in range(self.config.output_tokens)]
         for request_id in ids:
@@ -164,12 +162,10 @@ class _Driver:
         num_tokens = math.prod(grid) // vision.merge_size**2
         seconds = []
         for number in range(-1, self.config.repeats):
-            if number == 0:
-                self.spans.forget()  # the first one warmed up
             patches = self.rng.integers(0, 256, (math.prod(grid), vision.patch_dim), dtype=np.uint8)
             content = self.rng.bytes(32)
             item = Item(kind="image", start=0, num_tokens=num_tokens, content_hash=content, grid=grid, patches=patches)
-            with self.spans.phase("encode"):
+            with self.spans.phase("encode" if number >= 0 else _WARM_UP):
                 taken_s = _seconds(lambda item=item: _encode(self.engine.stage, item))  # type: ignore[misc]
             seconds += [taken_s] if number >= 0 else []
         return self._phase("encode", num_tokens, seconds)

@@ -1,8 +1,8 @@
-"""What a step takes, as a table per phase, as one JSON object, and as a section of the docs."""
+"""What a step takes, as a table per phase and as one JSON object."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -13,10 +13,10 @@ from dashinfer_vlm.bench.latency import LatencyBench, Limits, Phase
 from dashinfer_vlm.bench.machine import Machine
 from dashinfer_vlm.bench.spans import Part
 
-__all__ = ["latency_json", "latency_section", "latency_table", "latency_title"]
+__all__ = ["PART_HEADS", "latency_json", "latency_table", "latency_title", "part_cells"]
 
 _UNITS = {"prefill": "prompt", "decode": "step", "encode": "picture"}
-_HEADS = ("part", "ms", "share", "calls", "GB/s", "GFLOP/s")
+PART_HEADS = ("part", "ms", "share", "calls", "GB/s", "GFLOP/s")
 
 
 def latency_title(phase: Phase) -> str:
@@ -30,11 +30,11 @@ def latency_title(phase: Phase) -> str:
 def latency_table(phase: Phase) -> Table:
     """The parts of one phase, as means."""
     shown = Table()
-    for head in _HEADS:
+    for head in PART_HEADS:
         shown.add_column(head, justify="left" if head == "part" else "right")
     total_s = sum(part.seconds for part in phase.parts.values())
     for name, part in phase.parts.items():
-        shown.add_row(*_cells(name, part, total_s))
+        shown.add_row(*part_cells(name, part, total_s))
     return shown
 
 
@@ -51,20 +51,8 @@ def latency_json(config: LatencyBench, machine: Machine, limits: Limits, phases:
     }
 
 
-def latency_section(result: Mapping[str, Any], facts: Sequence[str]) -> str:
-    """Tables of what `latency_json` gave; `facts` are lines above them."""
-    lines = [*facts]
-    for found in result["phases"]:
-        phase = Phase(**{**found, "parts": {name: Part(**part) for name, part in found["parts"].items()}})
-        lines += ["", latency_title(phase)]
-        if phase.parts:
-            total_s = sum(part.seconds for part in phase.parts.values())
-            lines += ["", f"| {' | '.join(_HEADS)} |", "|---" * len(_HEADS) + "|"]
-            lines += [f"| {' | '.join(_cells(name, part, total_s))} |" for name, part in phase.parts.items()]
-    return "\n".join(lines)
-
-
-def _cells(name: str, part: Part, total_s: float) -> tuple[str, ...]:
+def part_cells(name: str, part: Part, total_s: float) -> tuple[str, ...]:
+    """A row below `PART_HEADS`; `total_s` is what all parts took."""
     return (
         name,
         f"{part.seconds * 1000:.2f}",

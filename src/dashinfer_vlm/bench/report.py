@@ -1,4 +1,4 @@
-"""A measurement as a table for people, as one JSON object for programs, and as rows for the docs."""
+"""A measurement as a table for people and as one JSON object for programs."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from dashinfer_vlm.bench.figures import BatchFigures, Percentiles, Spread, Windo
 from dashinfer_vlm.bench.machine import Machine
 from dashinfer_vlm.bench.serve import Measured
 
-__all__ = ["as_json", "heads", "rows", "table"]
+__all__ = ["as_json", "table"]
 
 _Cells: TypeAlias = tuple[tuple[str, str], ...]
 """Heading and cell."""
@@ -46,20 +46,12 @@ def table(config: ServeBench, measured: Sequence[Measured]) -> Table:
     work = config.work()
     title = f"{config.workload}: {work.workload.summary}; {config.clients} clients, {work.output_tokens} tokens out"
     shown = Table(title=title, title_justify="left", caption="seconds as p50 / p90 / p99", caption_justify="left")
-    for head in heads(measured):
+    rows = [_cells(one) for one in measured]
+    for head, _ in rows[0]:
         shown.add_column(head, justify="left" if head == "target" else "right")
-    for row in rows(measured):
-        shown.add_row(*row)
+    for row in rows:
+        shown.add_row(*(cell for _, cell in row))
     return shown
-
-
-def heads(measured: Sequence[Measured]) -> list[str]:
-    return [head for head, _ in _cells(measured[0])]
-
-
-def rows(measured: Sequence[Measured]) -> list[list[str]]:
-    """Cells under `heads`, a row per target."""
-    return [[cell for _, cell in _cells(one)] for one in measured]
 
 
 def _cells(one: Measured) -> _Cells:

@@ -79,10 +79,6 @@ class Spans:
 
         return wrapper
 
-    def forget(self) -> None:
-        """Start anew: what was collected so far only warmed up."""
-        self.parts = {}
-
     def take(self, phase: str) -> dict[str, Part]:
         """The parts of `phase`, largest first; they are forgotten here."""
         found = {name: part for (of, name), part in self.parts.items() if of == phase}

@@ -182,39 +182,6 @@ def latency(
     click.echo(json.dumps(latency_json(config, Machine.here(), limits, phases)))
 
 
-@bench.command(context_settings=CONTEXT)
-@click.option(
-    "--image-size",
-    "image_sizes",
-    multiple=True,
-    metavar="PX|WxH",
-    default=("448", "896"),
-    show_default=True,
-    help="Size of the pictures, multiples of 28. Repeatable.",
-)
-@click.option("--repeats", default=5, show_default=True, metavar="COUNT", help="Pairs of each size, after a first one.")
-@options(EngineConfig)
-def slicing(image_sizes: tuple[str, ...], repeats: int, **values: Any) -> None:
-    """Measure what it costs to encode pictures in slices: the same pictures whole and in slices, in turns.
-
-    Only the vision encoder is loaded. Ends with a table and, as the last line, one JSON object.
-    """
-    from dashinfer_vlm.bench.slicing import SlicingBench, measure_slicing, slicing_json, slicing_table
-
-    engine = flags.build(EngineConfig, values)
-    engine.validate()
-    config = SlicingBench(
-        engine=dataclasses.replace(engine, model=str(resolve_model(engine))),
-        image_sizes=tuple(parse_size(text) for text in image_sizes),
-        repeats=repeats,
-    )
-    console = Console(stderr=True)
-    with console.status("loading the vision encoder") as status:
-        figures = measure_slicing(config, lambda size: status.update(f"encoding {size}"))
-    _console().print(slicing_table(figures))
-    click.echo(json.dumps(slicing_json(config, Machine.here(), figures)))
-
-
 async def _watched(config: ServeBench) -> list[Measured]:
     """Measure with a bar per target on a terminal."""
     console = Console(stderr=True)

@@ -1,4 +1,4 @@
-"""`bench slicing` on tiny random checkpoints: pairs of equal work, and what the slices are."""
+"""`tools/slicing.py` on tiny random checkpoints: pairs of equal work, and what the slices are."""
 
 from __future__ import annotations
 
@@ -6,12 +6,11 @@ import json
 
 import pytest
 
-from dashinfer_vlm.bench.slicing import SlicingBench, measure_slicing
-from dashinfer_vlm.cli.bench import bench
 from dashinfer_vlm.cli.command import execute
 from dashinfer_vlm.config import EngineConfig
 from dashinfer_vlm.errors import ConfigError
 from dashinfer_vlm.models import vit
+from slicing import SlicingBench, measure_slicing, slicing
 from tests.conftest import CheckpointMaker
 
 
@@ -40,7 +39,7 @@ def test_the_command_ends_in_a_table_and_one_json_object(
     checkpoint: CheckpointMaker, capsys: pytest.CaptureFixture[str]
 ) -> None:
     flags = ["--image-size", "84x56", "--repeats", "1", "--model", str(checkpoint()), "--dtype", "float32"]
-    assert execute(bench, ["slicing", *flags]) == 0
+    assert execute(slicing, flags) == 0
     *shown, last = capsys.readouterr().out.splitlines()
     assert any("84x56" in line for line in shown)
     (result,) = json.loads(last)["results"]

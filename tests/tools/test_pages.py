@@ -11,11 +11,15 @@ import pytest
 from dashinfer_vlm.bench.clients import Batch, Window, Windows
 from dashinfer_vlm.bench.config import ServeBench
 from dashinfer_vlm.bench.events import Failure, Reply
+from dashinfer_vlm.bench.latency import LatencyBench, Limits, Phase
+from dashinfer_vlm.bench.latency_report import latency_json
 from dashinfer_vlm.bench.machine import Machine
-from dashinfer_vlm.bench.pages import put, serve_section
 from dashinfer_vlm.bench.report import as_json
 from dashinfer_vlm.bench.serve import Measured
+from dashinfer_vlm.bench.spans import Part
 from dashinfer_vlm.bench.target import Target
+from dashinfer_vlm.config import EngineConfig
+from peers.pages import latency_section, put, serve_section
 from tests.conftest import ROOT
 
 OURS, PEER = Target("ours", "http://a/v1"), Target("peer", "http://b/v1")
@@ -53,6 +57,25 @@ def test_windows_have_a_table_of_their_own() -> None:
     assert "picture of 896x896 pixels arrives every 5 s" in section
     assert "| 4 | ours | 200 / 200 / 200 | 200 / 200 / 200 | 1.00 | 3 | 3 | 100% | 2.50 / 2.50 / 2.50 | 0 |" in section
     assert "| work |" not in section
+
+
+def test_every_phase_of_a_step_has_a_table_of_its_parts() -> None:
+    parts = {"linear 8x4": Part(0.003, 2e6, 6e6, 4), "sampling": Part(0.001, 0, 0, 1)}
+    phases = [Phase("prefill", 8, 0.004, parts), Phase("decode", 1, 0.5, {})]
+    result = latency_json(LatencyBench(engine=EngineConfig(model="x")), Machine.here(), Limits(1.0, 2.0), phases)
+
+    assert latency_section(json.loads(json.dumps(result)), ["Machine: one."]) == (
+        "Machine: one.\n"
+        "\n"
+        "prefill: 4.0 ms per prompt of 8 tokens (median), 2000.0 tokens/s\n"
+        "\n"
+        "| part | ms | share | calls | GB/s | GFLOP/s |\n"
+        "|---|---|---|---|---|---|\n"
+        "| linear 8x4 | 3.00 | 75.0% | 4 | 0.7 | 2 |\n"
+        "| sampling | 1.00 | 25.0% | 1 |  |  |\n"
+        "\n"
+        "decode: 500.0 ms per step of 1 tokens (median), 2.0 tokens/s"
+    )
 
 
 def test_new_tables_replace_the_old_ones_and_nothing_else() -> None:

@@ -5,10 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeAlias
 
-__all__ = ["put", "serve_section"]
+from dashinfer_vlm.bench.latency import Phase
+from dashinfer_vlm.bench.latency_report import PART_HEADS, latency_title, part_cells
+from dashinfer_vlm.bench.spans import Part
+
+__all__ = ["latency_section", "put", "serve_section"]
 
 Run: TypeAlias = Mapping[str, Any]
-"""A JSON object of `bench serve` (see `report.as_json`)."""
+"""A JSON object that `bench serve` or `bench latency` ends with."""
 
 _BATCH_HEAD = (
     "| work | clients | server | requests/s | | tokens/s | first token, s | per token, ms | gap, ms | failed | GiB |\n"
@@ -47,6 +51,19 @@ def serve_section(runs: Sequence[Run], facts: Sequence[str]) -> str:
             *_window_rows(run),
             "",
         ]
+    return "\n".join(lines)
+
+
+def latency_section(result: Run, facts: Sequence[str]) -> str:
+    """Tables of a JSON object of `bench latency`; `facts` are lines above them."""
+    lines = [*facts]
+    for found in result["phases"]:
+        phase = Phase(**{**found, "parts": {name: Part(**part) for name, part in found["parts"].items()}})
+        lines += ["", latency_title(phase)]
+        if phase.parts:
+            total_s = sum(part.seconds for part in phase.parts.values())
+            lines += ["", f"| {' | '.join(PART_HEADS)} |", "|---" * len(PART_HEADS) + "|"]
+            lines += [f"| {' | '.join(part_cells(name, part, total_s))} |" for name, part in phase.parts.items()]
     return "\n".join(lines)
 
 

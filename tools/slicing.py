@@ -1,8 +1,14 @@
-"""What it costs to encode in slices: the same pictures whole and in slices, in turns, with no text beside them."""
+"""What it costs to encode in slices: `python tools/slicing.py --model FOLDER` encodes the same pictures whole and in
+slices, in turns, with no text beside them. Only the vision encoder is loaded. Ends with a table and, as the last line,
+one JSON object.
+"""
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import math
+import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
@@ -11,23 +17,54 @@ from statistics import median
 from typing import Any
 
 import numpy as np
+import rich_click as click
 import torch
+from rich.console import Console
 from rich.table import Table
 
-from dashinfer_vlm import __version__
+from dashinfer_vlm import __version__, flags
+from dashinfer_vlm.bench.config import parse_size
 from dashinfer_vlm.bench.figures import Spread
 from dashinfer_vlm.bench.machine import Machine
 from dashinfer_vlm.bench.workloads import Size
+from dashinfer_vlm.cli.command import CONTEXT, execute
+from dashinfer_vlm.cli.options import options
 from dashinfer_vlm.config import EngineConfig
 from dashinfer_vlm.errors import ConfigError
+from dashinfer_vlm.hub import resolve_model
 from dashinfer_vlm.kernels.threads import engine_cores, engine_threads, set_threads
 from dashinfer_vlm.models.loading import load_encoder
 from dashinfer_vlm.models.vit import PackedVit
 from dashinfer_vlm.request import Grid
 
-__all__ = ["SlicingBench", "SlicingFigures", "measure_slicing", "slicing_json", "slicing_table"]
-
 WHOLE = float("inf")
+
+
+@click.command(context_settings=CONTEXT)
+@click.option(
+    "--image-size",
+    "image_sizes",
+    multiple=True,
+    metavar="PX|WxH",
+    default=("448", "896"),
+    show_default=True,
+    help="Size of the pictures, multiples of 28. Repeatable.",
+)
+@click.option("--repeats", default=5, show_default=True, metavar="COUNT", help="Pairs of each size, after a first one.")
+@options(EngineConfig)
+def slicing(image_sizes: tuple[str, ...], repeats: int, **values: Any) -> None:
+    """Measure what it costs to encode pictures in slices: the same pictures whole and in slices, in turns."""
+    engine = flags.build(EngineConfig, values)
+    engine.validate()
+    config = SlicingBench(
+        engine=dataclasses.replace(engine, model=str(resolve_model(engine))),
+        image_sizes=tuple(parse_size(text) for text in image_sizes),
+        repeats=repeats,
+    )
+    with Console(stderr=True).status("loading the vision encoder") as status:
+        figures = measure_slicing(config, lambda size: status.update(f"encoding {size}"))
+    Console(width=None if sys.stdout.isatty() else 170).print(slicing_table(figures))
+    print(json.dumps(slicing_json(config, Machine.here(), figures)))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -164,3 +201,7 @@ def _wait(encoder: PackedVit) -> None:
 
 def _spread(spread: Spread, form: str) -> str:
     return f"{form.format(spread.median)} ({form.format(spread.least)} to {form.format(spread.most)})"
+
+
+if __name__ == "__main__":
+    sys.exit(execute(slicing))
