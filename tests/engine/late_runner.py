@@ -64,8 +64,8 @@ class LateRunner(Runner):
         self._flights.append(LateStep(done))
         return self._flights[-1]
 
-    def _batch(self, chunks: tuple[Chunk, ...]) -> StepBatch:
-        batch = super()._batch(chunks)
+    def batch(self, chunks: tuple[Chunk, ...]) -> StepBatch:
+        batch = super().batch(chunks)
         starts = [0, *accumulate(chunk.num_rows for chunk in chunks)]
         for row, chunk in zip(starts, chunks, strict=False):
             if chunk.sequence.tokens[chunk.start] == PENDING:

@@ -64,7 +64,7 @@ def instrument(engine: Engine, spans: Spans) -> Iterator[None]:
     with ExitStack() as stack:
         for owner, name, part in (
             (engine.scheduler, "schedule", "scheduling"),
-            (engine.runner, "run", "batch of the step"),
+            (engine.runner, "batch", "batch of the step"),
             (engine.model, "forward", "model, other"),
             (engine.runner.sampler, "sample", "sampling"),
             *((encoder, verb, "encoder, other") for verb in ("begin", "run", "finish") if encoder is not None),

@@ -53,11 +53,12 @@ class Runner:
         self.sampler = Sampler(model.eos_token_ids, model.device)
         self.masks = Masks(model.text.vocab_size, model.eos_token_ids)
 
+    @torch.inference_mode()
     def start(self, plan: Plan) -> DoneStep:
         begun = time.perf_counter()
         wanted = [(chunk.sequence, chunk.draft) for chunk in plan.sampled_chunks]
         mask = self.masks.begin(wanted)
-        logits = self.run(plan.chunks)
+        logits = self.model.forward(self.batch(plan.chunks), self.kv)
         num_sampled = len(logits) - plan.num_scored
         sampled = self.sampler.sample(logits[:num_sampled], wanted, mask()) if wanted else []
         scored = [(chunk.sequence, chunk.scored) for chunk in plan.scored_chunks]
@@ -67,12 +68,9 @@ class Runner:
     def needs_tokens(self, sequence: Sequence) -> bool:
         return sequence.shaping.follows_output or sequence.matcher is not None
 
-    @torch.inference_mode()
-    def run(self, chunks: tuple[Chunk, ...]) -> torch.Tensor:
-        """float32 logits [L, vocab]: those of the `num_logits` of all chunks, then those of all `scored` tokens."""
-        return self.model.forward(self._batch(chunks), self.kv)
-
-    def _batch(self, chunks: tuple[Chunk, ...]) -> StepBatch:
+    def batch(self, chunks: tuple[Chunk, ...]) -> StepBatch:
+        """The chunks as one model call. Its logits: those of the `num_logits` of all chunks, then those of all `scored`
+        tokens."""
         starts = [0, *accumulate(chunk.num_rows for chunk in chunks)]
         ids, slots = np.empty(starts[-1], np.int64), np.empty(starts[-1], np.int64)
         positions = np.empty((3, starts[-1]), np.int64)
