@@ -6,8 +6,9 @@
 
 `2b`, `7b` and `8b` (Qwen3-VL) have the published shapes, so that speed and memory are the real ones; the text that
 comes out is noise.
-`tiny` and `small` are for parity tests against `transformers`; their norms and biases are random too, since an error
-in a norm of ones or a bias of zeros would not show. A new family is one more row of RECIPES.
+`tiny` and `small` are for tests, parity with `transformers` among them; their norms and biases are random too, since an
+error in a norm of ones or a bias of zeros would not show, and their vocabulary is small, since every logit of every
+test costs time. A new family is one more row of RECIPES.
 """
 
 from __future__ import annotations
@@ -23,9 +24,8 @@ from safetensors.torch import save_file
 
 SPECIAL = """<|endoftext|> <|im_start|> <|im_end|> <|object_ref_start|> <|object_ref_end|> <|box_start|> <|box_end|>
 <|quad_start|> <|quad_end|> <|vision_start|> <|vision_end|> <|vision_pad|> <|image_pad|> <|video_pad|>""".split()
-FIRST_SPECIAL = 151643
-"""Id of <|endoftext|> in the published vocabulary; the other special tokens follow it in order."""
-IDS = {name: FIRST_SPECIAL + index for index, name in enumerate(SPECIAL)}
+FIRST_SPECIAL = {"tiny": 4000, "small": 4000, "2b": 151643, "7b": 151643, "8b": 151643}
+"""Id of <|endoftext|>, in the published vocabulary at the large sizes; the other special tokens follow it in order."""
 WORDS = """the of and to in is you that it he was for on are as with his they at be this have from or one had by word
 but not what all were we when your can said there use an each which she do how their if will up
 other about out many then
@@ -55,7 +55,7 @@ TEXT: dict[str, dict[str, Any]] = {
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
         "tie_word_embeddings": True,
-        "vocab_size": 151936,
+        "vocab_size": 4096,
     },
     "small": {
         "hidden_size": 256,
@@ -64,7 +64,7 @@ TEXT: dict[str, dict[str, Any]] = {
         "num_attention_heads": 4,
         "num_key_value_heads": 1,
         "tie_word_embeddings": False,
-        "vocab_size": 151936,
+        "vocab_size": 4096,
     },
     "2b": {
         "hidden_size": 1536,
@@ -104,24 +104,28 @@ VISION = {"tiny": (3, 64, 4), "small": (5, 160, 4), "2b": (32, 1280, 16), "7b": 
 def write_checkpoint(out: Path, arch: str, size: str, *, seed: int, dtype: str) -> None:
     """Write the whole model folder `out`; prints what it holds."""
     out.mkdir(parents=True, exist_ok=True)
-    write_tokenizer(out)
+    write_tokenizer(out, size)
     architecture, config, processor = RECIPES[arch]
     named = {"architectures": [architecture], "model_type": arch, "torch_dtype": dtype}
     write_json(out / "config.json", named | config(size))
     write_json(out / "chat_template.json", {"chat_template": CHAT_TEMPLATE})
-    write_json(out / "generation_config.json", generation_config())
+    write_json(out / "generation_config.json", generation_config(size))
     if processor is not None:
         for name, settings in processor_configs(processor).items():
             write_json(out / name, settings)
     write_weights(out, sees=processor is not None, seed=seed, dtype=dtype, randomise=size in ("tiny", "small"))
 
 
-def write_tokenizer(out: Path) -> None:
+def special_ids(size: str) -> dict[str, int]:
+    return {name: FIRST_SPECIAL[size] + index for index, name in enumerate(SPECIAL)}
+
+
+def write_tokenizer(out: Path, size: str) -> None:
     # imported where they are used: tools/gpu_check.py takes the configurations on machines that have neither library
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    vocab, merges = vocabulary()
+    vocab, merges = vocabulary(FIRST_SPECIAL[size])
     tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=merges))
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
@@ -144,8 +148,8 @@ def write_tokenizer(out: Path) -> None:
     (out / "merges.txt").write_text("#version: 0.2\n" + "\n".join(" ".join(pair) for pair in merges) + "\n")
 
 
-def vocabulary() -> tuple[dict[str, int], list[tuple[str, str]]]:
-    """Bytes, the common words with their merges, and fillers up to the published size."""
+def vocabulary(num_tokens: int) -> tuple[dict[str, int], list[tuple[str, str]]]:
+    """Bytes, the common words with their merges, and fillers up to `num_tokens`."""
     from tokenizers import pre_tokenizers
 
     vocab = {char: index for index, char in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
@@ -158,16 +162,17 @@ def vocabulary() -> tuple[dict[str, int], list[tuple[str, str]]]:
                     vocab[left + right] = len(vocab)
                     merges.append((left, right))
                 left += right
-    while len(vocab) < FIRST_SPECIAL:
+    while len(vocab) < num_tokens:
         vocab[f"<filler{len(vocab)}>"] = len(vocab)
     return vocab, merges
 
 
 def text_config(size: str) -> dict[str, Any]:
     """What all families write about their text model."""
+    ids = special_ids(size)
     return {
-        "bos_token_id": IDS["<|endoftext|>"],
-        "eos_token_id": IDS["<|im_end|>"],
+        "bos_token_id": ids["<|endoftext|>"],
+        "eos_token_id": ids["<|im_end|>"],
         "hidden_act": "silu",
         "initializer_range": 0.02,
         "attention_dropout": 0.0,
@@ -187,13 +192,20 @@ def seeing_config(size: str, vision: dict[str, Any]) -> dict[str, Any]:
     depth, _, heads = VISION[size]
     sizes = {"depth": depth, "num_heads": heads, "patch_size": 14, "spatial_merge_size": 2, "temporal_patch_size": 2}
     return text_config(size) | {
-        "vision_start_token_id": IDS["<|vision_start|>"],
-        "vision_end_token_id": IDS["<|vision_end|>"],
-        "vision_token_id": IDS["<|vision_pad|>"],
-        "image_token_id": IDS["<|image_pad|>"],
-        "video_token_id": IDS["<|video_pad|>"],
+        "vision_token_id": special_ids(size)["<|vision_pad|>"],
+        **placeholders(size),
         "rope_scaling": {"type": "mrope", "mrope_section": MROPE_SECTION[size]},
         "vision_config": {"in_channels": 3, **sizes, **vision},
+    }
+
+
+def placeholders(size: str) -> dict[str, int]:
+    ids = special_ids(size)
+    return {
+        "vision_start_token_id": ids["<|vision_start|>"],
+        "vision_end_token_id": ids["<|vision_end|>"],
+        "image_token_id": ids["<|image_pad|>"],
+        "video_token_id": ids["<|video_pad|>"],
     }
 
 
@@ -260,10 +272,7 @@ def qwen3_vl(size: str) -> dict[str, Any]:
         "text_config": text,
         "vision_config": vision,
         "tie_word_embeddings": text["tie_word_embeddings"],
-        "vision_start_token_id": IDS["<|vision_start|>"],
-        "vision_end_token_id": IDS["<|vision_end|>"],
-        "image_token_id": IDS["<|image_pad|>"],
-        "video_token_id": IDS["<|video_pad|>"],
+        **placeholders(size),
     }
 
 
@@ -277,11 +286,12 @@ RECIPES: dict[str, tuple[str, Callable[[str], dict[str, Any]], str | None]] = {
 """Architecture, `config.json` by size, processor; None for a text model."""
 
 
-def generation_config() -> dict[str, Any]:
+def generation_config(size: str) -> dict[str, Any]:
+    ids = special_ids(size)
     return {
-        "bos_token_id": IDS["<|endoftext|>"],
-        "pad_token_id": IDS["<|endoftext|>"],
-        "eos_token_id": [IDS["<|im_end|>"], IDS["<|endoftext|>"]],
+        "bos_token_id": ids["<|endoftext|>"],
+        "pad_token_id": ids["<|endoftext|>"],
+        "eos_token_id": [ids["<|im_end|>"], ids["<|endoftext|>"]],
         "do_sample": True,
         "temperature": 0.01,
         "top_k": 1,

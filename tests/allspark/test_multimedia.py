@@ -20,8 +20,10 @@ from allspark import AsStatus, MultiMediaInfo
 from dashinfer_vlm.models.mrope import mrope_positions
 from dashinfer_vlm.request import Item
 from tests.allspark.conftest import GREEDY, HIDDEN, NAME, Ask, embedding, media, usable
+from tests.tokens import FIRST_SPECIAL, VOCAB
 
-IMAGE = 151859
+IMAGE = VOCAB - 1
+"""An id of the vocabulary that means nothing; placeholders beyond it are as good."""
 LOGPROBS = {**GREEDY, "logprobs": True}
 
 
@@ -89,7 +91,7 @@ def test_several_placeholders_and_runs_keep_their_order(ask: Ask) -> None:
     info = media(str(IMAGE), a, c)
     assert info.add_multimedia_content("99999999", [b]) == AsStatus.ALLSPARK_SUCCESS
     together = ask(ids, LOGPROBS, mm_info=info)
-    renamed = [t if t < 151000 else 7777777 for t in ids]
+    renamed = [t if t < IMAGE else 7777777 for t in ids]
     renamed[3:6] = [8888888] * 3
     one_by_one = MultiMediaInfo()
     for name, tensor in (("8888888", b), ("7777777", a), ("7777777", c)):
@@ -246,9 +248,9 @@ def test_a_read_only_array_is_taken_or_refused_but_never_written_to() -> None:
     [
         ([5, IMAGE, IMAGE, 6], lambda: media(str(IMAGE), embedding(3)), "3 rows, its run of placeholders has 2"),
         ([5, IMAGE, IMAGE, 6], lambda: media(str(IMAGE), embedding(1)), "1 rows, its run of placeholders has 2"),
-        ([5, IMAGE, 6], lambda: media(str(IMAGE), embedding(1), embedding(1)), "1 runs of placeholder 151859 for 2"),
-        ([IMAGE, 6, IMAGE], lambda: media(str(IMAGE), embedding(1)), "2 runs of placeholder 151859 for 1"),
-        ([5, 6], lambda: media(str(IMAGE), embedding(1)), "0 runs of placeholder 151859 for 1"),
+        ([5, IMAGE, 6], lambda: media(str(IMAGE), embedding(1), embedding(1)), f"1 runs of placeholder {IMAGE} for 2"),
+        ([IMAGE, 6, IMAGE], lambda: media(str(IMAGE), embedding(1)), f"2 runs of placeholder {IMAGE} for 1"),
+        ([5, 6], lambda: media(str(IMAGE), embedding(1)), f"0 runs of placeholder {IMAGE} for 1"),
         (
             [5, IMAGE],
             lambda: media(str(IMAGE), embedding(1, columns=127)),
@@ -258,7 +260,7 @@ def test_a_read_only_array_is_taken_or_refused_but_never_written_to() -> None:
         ([5, 99999999], lambda: None, "no multimedia content has the identifier '99999999'"),
         ([5, 99999999], lambda: media("9999999", embedding(1)), "no multimedia content"),
         ([5, -1], lambda: None, "input id 1 is -1"),
-        ([5, 151936], lambda: None, "input id 1 is 151936"),
+        ([5, VOCAB], lambda: None, f"input id 1 is {VOCAB}"),
         (
             [5, IMAGE],
             lambda: media(str(IMAGE), embedding(1), positions=torch.zeros(3, 1, 3, dtype=torch.int32)),
@@ -303,7 +305,7 @@ def prompts(draw: st.DrawFn) -> tuple[list[int], list[tuple[int, int]]]:
     ids: list[int] = []
     runs: list[tuple[int, int]] = []
     for _ in range(draw(st.integers(1, 4))):
-        ids += draw(st.lists(st.integers(0, 150000), min_size=1, max_size=3))
+        ids += draw(st.lists(st.integers(0, FIRST_SPECIAL - 1), min_size=1, max_size=3))
         token, length = draw(st.sampled_from([IMAGE, 2**40])), draw(st.integers(1, 5))
         ids += [token] * length
         runs.append((token, length))

@@ -12,6 +12,7 @@ import allspark
 from allspark import AsStatus, GenerateRequestStatus
 from dashinfer_vlm.frontend.tokenizer import Tokenizer
 from tests.allspark.conftest import NAME, Ask
+from tests.tokens import IM_END
 
 SCHEMA = {
     "type": "object",
@@ -25,7 +26,7 @@ SCHEMA = {
     "ending",
     [
         {},
-        {"eos_token_id": 151645},
+        {"eos_token_id": IM_END},
         {"early_stopping": False},
     ],
 )

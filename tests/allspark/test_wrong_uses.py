@@ -13,6 +13,7 @@ import torch
 import allspark
 from allspark import AsStatus, Engine, RequestHandle
 from tests.allspark.conftest import GREEDY, NAME, config, usable
+from tests.tokens import VOCAB
 
 PARAM = AsStatus.ALLSPARK_PARAM_ERROR
 LIMIT = AsStatus.ALLSPARK_EXCEED_LIMIT_ERROR
@@ -69,7 +70,7 @@ WRONG_REQUESTS: dict[str, tuple[Callable[[Engine], AsStatus], AsStatus, str]] = 
     "no ids": (lambda e: with_ids(e, []), AsStatus.ALLSPARK_EMPTY_REQUEST, "empty"),
     "an empty tensor": (lambda e: with_ids(e, IDS[:, :0]), AsStatus.ALLSPARK_EMPTY_REQUEST, "empty"),
     "a negative id": (lambda e: with_ids(e, [1, -1]), PARAM, "id 1 is -1"),
-    "an id beyond the vocabulary": (lambda e: with_ids(e, [1, 151936]), PARAM, "151936"),
+    "an id beyond the vocabulary": (lambda e: with_ids(e, [1, VOCAB]), PARAM, str(VOCAB)),
     "an id beyond all integers": (lambda e: with_ids(e, [2**70]), PARAM, str(2**70)),
     "a prompt that is too long": (lambda e: with_ids(e, [1] * 512), LIMIT, "512"),
     "a config that is no dict": (lambda e: with_inputs(e, {"input_ids": IDS}, [1]), PARAM, "dict or a builder"),

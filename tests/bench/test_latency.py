@@ -16,8 +16,9 @@ from dashinfer_vlm.kernels import cpu_ops
 from dashinfer_vlm.layers import backend
 from dashinfer_vlm.models import loading
 from tests.conftest import CheckpointMaker
+from tests.tokens import VOCAB
 
-LAYERS, HIDDEN, INNER, VOCAB, HEADS, KV_HEADS, HEAD_DIM = 2, 128, 256, 151936, 4, 2, 32
+LAYERS, HIDDEN, INNER, HEADS, KV_HEADS, HEAD_DIM = 2, 128, 256, 4, 2, 32
 
 
 @pytest.fixture(scope="module")

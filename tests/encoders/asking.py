@@ -16,8 +16,8 @@ from dashinfer_vlm.engine.engine import Engine
 from dashinfer_vlm.engine.load import load_engine
 from dashinfer_vlm.processors.qwen import ProcessorConfig, process_image
 from dashinfer_vlm.request import Item, Request, SamplingParams
+from tests.tokens import IMAGE, VISION_END, VISION_START
 
-IMAGE_PAD, VISION_START, VISION_END = 151655, 151652, 151653
 NUM_TOKENS = 8
 
 
@@ -39,7 +39,7 @@ def request(folder: Path, name: str, *pictures: np.ndarray) -> Request:
     for number, pixels in enumerate(pictures):
         done = process_image(pixels, ProcessorConfig.from_checkpoint(folder))
         num_tokens = int(np.prod(done.grid)) // 4
-        ids += [300 + number, VISION_START, *[IMAGE_PAD] * num_tokens, VISION_END]
+        ids += [300 + number, VISION_START, *[IMAGE] * num_tokens, VISION_END]
         items.append(
             Item(
                 kind="image",

@@ -15,6 +15,7 @@ from dashinfer_vlm.engine.grammars.forms import compile_for
 from dashinfer_vlm.engine.grammars.trial import Trial
 from dashinfer_vlm.request import Grammar
 from tests.conftest import CheckpointMaker
+from tests.tokens import IM_END, VOCAB
 
 CITY: dict[str, Any] = {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}
 TEXT_TAGS = ("<tool_call>", "</tool_call>")
@@ -26,7 +27,7 @@ TIME = '{0}\n{{"name": "time", "arguments": {{}}}}\n{1}'
 
 @pytest.fixture(scope="module")
 def vocabulary(checkpoint: CheckpointMaker) -> llguidance.LLTokenizer:
-    return llguidance.LLTokenizer(read_vocabulary(Path(checkpoint("qwen2_vl"))), n_vocab=151936, eos_token=[151645])
+    return llguidance.LLTokenizer(read_vocabulary(Path(checkpoint("qwen2_vl"))), n_vocab=VOCAB, eos_token=[IM_END])
 
 
 def grammar(tags: tuple[str, str], *, parallel: bool = True, free: bool = False, **fields: Any) -> Grammar:

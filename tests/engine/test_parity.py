@@ -19,8 +19,8 @@ from dashinfer_vlm.models.loading import allocate_kv, load_model
 from dashinfer_vlm.processors.qwen import ProcessorConfig, process_image
 from dashinfer_vlm.request import Item, Request, SamplingParams
 from tests.conftest import CheckpointMaker
+from tests.tokens import IMAGE, VISION_END, VISION_START
 
-IMAGE_PAD, VISION_START, VISION_END = 151655, 151652, 151653
 NUM_STEPS = 64
 FAMILIES = ["qwen2_vl", "qwen2_5_vl", "qwen3_vl"]
 
@@ -66,7 +66,7 @@ class Family:
     def request(self, name: str, prompt: Prompt, **params: Any) -> Request:
         items, cursor = [], 0
         for picture in prompt.pictures:
-            start = prompt.ids.index(IMAGE_PAD, cursor)
+            start = prompt.ids.index(IMAGE, cursor)
             items.append(self.item(picture, start))
             cursor = start + items[-1].num_tokens
         sampling = SamplingParams(**{"temperature": 0, "max_tokens": NUM_STEPS, "ignore_eos": True, **params})
@@ -81,7 +81,7 @@ class Family:
                 ids += random.integers(256, 400, part).tolist()
             else:
                 num_tokens = self.item(part, 0).num_tokens
-                ids += [VISION_START, *[IMAGE_PAD] * num_tokens, VISION_END]
+                ids += [VISION_START, *[IMAGE] * num_tokens, VISION_END]
         return Prompt(ids, tuple(p for p in parts if not isinstance(p, int)))
 
     def expected(self, prompt: Prompt) -> list[int]:
@@ -97,7 +97,7 @@ class Family:
             done = [process_image(p, self.processor) for p in prompt.pictures]
             inputs["image_grid_thw"] = torch.tensor([d.grid for d in done])
             inputs["pixel_values"] = torch.cat([self._normalised(d.features) for d in done])
-            inputs["mm_token_type_ids"] = (ids == IMAGE_PAD).int()
+            inputs["mm_token_type_ids"] = (ids == IMAGE).int()
         with torch.inference_mode():
             out = self.reference.generate(
                 **inputs, do_sample=False, max_new_tokens=NUM_STEPS, min_new_tokens=NUM_STEPS, eos_token_id=-1

@@ -18,8 +18,9 @@ from dashinfer_vlm.media.loader import MediaCounters
 from dashinfer_vlm.media.types import LoadedMedia, MediaRef
 from dashinfer_vlm.request import Finish, Output, Request, TokenLogprob
 from dashinfer_vlm.shared_array import SharedArray
+from tests.tokens import IM_END, VOCAB
 
-EOS = 151645
+EOS = IM_END
 Answer = Callable[[Request], Sequence[int]]
 
 
@@ -27,7 +28,7 @@ def info(*, max_model_len: int = 4096, max_num_seqs: int = 8) -> EngineInfo:
     return EngineInfo(
         model="models/scripted",
         max_model_len=max_model_len,
-        vocab_size=151936,
+        vocab_size=VOCAB,
         hidden_size=128,
         embedding_size=128,
         eos_token_ids=(EOS,),

@@ -5,8 +5,7 @@ from hypothesis import strategies as st
 
 from dashinfer_vlm.frontend.detokenizer import Detokenizer, StopFinder
 from dashinfer_vlm.frontend.tokenizer import Tokenizer
-
-IM_END = 151645
+from tests.tokens import END_OF_SPECIAL, FIRST_SPECIAL, IM_END
 
 
 def test_an_emoji_of_four_tokens_comes_out_whole(tokenizer: Tokenizer) -> None:
@@ -24,7 +23,7 @@ def test_a_character_that_never_ends_is_flushed_as_a_replacement(tokenizer: Toke
 
 
 @settings(deadline=None)
-@given(ids=st.lists(st.integers(0, 300) | st.integers(151640, 151660)))
+@given(ids=st.lists(st.integers(0, 300) | st.integers(FIRST_SPECIAL - 3, END_OF_SPECIAL + 3)))
 def test_pieces_join_to_the_whole_text_whatever_the_ids(tokenizer: Tokenizer, ids: list[int]) -> None:
     detokenizer = Detokenizer(tokenizer)
     assert "".join(map(detokenizer.push, ids)) + detokenizer.flush() == tokenizer.decode(ids)

@@ -18,6 +18,7 @@ from dashinfer_vlm.models.families import qwen3_vl
 from dashinfer_vlm.request import ItemKind
 from dashinfer_vlm.shared_array import SharedArray
 from tests.conftest import CheckpointMaker
+from tests.tokens import VISION_END, VISION_START
 
 START, END, PAD = "<|vision_start|>", "<|vision_end|>", {"image": "<|image_pad|>", "video": "<|video_pad|>"}
 GRID = (3, 4, 6)
@@ -75,7 +76,7 @@ def test_a_video_is_written_as_by_the_reference(
     assert [(item.first_row, item.num_tokens, item.num_rows) for item in items] == [(0, 6, 18), (6, 6, 18), (12, 6, 18)]
     for item in items:
         assert ids[item.start : item.end] == [video] * 6
-        assert (ids[item.start - 1], ids[item.end]) == (151652, 151653)
+        assert (ids[item.start - 1], ids[item.end]) == (VISION_START, VISION_END)
 
 
 def test_a_placeholder_without_a_frame_is_replaced_alone(expander: Expander) -> None:

@@ -14,8 +14,8 @@ from dashinfer_vlm.frontend.tokenizer import Tokenizer
 from dashinfer_vlm.media.types import MediaRef
 from dashinfer_vlm.request import ItemKind, SamplingParams
 from tests.frontend.scripted import ScriptedLoader
+from tests.tokens import FIRST_SPECIAL, IMAGE, MARKS, VIDEO, VISION_END, VISION_START, VOCAB
 
-IMAGE, VIDEO = 151655, 151656
 IDS: dict[ItemKind, int] = {"image": IMAGE, "video": VIDEO}
 
 
@@ -28,7 +28,7 @@ def user(*parts: str | MediaPart) -> Message:
 
 
 def builder(template: ChatTemplate, tokenizer: Tokenizer, loader: ScriptedLoader, **options: object) -> PromptBuilder:
-    fields = {"placeholder_ids": IDS, "max_model_len": 100, "vocab_size": 151936} | options
+    fields = {"placeholder_ids": IDS, "max_model_len": 100, "vocab_size": VOCAB} | options
     return PromptBuilder(tokenizer=tokenizer, template=template, loader=loader, **fields)  # type: ignore[arg-type]
 
 
@@ -41,7 +41,7 @@ async def test_each_placeholder_becomes_as_many_tokens_as_its_item_has(
     assert [item.content_hash.strip() for item in prompt.items] == [b"one", b"film", b"two"]
     for item in prompt.items:
         assert prompt.ids[item.start : item.start + item.num_tokens] == [IDS[item.kind]] * 3
-        assert {prompt.ids[item.start - 1], prompt.ids[item.start + 3]} == {151652, 151653}
+        assert {prompt.ids[item.start - 1], prompt.ids[item.start + 3]} == {VISION_START, VISION_END}
 
 
 async def test_the_items_of_a_prompt_share_its_turns_with_no_other(
@@ -138,7 +138,7 @@ async def test_a_text_may_hold_marks_and_nothing_else_that_is_special(
     template: ChatTemplate, tokenizer: Tokenizer
 ) -> None:
     prompt = await builder(template, tokenizer, ScriptedLoader()).text("<|box_start|>1<|im_end|>")
-    assert [id for id in prompt.ids if id >= 151643] == [151648]
+    assert [id for id in prompt.ids if id >= FIRST_SPECIAL] == [MARKS[2]]
 
 
 async def test_a_text_is_not_a_conversation_to_continue(template: ChatTemplate, tokenizer: Tokenizer) -> None:

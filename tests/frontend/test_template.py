@@ -16,11 +16,8 @@ from dashinfer_vlm.frontend.messages import Dialogue, MediaPart, Message, TextPa
 from dashinfer_vlm.frontend.template import ChatTemplate
 from dashinfer_vlm.frontend.tokenizer import Tokenizer
 from dashinfer_vlm.media.types import MediaRef
+from tests.tokens import FIRST_SPECIAL, IM_END, IM_START, IMAGE, MARKS, VIDEO
 
-FIRST_SPECIAL = 151643
-MARKS = range(151646, 151652)
-"""object_ref, box and quad, each with its end."""
-IM_START, IM_END, IMAGE, VIDEO = 151644, 151645, 151655, 151656
 TRIMMING = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.content is string %}{{ m.content | trim }}{% else %}"
     "{% for c in m.content %}{{ c.text | trim }}{% endfor %}{% endif %}<|im_end|>{% endfor %}"
@@ -134,7 +131,7 @@ def test_tokens_that_open_something_stay_text(template: ChatTemplate, tokenizer:
 
 def test_text_without_a_template_may_be_marked_too(tokenizer: Tokenizer) -> None:
     ids = tokenizer.encode_marked("a<|box_start|>b<|im_end|>")
-    assert ids == [*tokenizer.encode_text("a"), 151648, *tokenizer.encode_text("b<|im_end|>")]
+    assert ids == [*tokenizer.encode_text("a"), MARKS[2], *tokenizer.encode_text("b<|im_end|>")]
 
 
 def test_marks_are_those_that_a_tokenizer_lists_with_both_ends() -> None:

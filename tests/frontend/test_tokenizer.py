@@ -13,6 +13,7 @@ from transformers import AutoTokenizer
 import dashinfer_vlm.frontend.tokenizer as module
 from dashinfer_vlm.errors import CheckpointError, ContextLengthError, InvalidRequestError
 from dashinfer_vlm.frontend.tokenizer import Tokenizer
+from tests.tokens import FIRST_SPECIAL, IM_END, VOCAB
 
 
 @pytest.fixture(scope="session")
@@ -35,7 +36,7 @@ def test_the_text_of_a_special_token_stays_text(tokenizer: Tokenizer) -> None:
 
 
 @settings(deadline=None)
-@given(ids=st.lists(st.integers(0, 300) | st.integers(151640, 151935)))
+@given(ids=st.lists(st.integers(0, 300) | st.integers(FIRST_SPECIAL - 3, VOCAB - 1)))
 def test_ids_are_decoded_as_the_reference_does(tokenizer: Tokenizer, reference: Any, ids: list[int]) -> None:
     assert tokenizer.decode(ids) == reference.decode(ids, skip_special_tokens=True)
     assert tokenizer.decode(ids, skip_special=False) == reference.decode(ids, skip_special_tokens=False)
@@ -49,10 +50,10 @@ def test_a_folder_without_tokenizer_json_is_read_from_vocabulary_and_merges(fold
     settings["added_tokens_decoder"] = {str(t["id"]): t for t in config["added_tokens"]}
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
     tokenizer = Tokenizer.from_folder(tmp_path)
-    assert tokenizer.added["<|im_end|>"] == 151645
+    assert tokenizer.added["<|im_end|>"] == IM_END
     ids = tokenizer.encode_text("describe the picture<|im_end|>")
     assert tokenizer.decode(ids) == "describe the picture<|im_end|>"
-    assert max(ids) < 151643
+    assert max(ids) < FIRST_SPECIAL
 
 
 def test_an_empty_folder_is_refused_by_name(tmp_path: Path) -> None:
@@ -122,7 +123,7 @@ def test_a_word_without_end_is_refused(tokenizer: Tokenizer) -> None:
 
 def test_no_token_stands_for_more_characters_than_the_bound_says(tokenizer: Tokenizer) -> None:
     """The tests' tokenizer composes (NFC), which makes one character of up to four."""
-    longest = max(len(tokenizer.decode((id,), skip_special=False)) for id in range(151_936))
+    longest = max(len(tokenizer.decode((id,), skip_special=False)) for id in range(VOCAB))
     assert longest <= tokenizer.max_chars_per_token <= 4 * longest
     decomposed = "\u03b1\u0313\u0301\u0345" * 50
     assert len(decomposed) <= len(tokenizer.encode_text(decomposed)) * tokenizer.max_chars_per_token

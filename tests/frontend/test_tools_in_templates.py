@@ -15,6 +15,7 @@ from dashinfer_vlm.frontend.template import ChatTemplate
 from dashinfer_vlm.frontend.tokenizer import Tokenizer
 from dashinfer_vlm.frontend.tools import Tool, ToolChoice
 from dashinfer_vlm.tokenizer_file import AddedToken, TokenizerFile
+from tests.tokens import END_OF_SPECIAL
 
 TAGS = ["<tool_call>", "</tool_call>", "<think>", "</think>"]
 ASK = Message(role="user", content="a")
@@ -32,7 +33,7 @@ NATIVE = (
 def tagged(folder: Path) -> Tokenizer:
     """A tokenizer with Qwen3's tags."""
     file = TokenizerFile.read(folder)
-    tags = [AddedToken(tag, 151657 + i, special=False) for i, tag in enumerate(TAGS)]
+    tags = [AddedToken(tag, END_OF_SPECIAL + i, special=False) for i, tag in enumerate(TAGS)]
     return Tokenizer(tokenizers.Tokenizer.from_buffer(file.json()), (*file.added, *tags))
 
 

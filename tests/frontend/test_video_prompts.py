@@ -25,6 +25,7 @@ from dashinfer_vlm.processors.videos import Sampling, grid_timestamps, read_rule
 from dashinfer_vlm.shared_array import SharedArray
 from tests.conftest import CheckpointMaker
 from tests.frontend.test_expansion import END, PAD, START, ids_of
+from tests.tokens import VISION_END
 
 GOLDEN: dict[str, Any] = json.loads((Path(__file__).parents[1] / "processors" / "golden" / "videos.json").read_text())
 REFERENCE: dict[str, tuple[Any, Any, int]] = {
@@ -33,7 +34,6 @@ REFERENCE: dict[str, tuple[Any, Any, int]] = {
     "qwen3_vl": (Qwen3VLProcessor, Qwen3VLModel, 16),
 }
 """Processor, model, side of a patch."""
-VISION_END = 151653
 MAX_TOKENS = 1500
 """Of a film here: the reference takes seconds for the longest ones."""
 

@@ -19,8 +19,8 @@ from dashinfer_vlm.models.loading import allocate_kv, load_model
 from dashinfer_vlm.processors.qwen import ProcessorConfig, process_frames, process_image
 from dashinfer_vlm.processors.videos import Qwen2Video
 from dashinfer_vlm.request import Grid, Item
+from tests.tokens import IMAGE, VIDEO
 
-IMAGE_ID, VIDEO_ID = 151655, 151656
 TEXT_IDS = 1000
 """Text tokens are drawn from ids below this."""
 
@@ -36,7 +36,7 @@ class Prompt:
         ids = torch.tensor([self.ids])
         if not self.items:
             return {"input_ids": ids}
-        inputs = {"input_ids": ids, "mm_token_type_ids": (ids == IMAGE_ID).int() + 2 * (ids == VIDEO_ID).int()}
+        inputs = {"input_ids": ids, "mm_token_type_ids": (ids == IMAGE).int() + 2 * (ids == VIDEO).int()}
         for kind, pixels, grids in (
             ("image", "pixel_values", "image_grid_thw"),
             ("video", "pixel_values_videos", "video_grid_thw"),
@@ -92,7 +92,7 @@ def prompt(*parts: int | Item, seed: int = 0) -> Prompt:
             ids += [draw.randrange(TEXT_IDS) for _ in range(part)]
             continue
         items.append(_at(part, len(ids)))
-        ids += [IMAGE_ID if part.kind == "image" else VIDEO_ID] * part.num_tokens
+        ids += [IMAGE if part.kind == "image" else VIDEO] * part.num_tokens
     return Prompt(ids, tuple(items))
 
 
@@ -212,7 +212,7 @@ class Driver:
                 if low < high:
                     piece = rows[low - item.start : high - item.start]
                     embeddings.append(EmbeddingRows(start=len(ids) + low - first, rows=piece))
-            ids += [token if token < IMAGE_ID else 0 for token in sequence.ids[first:last]]
+            ids += [token if token < IMAGE else 0 for token in sequence.ids[first:last]]
             positions.append(sequence.positions[:, first:last])
             slots += [
                 sequence.blocks[i // self.block_size] * self.block_size + i % self.block_size

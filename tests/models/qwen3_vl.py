@@ -15,6 +15,7 @@ from dashinfer_vlm.processors.qwen import ProcessorConfig, process_frames, proce
 from dashinfer_vlm.processors.videos import Qwen3Video, grid_timestamps
 from dashinfer_vlm.request import Grid, Item, ItemKind
 from tests.models.driving import Prompt
+from tests.tokens import IMAGE, VIDEO, VISION_END, VISION_START
 
 PROCESSOR = ProcessorConfig(
     patch_size=16,
@@ -23,7 +24,6 @@ PROCESSOR = ProcessorConfig(
     image_std=(0.5, 0.5, 0.5),
     video=Qwen3Video(min_pixels=32 * 32),
 )
-START, END, IMAGE_ID, VIDEO_ID = 151652, 151653, 151655, 151656
 
 
 @dataclass(frozen=True)
@@ -70,10 +70,10 @@ def prompt(folder: Path, *parts: int | Loaded, seed: int = 0) -> Prompt:
             continue
         expansion = config.family.expand(config, part, encode_text)
         pieces = [*encode_text(expansion.lead), *expansion.pieces]
-        for piece in pieces if part.kind == "video" else (START, *pieces, END):
+        for piece in pieces if part.kind == "video" else (VISION_START, *pieces, VISION_END):
             if isinstance(piece, Run):
                 items.append(_item(part, piece, len(ids)))
-                ids += [IMAGE_ID if part.kind == "image" else VIDEO_ID] * piece.num_tokens
+                ids += [IMAGE if part.kind == "image" else VIDEO] * piece.num_tokens
             else:
                 ids.append(piece)
     return Prompt(ids, tuple(items), PROCESSOR)

@@ -26,6 +26,7 @@ from dashinfer_vlm.server.reading import BodyReader
 from dashinfer_vlm.server.run import HttpServer
 from tests.conftest import CheckpointMaker
 from tests.frontend.scripted import ScriptedEngine, ScriptedLoader
+from tests.tokens import IMAGE, VIDEO
 
 Serve = Callable[..., Any]
 
@@ -123,7 +124,7 @@ class Parts:
             tokenizer=self.tokenizer,
             template=self.template,
             loader=media,
-            placeholder_ids={"image": 151655, "video": 151656},
+            placeholder_ids={"image": IMAGE, "video": VIDEO},
             max_model_len=scripted.info.max_model_len,
             vocab_size=scripted.info.vocab_size,
             max_items=max_items or {},

@@ -11,6 +11,7 @@ from openai import AsyncOpenAI
 
 from dashinfer_vlm.frontend.tokenizer import Tokenizer
 from tests.server.conftest import Serve
+from tests.tokens import IMAGE, VOCAB
 
 Client = Callable[..., AsyncOpenAI]
 PATH = "/v1/completions"
@@ -70,9 +71,9 @@ async def test_logprobs_have_offsets_into_the_text(serve: Serve, stream: bool, o
         ({"prompt": ""}, "prompt"),
         ({"prompt": [[]]}, "prompt"),
         ({"prompt": ["a", 1]}, "prompt[1]"),
-        ({"prompt": [151936]}, "prompt"),
+        ({"prompt": [VOCAB]}, "prompt"),
         ({"prompt": [-1]}, "prompt"),
-        ({"prompt": [151655]}, "prompt"),
+        ({"prompt": [IMAGE]}, "prompt"),
         ({"prompt": "x", "echo": True}, "echo"),
         ({"prompt": "x", "suffix": "y"}, "suffix"),
         ({"prompt": "x", "messages": []}, "messages"),

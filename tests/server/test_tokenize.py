@@ -9,6 +9,7 @@ import pytest
 
 from dashinfer_vlm.frontend.tokenizer import Tokenizer
 from tests.server.conftest import Serve
+from tests.tokens import IM_END
 
 LOOK: Any = [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "a"}}]}]
 
@@ -30,7 +31,7 @@ async def test_a_conversation_counts_its_images_and_gives_them_back(serve: Serve
 
 
 def test_ids_are_turned_back_into_text(shared: httpx.Client, tokenizer: Tokenizer) -> None:
-    ids = [*tokenizer.encode_text("né 😀"), 151645]
+    ids = [*tokenizer.encode_text("né 😀"), IM_END]
     assert shared.post("/detokenize", json={"tokens": ids}).json() == {"prompt": "né 😀<|im_end|>"}
 
 

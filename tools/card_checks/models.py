@@ -76,7 +76,7 @@ def published_config(arch: str, size: str) -> CheckpointConfig:
         folder = Path(temporary)
         told = {"architectures": [architecture], "model_type": arch, "torch_dtype": "bfloat16"} | config(size)
         (folder / "config.json").write_text(json.dumps(told))
-        (folder / "generation_config.json").write_text(json.dumps(generation_config()))
+        (folder / "generation_config.json").write_text(json.dumps(generation_config(size)))
         for name, settings in ({} if processor is None else processor_configs(processor)).items():
             (folder / name).write_text(json.dumps(settings))
         return read_config(folder)

@@ -22,6 +22,7 @@ from dashinfer_vlm.shared_array import shared_root
 from tests.conftest import CheckpointMaker
 from tests.engine.host.test_client import SCRIPTED_PROCESS, ask, collect
 from tests.engine.scripted import Script
+from tests.tokens import VOCAB
 
 
 @pytest.fixture(autouse=True)
@@ -196,7 +197,7 @@ async def test_a_real_checkpoint_is_loaded_and_answers(
     stages: list[tuple[str, int, int]] = []
     config = EngineConfig(model=str(checkpoint()), device="cpu", dtype="float32", kv_cache_gib=0.1, max_model_len=256)
     engine = await ProcessEngine.start(config, progress=lambda *news: stages.append(news))
-    assert engine.info.vocab_size == 151936
+    assert engine.info.vocab_size == VOCAB
     assert engine.info.dtype == "float32"
     assert stages[-1][1] == stages[-1][2] > 0
     params = SamplingParams(max_tokens=5, temperature=0.0, ignore_eos=True)

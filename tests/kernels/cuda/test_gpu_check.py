@@ -14,7 +14,6 @@ import torch
 pytest.importorskip("triton")
 
 ROOT = Path(__file__).resolve().parents[3]
-sys.path.append(str(ROOT / "tools"))
 
 import gpu_check
 from card_checks.results import Row, Setting, table
