@@ -164,7 +164,7 @@ class ProcessEngine:
     async def _end_when_stuck(self, step_timeout_s: float) -> None:
         """Ask after every second whether the loop still turns, and end a process that does not answer in time."""
         while self.alive():
-            answer = asyncio.ensure_future(self.stats())
+            answer = asyncio.gather(self.stats(), return_exceptions=True)  # `close` may leave nobody to take one
             waited_s = 0.0
             while not answer.done() and waited_s < self._patience_s(step_timeout_s):
                 await asyncio.wait({answer}, timeout=_LOOK_S)
@@ -175,7 +175,7 @@ class ProcessEngine:
                 with contextlib.suppress(ProcessLookupError):
                     self._process.kill()
                 return
-            if answer.exception() is not None:  # it is dead, and the reader says so
+            if isinstance(answer.result()[0], BaseException):  # it is dead, and the reader says so
                 return
             await asyncio.wait({self._exit}, timeout=_LOOK_S)
 
