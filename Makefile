@@ -17,7 +17,7 @@ PEER ?= build/peers/vllm
 MODEL ?=
 RAY := $(wildcard .venv/lib/python3*/site-packages/ray)
 
-.PHONY: serve test test-slow test-isa test-cluster test-browser eval precision check docs bench bench-flat bench-peers clean
+.PHONY: serve test test-slow test-isa test-torch test-cluster test-browser eval precision check docs bench bench-flat bench-peers clean
 
 serve: $(READY) $(if $(BUNDLED),,$(RANDOM_MODEL))
 	$(BIN)/dashinfer_vlm_serve $(if $(BUNDLED),,--model $(RANDOM_MODEL)) $(FLAGS)
@@ -26,7 +26,7 @@ test: $(READY)
 	$(BIN)/python -m pytest -n auto --dist loadfile -m "not slow and not browser and not cluster" $(FLAGS)
 
 test-slow: $(READY)
-	$(BIN)/python -m pytest -m slow $(FLAGS)
+	$(BIN)/python -m pytest -m "slow or hypothesis" --hypothesis-profile=thorough $(FLAGS)
 
 # The AVX-512 and AMX kernels with functions in place of their instructions, on any x86 processor with AVX2.
 test-isa: $(READY)
@@ -34,6 +34,17 @@ test-isa: $(READY)
 		-DPython_EXECUTABLE=$(abspath $(BIN)/python) -DDI_EMULATED_ISA=ON
 	$(BIN)/cmake --build build/isa
 	$(BIN)/python -m pytest tests/kernels $(FLAGS)
+
+# Both ends of the range of torch that pyproject.toml declares, each beside the packages of .venv. Wheels with CUDA take
+# about 6 GB each; PIP_INDEX_URL may name an index of smaller ones.
+TORCHES ?= 2.6.0 2.14.1
+test-torch: $(TORCHES:%=test-torch-%)
+
+test-torch-%: $(READY)
+	test -e build/torch/$*/.ready || $(BIN)/python -m pip install --quiet --target build/torch/$* torch==$*
+	touch build/torch/$*/.ready
+	PYTHONPATH=build/torch/$* $(BIN)/python -m pytest tests/layers tests/models tests/engine/test_parity.py \
+		tests/kernels --ignore tests/kernels/cuda $(FLAGS)
 
 # Ray is big and optional, so only this target installs it.
 test-cluster: $(READY)

@@ -6,8 +6,6 @@ import hashlib
 import logging
 import os
 import shutil
-import subprocess
-import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,13 +13,18 @@ from pathlib import Path
 import pytest
 import torch
 
+import make_checkpoint
+from tests.searching import register_profiles
+
 ROOT = Path(__file__).resolve().parents[1]
-MAKER = ROOT / "tools" / "make_checkpoint.py"
 
 CheckpointMaker = Callable[..., Path]
 
 if not torch.cuda.is_available():  # the kernels for cards run interpreted; triton reads this when it is first imported
     os.environ["TRITON_INTERPRET"] = "1"
+
+
+register_profiles()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -44,25 +47,24 @@ def level_of_the_log() -> Iterator[None]:
 @pytest.fixture(scope="session")
 def checkpoint() -> CheckpointMaker:
     """`checkpoint("qwen2_vl", size="tiny", dtype="float32", seed=0)` gives the folder of a random checkpoint."""
-    version = hashlib.sha256(MAKER.read_bytes()).hexdigest()[:12]
+    version = hashlib.sha256(Path(make_checkpoint.__file__).read_bytes()).hexdigest()[:12]
     store = ROOT / "build" / "test-checkpoints" / version
     store.mkdir(parents=True, exist_ok=True)
 
     def make(arch: str = "qwen2_vl", *, size: str = "tiny", dtype: str = "float32", seed: int = 0) -> Path:
         folder = store / f"{arch}-{size}-{dtype}-{seed}"
         if not folder.is_dir():
-            _write(folder, "--arch", arch, "--size", size, "--dtype", dtype, "--seed", str(seed))
+            _write(folder, arch, size, dtype=dtype, seed=seed)
         return folder
 
     return make
 
 
-def _write(folder: Path, *flags: str) -> None:
+def _write(folder: Path, arch: str, size: str, *, dtype: str, seed: int) -> None:
     """Appear at once or not at all: another run of the tests may look at the same moment."""
     unfinished = Path(tempfile.mkdtemp(dir=folder.parent))
-    done = subprocess.run([sys.executable, str(MAKER), str(unfinished), *flags], capture_output=True, text=True)
-    if done.returncode:
-        raise RuntimeError(f"{MAKER.name} failed:\n{done.stderr}")
+    with torch.random.fork_rng():
+        make_checkpoint.write_checkpoint(unfinished, arch, size, seed=seed, dtype=dtype)
     try:
         unfinished.rename(folder)
     except OSError:  # the other run was faster

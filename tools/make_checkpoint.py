@@ -330,9 +330,8 @@ def write_weights(out: Path, *, sees: bool, seed: int, dtype: str, randomise: bo
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
     torch.manual_seed(seed)
-    torch.set_default_dtype(getattr(torch, dtype))
-    config = AutoConfig.from_pretrained(out)
-    weights = (AutoModelForImageTextToText if sees else AutoModelForCausalLM).from_config(config).state_dict()
+    model = AutoModelForImageTextToText if sees else AutoModelForCausalLM
+    weights = model.from_config(AutoConfig.from_pretrained(out), dtype=getattr(torch, dtype)).state_dict()
     described = json.loads((out / "config.json").read_text())
     tied, is_new = described["tie_word_embeddings"], "text_config" in described
     tensors = {

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, given
 from hypothesis import strategies as st
 from safetensors import safe_open
 from torch.utils.dlpack import to_dlpack  # type: ignore[attr-defined]
@@ -20,6 +20,7 @@ from allspark import AsStatus, MultiMediaInfo
 from dashinfer_vlm.models.mrope import mrope_positions
 from dashinfer_vlm.request import Item
 from tests.allspark.conftest import GREEDY, HIDDEN, NAME, Ask, embedding, media, usable
+from tests.searching import searched
 from tests.tokens import FIRST_SPECIAL, VOCAB
 
 IMAGE = VOCAB - 1
@@ -312,7 +313,7 @@ def prompts(draw: st.DrawFn) -> tuple[list[int], list[tuple[int, int]]]:
     return ids, runs
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@searched(60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_a_request_is_accepted_exactly_when_every_tensor_fits(data: st.DataObject, engine: allspark.Engine) -> None:
     ids, runs = data.draw(prompts())

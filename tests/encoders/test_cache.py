@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from dashinfer_vlm.encoders.cache import EmbeddingCache
+from tests.searching import searched
 
 ROW_BYTES = 8
 
@@ -60,7 +61,7 @@ def test_a_whole_tensor_is_not_copied() -> None:
     assert cache.get(key(1)) is embedding
 
 
-@settings(max_examples=200, deadline=None)
+@searched(200)
 @given(st.lists(st.tuples(st.sampled_from(["put", "get", "pin", "unpin"]), st.integers(0, 5)), max_size=60))
 def test_random_lives_keep_the_books(moves: list[tuple[str, int]]) -> None:
     cache = EmbeddingCache(5 * ROW_BYTES)

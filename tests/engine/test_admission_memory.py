@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from dashinfer_vlm.config import EngineConfig
@@ -23,6 +23,7 @@ from dashinfer_vlm.models.base import embedding_row_bytes
 from dashinfer_vlm.request import Item, Request
 from tests.engine.scripted_model import VOCAB, ScriptedModel, expected
 from tests.engine.test_engine import greedy, image, make_engine, run, tokens
+from tests.searching import searched
 
 
 def engine_for(max_tokens: int) -> Engine:
@@ -109,7 +110,7 @@ def test_a_prefix_hit_behind_the_pictures_needs_no_room() -> None:
     assert [sequence.id for sequence in engine.scheduler.running] == ["other", "again"]
 
 
-@settings(max_examples=60, deadline=None)
+@searched(60)
 @given(
     fills=st.lists(st.lists(st.integers(1, 4), min_size=1, max_size=3, unique=True), min_size=1, max_size=8),
     room=st.integers(0, 30),

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import event, given, settings
+from hypothesis import event, given
 from hypothesis import strategies as st
 
 from dashinfer_vlm.config import EngineConfig
@@ -41,6 +41,7 @@ from tests.engine.test_grammars import Run, vocabulary
 from tests.engine.test_isolation import test_a_request_that_forbids_everything_fails_alone
 from tests.engine.test_late_steps import Life, life, lived, lives
 from tests.engine.test_speculation import NGRAM, EchoingModel
+from tests.searching import searched
 
 __all__ = [
     "test_a_prefix_hit_that_ends_inside_an_image_writes_only_the_remaining_rows",
@@ -98,7 +99,7 @@ def assert_same_logprobs(news: list[Output], other: list[Output]) -> None:
 
 
 @pytest.mark.parametrize("way", WAYS)
-@settings(max_examples=15, deadline=None)
+@searched(15)
 @given(told=lives(), num_blocks=st.integers(14, 40), guesses=st.booleans(), max_num_seqs=st.sampled_from([2, 3, 128]))
 def test_random_lives_say_the_same_on_a_card(
     way: str, told: list[Request | int | str], num_blocks: int, guesses: bool, max_num_seqs: int

@@ -6,7 +6,7 @@ import hashlib
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from dashinfer_vlm.config import EngineConfig
@@ -18,6 +18,7 @@ from dashinfer_vlm.errors import ConfigError, ContextLengthError, InvalidRequest
 from dashinfer_vlm.request import Item, Output, Request, SamplingParams
 from tests.engine.late_runner import make_late_runner
 from tests.engine.scripted_model import EOS, VOCAB, ScriptedModel, expected
+from tests.searching import searched
 
 
 @pytest.fixture(autouse=True, params=[0, 1], ids=["depth 0", "depth 1"])
@@ -332,7 +333,7 @@ def test_a_context_that_does_not_fit_the_cache_is_a_configuration_error() -> Non
         make_engine(num_blocks=4, max_model_len=100)
 
 
-@settings(max_examples=60, deadline=None)
+@searched(60)
 @given(data=st.data())
 def test_random_lives_leak_nothing_and_answer_right(data: st.DataObject) -> None:
     """Arrivals, aborts and steps in any order, with few blocks, shared prefixes and images."""

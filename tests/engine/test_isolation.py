@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from dashinfer_vlm.config import EngineConfig
@@ -15,6 +15,7 @@ from dashinfer_vlm.request import Output, Request, SamplingParams
 from tests.engine.scripted_model import VOCAB, ScriptedModel, expected
 from tests.engine.test_engine import greedy, make_engine, reason, run, tokens
 from tests.engine.test_speculation import NGRAM
+from tests.searching import searched
 
 NEIGHBOUR = Request(id="neighbour", prompt_ids=[5, 6, 7], params=greedy(120))
 
@@ -57,7 +58,7 @@ ANY_PARAMS = st.fixed_dictionaries({}, optional=NUMBERS)
 
 
 @pytest.mark.parametrize("guesses", [False, True])
-@settings(max_examples=150, deadline=None)
+@searched(150)
 @given(asked=st.lists(ANY_PARAMS, min_size=1, max_size=4))
 def test_no_numbers_of_one_request_fail_a_step_of_another(guesses: bool, asked: list[dict[str, Any]]) -> None:
     model = ScriptedModel()

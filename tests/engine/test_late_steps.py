@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
-from hypothesis import event, given, settings
+from hypothesis import event, given
 from hypothesis import strategies as st
 
 from dashinfer_vlm.config import EngineConfig
@@ -19,6 +19,7 @@ from tests.engine.late_runner import LateRunner, make_late_runner
 from tests.engine.scripted_model import EOS, VOCAB, ScriptedModel, expected
 from tests.engine.test_engine import greedy, image, reason, tokens
 from tests.engine.test_speculation import NGRAM, EchoingModel
+from tests.searching import searched
 
 
 @dataclass
@@ -181,7 +182,7 @@ def lived(one: Life, told: list[Request | int | str]) -> Life:
     return one
 
 
-@settings(max_examples=150, deadline=None)
+@searched(150)
 @given(told=lives(), num_blocks=st.integers(14, 40), guesses=st.booleans())
 def test_random_lives_say_the_same_with_a_step_under_way(
     told: list[Request | int | str], num_blocks: int, guesses: bool

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
@@ -20,6 +20,7 @@ from dashinfer_vlm.engine.sequence import Sequence
 from dashinfer_vlm.kernels import cpu_ops
 from dashinfer_vlm.layers.sampling import NATIVE, REFERENCE, uniform
 from dashinfer_vlm.request import Item, Request, SamplingParams
+from tests.searching import searched
 
 VOCAB = 50
 EOS = (49,)
@@ -106,7 +107,7 @@ def test_draws_follow_the_distribution(params: SamplingParams) -> None:
         assert abs(counts[int(token)] - 4000 * expected[token]) <= deviation
 
 
-@settings(max_examples=50, deadline=None)
+@searched(50)
 @given(
     seed=st.integers(0, 1000),
     prompt=st.lists(st.integers(0, VOCAB - 1), min_size=1, max_size=8),

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections import Counter
 
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from dashinfer_vlm.engine.shaping import Shaping
 from dashinfer_vlm.request import Request, SamplingParams
+from tests.searching import searched
 
 TOKENS = st.lists(st.integers(0, 3), max_size=20)
 
@@ -24,7 +25,7 @@ def check(shaping: Shaping, prompt: list[int], output: list[int], size: int) -> 
     assert shaping.ngrams.newest.tolist() == followers
 
 
-@settings(max_examples=200, deadline=None)
+@searched(200)
 @given(prompt=TOKENS, steps=st.lists(st.none() | st.integers(0, 100), max_size=100), size=st.integers(1, 5))
 def test_tokens_that_come_and_go_leave_what_the_text_has(prompt: list[int], steps: list[int | None], size: int) -> None:
     params = SamplingParams(repetition_penalty=2, no_repeat_ngram_size=size)

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from dashinfer_vlm.config import EngineConfig
@@ -16,6 +16,7 @@ from dashinfer_vlm.engine.engine import Engine
 from dashinfer_vlm.request import Output, Request, SamplingParams
 from tests.engine.scripted_model import EOS, VOCAB, ScriptedModel
 from tests.engine.test_engine import greedy, image, reason, run, tokens
+from tests.searching import searched
 
 PERIOD = 5
 NGRAM: dict[str, str | int] = {"method": "ngram", "num_speculative_tokens": 4}
@@ -185,7 +186,7 @@ def test_a_row_that_is_not_a_number_fails_its_sequence_and_keeps_the_tokens_befo
     assert tokens(outputs) == said[: len(tokens(outputs))]
 
 
-@settings(max_examples=60, deadline=None)
+@searched(60)
 @given(data=st.data())
 def test_random_lives_with_guesses_leak_nothing_and_say_the_same(data: st.DataObject) -> None:
     """Arrivals, aborts and steps in any order, with few blocks, shared prefixes and images."""

@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from dashinfer_vlm.frontend.detokenizer import Detokenizer, StopFinder
@@ -22,7 +22,6 @@ def test_a_character_that_never_ends_is_flushed_as_a_replacement(tokenizer: Toke
     assert detokenizer.flush() == "\ufffd"
 
 
-@settings(deadline=None)
 @given(ids=st.lists(st.integers(0, 300) | st.integers(FIRST_SPECIAL - 3, END_OF_SPECIAL + 3)))
 def test_pieces_join_to_the_whole_text_whatever_the_ids(tokenizer: Tokenizer, ids: list[int]) -> None:
     detokenizer = Detokenizer(tokenizer)
@@ -70,7 +69,6 @@ def cut_at_first_complete_stop(text: str, stop: tuple[str, ...]) -> str:
     return text
 
 
-@settings(deadline=None)
 @given(pieces=st.lists(st.text("abc", max_size=5)), stop=stops)
 def test_the_text_ends_before_the_first_complete_stop_string_however_it_is_cut(
     pieces: list[str], stop: tuple[str, ...]

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
@@ -71,7 +71,6 @@ conversations = st.lists(
 )
 
 
-@settings(deadline=None)
 @given(messages=conversations)
 def test_benign_conversations_are_encoded_as_the_reference_does(
     template: ChatTemplate, reference: Any, messages: list[Message]
@@ -86,7 +85,6 @@ def test_words_that_look_almost_special_are_encoded_as_the_reference_does(
     assert template.encode(Dialogue(messages)) == render_with_reference(reference, messages)
 
 
-@settings(deadline=None)
 @given(
     pieces=st.lists(st.lists(st.sampled_from(PIECES), max_size=4).map("".join), min_size=1, max_size=4),
     trims=st.booleans(),

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
@@ -21,7 +21,6 @@ def reference(folder: Path) -> Any:
     return AutoTokenizer.from_pretrained(folder)
 
 
-@settings(deadline=None)
 @given(text=st.text())
 @example(text="\uf900 e\u0301 \u212b")  # NFC changes all three
 def test_plain_text_is_encoded_as_the_reference_does(tokenizer: Tokenizer, reference: Any, text: str) -> None:
@@ -35,7 +34,6 @@ def test_the_text_of_a_special_token_stays_text(tokenizer: Tokenizer) -> None:
         assert tokenizer.decode(ids) == f"a{text}b"
 
 
-@settings(deadline=None)
 @given(ids=st.lists(st.integers(0, 300) | st.integers(FIRST_SPECIAL - 3, VOCAB - 1)))
 def test_ids_are_decoded_as_the_reference_does(tokenizer: Tokenizer, reference: Any, ids: list[int]) -> None:
     assert tokenizer.decode(ids) == reference.decode(ids, skip_special_tokens=True)
@@ -83,7 +81,6 @@ def test_a_vocabulary_that_spells_a_special_token_is_refused(folder: Path, tmp_p
         Tokenizer.from_folder(tmp_path)
 
 
-@settings(deadline=None)
 @given(
     text=st.text(st.sampled_from("ab1 \n\r\t'ls!.é日😀\u00a0\u0301"), max_size=200) | st.text(), size=st.integers(4, 40)
 )

@@ -6,20 +6,21 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, given
 from torch import Tensor
 
 from dashinfer_vlm.kernels import cpu_ops
 from dashinfer_vlm.kernels.choices import NOT_A_NUMBER, NOTHING_ALLOWED, Choices
 from dashinfer_vlm.layers import sampling
 from tests.kernels.sampling_cases import assert_equal_but_for_rounding, choices, rows_and_choices, strided
+from tests.searching import searched
 
 pytestmark = pytest.mark.usefixtures("level")
 
 WIDTHS = [1, 2, 31, 32, 33, 127, 128, 129, 256, 1000, 4099]
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@searched(60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(rows_and_choices(WIDTHS))
 def test_tokens_are_those_of_the_reference(case: tuple[Tensor, Choices]) -> None:
     assert_equal_but_for_rounding(cpu_ops.choose, *case)

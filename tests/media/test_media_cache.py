@@ -7,7 +7,7 @@ from collections.abc import Coroutine
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from dashinfer_vlm.errors import OverloadedError
@@ -120,7 +120,6 @@ async def test_close_disposes_of_everything_once() -> None:
 STEPS = st.lists(st.tuples(st.sampled_from(["lease", "release", "cancel"]), st.integers(0, 4)), max_size=40)
 
 
-@settings(deadline=None)
 @given(STEPS, st.integers(0, 6))
 def test_any_course_of_events_keeps_the_books(steps: list[tuple[str, int]], budget: int) -> None:
     async def run() -> None:

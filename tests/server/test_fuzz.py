@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import httpx
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from dashinfer_vlm.server.protocol import ChatBody, CompletionBody
@@ -54,13 +54,11 @@ def check(reply: httpx.Response) -> None:
         assert set(reply.json()["error"]) == {"message", "type", "param", "code"}
 
 
-@settings(deadline=None)
 @given(body=bodies(ChatBody, {"messages": st.lists(message_values, max_size=3)}))
 def test_any_chat_body_is_answered_or_refused(shared: httpx.Client, body: dict[str, Any]) -> None:
     check(shared.post("/v1/chat/completions", json=body))
 
 
-@settings(deadline=None)
 @given(body=bodies(CompletionBody, {"prompt": st.text(min_size=1, max_size=5) | values}))
 def test_any_completion_body_is_answered_or_refused(shared: httpx.Client, body: dict[str, Any]) -> None:
     check(shared.post("/v1/completions", json=body))

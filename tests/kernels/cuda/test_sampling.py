@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, given
 from torch import Tensor
 
 pytest.importorskip("triton")
@@ -18,13 +18,14 @@ from dashinfer_vlm.layers import card_sampling
 from dashinfer_vlm.layers import sampling as reference
 from tests.kernels.cuda.numbers import DEVICE
 from tests.kernels.sampling_cases import assert_equal_but_for_rounding, choices, rows_and_choices, strided
+from tests.searching import searched
 
 
 def chosen(logits: Tensor, given: Choices) -> Tensor:
     return sampling.choose(logits.to(DEVICE) if DEVICE.type == "cuda" else logits, given)
 
 
-@settings(max_examples=10, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@searched(10, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(rows_and_choices([1, 33, 256, 4099]))
 def test_tokens_are_those_of_the_reference(case: tuple[Tensor, Choices]) -> None:
     assert_equal_but_for_rounding(chosen, *case)
