@@ -10,8 +10,6 @@ from concurrent.futures import Future
 from enum import IntEnum
 from typing import Any
 
-import torch
-
 from dashinfer_vlm.config import EngineConfig
 from dashinfer_vlm.engine.client import OnProgress
 from dashinfer_vlm.engine.info import EngineInfo
@@ -124,8 +122,7 @@ class ScriptedEngine:
 
 def _sums(request: Request) -> tuple[int, ...]:
     arrays = [item.patches if item.embedding is None else item.embedding for item in request.items]
-    tensors = [a for a in [*arrays, request.positions] if isinstance(a, torch.Tensor)]
-    return tuple(int(t.double().sum()) for t in tensors)
+    return tuple(int(array.sum()) for array in (*arrays, request.positions) if array is not None)
 
 
 def load(config: EngineConfig, progress: OnProgress) -> tuple[ScriptedEngine, EngineInfo]:

@@ -2,7 +2,8 @@
 else.
 
 Standard input carries one line of JSON (`wire.Start`) and then stays open for the parent's life: its end means that
-the parent is gone, and so is this process. Commands and events go over one ZeroMQ pair.
+the parent is gone, and so is this process. Commands and events go over one ZeroMQ pair. torch comes with the engine: it
+takes a second or two, in which the parent is watched already.
 """
 
 from __future__ import annotations
@@ -20,7 +21,6 @@ import zmq
 from dashinfer_vlm.config import EngineConfig
 from dashinfer_vlm.engine.client import OnProgress
 from dashinfer_vlm.engine.host.loop import EngineLoop, SteppedEngine
-from dashinfer_vlm.engine.host.mapping import from_wire
 from dashinfer_vlm.engine.host.wire import (
     Command,
     Event,
@@ -34,8 +34,6 @@ from dashinfer_vlm.engine.host.wire import (
     command_decoder,
 )
 from dashinfer_vlm.engine.info import EngineInfo
-from dashinfer_vlm.engine.load import load_engine
-from dashinfer_vlm.engine.memory import keep_freed_memory
 from dashinfer_vlm.errors import DashInferError, EngineError
 from dashinfer_vlm.fault import Fault
 
@@ -74,6 +72,8 @@ class SocketChannel:
         command = command_decoder.decode(message)
         if not isinstance(command, WireRequest):
             return [command]
+        from dashinfer_vlm.engine.host.mapping import from_wire
+
         try:
             return [from_wire(command)]
         except FileNotFoundError:
@@ -115,8 +115,15 @@ def _exit_with_parent() -> None:
 
 
 def main() -> int:
+    return serve(_load)
+
+
+def _load(config: EngineConfig, progress: OnProgress) -> tuple[SteppedEngine, EngineInfo]:
+    from dashinfer_vlm.engine.load import load_engine
+    from dashinfer_vlm.engine.memory import keep_freed_memory
+
     keep_freed_memory()
-    return serve(load_engine)
+    return load_engine(config, progress)
 
 
 if __name__ == "__main__":
