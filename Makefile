@@ -4,6 +4,7 @@
 #   make bench    measure our server                    make bench-peers   ... beside vLLM's CPU build
 #   make eval     the demo model's answers, every way   make bench-flat    streams while large pictures arrive
 #   make precision    what quantised weights cost       make test-browser  the page at / in Chromium
+#   make test-slow    long searches, all variants       make test-torch    the oldest and the newest torch
 PYTHON ?= $(shell python3.11 -c '' 2>/dev/null && echo python3.11 || echo python3)
 FLAGS ?=
 BIN := .venv/bin
@@ -43,6 +44,7 @@ test-torch: $(TORCHES:%=test-torch-%)
 test-torch-%: $(READY)
 	test -e build/torch/$*/.ready || $(BIN)/python -m pip install --quiet --target build/torch/$* torch==$*
 	touch build/torch/$*/.ready
+	PYTHONPATH=build/torch/$* $(BIN)/python -c 'import torch; assert torch.__version__.startswith("$*"), torch'
 	PYTHONPATH=build/torch/$* $(BIN)/python -m pytest tests/layers tests/models tests/engine/test_parity.py \
 		tests/kernels --ignore tests/kernels/cuda $(FLAGS)
 

@@ -112,7 +112,10 @@ class Fetcher:
     @asynccontextmanager
     async def _place(self, host: str, party: Hashable) -> AsyncIterator[None]:
         """The host's place first: who waits for a slow host must not hold one of the others'."""
-        turns = self._hosts.setdefault(host, Turns(self._limits.max_fetches_per_host))
+        limits = self._limits
+        turns = self._hosts.setdefault(
+            host, Turns(limits.max_fetches_per_host, most_each=limits.max_fetches_per_request)
+        )
         try:
             async with AsyncExitStack() as stack:
                 await self._wait_for(turns, party)
@@ -121,7 +124,7 @@ class Fetcher:
                 stack.callback(self._places.give_back, party)
                 yield
         finally:
-            if turns.free == self._limits.max_fetches_per_host and not turns.num_waiting:
+            if turns.free == limits.max_fetches_per_host and not turns.num_waiting:
                 self._hosts.pop(host, None)
 
     async def _wait_for(self, turns: Turns, party: Hashable) -> None:
