@@ -97,13 +97,14 @@ async def test_a_stream_that_nobody_reads_is_let_go(
     serve: Serve, connect: Connect, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(Connection, "write_s", 0.1)
-    running = await serve("word " * 200_000)
+    running = await serve("word " * 200_000, engine={"pauses_after": 150_000})
     _, writer = await connect(running)
     writer.transport.pause_reading()  # type: ignore[attr-defined]
     body = b'{"messages": [{"role": "user", "content": "x"}], "stream": true, "logprobs": true, "top_logprobs": 2}'
     writer.write(f"POST {CHAT} HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n".encode() + body)
     await until(lambda: bool(running.engine.requests))
     await until(lambda: not running.server.server_state.connections)
+    await until(lambda: not running.engine.running)
 
 
 async def test_where_too_many_connections_are_open_an_idle_one_goes(
