@@ -16,6 +16,7 @@ from dashinfer_vlm.engine.info import EngineInfo
 from dashinfer_vlm.engine.stats import EngineStats
 from dashinfer_vlm.errors import CheckpointError, ContextLengthError, OverloadedError
 from dashinfer_vlm.request import Finish, Output, Request
+from dashinfer_vlm.shared_array import SharedArray
 
 INFO = EngineInfo(
     model="scripted",
@@ -122,7 +123,8 @@ class ScriptedEngine:
 
 def _sums(request: Request) -> tuple[int, ...]:
     arrays = [item.patches if item.embedding is None else item.embedding for item in request.items]
-    return tuple(int(array.sum()) for array in (*arrays, request.positions) if array is not None)
+    mapped = (a for a in (*arrays, request.positions) if not (a is None or isinstance(a, SharedArray)))
+    return tuple(int(array.sum()) for array in mapped)
 
 
 def load(config: EngineConfig, progress: OnProgress) -> tuple[ScriptedEngine, EngineInfo]:
