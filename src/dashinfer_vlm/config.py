@@ -355,6 +355,15 @@ class ServerConfig:
         group="Server",
         least=1,
     )
+    responses_store: str | None = option(
+        None, "SQLite file that keeps responses of /v1/responses; in memory when absent.", group="Server"
+    )
+    responses_store_mib: int = option(
+        256,
+        "Bytes of all responses that are kept, with what was sent for them, in MiB; 0 keeps none.",
+        group="Server",
+        least=0,
+    )
     keep_alive_s: float = option(
         75.0, "Seconds that an idle connection is kept open for the next request.", group="Server", least=1
     )
@@ -372,6 +381,11 @@ class ServerConfig:
         least=0,
     )
     log_level: Literal["debug", "info", "warning", "error"] = option("info", "How much is logged.", group="Server")
+
+    @property
+    def has_keys(self) -> bool:
+        """Whether clients must send one."""
+        return bool(self.api_keys) or self.api_keys_file is not None
 
     def validate(self) -> None:
         """Raise ConfigError for the first value that is out of range."""

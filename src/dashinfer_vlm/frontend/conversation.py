@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Annotated, Any, Literal
 
 import numpy as np
@@ -19,8 +19,9 @@ from dashinfer_vlm.frontend.parts import (
     MediumBody,
     OpenedMedia,
     Options,
+    PartBody,
     Rate,
-    TextBody,
+    TextualBody,
 )
 from dashinfer_vlm.frontend.schema import Body, Positive, Whole, by_shape, explain, no_effect, only
 from dashinfer_vlm.media.fetch import split_frames
@@ -125,49 +126,61 @@ def read_conversation(
     messages: Sequence[MessageBody], bounds: tuple[int, int], processor: ProcessorBody | None = None
 ) -> list[Message]:
     """`bounds` are the least and most pixels of an image here. Raises InvalidRequestError."""
-    parts = [part for body in messages if isinstance(body.content, list) for part in body.content]
-    num_videos = sum(isinstance(part, MediumBody) and part.kind == "video" for part in parts)
-    reader = _Reader(bounds, processor or ProcessorBody(), num_videos)
-    return [reader.message(body, f"messages[{i}]") for i, body in enumerate(messages)]
+    reader = ContentReader([body.content for body in messages], bounds, processor)
+    return [_message(body, reader, f"messages[{i}]") for i, body in enumerate(messages)]
 
 
 _MESSAGES = TypeAdapter(list[MessageBody])
 
 
-class _Reader:
-    """Makes messages of one conversation's bodies, in their order."""
+def _message(body: MessageBody, reader: ContentReader, where: str) -> Message:
+    """`developer` is OpenAI's newer word for `system`."""
+    if body.content is None and not body.tool_calls and body.role != "assistant":
+        raise InvalidRequestError(f"{where}.content is missing", param=f"{where}.content")
+    calls = (ToolCall(id=c.id, name=c.function.name, arguments=c.function.arguments) for c in body.tool_calls or ())
+    return Message(
+        role="system" if body.role == "developer" else body.role,
+        content=reader.read(body.content, f"{where}.content"),
+        name=body.name,
+        reasoning=body.reasoning if body.reasoning_content is None else body.reasoning_content,
+        tool_calls=tuple(calls),
+        tool_call_id=body.tool_call_id,
+    )
 
-    def __init__(self, bounds: tuple[int, int], processor: ProcessorBody, num_videos: int) -> None:
+
+class ContentReader:
+    """Reads the contents of one conversation, in their order."""
+
+    def __init__(
+        self,
+        contents: Iterable[str | Sequence[PartBody] | None],
+        bounds: tuple[int, int],
+        processor: ProcessorBody | None = None,
+    ) -> None:
+        """`contents` are all that will be read, `bounds` the least and most pixels of an image here.
+
+        Raises InvalidRequestError.
+        """
         self._bounds = bounds
-        self._processor = processor
-        self._rates: Iterator[float | None] = iter(processor.rates(num_videos))
+        self._processor = processor or ProcessorBody()
+        parts = [part for content in contents if content and not isinstance(content, str) for part in content]
+        num_videos = sum(isinstance(part, MediumBody) and part.kind == "video" for part in parts)
+        self._rates: Iterator[float | None] = iter(self._processor.rates(num_videos))
 
-    def message(self, body: MessageBody, where: str) -> Message:
-        """`developer` is OpenAI's newer word for `system`."""
-        if body.content is None and not body.tool_calls and body.role != "assistant":
-            raise InvalidRequestError(f"{where}.content is missing", param=f"{where}.content")
-        calls = (ToolCall(id=c.id, name=c.function.name, arguments=c.function.arguments) for c in body.tool_calls or ())
-        return Message(
-            role="system" if body.role == "developer" else body.role,
-            content=self._content(body.content, f"{where}.content"),
-            name=body.name,
-            reasoning=body.reasoning if body.reasoning_content is None else body.reasoning_content,
-            tool_calls=tuple(calls),
-            tool_call_id=body.tool_call_id,
-        )
-
-    def _content(self, content: str | list[Any] | None, where: str) -> str | tuple[Part, ...]:
+    def read(self, content: str | Sequence[PartBody] | None, where: str) -> str | tuple[Part, ...]:
+        """`where` is the path of the content; raises InvalidRequestError."""
         if content is None or isinstance(content, str):
             return content or ""
         return tuple(self._part(part, f"{where}[{i}]") for i, part in enumerate(content))
 
-    def _part(self, part: TextBody | MediumBody | ImageEmbedsBody, where: str) -> Part:
-        if isinstance(part, TextBody):
-            return TextPart(part.text)
+    def _part(self, part: PartBody, where: str) -> Part:
+        if isinstance(part, MediumBody):
+            return MediaPart(self._ref(part, where))
         if isinstance(part, ImageEmbedsBody):
             given = GivenEmbedding(part.image_embeds.image_embeds, part.image_embeds.image_grid_thw)
             return MediaPart(MediaRef(kind="image", source=given, param=f"{where}.image_embeds"))
-        return MediaPart(self._ref(part, where))
+        assert isinstance(part, TextualBody), part
+        return TextPart(part.text)
 
     def _ref(self, part: MediumBody, where: str) -> MediaRef:
         source, path = _source(part, where)
@@ -201,7 +214,7 @@ def _sent(**fields: Any) -> dict[str, Any]:
 
 def _source(part: MediumBody, where: str) -> tuple[str | bytes | np.ndarray | tuple[str | bytes, ...], str]:
     """What MediaRef takes, and where it stands."""
-    named, path = part.named(), f"{where}.{part.type}"
+    named, path = part.named(), f"{where}.{part.place}"
     if isinstance(named, Options):
         named, path = named.url, f"{path}.url"
     if isinstance(named, OpenedMedia):
@@ -218,7 +231,7 @@ def _own_options(part: MediumBody, where: str) -> dict[str, Any]:
     for name in beside.keys() & inside.keys():
         if beside[name] != inside[name]:
             raise InvalidRequestError(
-                f"{where}.{name} is {beside[name]}, and {inside[name]} inside {part.type}; send one of them",
+                f"{where}.{name} is {beside[name]}, and {inside[name]} inside {part.place}; send one of them",
                 param=f"{where}.{name}",
             )
     return beside | inside

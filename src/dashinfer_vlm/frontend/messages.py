@@ -114,6 +114,8 @@ class Dialogue:
     """More variables of the template, plain JSON values: vLLM's `chat_template_kwargs`."""
     effort: str | None = None
     """How much to think before the answer, in OpenAI's words; None: as the template has it."""
+    param: str = "messages"
+    """What its caller calls the conversation, for error messages."""
 
     @property
     def callable_names(self) -> list[str]:

@@ -6,6 +6,7 @@ A medium may be named in OpenAI's form (`{"type": "image_url", "image_url": {"ur
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal, TypeAlias
 
@@ -18,7 +19,7 @@ from dashinfer_vlm.request import ItemKind
 
 _PIXEL_OPTIONS = ("min_pixels", "max_pixels", "resized_height", "resized_width")
 _VIDEO_OPTIONS = ("total_pixels", "fps", "num_frames", "min_frames", "max_frames")
-_FORMS = {
+FORMS = {
     "text": '{"type": "text", "text": ...}',
     "image_url": '{"type": "image_url", "image_url": {"url": ...}}',
     "video_url": '{"type": "video_url", "video_url": {"url": ...}}',
@@ -104,9 +105,15 @@ class PartBody(Body):
     """The same in OpenAI's."""
 
 
-class TextBody(PartBody):
-    type: Literal["text"]
+class TextualBody(PartBody):
+    """A text, whatever an API calls it."""
+
+    type: str
     text: str
+
+
+class TextBody(TextualBody):
+    type: Literal["text"]
 
 
 class MediumBody(PartBody, Options):
@@ -118,8 +125,13 @@ class MediumBody(PartBody, Options):
     uuid: Annotated[str | None, no_effect] = None
     """Accepted; identity here is the content itself."""
 
+    @property
+    def place(self) -> str:
+        """The field that names it."""
+        return self.type
+
     def named(self) -> Source | ImageUrl | VideoUrl:
-        """What stands in the field that is called like the type."""
+        """What stands there."""
         raise NotImplementedError
 
 
@@ -177,22 +189,29 @@ class ImageEmbedsBody(PartBody):
     """Accepted; identity here is the content itself."""
 
 
-def _checked_part(value: Any) -> Any:
-    """A text may stand for its part; any other part says what it is."""
-    if isinstance(value, str):
-        return {"type": "text", "text": value}
-    if not isinstance(value, dict):
-        raise meant(f"has the wrong type, {json_type(value)}; a part is text or an object")
-    if "type" not in value:
-        raise meant(f"has no type; a part is {' or '.join(_FORMS.values())}", field="type")
-    if not isinstance(value["type"], str) or value["type"] not in _FORMS:
-        raise unsupported(f"has type {str(value['type'])[:80]!r}; supported are {', '.join(_FORMS)}", field="type")
-    return value
+def one_of(forms: Mapping[str, str]) -> BeforeValidator:
+    """Parts that say by their type which of `forms` they have; a text may stand for its part."""
+
+    def checked(value: Any) -> Any:
+        if isinstance(value, str):
+            return {"type": "text", "text": value}
+        if not isinstance(value, dict):
+            raise meant(f"has the wrong type, {json_type(value)}; a part is text or an object")
+        if "type" not in value:
+            raise meant(f"has no type; a part is {' or '.join(forms.values())}", field="type")
+        if not isinstance(value["type"], str) or value["type"] not in forms:
+            raise unsupported(f"has type {str(value['type'])[:80]!r}; supported are {', '.join(forms)}", field="type")
+        return value
+
+    return BeforeValidator(checked)
 
 
 def _type_of_part(part: dict[str, Any]) -> str:
     return f":{part['type']}"
 
+
+by_type = Discriminator(_type_of_part)
+"""Tells parts apart that are tagged `:TYPE`."""
 
 AnyPart = Annotated[
     Annotated[TextBody, Tag(":text")]
@@ -201,6 +220,6 @@ AnyPart = Annotated[
     | Annotated[ImageBody, Tag(":image")]
     | Annotated[VideoBody, Tag(":video")]
     | Annotated[ImageEmbedsBody, Tag(":image_embeds")],
-    Discriminator(_type_of_part),
-    BeforeValidator(_checked_part),
+    by_type,
+    one_of(FORMS),
 ]

@@ -108,23 +108,23 @@ class PromptBuilder:
         Raises InvalidRequestError for messages that cannot be, ContextLengthError when prompt and answer do not fit,
         and MediaError for the first medium that cannot be used (the others are given back).
         """
-        messages = dialogue.messages
+        messages, param = dialogue.messages, dialogue.param
         validate_messages(messages)
         refs = [ref for message in messages for ref in message.refs]
-        self._check_items(refs)
+        self._check_items(refs, param)
         num_chars = sum(message.num_chars for message in messages) + dialogue.num_tool_chars
-        self._check_chars(num_chars, "messages", self.max_model_len)
+        self._check_chars(num_chars, param, self.max_model_len)
         effort = num_chars + sum(_TURN_CHARS + message.num_argument_chars for message in messages)
         encode = partial(self.template.encode, then=params.next)
-        ids = self._cut(await _encode(effort, encode, dialogue, self._most(params), "messages"), params)
+        ids = self._cut(await _encode(effort, encode, dialogue, self._most(params), param), params)
         self._check_placeholders(ids, len(refs), params)
-        check_prompt(len(ids), self.max_model_len, "messages", len(refs))  # before anything is fetched
+        check_prompt(len(ids), self.max_model_len, param, len(refs))  # before anything is fetched
         form = self.template.answer_form(dialogue, ids)
         if not refs:
-            return replace(self._finish(ids, (), params, "messages"), form=form)
+            return replace(self._finish(ids, (), params, param), form=form)
         media = await _load_all(self.loader, refs, media_salt)
         try:
-            return replace(self._finish(ids, media, params, "messages"), form=form)
+            return replace(self._finish(ids, media, params, param), form=form)
         except InvalidRequestError:
             for medium in media:
                 medium.release()
@@ -184,16 +184,16 @@ class PromptBuilder:
         check_total(len(full), params.sampling.max_tokens, self.max_model_len, param, params.max_tokens_name)
         return Prompt(full, items, media=tuple(media))
 
-    def _check_items(self, refs: Sequence[MediaRef]) -> None:
+    def _check_items(self, refs: Sequence[MediaRef], param: str) -> None:
         for kind in dict.fromkeys(ref.kind for ref in refs):
             count, limit = sum(ref.kind == kind for ref in refs), self.max_items.get(kind)
             if kind not in self.placeholder_ids:
-                raise InvalidRequestError(f"the model takes no {kind} input", param="messages")
+                raise InvalidRequestError(f"the model takes no {kind} input", param=param)
             if limit is not None and count > limit:
                 raise InvalidRequestError(
-                    f"the messages hold {count} {kind}s, the limit is {limit}; send fewer or start with "
+                    f"the {param} hold {count} {kind}s, the limit is {limit}; send fewer or start with "
                     f"--limit-mm-per-prompt",
-                    param="messages",
+                    param=param,
                 )
 
     def _check_chars(self, num_chars: int, param: str, most_tokens: int) -> None:

@@ -91,7 +91,7 @@ class ChatTemplate:
         except Exception as error:  # noqa: BLE001 - the template is a program of somebody else's
             reason = _shortened(str(error).replace(sentinel, "") or type(error).__name__)
             raise InvalidRequestError(
-                f"the chat template refuses these messages: {reason}", param="messages"
+                f"the chat template refuses these messages: {reason}", param=dialogue.param
             ) from None  # what Jinja makes of a recursion is a thousand lines long
         return self._encode(_cut(text, end) if then == "continuation" else text, sentinel, most)
 

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import re
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, Tag
 
 from dashinfer_vlm.errors import InvalidRequestError
 from dashinfer_vlm.frontend.schema import Body, by_shape
-from dashinfer_vlm.frontend.tools import FREE_CHOICE, Tool, ToolChoice
-
-MAX_TOOLS = 128
-_NAME = re.compile(r"[A-Za-z0-9_.-]{1,128}")
+from dashinfer_vlm.frontend.tools import Tool, ToolChoice, check_tool_name, offer
 
 
 class FunctionToolBody(Body):
@@ -29,11 +25,7 @@ class ToolBody(Body):
     def tool(self, where: str) -> Tool:
         """Raises InvalidRequestError for a name that cannot be."""
         body = self.function
-        if not _NAME.fullmatch(body.name):
-            raise InvalidRequestError(
-                f"{where}.function.name is {body.name[:200]!r}; it must be 1 to 128 letters, digits, '_', '.' and '-'",
-                param=f"{where}.function.name",
-            )
+        check_tool_name(body.name, f"{where}.function.name")
         schema = {} if body.parameters is None else {"parameters": body.parameters}
         return Tool(name=body.name, description=body.description, strict=bool(body.strict), **schema)
 
@@ -69,24 +61,13 @@ def read_tools(
     tools: list[ToolBody] | None, choice: ToolChoiceBody | None, parallel: bool | None
 ) -> tuple[tuple[Tool, ...], ToolChoice]:
     """The tools that the model is shown, and how it may choose. Raises InvalidRequestError."""
-    read = tuple(body.tool(f"tools[{i}]") for i, body in enumerate(tools or ()))
-    if len(read) > MAX_TOOLS:
-        raise InvalidRequestError(f"tools has {len(read)} tools; {MAX_TOOLS} are the most", param="tools")
-    known = {tool.name for tool in read}
-    if len(known) < len(read):
-        raise InvalidRequestError("tools has two of the same name", param="tools")
+    read = [body.tool(f"tools[{i}]") for i, body in enumerate(tools or ())]
+    return offer(read, _choice(choice, parallel is not False))
+
+
+def _choice(choice: ToolChoiceBody | None, parallel: bool) -> ToolChoice | None:
     if choice == "none":
-        return (), FREE_CHOICE
-    chosen = _choice(choice, parallel is not False)
-    if not read and chosen.must_call:
-        raise InvalidRequestError("tool_choice asks for a call, and there are no tools", param="tool_choice")
-    for name in chosen.names or ():
-        if name not in known:
-            raise InvalidRequestError(f"tool_choice names {name[:200]!r}, which is no tool", param="tool_choice")
-    return read, chosen
-
-
-def _choice(choice: ToolChoiceBody | None, parallel: bool) -> ToolChoice:
+        return None
     if not isinstance(choice, ChoiceBody):
         return ToolChoice(must_call=choice == "required", parallel=parallel)
     if (choice.type == "function") != (choice.function is not None) or (choice.type == "allowed_tools") != (

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
 from fastapi import APIRouter, FastAPI
 from fastapi.middleware.cors import CORSMiddleware
 from fastapi.routing import APIRoute
@@ -18,6 +21,9 @@ from dashinfer_vlm.server.errors import install_error_handlers
 from dashinfer_vlm.server.metrics import Metrics, ReplyCounter, metrics_routes
 from dashinfer_vlm.server.openapi import document_routes
 from dashinfer_vlm.server.reading import BodyReader
+from dashinfer_vlm.server.responses.desk import Desk
+from dashinfer_vlm.server.responses.routes import response_routes
+from dashinfer_vlm.server.responses.store import ResponseStore
 from dashinfer_vlm.server.status import status_routes
 from dashinfer_vlm.server.tokenize import tokenize_routes
 from dashinfer_vlm.server.ui import page_files, page_routes
@@ -25,6 +31,13 @@ from dashinfer_vlm.server.ui import page_files, page_routes
 
 def create_app(service: Service, config: ServerConfig, *, bodies: BodyReader | None = None) -> FastAPI:
     """The application over a service that is ready; who made the service closes it. Raises ConfigError."""
+    desk = Desk(ResponseStore.open(config.responses_store, config.responses_store_mib * 2**20))
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        yield
+        await desk.close()
+
     app = FastAPI(
         title="DashInfer-VLM",
         version=dashinfer_vlm.__version__,
@@ -32,11 +45,12 @@ def create_app(service: Service, config: ServerConfig, *, bodies: BodyReader | N
         redoc_url=None,
         openapi_url=None,
         redirect_slashes=False,
+        lifespan=lifespan,
     )
     context = Context(service=service, config=config, bodies=bodies or BodyReader(config.max_body_mib * 2**20))
     service.observer = metrics = Metrics(service)
     routers = [make(context) for make in (chat_routes, completion_routes, status_routes, tokenize_routes)]
-    routers.append(metrics_routes(metrics))
+    routers += [response_routes(context, desk), metrics_routes(metrics)]
     if config.ui:
         routers.append(page_routes(context))
     keyring = Keyring(config)

@@ -9,32 +9,18 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Annotated, Any, Literal
 
-from pydantic import Discriminator, Field, Tag
+import msgspec
+from pydantic import Discriminator, Tag
 
 from dashinfer_vlm.errors import InvalidRequestError
 from dashinfer_vlm.frontend.conversation import MessageBody, ProcessorBody, read_conversation
 from dashinfer_vlm.frontend.messages import Dialogue
 from dashinfer_vlm.frontend.params import GenerationParams
-from dashinfer_vlm.frontend.schema import Body, Whole, Wholes, by_shape, no_effect, only
+from dashinfer_vlm.frontend.schema import Body, Whole, Wholes, no_effect, only
 from dashinfer_vlm.frontend.structured import StructuredBody
 from dashinfer_vlm.frontend.tool_schema import ToolBody, ToolChoiceBody, read_tools
-from dashinfer_vlm.frontend.truncation import Truncation, TruncationSide
-from dashinfer_vlm.request import SamplingParams
 from dashinfer_vlm.server.replies import Extras, UsageEvents
-
-_SAMPLED = (
-    "temperature",
-    "top_p",
-    "top_k",
-    "min_p",
-    "repetition_penalty",
-    "presence_penalty",
-    "frequency_penalty",
-    "no_repeat_ngram_size",
-    "seed",
-    "min_tokens",
-    "logit_bias",
-)
+from dashinfer_vlm.server.sampling import SamplingBody
 
 
 def _nesting(value: Any) -> str | None:
@@ -48,7 +34,6 @@ def _nesting(value: Any) -> str | None:
     return ":lists" if value and isinstance(value[0], list) else ":list"
 
 
-TextOrTexts = Annotated[Annotated[str, Tag(":text")] | Annotated[list[str], Tag(":list")], by_shape]
 Prompts = Annotated[
     Annotated[str, Tag(":text")]
     | Annotated[list[str], Tag(":texts")]
@@ -66,52 +51,16 @@ class StreamOptions(Body):
     """Every event tells the tokens so far; as in vLLM, only beside `include_usage`."""
 
 
-class GenerationBody(StructuredBody):
+class GenerationBody(SamplingBody, StructuredBody):
     """What chat and text completions share."""
 
-    model: str | None = None
     n: Whole | None = None
     max_tokens: Whole | None = None
-    stop: TextOrTexts | None = None
-    stream: bool | None = None
     stream_options: StreamOptions | None = None
-    temperature: float | None = None
-    top_p: float | None = None
-    seed: Whole | None = None
-    presence_penalty: float | None = None
-    frequency_penalty: float | None = None
-    logit_bias: dict[int, float] | None = None
-
-    # extensions, named as in vLLM
-    top_k: Whole | None = None
-    min_p: float | None = None
-    repetition_penalty: float | None = None
-    no_repeat_ngram_size: Whole | None = None
-    min_tokens: Whole | None = None
-    stop_token_ids: Wholes | None = None
-    allowed_token_ids: Wholes | None = None
-    ignore_eos: bool | None = None
-    include_stop_str_in_output: bool | None = None
-    skip_special_tokens: bool | None = None
-    cache_salt: str | None = Field(None, min_length=1, max_length=1024)
-    bad_words: list[str] | None = None
     prompt_logprobs: Whole | None = None
-    truncate_prompt_tokens: Whole | None = None
-    truncation_side: TruncationSide | None = None
     return_token_ids: bool | None = None
-    priority: Whole | None = None
-    timeout: float | None = None
-    """Seconds; ours, and the header `x-request-timeout` alike."""
 
     # no effect by their nature
-    user: Annotated[str | None, no_effect] = None
-    metadata: Annotated[dict[str, Any] | None, no_effect] = None
-    service_tier: Annotated[str | None, no_effect] = None
-    safety_identifier: Annotated[str | None, no_effect] = None
-    prompt_cache_key: Annotated[str | None, no_effect] = None
-    prompt_cache_retention: Annotated[str | None, no_effect] = None
-    prompt_cache_options: Annotated[dict[str, Any] | None, no_effect] = None
-    request_id: Annotated[str | None, no_effect] = None
     add_special_tokens: Annotated[bool | None, no_effect] = None
     """These tokenizers add none of their own to a text."""
     spaces_between_special_tokens: Annotated[bool | None, no_effect] = None
@@ -122,13 +71,10 @@ class GenerationBody(StructuredBody):
     use_beam_search: Annotated[Any, only(False)] = None
     length_penalty: Annotated[Any, only(1)] = None
     detokenize: Annotated[Any, only(True)] = None
-    logits_processors: Annotated[Any, only([])] = None
     return_tokens_as_token_ids: Annotated[Any, only(False)] = None
     guided_decoding_backend: Annotated[Any, only()] = None
     guided_whitespace_pattern: Annotated[Any, only()] = None
     structural_tag: Annotated[Any, only()] = None
-    kv_transfer_params: Annotated[Any, only({})] = None
-    vllm_xargs: Annotated[Any, only({})] = None
 
     @property
     def extras(self) -> Extras:
@@ -145,44 +91,14 @@ class GenerationBody(StructuredBody):
             raise InvalidRequestError("stream_options needs stream: true", param="stream_options")
         if self.prompt_logprobs is not None and self.stream:
             raise InvalidRequestError("prompt_logprobs are not told in a stream", param="prompt_logprobs")
-        if self.truncation_side is not None and self.truncate_prompt_tokens is None:
-            raise InvalidRequestError("truncation_side needs truncate_prompt_tokens", param="truncation_side")
 
     def _params(
         self, defaults: dict[str, float | int], max_tokens: int | None, logprobs: int | None
     ) -> GenerationParams:
-        """`defaults` are the checkpoint's `generation_config.json`, as in vLLM; what the request says goes first."""
-        sent = {name: value for name in _SAMPLED if (value := getattr(self, name)) is not None}
-        fields: dict[str, Any] = {**defaults, **sent}
-        if fields.get("top_k") == -1:  # vLLM's way to say "off"
-            fields["top_k"] = 0
-        sampling = SamplingParams(
-            **fields,
-            max_tokens=max_tokens,
-            logprobs=logprobs,
-            prompt_logprobs=self.prompt_logprobs,
-            stop_token_ids=tuple(self.stop_token_ids or ()),
-            allowed_token_ids=tuple(self.allowed_token_ids or ()),
-            ignore_eos=bool(self.ignore_eos),
-            grammar=self.grammar(),
-        )
-        return GenerationParams(
-            sampling=sampling,
-            n=1 if self.n is None else self.n,
-            stop=(self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ()),
-            include_stop_str_in_output=bool(self.include_stop_str_in_output),
-            skip_special_tokens=self.skip_special_tokens is not False,
-            cache_salt=self.cache_salt or "",
-            bad_words=tuple(self.bad_words or ()),
-            truncation=self._truncation(),
-            priority=self.priority or 0,
-            timeout_s=self.timeout,
-        )
-
-    def _truncation(self) -> Truncation | None:
-        if self.truncate_prompt_tokens is None:
-            return None
-        return Truncation(self.truncate_prompt_tokens, self.truncation_side or "left")
+        """`defaults` are the checkpoint's `generation_config.json`."""
+        params = self.sampled(defaults, max_tokens=max_tokens, logprobs=logprobs, grammar=self.grammar())
+        sampling = msgspec.structs.replace(params.sampling, prompt_logprobs=self.prompt_logprobs)
+        return replace(params, sampling=sampling, n=1 if self.n is None else self.n)
 
 
 class ChatBody(GenerationBody):

@@ -13,7 +13,7 @@ from starlette.responses import Response
 from dashinfer_vlm.frontend.answers import Answer, collect
 from dashinfer_vlm.frontend.generation import Delta, Generation, Usage
 from dashinfer_vlm.server.body import unless_gone
-from dashinfer_vlm.server.stream import EventStream
+from dashinfer_vlm.server.stream import EventStream, until_done
 
 _SHORT_TOKENS = 64
 """Their log probabilities are written in about 5 ms; those of longer answers are written in a thread."""
@@ -39,8 +39,8 @@ async def respond(
     """Await `begin` and answer. Raises what went wrong before the first token, so that the status can say it."""
     if not stream:
         return await unless_gone(request, _whole(begin, writer), lambda _: None)
-    generation, first = await unless_gone(request, _open(begin), lambda opened: opened[0].close())
-    return EventStream(_events(generation, first, writer), generation.close)
+    generation, first = await unless_gone(request, opened(begin), lambda started: started[0].close())
+    return EventStream(until_done(_events(generation, first, writer)), generation.close)
 
 
 async def _whole(begin: Coroutine[Any, Any, Generation], writer: Writer) -> Response:
@@ -59,7 +59,8 @@ def _encode(writer: Writer, answers: Sequence[Answer], usage: Usage) -> bytes:
     return msgspec.json.encode(writer.whole(answers, usage))
 
 
-async def _open(begin: Coroutine[Any, Any, Generation]) -> tuple[Generation, Delta]:
+async def opened(begin: Coroutine[Any, Any, Generation]) -> tuple[Generation, Delta]:
+    """A generation and the first thing it says. Raises what went wrong before that."""
     generation = await begin
     try:
         return generation, await anext(generation)

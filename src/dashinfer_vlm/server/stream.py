@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable
+from typing import Protocol
 
 import msgspec
 from starlette.responses import StreamingResponse
@@ -13,16 +14,23 @@ from dashinfer_vlm.server.errors import reply_to
 DONE = b"data: [DONE]\n\n"
 
 
+class NamedEvent(Protocol):
+    """A struct that says what it is."""
+
+    @property
+    def type(self) -> str: ...
+
+
 class EventStream(StreamingResponse):
-    """Sends `events`, then `[DONE]`; an error on the way is sent as an event and ends the stream without it.
+    """Sends `lines`, which are whole events (`until_done`, `by_type`).
 
     `close` is called when the response is over, however it ended and also if it never began.
     """
 
-    def __init__(self, events: AsyncIterator[msgspec.Struct], close: Callable[[], None]) -> None:
+    def __init__(self, lines: AsyncIterator[bytes], close: Callable[[], None]) -> None:
         # proxies must not collect the events
         headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
-        super().__init__(_encode(events), media_type="text/event-stream", headers=headers)
+        super().__init__(lines, media_type="text/event-stream", headers=headers)
         self._close = close
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -32,11 +40,22 @@ class EventStream(StreamingResponse):
             self._close()
 
 
-async def _encode(events: AsyncIterator[msgspec.Struct]) -> AsyncIterator[bytes]:
+async def until_done(events: AsyncIterator[msgspec.Struct]) -> AsyncIterator[bytes]:
+    """Events without names, then `[DONE]`; an error on the way is an event too and ends the stream without it."""
     try:
         async for event in events:
-            yield b"data: " + msgspec.json.encode(event) + b"\n\n"
+            yield _data(event)
     except Exception as error:  # noqa: BLE001  the status is sent already, so the stream itself must tell
         yield b"data: " + reply_to(error).body + b"\n\n"
         return
     yield DONE
+
+
+async def by_type(events: AsyncIterator[NamedEvent]) -> AsyncIterator[bytes]:
+    """Events named after their `type`. They tell their errors themselves, and the last one that it is the last."""
+    async for event in events:
+        yield b"event: " + event.type.encode() + b"\n" + _data(event)
+
+
+def _data(event: object) -> bytes:
+    return b"data: " + msgspec.json.encode(event) + b"\n\n"

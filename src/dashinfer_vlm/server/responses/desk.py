@@ -1,0 +1,125 @@
+"""Where responses are kept and found again; what one tenant has said is nobody else's business."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+
+import msgspec
+
+from dashinfer_vlm.errors import InvalidRequestError
+from dashinfer_vlm.server.errors import HttpError
+from dashinfer_vlm.server.responses import kept
+from dashinfer_vlm.server.responses.ids import response_of
+from dashinfer_vlm.server.responses.items import AnyItem, MessageItemBody, ReferenceBody
+from dashinfer_vlm.server.responses.jobs import Jobs, Keep
+from dashinfer_vlm.server.responses.replies import ResponseReply
+from dashinfer_vlm.server.responses.store import Kept, ResponseStore
+from dashinfer_vlm.server.responses.turns import Placed
+
+
+class Desk:
+    """The responses of one server: those under way in the background, and those that are over."""
+
+    def __init__(self, store: ResponseStore) -> None:
+        """`close` closes the store too."""
+        self._store = store
+        self.jobs = Jobs()
+
+    @property
+    def keeps_anything(self) -> bool:
+        return self._store.max_bytes > 0
+
+    async def close(self) -> None:
+        await self.jobs.close()
+        await self._store.close()
+
+    async def earlier(self, tenant: str, previous: str | None) -> list[Placed]:
+        """What was said up to the response `previous`; raises HttpError where that is not kept, or another tenant's."""
+        if previous is None:
+            return []
+        chain = await self._chain(tenant, previous)
+        items = await asyncio.to_thread(lambda: [item for each in chain for item in kept.items_of(each)])
+        return [Placed(item, "previous_response_id") for item in items]
+
+    async def own(self, tenant: str, input: str | Sequence[AnyItem | ReferenceBody]) -> list[Placed]:
+        """The items of an input; raises HttpError for one that is named and not kept, InvalidRequestError for none."""
+        if isinstance(input, str):
+            return [Placed(MessageItemBody(type="message", role="user", content=input), "input")]
+        if not input:
+            raise InvalidRequestError("input is empty; send a text or at least one item", param="input")
+        places = [f"input[{i}]" for i in range(len(input))]
+        return [
+            Placed(await self._resolved(tenant, item, where), where) for item, where in zip(input, places, strict=True)
+        ]
+
+    def keeper(self, tenant: str, input: bytes) -> Keep:
+        """What stores a response to these items, a JSON list; raises InvalidRequestError where they are too large."""
+        if 2 * len(input) > self._store.max_bytes:
+            raise InvalidRequestError(
+                f"an input of {len(input)} bytes is too large to be stored where all responses together may have "
+                f"{self._store.max_bytes}; send store: false or start with --responses-store-mib",
+                param="store",
+            )
+
+        async def keep(reply: ResponseReply) -> None:
+            told = msgspec.json.encode(reply)
+            row = Kept(id=reply.id, previous=reply.previous_response_id, input=input, reply=told)
+            await self._store.put(tenant, row)
+
+        return keep
+
+    async def reply(self, tenant: str, id: str) -> bytes:
+        """A response as JSON; raises HttpError."""
+        job = self.jobs.find(tenant, id)
+        return msgspec.json.encode(job.writer.reply) if job else (await self._kept(tenant, id)).reply
+
+    async def input(self, tenant: str, id: str) -> list[msgspec.Raw]:
+        """The items of a response's own input; raises HttpError."""
+        job = self.jobs.find(tenant, id)
+        return kept.inputs(job.input if job else (await self._kept(tenant, id)).input)
+
+    async def delete(self, tenant: str, id: str) -> None:
+        """End and forget it; raises HttpError."""
+        await self.jobs.cancel(tenant, id)
+        if not await self._store.delete(tenant, id):
+            raise _not_found(id)
+
+    async def cancel(self, tenant: str, id: str) -> bytes:
+        """End it, if it is under way, and tell it as it is then. Raises HttpError."""
+        if reply := await self.jobs.cancel(tenant, id):
+            return msgspec.json.encode(reply)
+        found = await self._kept(tenant, id)
+        if not kept.was_in_background(found):
+            raise HttpError(400, "invalid_value", "Cannot cancel a synchronous response.", param="response_id")
+        return found.reply
+
+    async def _kept(self, tenant: str, id: str) -> Kept:
+        found = await self._store.get(tenant, id)
+        if found is None:
+            raise _not_found(id)
+        return found
+
+    async def _chain(self, tenant: str, id: str) -> list[Kept]:
+        try:
+            return await self._store.chain(tenant, id)
+        except KeyError as error:
+            raise HttpError(
+                400,
+                "previous_response_not_found",
+                f"Previous response with id {error.args[0][:80]!r} not found.",
+                param="previous_response_id",
+            ) from None
+
+    async def _resolved(self, tenant: str, item: AnyItem | ReferenceBody, where: str) -> AnyItem:
+        if not isinstance(item, ReferenceBody):
+            return item
+        found = await self._store.get(tenant, response_of(item.id))
+        meant = found and kept.find_item(found, item.id)
+        if not meant:
+            raise HttpError(404, "not_found", f"Item with id {item.id[:80]!r} not found.", param=f"{where}.id")
+        return meant
+
+
+def _not_found(id: str) -> HttpError:
+    return HttpError(404, "not_found", f"Response with id {id[:80]!r} not found.", param="response_id")

@@ -1,0 +1,109 @@
+"""How responses are written: whole, as events, or in the background while nobody waits."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import dataclass, field
+
+from dashinfer_vlm.frontend.generation import Delta, Generation
+from dashinfer_vlm.server.responses.replies import Event, ResponseReply
+from dashinfer_vlm.server.responses.writer import ResponseWriter
+
+logger = logging.getLogger(__name__)
+
+Keep = Callable[[ResponseReply], Awaitable[None]]
+"""Stores a response that is over, if it is to be stored."""
+
+
+async def keep_nothing(reply: ResponseReply) -> None:
+    """For responses that are not."""
+
+
+async def write(generation: Generation, writer: ResponseWriter) -> None:
+    """Read `generation` to its end; it is closed when it fails or the reader is cancelled."""
+    try:
+        async for delta in generation:
+            writer.news(delta)
+    finally:
+        generation.close()
+    writer.end(generation.usage)
+
+
+async def tell(generation: Generation, first: Delta, writer: ResponseWriter, keep: Keep) -> AsyncIterator[Event]:
+    """The events of a response, `first` being what was read of it; errors are told by the last one.
+
+    It is stored before its end is told, so that it can be gone on with at once.
+    """
+    for event in writer.begin() + writer.news(first):
+        yield event
+    try:
+        async for delta in generation:
+            for event in writer.news(delta):
+                yield event
+        last = writer.end(generation.usage)
+        await keep(writer.reply)
+    except Exception as error:  # noqa: BLE001  the status is sent already, so the stream itself must tell
+        last = writer.fail(error)
+    for event in last:
+        yield event
+
+
+@dataclass(slots=True)
+class Job:
+    """A response in the background."""
+
+    tenant: str
+    input: bytes
+    """Its items, a JSON list."""
+    writer: ResponseWriter
+    task: asyncio.Task[None] = field(init=False)
+
+
+class Jobs:
+    """All responses in the background, until they are over and stored."""
+
+    def __init__(self) -> None:
+        self._jobs: dict[str, Job] = {}
+
+    def start(self, job: Job, generation: Generation, keep: Keep) -> None:
+        id = job.writer.reply.id
+        self._jobs[id] = job
+        job.task = asyncio.create_task(_run(job.writer, generation, keep))
+        job.task.add_done_callback(lambda task: self._forget(id, task))
+
+    def find(self, tenant: str, id: str) -> Job | None:
+        job = self._jobs.get(id)
+        return job if job is not None and job.tenant == tenant else None
+
+    async def cancel(self, tenant: str, id: str) -> ResponseReply | None:
+        """End it, with what it has said so far; None where it is not under way."""
+        job = self.find(tenant, id)
+        if job is None:
+            return None
+        job.task.cancel()
+        await asyncio.wait({job.task})
+        return job.writer.reply
+
+    async def close(self) -> None:
+        """End all."""
+        tasks = [job.task for job in self._jobs.values()]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    def _forget(self, id: str, task: asyncio.Task[None]) -> None:
+        del self._jobs[id]
+        if not task.cancelled() and (error := task.exception()):
+            logger.error("a response in the background could not be stored", exc_info=error)
+
+
+async def _run(writer: ResponseWriter, generation: Generation, keep: Keep) -> None:
+    try:
+        await write(generation, writer)
+    except asyncio.CancelledError:
+        writer.cancel()
+    except Exception as error:  # noqa: BLE001  nobody waits, so the response itself must tell
+        writer.fail(error)
+    await keep(writer.reply)
