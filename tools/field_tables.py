@@ -22,6 +22,7 @@ from dashinfer_vlm.frontend.schema import Only, state_of
 from dashinfer_vlm.server.chat import CHAT
 from dashinfer_vlm.server.completions import COMPLETIONS
 from dashinfer_vlm.server.described import Operation
+from dashinfer_vlm.server.responses.routes import COUNT, CREATE
 from dashinfer_vlm.server.tokenize import DETOKENIZE, TOKENIZE
 
 PAGE = pathlib.Path(__file__).resolve().parents[1] / "docs" / "api.md"
@@ -29,6 +30,8 @@ BEGIN, END = "<!-- fields: made by tools/field_tables.py -->\n", "<!-- end of fi
 OPERATIONS: dict[str, Operation] = {
     "POST /v1/chat/completions": CHAT,
     "POST /v1/completions": COMPLETIONS,
+    "POST /v1/responses": CREATE,
+    "POST /v1/responses/input_tokens": COUNT,
     "POST /tokenize": TOKENIZE,
     "POST /detokenize": DETOKENIZE,
 }

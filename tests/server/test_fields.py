@@ -11,13 +11,16 @@ from typing import Any
 import httpx
 import pytest
 import typing_extensions
-from openai.types import chat, completion_create_params, shared_params
+from openai.types import chat, completion_create_params, responses, shared_params
 from openai.types.chat import completion_create_params as chat_params
+from openai.types.responses import response_input_item_param as item_params
 from pydantic import BaseModel
 
 from dashinfer_vlm.frontend import conversation, parts, structured, tool_schema
 from dashinfer_vlm.frontend.schema import Only, state_of
 from dashinfer_vlm.server import protocol
+from dashinfer_vlm.server.responses import body as response_body
+from dashinfer_vlm.server.responses import items
 from tests.conftest import ROOT
 
 TOOL = ROOT / "tools" / "field_tables.py"
@@ -39,6 +42,24 @@ PAIRS: list[tuple[type[BaseModel], Any]] = [
     (tool_schema.AllowedToolsBody, chat.ChatCompletionAllowedToolsParam),
     (structured.ResponseFormatBody, chat_params.ResponseFormat),
     (structured.JsonSchemaBody, shared_params.response_format_json_schema.JSONSchema),
+    (response_body.ResponseBody, responses.response_create_params.ResponseCreateParams),
+    (response_body.CountBody, responses.input_token_count_params.InputTokenCountParams),
+    (response_body.ResponseToolBody, responses.FunctionToolParam),
+    (response_body.ResponseChoiceBody, responses.ToolChoiceFunctionParam),
+    (response_body.ResponseChoiceBody, responses.ToolChoiceAllowedParam),
+    (response_body.ReasoningBody, shared_params.Reasoning),
+    (response_body.TextConfigBody, responses.ResponseTextConfigParam),
+    (response_body.FormatBody, responses.ResponseFormatTextJSONSchemaConfigParam),
+    (response_body.ResponseStreamOptions, responses.response_create_params.StreamOptions),
+    (items.MessageItemBody, responses.EasyInputMessageParam),
+    (items.MessageItemBody, responses.ResponseOutputMessageParam),
+    (items.CallItemBody, responses.ResponseFunctionToolCallParam),
+    (items.CallOutputItemBody, item_params.FunctionCallOutput),
+    (items.ReasoningItemBody, responses.ResponseReasoningItemParam),
+    (items.ReferenceBody, item_params.ItemReference),
+    (items.InputTextBody, responses.ResponseInputTextParam),
+    (items.InputImageBody, responses.ResponseInputImageParam),
+    (items.OutputTextBody, responses.ResponseOutputTextParam),
 ]
 """Ours, and what the client calls the same."""
 
@@ -82,13 +103,18 @@ def test_every_part_of_the_client_is_served_or_tested_above() -> None:
     assert kinds == {"text", "image_url", "input_audio", "file"}
 
 
-@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions"])
-def test_what_stands_under_refused_is_refused_and_the_rest_of_its_row_is_not(shared: httpx.Client, path: str) -> None:
-    body, asked = (
-        (protocol.ChatBody, {"messages": [{"role": "user", "content": "hi"}]})
-        if "chat" in path
-        else (protocol.CompletionBody, {"prompt": "hi"})
-    )
+@pytest.mark.parametrize(
+    ("path", "body", "asked"),
+    [
+        ("/v1/chat/completions", protocol.ChatBody, {"messages": [{"role": "user", "content": "hi"}]}),
+        ("/v1/completions", protocol.CompletionBody, {"prompt": "hi"}),
+        ("/v1/responses", response_body.ResponseBody, {"input": "hi"}),
+        ("/v1/responses/input_tokens", response_body.CountBody, {"input": "hi"}),
+    ],
+)
+def test_what_stands_under_refused_is_refused_and_the_rest_of_its_row_is_not(
+    shared: httpx.Client, path: str, body: type[BaseModel], asked: dict[str, Any]
+) -> None:
     for name, field in body.model_fields.items():
         if state_of(field) != "refused":
             continue

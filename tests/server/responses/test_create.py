@@ -176,7 +176,8 @@ async def test_log_probabilities_are_told_where_they_are_asked_for(serve: Serve,
     response = await client.responses.create(
         model="model", input="x", include=["message.output_text.logprobs"], top_logprobs=2
     )
-    part: Any = response.output[0].content[0]  # type: ignore[union-attr]
+    message: Any = response.output[0]
+    part = message.content[0]
     assert [row.token for row in part.logprobs] == ["q", "z"]
     assert [len(row.top_logprobs) for row in part.logprobs] == [2, 2]
 

@@ -224,6 +224,7 @@ class CountBody(PromptedBody):
     """`POST /v1/responses/input_tokens`."""
 
     model: str | None = None
+    personality: Annotated[Any, only()] = None
 
 
 class RetrieveQuery(BaseModel):

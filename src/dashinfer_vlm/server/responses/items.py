@@ -30,7 +30,6 @@ Status = Literal["in_progress", "completed", "incomplete"]
 
 class InputTextBody(TextualBody):
     type: Literal["input_text"]
-    prompt_cache_breakpoint: Annotated[Any, only()] = None
 
 
 class OutputTextBody(TextualBody):
@@ -47,7 +46,6 @@ class InputImageBody(MediumBody, ImageOptions):
     type: Literal["input_image"]
     image_url: str
     file_id: Annotated[Any, only()] = None
-    prompt_cache_breakpoint: Annotated[Any, only()] = None
 
     @property
     def place(self) -> str:

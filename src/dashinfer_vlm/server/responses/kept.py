@@ -9,10 +9,10 @@ import msgspec
 from pydantic import TypeAdapter
 
 from dashinfer_vlm.server.responses.ids import item_id
-from dashinfer_vlm.server.responses.items import AnyItem, AnyItemBody, MessageItemBody
+from dashinfer_vlm.server.responses.items import AnyItem, AnyItemBody, MessageItemBody, ReferenceBody
 from dashinfer_vlm.server.responses.store import Kept
 
-_ITEMS: TypeAdapter[list[AnyItem]] = TypeAdapter(list[AnyItemBody])
+_ITEMS = TypeAdapter(list[AnyItemBody])
 _KINDS = {"message": "msg", "function_call": "fc", "function_call_output": "fco", "reasoning": "rs"}
 
 
@@ -35,14 +35,14 @@ def written(items: Sequence[AnyItem], response: str) -> bytes:
 
 def items_of(kept: Kept) -> list[AnyItem]:
     """What was said in it, by both sides."""
-    return _ITEMS.validate_json(kept.input) + _ITEMS.validate_json(_list(_outputs(kept)))
+    return _read(kept.input) + _read(_list(_outputs(kept)))
 
 
 def find_item(kept: Kept, id: str) -> AnyItem | None:
     """The item of this id, of its output or its input."""
     for raw in _outputs(kept) + inputs(kept.input):
         if id_of(raw) == id:
-            return _ITEMS.validate_json(_list([raw]))[0]
+            return _read(_list([raw]))[0]
     return None
 
 
@@ -61,6 +61,11 @@ def id_of(raw: msgspec.Raw) -> str:
 
 def _outputs(kept: Kept) -> list[msgspec.Raw]:
     return msgspec.json.decode(kept.reply, type=_Reply).output
+
+
+def _read(items: bytes) -> list[AnyItem]:
+    """Those of a JSON list; what was stored holds what references stood for, and none of them."""
+    return [item for item in _ITEMS.validate_json(items) if not isinstance(item, ReferenceBody)]
 
 
 def _list(raws: list[msgspec.Raw]) -> bytes:
