@@ -344,7 +344,7 @@ class ServerConfig:
         1 << 18, "Those of them that stand for pictures and videos.", group="Server", least=1
     )
     max_queued_encoder_s: float = option(
-        300.0,
+        1800.0,
         "Seconds that the vision encoder may be expected to need for what waits; more is answered 429.",
         group="Server",
         least=1,
