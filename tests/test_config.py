@@ -22,7 +22,7 @@ def test_defaults_are_valid(face: type[Any]) -> None:
         (EngineConfig(max_num_seqs=0), "--max-num-seqs is 0; it must be at least 1"),
         (EngineConfig(kv_cache_gib=math.nan), "--kv-cache-gib is nan"),
         (EngineConfig(min_pixels=10, max_pixels=5), "--min-pixels 10 is above --max-pixels 5"),
-        (EngineConfig(parallel_size=2), "--parallel-size 2 is not offered yet; this version supports 1"),
+        (EngineConfig(parallel_size=0), "--parallel-size is 0; it must be at least 1"),
         (
             EngineConfig(quant_type="gptq"),
             "--quant-type gptq is not offered yet; this version supports none or a8w8 or a16w8 or a16w4 or fp8",

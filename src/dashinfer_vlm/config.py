@@ -132,7 +132,9 @@ class EngineConfig:
     quant_cache_gib: float = option(
         16.0, "Disk for quantised weights in GiB; what was used least recently goes first, 0 keeps none.", least=0
     )
-    parallel_size: int = option(1, "Devices that share the model (tensor parallel).", least=1, only=(1,))
+    parallel_size: int = option(
+        1, "Devices that share the text model (tensor parallel), a process each; each holds the whole encoder.", least=1
+    )
     max_model_len: int | None = option(
         None,
         "Prompt plus output tokens of a request at most; the model's context when absent, 32000 at most.",

@@ -150,7 +150,7 @@ def test_a_wrong_use_has_a_status_and_a_reason_and_harms_nobody(use: str, engine
         ({"compute_unit": "TPU:0"}, PARAM, "TPU:0"),
         ({"compute_unit": "CPU"}, PARAM, "compute_unit"),
         ({"compute_unit": "CUDA:1"}, PARAM, "CUDA_VISIBLE_DEVICES"),
-        ({"compute_unit": "CUDA:0,1"}, PARAM, "parallel-size"),
+        ({"compute_unit": "CUDA:0,1"}, PARAM, "torch sees no CUDA device"),
         ({"engine_max_length": -1}, PARAM, "engine_max_length"),
         ({"engine_max_length": "512"}, PARAM, "engine_max_length"),
         ({"engine_max_length": 10**9}, PARAM, "max-model-len"),

@@ -73,7 +73,7 @@ def test_help_names_every_room() -> None:
         (("--modle", "x"), 2, "No such option '--modle'"),
         (("--max-batch", "many"), 2, "'many' is not a valid integer"),
         (("--max-batch", "0"), 2, "--max-num-seqs is 0; it must be at least 1"),
-        (("--parallel_size", "2"), 2, "this version supports 1"),
+        (("--parallel_size", "0"), 2, "--parallel-size is 0; it must be at least 1"),
         (("--vision_engine", "tensorrt"), 2, "this version supports native"),
         (("--quant-type", "gptq"), 2, "this version supports none or a8w8 or a16w8 or a16w4 or fp8"),
         (("--model", "/no/such/folder", "--port", "0"), 2, "no such folder"),

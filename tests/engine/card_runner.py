@@ -21,14 +21,15 @@ class PoisonedCardRunner(CardRunner):
     """Rows whose token only the device knew."""
 
     def start(self, plan: Plan) -> CardFlight:
-        poison_floats(self._logits)
-        poison_floats(self._items)
-        self._tables.fill_(1 << 20)
-        for keys, values in zip(self._all_kv.keys, self._all_kv.values, strict=True):
+        calls = self.calls
+        poison_floats(calls.captured_logits)
+        poison_floats(calls.items)
+        calls.tables.fill_(1 << 20)
+        for keys, values in zip(calls.all_kv.keys, calls.all_kv.values, strict=True):
             poison_floats(keys[-1])
             poison_floats(values[-1])
-        self._staging.static.fill_(0xFF)
-        self._staging._turns[self._staging._turn ^ 1].fill_(0xFF)
+        calls.staging.static.fill_(0xFF)
+        calls.staging._turns[calls.staging._turn ^ 1].fill_(0xFF)
         flight = super().start(plan)
         self.num_pending += sum(chunk.sequence.tokens[chunk.start] == -1 for chunk in plan.chunks)
         return flight
@@ -44,6 +45,7 @@ def make_card_runner(
     kv: KVCache,
     embeddings: EmbeddingCache,
     config: EngineConfig,
+    followers: None = None,
     *,
     depth: int = 1,
     with_graphs: bool = True,

@@ -75,6 +75,8 @@ class LateRunner(Runner):
         return batch
 
 
-def make_late_runner(model: Model, kv: KVCache, embeddings: EmbeddingCache, config: EngineConfig) -> LateRunner:
+def make_late_runner(
+    model: Model, kv: KVCache, embeddings: EmbeddingCache, config: EngineConfig, followers: None = None
+) -> LateRunner:
     """In place of `devices.make_runner`."""
     return LateRunner(model, kv, embeddings)

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
+from dashinfer_vlm.layers.ranks import ALONE
 from dashinfer_vlm.models.base import KVCache, StepBatch, TextShape
 from dashinfer_vlm.request import Grid, Item
 
@@ -59,6 +60,7 @@ class ScriptedModel:
     device = torch.device("cpu")
     kv_dtype = torch.float64
     activation_dtype = torch.float64
+    ranks = ALONE
 
     def __init__(self) -> None:
         self.encoder = ScriptedEncoder()

@@ -173,10 +173,17 @@ def test_joined_matrices_keep_their_own_scales(checkpoint: CheckpointMaker, tmp_
 
 
 def test_blocks_that_a_join_would_cut_are_rounded_anew() -> None:
-    assert StoredFloats((128, 128)).can_be_joined([128, 256, 100])
-    assert not StoredFloats((128, 128)).can_be_joined([100, 128])
-    assert not StoredFloats((64, 128)).can_be_joined([128])
-    assert StoredFloats(None).can_be_joined([100, 3])
+    def joined(stored: StoredFloats, *rows: int, part: slice = slice(None), columns: slice = slice(None)) -> bool:
+        return stored.can_be_joined([(count, 256) for count in rows], [part] * len(rows), columns)
+
+    blocks, by_row = StoredFloats((128, 128)), StoredFloats(None)
+    assert joined(blocks, 128, 256, 100)
+    assert not joined(blocks, 100, 128)
+    assert not joined(StoredFloats((64, 128)), 128)
+    assert joined(by_row, 100, 3, part=slice(1, 2))
+    assert joined(blocks, 256, 256, part=slice(128, 256), columns=slice(0, 128))
+    assert not joined(blocks, 256, part=slice(64, 128))
+    assert not joined(blocks, 256, columns=slice(192, 256))
 
 
 def plain_floats(device: torch.device, dtype: torch.dtype, *_: object) -> Backend:

@@ -24,6 +24,7 @@ from dashinfer_vlm.engine.engine import Engine
 from dashinfer_vlm.layers.backend import Backend, choose_backend, in_floats, on_card
 from dashinfer_vlm.layers.fp8 import Fp8Linear
 from dashinfer_vlm.layers.linear import Matrix
+from dashinfer_vlm.layers.ranks import WHOLE, Cut
 from dashinfer_vlm.models.base import KVCache, StepBatch
 from dashinfer_vlm.models.config import CheckpointConfig, read_config
 from dashinfer_vlm.models.loading import allocate_kv
@@ -56,12 +57,14 @@ class RandomWeights(Weights):
             return 0.1 * values + (0.0 if name.endswith("bias") else 1.0)
         return values / math.sqrt(math.prod(shape[1:]))
 
-    def join(self, names: tuple[str, ...], sizes: tuple[int, ...]) -> Tensor:
-        return torch.cat([self.take(name, size) for name, size in zip(names, sizes, strict=True)])
+    def join(self, names: tuple[str, ...], sizes: tuple[int, ...], cut: Cut = WHOLE) -> Tensor:
+        parts = zip(names, sizes, cut.of(names), strict=True)
+        return torch.cat([self.take(name, size)[part] for name, size, part in parts])
 
-    def matrix(self, rows: Mapping[str, int], depth: int) -> Matrix:
+    def matrix(self, rows: Mapping[str, int], depth: int, cut: Cut = WHOLE) -> Matrix:
         def read() -> Tensor:
-            return torch.cat([self.take(name, num_rows, depth) for name, num_rows in rows.items()])
+            parts = zip(rows.items(), cut.of(rows), strict=True)
+            return torch.cat([self.take(name, size, depth)[part, cut.columns] for (name, size), part in parts])
 
         return Matrix("+".join(rows), sum(rows.values()), depth, read)
 

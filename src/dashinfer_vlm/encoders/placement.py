@@ -34,7 +34,7 @@ def make_stage(model: Model, config: EngineConfig) -> EncoderStage:
     if model.encoder is None:
         return NoEncoder()
     queue = ItemQueue(EmbeddingCache(int(config.vision_cache_gib * 2**30)))
-    own = InStepEncoder(model.encoder, queue, model.device, _BATCH_PATCHES[model.device.type])
+    own = InStepEncoder(model.encoder, queue, model.device, _BATCH_PATCHES[model.device.type] * model.ranks.count)
     if not config.vision_workers:
         return own
     crew = _crew(model, config)

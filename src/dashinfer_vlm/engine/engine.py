@@ -17,6 +17,7 @@ from dashinfer_vlm.encoders.placement import make_stage
 from dashinfer_vlm.encoders.shared.stage import with_shared_cache
 from dashinfer_vlm.engine.admission import Limits, check_request
 from dashinfer_vlm.engine.blocks import BlockPool
+from dashinfer_vlm.engine.cards.calls import Followers
 from dashinfer_vlm.engine.devices import first_cost, make_runner, max_batched_tokens
 from dashinfer_vlm.engine.drafts import Drafter
 from dashinfer_vlm.engine.grammars.compiler import Compiler
@@ -26,7 +27,7 @@ from dashinfer_vlm.engine.scheduler import Scheduler
 from dashinfer_vlm.engine.sequence import Sequence
 from dashinfer_vlm.engine.stats import EngineStats
 from dashinfer_vlm.engine.steps import Chunk, Flight, Plan, StepRunner
-from dashinfer_vlm.errors import InvalidRequestError, UnsupportedError
+from dashinfer_vlm.errors import EngineDeadError, InvalidRequestError, UnsupportedError
 from dashinfer_vlm.models.base import KVCache, Model
 from dashinfer_vlm.request import Finish, Grammar, Output, Request, TokenLogprob
 
@@ -38,13 +39,22 @@ _NO_MEMORY = Finish("error", message="the device has no memory left for this req
 class Engine:
     """Runs many sequences over one model. Not thread-safe: one loop owns it (see loop.py)."""
 
-    def __init__(self, model: Model, kv: KVCache, config: EngineConfig, grammars: Compiler | None = None) -> None:
-        """Without `grammars`, which are the engine's own from now on, requests that need them are refused."""
+    def __init__(
+        self,
+        model: Model,
+        kv: KVCache,
+        config: EngineConfig,
+        grammars: Compiler | None = None,
+        followers: Followers | None = None,
+    ) -> None:
+        """Without `grammars`, which are the engine's own from now on, requests that need them are refused. So are
+        `followers`, the other ranks of a model that is shared."""
+        self._followers = followers
         self.model = model
         self.grammars = grammars
         self.config = config
         self.stage = with_shared_cache(make_stage(model, config), model, config)
-        self.runner: StepRunner = make_runner(model, kv, self.stage.cache, config)
+        self.runner: StepRunner = make_runner(model, kv, self.stage.cache, config, followers)
         kv = self.runner.kv
         self.limits = Limits.of(model, kv, config, max_item_patches=max_item_patches(model, kv))
         self.scheduler = Scheduler(
@@ -135,10 +145,15 @@ class Engine:
     def close(self) -> None:
         """Give back what runs outside this process; the engine is not used any more. Idempotent."""
         self.stage.close()
+        if self._followers is not None:
+            self._followers.close()
         if self.grammars is not None:
             self.grammars.close()
 
     def stats(self) -> EngineStats:
+        """Raises EngineDeadError when a rank of the model has ended."""
+        if self._followers is not None:
+            self._followers.check()
         pool = self.scheduler.pool
         return msgspec.structs.replace(
             self._counted,
@@ -168,6 +183,8 @@ class Engine:
         try:
             flight = self.runner.start(plan)
         except torch.OutOfMemoryError as error:
+            if self._followers is not None:
+                raise EngineDeadError("the first rank has no memory for what the others have begun") from error
             log.error("no memory for a step of %d rows: %s", plan.num_tokens, error)
             largest = max(reversed(plan.chunks), key=lambda chunk: chunk.num_rows)
             self._end(largest.sequence, _NO_MEMORY)

@@ -17,13 +17,18 @@ from dashinfer_vlm.engine.engine import Engine
 from dashinfer_vlm.engine.grammars.compiler import Compiler, read_vocabulary
 from dashinfer_vlm.engine.info import EngineInfo
 from dashinfer_vlm.engine.memory import kv_block_bytes, kv_dtype, num_kv_blocks
+from dashinfer_vlm.engine.parallel.crew import RankProcesses
+from dashinfer_vlm.engine.parallel.encoder import DealtEncoder
+from dashinfer_vlm.engine.parallel.meeting import meet
 from dashinfer_vlm.kernels.threads import engine_cores, engine_threads, set_threads, stay_on
 from dashinfer_vlm.layers.memory import huge_pages
+from dashinfer_vlm.layers.ranks import Ranks
 from dashinfer_vlm.models.base import KVCache
-from dashinfer_vlm.models.loading import allocate_kv, load_model
+from dashinfer_vlm.models.loading import allocate_kv, device_of, load_model
 from dashinfer_vlm.models.model import LoadedModel
+from dashinfer_vlm.models.weights import Progress
 
-__all__ = ["load_engine"]
+__all__ = ["load_engine", "make_cache"]
 
 logger = logging.getLogger(__name__)
 
@@ -38,12 +43,14 @@ def load_engine(config: EngineConfig, progress: OnProgress) -> tuple[Engine, Eng
     start = time.perf_counter()
     num_threads, cores = engine_threads(config), engine_cores(config)
     set_threads(num_threads, cores)
-    model = load_model(config, progress=lambda done, total: progress("weights", done, total))
-    num_blocks = num_kv_blocks(model, config, _reserved_bytes(model, config))
-    all_blocks = num_blocks + num_spare_blocks(model.device)
-    kv = allocate_kv(model, all_blocks, config.block_size, kv_dtype(model, config))
-    grammars = Compiler(partial(read_vocabulary, Path(config.model)), model.text.vocab_size, model.eos_token_ids)
-    engine = Engine(model, kv, config, grammars)
+    device_of(config, Ranks(0, config.parallel_size))  # before processes are started that would not find theirs
+    processes = None if config.parallel_size == 1 else RankProcesses(config)
+    try:
+        model, num_blocks, engine = _load(config, processes, lambda done, total: progress("weights", done, total))
+    except BaseException:
+        if processes is not None:
+            processes.close()
+        raise
     info = _info(engine, engine.runner.kv)
     logger.info(
         "loaded %s on %s as %s in %.1f s; %s KV cache: %d blocks of %d tokens, %d tokens in %.2f GiB",
@@ -64,6 +71,27 @@ def load_engine(config: EngineConfig, progress: OnProgress) -> tuple[Engine, Eng
         )
     stay_on(cores)
     return engine, info
+
+
+def _load(config: EngineConfig, processes: RankProcesses | None, progress: Progress) -> tuple[LoadedModel, int, Engine]:
+    """Model, blocks of its cache, engine."""
+    model = load_model(config, progress=progress, ranks=Ranks(0, config.parallel_size))
+    if processes is not None:
+        processes.wait_loaded()
+        meet(processes.meeting, model.ranks, model.device, config)
+    num_blocks, kv = make_cache(model, config)
+    if processes is not None and model.encoder is not None:
+        model.encoder = DealtEncoder(model, processes)
+    grammars = Compiler(partial(read_vocabulary, Path(config.model)), model.text.vocab_size, model.eos_token_ids)
+    return model, num_blocks, Engine(model, kv, config, grammars, processes)
+
+
+def make_cache(model: LoadedModel, config: EngineConfig) -> tuple[int, KVCache]:
+    """The KV cache, and its blocks without those that no sequence gets: as many as every rank of the model has room
+    for."""
+    num_blocks = model.ranks.least(num_kv_blocks(model, config, _reserved_bytes(model, config)), model.device)
+    all_blocks = num_blocks + num_spare_blocks(model.device, model.ranks.count)
+    return num_blocks, allocate_kv(model, all_blocks, config.block_size, kv_dtype(model, config))
 
 
 def _reserved_bytes(model: LoadedModel, config: EngineConfig) -> int | None:

@@ -32,9 +32,10 @@ def vision_threads(config: EngineConfig) -> int:
 
 
 def engine_threads(config: EngineConfig) -> int:
-    """Compute threads of the engine: one per core, without those that workers on this machine's cores take."""
+    """Compute threads of the engine: one per core, without those that workers on this machine's cores take; the ranks
+    of a model that is shared have equal parts."""
     taken = config.vision_workers * vision_threads(config) if _workers_compute_here(config) else 0
-    return config.threads or max(1, len(_cores(config)) - taken)
+    return config.threads or max(1, (len(_cores(config)) - taken) // config.parallel_size)
 
 
 def engine_cores(config: EngineConfig) -> list[int] | None:

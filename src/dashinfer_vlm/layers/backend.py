@@ -22,6 +22,7 @@ from dashinfer_vlm.layers.linear import ExpandingLinear, Floats, Linear, Matrix,
 from dashinfer_vlm.layers.memory import in_huge_pages
 from dashinfer_vlm.layers.patches import NativePatches, Patches, TorchPatches
 from dashinfer_vlm.layers.quantise import QUANT_TYPES, PackedStore, QuantisedLinears
+from dashinfer_vlm.layers.ranks import ALONE, JoinedLinear, Ranks, SummedLinear
 from dashinfer_vlm.layers.upload import upload_to
 
 __all__ = [
@@ -94,6 +95,8 @@ class Backend:
     """As `make_linear`, for the last layer of the text model; None: `make_linear`."""
     make_patches: Callable[[Tensor, Tensor], Patches] = TorchPatches
     """First layer of a ViT from a float32 weight and bias on the device."""
+    ranks: Ranks = ALONE
+    """Who shares the model's layers."""
     is_native: bool = False
     """Whether the native kernels do all that is heavy, and torch only moves small tensors."""
 
@@ -109,9 +112,15 @@ class Backend:
         """Linear layer of `weight` [N, K] and `bias` [N]."""
         return self.make_linear(weight, None if bias is None else self.vector(bias), epilogue)
 
+    def summed(self, weight: Matrix) -> Linear:
+        """Linear layer whose columns are dealt out among the ranks."""
+        part = self.linear(weight)
+        return part if self.ranks.count == 1 else SummedLinear(part, self.ranks)
+
     def head(self, weight: Matrix) -> Linear:
-        """The last layer of the text model, from hidden states to logits."""
-        return (self.make_head or self.make_linear)(weight, None, "none")
+        """The last layer of the text model, from hidden states to logits; its rows are dealt out among the ranks."""
+        part = (self.make_head or self.make_linear)(weight, None, "none")
+        return part if self.ranks.count == 1 else JoinedLinear(part, self.ranks)
 
 
 def _own_copy(tensor: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
@@ -123,14 +132,18 @@ def _own_copy(tensor: Tensor, device: torch.device, dtype: torch.dtype) -> Tenso
 
 
 def choose_backend(
-    device: torch.device, weight_dtype: torch.dtype, quant_type: str = "none", store: PackedStore | None = None
+    device: torch.device,
+    weight_dtype: torch.dtype,
+    quant_type: str = "none",
+    store: PackedStore | None = None,
+    ranks: Ranks = ALONE,
 ) -> Backend:
     """The fastest backend for `device` and weights stored as `weight_dtype`, or quantised; the choice is logged.
 
     `store` is where quantised weights of former starts are looked for, and kept for the next. Raises ConfigError when
     quantised weights are asked for where nothing computes with them.
     """
-    backend = _choose(device, weight_dtype, quant_type, store)
+    backend = replace(_choose(device, weight_dtype, quant_type, store), ranks=ranks)
     logger.info(
         "compute: %s on %s, weights %s, activations %s",
         backend.name,

@@ -66,12 +66,11 @@ class GroupedOps:
 
 
 class GroupedLinear:
-    """See `layers.linear.Linear`; the epilogue is none or `silu_mul`. A head gives float32."""
+    """See `layers.linear.Linear`. A head gives float32."""
 
     def __init__(
         self, weight: GroupedWeight, bias: Tensor | None, epilogue: Epilogue, ops: GroupedOps, *, is_head: bool = False
     ) -> None:
-        assert epilogue in ("none", "silu_mul"), epilogue
         self.weight = weight
         self.bias = bias
         self.epilogue: Epilogue = epilogue
@@ -79,7 +78,7 @@ class GroupedLinear:
         self.is_head = is_head
 
     def __call__(self, x: Tensor, *, residual: Tensor | None = None, out: Tensor | None = None) -> Tensor:
-        if len(x) > self.ops.most_rows:
+        if len(x) > self.ops.most_rows or self.epilogue not in ("none", "silu_mul"):
             plain = self.ops.plain_head if self.is_head else self.ops.plain
             return plain(self.ops.expand(self.weight, x.dtype), self.bias, self.epilogue)(x, residual=residual, out=out)
         dtype = torch.float32 if self.is_head else x.dtype

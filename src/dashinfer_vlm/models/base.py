@@ -12,6 +12,7 @@ from typing import Any, Protocol
 
 import torch
 
+from dashinfer_vlm.layers.ranks import Ranks
 from dashinfer_vlm.request import Grid, Item
 
 
@@ -135,6 +136,8 @@ class Model(Protocol):
     """Of the stored weights, and of the KV cache unless another one is asked for."""
     activation_dtype: torch.dtype
     """What it computes in, embeddings included."""
+    ranks: Ranks
+    """Who shares it: all of them must make the same calls."""
 
     @property
     def encoder(self) -> VisionEncoder | None:

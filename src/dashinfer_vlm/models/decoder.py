@@ -5,7 +5,7 @@ A family chooses the modules: `Decoder(config.text, weights, backend, attention=
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Protocol
 
 import torch
@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from dashinfer_vlm.errors import CheckpointError
 from dashinfer_vlm.layers.backend import Backend
 from dashinfer_vlm.layers.linear import Linear, Matrix
+from dashinfer_vlm.layers.ranks import Cut
 from dashinfer_vlm.layers.rotary import axes_of_channels, inverse_frequencies, yarn_frequencies
 from dashinfer_vlm.models.base import KVCache, StepBatch, TextShape
 from dashinfer_vlm.models.config import Rope, TextConfig
@@ -51,22 +52,27 @@ class Attention:
     ) -> None:
         self.config = config
         self.ops = backend.ops
+        heads = backend.ranks.share(config.num_heads, "attention heads")
+        kv_heads = backend.ranks.share(config.num_kv_heads, "heads of keys and values", may_repeat=True)
+        self.num_heads, self.num_kv_heads = heads.stop - heads.start, kv_heads.stop - kv_heads.start
         query, key = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
         names, sizes = tuple(f"{prefix}.{x}_proj" for x in "qkv"), (query, key, key)
-        rows = {f"{name}.weight": size for name, size in zip(names, sizes, strict=True)}
-        bias = weights.join(tuple(f"{name}.bias" for name in names), sizes) if qkv_bias else None
-        self.qkv = backend.linear(weights.matrix(rows, config.hidden_size), bias)
-        self.out = backend.linear(weights.matrix({f"{prefix}.o_proj.weight": config.hidden_size}, query))
+        of_queries, of_keys = (times(part, config.head_dim) for part in (heads, kv_heads))
+        parts = dict(zip(names, (of_queries, of_keys, of_keys), strict=True))
+        self.qkv = _joined(names, sizes, parts, config.hidden_size, weights, backend, has_bias=qkv_bias)
+        out = weights.matrix({f"{prefix}.o_proj.weight": config.hidden_size}, query, Cut(columns=of_queries))
+        self.out = backend.summed(out)
         self.norms = [
             backend.vector(weights.take(f"{prefix}.{x}_norm.weight", config.head_dim))
             for x in ("qk" if qk_norm else "")
         ]
 
     def attend(self, x: torch.Tensor, table: Table, batch: StepBatch, cache: Cache) -> torch.Tensor:
-        """[T, hidden] -> [T, heads * head_dim], which `out` projects; K and V go to `batch.slots` of the cache."""
+        """[T, hidden] -> [T, heads * head_dim], which `out` projects; K and V go to `batch.slots` of the cache. Heads
+        are those of this rank."""
         c = self.config
         heads = self.qkv(x).view(len(x), -1, c.head_dim)
-        q, k, v = heads.split_with_sizes([c.num_heads, c.num_kv_heads, c.num_kv_heads], dim=1)
+        q, k, v = heads.split_with_sizes([self.num_heads, self.num_kv_heads, self.num_kv_heads], dim=1)
         if self.norms:
             q, k = (self._norm(part, weight) for part, weight in zip((q, k), self.norms, strict=True))
         self.ops.rope_write_kv(q, k, v, *table, *cache, batch.slots)
@@ -80,14 +86,38 @@ class Attention:
         return self.ops.rms_norm(heads.flatten(0, 1), weight, self.config.rms_norm_eps).view(heads.shape)
 
 
+def _joined(
+    names: tuple[str, ...],
+    sizes: tuple[int, ...],
+    parts: Mapping[str, slice],
+    depth: int,
+    weights: Weights,
+    backend: Backend,
+    *,
+    has_bias: bool,
+) -> Linear:
+    """One layer of several, of each of which this rank holds a part."""
+    rows = {f"{name}.weight": size for name, size in zip(names, sizes, strict=True)}
+    cut = Cut(rows={f"{name}.{kind}": part for name, part in parts.items() for kind in ("weight", "bias")})
+    bias = weights.join(tuple(f"{name}.bias" for name in names), sizes, cut) if has_bias else None
+    return backend.linear(weights.matrix(rows, depth, cut), bias)
+
+
+def times(part: slice, size: int) -> slice:
+    """The same part of a row, counted in things of which `size` make one."""
+    return slice(part.start * size, part.stop * size)
+
+
 class GatedMlp:
     """down(silu(gate x) * up x). Takes `{prefix}.*`."""
 
     def __init__(self, prefix: str, config: TextConfig, weights: Weights, backend: Backend) -> None:
         hidden, inner = config.hidden_size, config.intermediate_size
         rows = {f"{prefix}.gate_proj.weight": inner, f"{prefix}.up_proj.weight": inner}
-        self.gate_up = backend.linear(weights.matrix(rows, hidden), epilogue="silu_mul")
-        self.down = backend.linear(weights.matrix({f"{prefix}.down_proj.weight": hidden}, inner))
+        part = backend.ranks.share(inner, "channels of the MLP")
+        gate_up = weights.matrix(rows, hidden, Cut(rows=dict.fromkeys(rows, part)))
+        self.gate_up = backend.linear(gate_up, epilogue="silu_mul")
+        self.down = backend.summed(weights.matrix({f"{prefix}.down_proj.weight": hidden}, inner, Cut(columns=part)))
 
     def __call__(self, x: torch.Tensor, *, residual: torch.Tensor) -> torch.Tensor:
         return self.down(self.gate_up(x), residual=residual)
@@ -144,8 +174,10 @@ class Decoder:
 
     def _make_head(self, weights: Weights) -> Linear:
         vocab_size, hidden_size = self.embedding.shape
+        part = self.backend.ranks.share(vocab_size, "words of the vocabulary")
         if not self.config.tie_word_embeddings:
-            return self.backend.head(weights.matrix({"lm_head.weight": vocab_size}, hidden_size))
+            name = "lm_head.weight"
+            return self.backend.head(weights.matrix({name: vocab_size}, hidden_size, Cut(rows={name: part})))
         if "lm_head.weight" in weights:  # some exports write the tied head once more
             again = weights.take("lm_head.weight", *self.embedding.shape)
             if not torch.equal(again.to(self.embedding), self.embedding):
@@ -153,16 +185,17 @@ class Decoder:
                     f"{weights.folder}: lm_head.weight differs from model.embed_tokens.weight, yet config.json sets "
                     "tie_word_embeddings"
                 )
-        tied = Matrix("lm_head.weight", vocab_size, hidden_size, lambda: self.embedding, is_kept=True)
-        return self.backend.head(tied)
+        rows = self.embedding[part]
+        return self.backend.head(Matrix("lm_head.weight", len(rows), hidden_size, lambda: rows, is_kept=True))
 
     @property
     def shape(self) -> TextShape:
+        """Of what this rank holds."""
         return TextShape(
             vocab_size=self.config.vocab_size,
             hidden_size=self.config.hidden_size,
             num_layers=self.config.num_layers,
-            num_kv_heads=self.config.num_kv_heads,
+            num_kv_heads=self.layers[0].attention.num_kv_heads,
             head_dim=self.config.head_dim,
             max_position_embeddings=self.config.max_position_embeddings,
         )

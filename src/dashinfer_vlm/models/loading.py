@@ -13,6 +13,7 @@ from dashinfer_vlm.kernels.threads import leave_torch_one_thread
 from dashinfer_vlm.layers.attention import cache_row_size
 from dashinfer_vlm.layers.backend import Backend, choose_backend
 from dashinfer_vlm.layers.memory import huge_zeros
+from dashinfer_vlm.layers.ranks import ALONE, Ranks
 from dashinfer_vlm.models.base import KVCache, Model, VisionEncoder
 from dashinfer_vlm.models.config import CheckpointConfig, read_config
 from dashinfer_vlm.models.hf_tower import TransformersVision
@@ -21,21 +22,24 @@ from dashinfer_vlm.models.quant_cache import open_store
 from dashinfer_vlm.models.settings import refuse_vision_options
 from dashinfer_vlm.models.weights import Progress, Weights
 
-__all__ = ["allocate_kv", "load_encoder", "load_model", "quantise"]
+__all__ = ["allocate_kv", "device_of", "load_encoder", "load_model", "quantise"]
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
-def load_model(config: EngineConfig, *, progress: Progress | None = None) -> LoadedModel:
+def load_model(config: EngineConfig, *, progress: Progress | None = None, ranks: Ranks = ALONE) -> LoadedModel:
     """Load the checkpoint in the folder `config.model` onto `config.device`, its weights as `config.dtype`.
 
     Quantised weights come from the cache if a former start left them there, and else are left there for the next.
-    `progress` is called with bytes done and bytes in total. Raises CheckpointError when the folder cannot be used and
-    ConfigError when the device is not there.
+    `progress` is called with bytes done and bytes in total. Of a text model that several `ranks` share, this one's part
+    is loaded, onto the card of its number. Raises CheckpointError when the folder cannot be used and ConfigError when
+    the device is not there.
     """
     checkpoint = read_config(Path(config.model))
     dtype = DTYPES[checkpoint.dtype if config.dtype == "auto" else config.dtype]
-    device = _device(config.device)
+    device = device_of(config, ranks)
+    if device.index is not None:
+        torch.cuda.set_device(device)
     weights = Weights(checkpoint.folder, checkpoint.family.names, checkpoint.stored, progress=progress)
     with ExitStack() as stores:  # none of them keeps anything of a checkpoint that turns out to be wrong
         if checkpoint.vision is None:
@@ -45,8 +49,8 @@ def load_model(config: EngineConfig, *, progress: Progress | None = None) -> Loa
             store = stores.enter_context(open_store(config, weights, "vision", dtype))
             vision = choose_backend(device, dtype, config.vision_quant_type, store)
             encoder, is_native = _load_vision(config, checkpoint, weights, vision)
-        store = stores.enter_context(open_store(config, weights, "text", dtype))
-        backend = choose_backend(device, dtype, config.quant_type, store)
+        store = stores.enter_context(open_store(config, weights, "text", dtype)) if ranks.count == 1 else None
+        backend = choose_backend(device, dtype, config.quant_type, store, ranks)
         decoder = checkpoint.family.decoder(checkpoint, weights, backend)
         weights.finish()
     if backend.is_native and is_native:
@@ -113,6 +117,16 @@ def allocate_kv(model: Model, num_blocks: int, block_size: int, dtype: torch.dty
         return [torch.zeros(shape, dtype=dtype, device=model.device) for _ in range(model.text.num_layers)]
 
     return KVCache(caches(), caches())
+
+
+def device_of(config: EngineConfig, ranks: Ranks) -> torch.device:
+    """Of one of the ranks; raises ConfigError when it, or the device of another one, is not there."""
+    device = _device(config.device)
+    if ranks.count == 1 or device.type != "cuda":
+        return device
+    if ranks.count > torch.cuda.device_count():
+        raise ConfigError(f"--parallel-size is {ranks.count}; torch sees {torch.cuda.device_count()} CUDA devices")
+    return torch.device("cuda", ranks.index)
 
 
 def _device(name: str, flag: str = "--device") -> torch.device:

@@ -31,6 +31,7 @@ class LoadedModel:
         self.device = backend.device
         self.kv_dtype = backend.weight_dtype
         self.activation_dtype = backend.activation_dtype
+        self.ranks = backend.ranks
 
     def forward(self, batch: StepBatch, kv: KVCache) -> torch.Tensor:
         """Run the text model over the step; float32 logits [L, vocab]."""

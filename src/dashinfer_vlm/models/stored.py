@@ -12,9 +12,15 @@ from typing import TYPE_CHECKING
 from dashinfer_vlm.models.section import Section
 
 if TYPE_CHECKING:  # configurations are read without torch
+    from collections.abc import Sequence
+
     import torch
 
 __all__ = ["StoredFloats", "read_stored"]
+
+
+_EDGE = 128
+"""Of the blocks that a card computes with as they are."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,14 +41,25 @@ class StoredFloats:
             return (shape[0], 1), (shape[0],), (1,), ()
         return (tuple(-(-size // edge) for size, edge in zip(shape, self.block, strict=True)),)
 
-    def can_be_joined(self, rows: list[int]) -> bool:
-        """Whether matrices of so many rows can be put below each other and stay what `layers.linear.Floats` knows: with
-        a scale per row, or in blocks of 128 x 128 of which each matrix begins one."""
-        return self.block is None or (self.block == (128, 128) and all(count % 128 == 0 for count in rows[:-1]))
+    def can_be_joined(self, shapes: Sequence[tuple[int, ...]], parts: Sequence[slice], columns: slice) -> bool:
+        """Whether these parts of matrices can be put below each other and stay what `layers.linear.Floats` knows: with
+        a scale per row, or in blocks of 128 x 128 which no edge cuts."""
+        if self.block is None:
+            return True
+        ranges = [range(shape[0])[rows] for shape, rows in zip(shapes, parts, strict=True)]
+        across = [range(shape[1])[columns] for shape in shapes]
+        starts = [found.start for found in (*ranges, *across)]
+        return self.block == (_EDGE, _EDGE) and all(
+            edge % _EDGE == 0 for edge in (*starts, *(rows.stop for rows in ranges[:-1]))
+        )
 
-    def own_scales(self, scale: torch.Tensor, num_rows: int) -> torch.Tensor:
-        """float32, per block or [num_rows, 1]."""
-        return scale.float() if self.block is not None else scale.float().view(-1, 1).expand(num_rows, 1)
+    def own_scales(self, scale: torch.Tensor, shape: tuple[int, ...], rows: slice, columns: slice) -> torch.Tensor:
+        """float32 of a part: per block, or [rows, 1]."""
+        if self.block is None:
+            return scale.float().view(-1, 1).expand(shape[0], 1)[rows]
+        wanted = (range(size)[part] for size, part in zip(shape, (rows, columns), strict=True))
+        blocks = tuple(slice(part.start // _EDGE, -(-part.stop // _EDGE)) for part in wanted)
+        return scale.float()[blocks]
 
     def restore(self, weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
         """bfloat16 [N, K] from e4m3 [N, K] and its scales, block by block."""

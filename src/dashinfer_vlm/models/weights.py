@@ -20,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 from dashinfer_vlm.errors import CheckpointError
 from dashinfer_vlm.layers.linear import Floats, Matrix
 from dashinfer_vlm.layers.memory import huge_zeros
+from dashinfer_vlm.layers.ranks import WHOLE, Cut
 from dashinfer_vlm.models.family import Names, Part
 from dashinfer_vlm.models.stored import StoredFloats
 
@@ -88,18 +89,27 @@ class Weights:
         """
         return _read(self._claim(name, shape))
 
-    def join(self, names: tuple[str, ...], sizes: tuple[int, ...]) -> torch.Tensor:
+    def join(self, names: tuple[str, ...], sizes: tuple[int, ...], cut: Cut = WHOLE) -> torch.Tensor:
         """Vectors `names` of `sizes` and one dtype, one after the other."""
-        return torch.cat(self._read_alike([self._claim(n, (size,)) for n, size in zip(names, sizes, strict=True)]))
+        tensors = self._read_alike([self._claim(n, (size,)) for n, size in zip(names, sizes, strict=True)])
+        return torch.cat([tensor[part] for tensor, part in zip(tensors, cut.of(names), strict=True)])
 
-    def matrix(self, rows: Mapping[str, int], depth: int) -> Matrix:
-        """Tensors of shapes `[rows[name], depth]` and one dtype, joined along the first axis when they are read.
+    def matrix(self, rows: Mapping[str, int], depth: int, cut: Cut = WHOLE) -> Matrix:
+        """Tensors of shapes `[rows[name], depth]` and one dtype, their part inside `cut` joined along the first axis
+        when they are read.
 
         They are taken, and complained about, now.
         """
         entries = [self._claim(name, (num_rows, depth)) for name, num_rows in rows.items()]
-        read = partial(self._join, entries)
-        return Matrix("+".join(rows), sum(rows.values()), depth, read, read_floats=_floats(entries))
+        parts = cut.of(rows)
+        num_rows = sum(len(range(size)[part]) for size, part in zip(rows.values(), parts, strict=True))
+        return Matrix(
+            "+".join(rows),
+            num_rows,
+            len(range(depth)[cut.columns]),
+            partial(self._join, entries, parts, cut.columns),
+            read_floats=_floats(entries, parts, cut.columns),
+        )
 
     def fingerprint(self, part: Part) -> bytes:
         """SHA-256 over names, shapes, types and values of all tensors of a part of the model, which are read in several
@@ -128,11 +138,11 @@ class Weights:
             self._progress(self._bytes_done, self.num_bytes)
         return entry
 
-    def _join(self, entries: list[_Entry]) -> torch.Tensor:
+    def _join(self, entries: list[_Entry], parts: list[slice], columns: slice) -> torch.Tensor:
         """One matrix is the file's memory, several are joined in memory that the next call uses again."""
         if len(entries) == 1:
-            return _read(entries[0])
-        tensors = self._read_alike(entries)
+            return _read(entries[0])[parts[0], columns]
+        tensors = [tensor[rows, columns] for tensor, rows in zip(self._read_alike(entries), parts, strict=True)]
         shape = (sum(len(tensor) for tensor in tensors), tensors[0].shape[1])
         num_bytes = torch.Size(shape).numel() * tensors[0].itemsize
         if self._scratch.numel() < num_bytes:
@@ -166,16 +176,19 @@ class Weights:
                 raise CheckpointError(f"{entry.path}: tensor {name} is {FP8}, but {reason}")
 
 
-def _floats(entries: list[_Entry]) -> Callable[[], Floats] | None:
+def _floats(entries: list[_Entry], parts: list[slice], columns: slice) -> Callable[[], Floats] | None:
     """Reads them joined as they are stored, where all are 8-bit floats that can be."""
     stored, scales = entries[0].stored, [entry.scale for entry in entries if entry.scale is not None]
-    if stored is None or len(scales) < len(entries) or not stored.can_be_joined([e.shape[0] for e in entries]):
+    shapes = [entry.shape for entry in entries]
+    if stored is None or len(scales) < len(entries) or not stored.can_be_joined(shapes, parts, columns):
         return None
 
     def read() -> Floats:
-        numbers = torch.cat([_read_whole(entry).view(torch.uint8) for entry in entries])
-        joined = [stored.own_scales(_read_whole(s), e.shape[0]) for s, e in zip(scales, entries, strict=True)]
-        return Floats(numbers.view(torch.float8_e4m3fn), torch.cat(joined), stored.block is not None)
+        numbers, joined = [], []
+        for entry, scale, rows in zip(entries, scales, parts, strict=True):
+            numbers.append(_read_whole(entry)[rows, columns].view(torch.uint8))
+            joined.append(stored.own_scales(_read_whole(scale), entry.shape, rows, columns))
+        return Floats(torch.cat(numbers).view(torch.float8_e4m3fn), torch.cat(joined), stored.block is not None)
 
     return read
 

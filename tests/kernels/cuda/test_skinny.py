@@ -85,7 +85,7 @@ def test_a_weight_is_expanded_as_the_reference_does_it(bits: int) -> None:
     assert torch.equal(skinny.expand(weight, torch.float32), expand(weight, torch.float32))
 
 
-@pytest.mark.parametrize("epilogue", ["none", "silu_mul"])
+@pytest.mark.parametrize("epilogue", ["none", "silu_mul", "quick_gelu"])
 @pytest.mark.parametrize("num_rows", [2, MOST_ROWS + 1])
 def test_a_layer_takes_few_rows_and_many(num_rows: int, epilogue: Epilogue) -> None:
     x, weight, bias = (torch.randn(*shape, device=DEVICE) for shape in ((num_rows, 256), (32, 256), (32,)))

@@ -10,11 +10,12 @@ from torch import Tensor
 
 from dashinfer_vlm.config import EngineConfig
 from dashinfer_vlm.encoders.cache import EmbeddingCache
-from dashinfer_vlm.engine.cards.graphs import Graphs, Shapes
-from dashinfer_vlm.engine.cards.packing import Spare, empty, pack_rows, pack_sampling
+from dashinfer_vlm.engine.cards.calls import Call, Followers, ModelCalls
+from dashinfer_vlm.engine.cards.graphs import Shapes
+from dashinfer_vlm.engine.cards.packing import pack_rows, pack_sampling
 from dashinfer_vlm.engine.cards.sampling import CardSampler, Chosen, Scored, Wanted, counts_on_device, waits_for_tokens
 from dashinfer_vlm.engine.cards.seats import Seat, Seats
-from dashinfer_vlm.engine.cards.staging import Arrays, Shape, Staging, layout_of
+from dashinfer_vlm.engine.cards.staging import Arrays, Shape, layout_of
 from dashinfer_vlm.engine.grammars.masks import Masks
 from dashinfer_vlm.engine.runner import item_rows
 from dashinfer_vlm.engine.sampler import Sampled, Sampler
@@ -22,11 +23,8 @@ from dashinfer_vlm.engine.sequence import Sequence
 from dashinfer_vlm.engine.steps import Plan
 from dashinfer_vlm.layers.card_sampling import candidates
 from dashinfer_vlm.layers.marks import Mark, mark
-from dashinfer_vlm.models.base import KVCache, Model, StagedRows, StepBatch
-from dashinfer_vlm.models.settings import resolve_max_model_len
+from dashinfer_vlm.models.base import KVCache, Model
 from dashinfer_vlm.request import TokenLogprob
-
-_TABLE_ENTRY = np.dtype(np.int32)
 
 
 class CardFlight:
@@ -77,38 +75,24 @@ class CardRunner:
         shapes: Shapes,
         *,
         depth: int = 1,
+        followers: Followers | None = None,
     ) -> None:
+        """`followers` are the other ranks of a model that is shared: they run the same model calls."""
         self.model = model
         self.depth = depth
-        self.kv = KVCache([keys[:-1] for keys in kv.keys], [values[:-1] for values in kv.values])
         self.shapes = shapes
-        self._all_kv = kv
+        self.calls = ModelCalls(model, kv, config, shapes)
+        self.kv = self.calls.kv
+        self._followers = followers
         self._embeddings = embeddings
-        self._spare = Spare(self.kv.num_blocks * kv.block_size, kv.block_size)
-        max_len = resolve_max_model_len(model.text.max_position_embeddings, config)
-        max_blocks = min(-(-max_len // kv.block_size) + 1, kv.num_blocks)
-        self._seats = Seats(config.max_num_seqs, max_blocks)
+        self._seats = Seats(config.max_num_seqs, self.calls.max_blocks)
         sampler = Sampler(model.eos_token_ids, model.device)
         masks = Masks(model.text.vocab_size, model.eos_token_ids)
-        self._sampler = CardSampler(sampler, masks, model.device, config.max_num_seqs, model.text.vocab_size)
-        self._make_buffers(max_blocks)
-        self.graphs = Graphs(self._run_into_logits, model.device)
+        self._sampler = CardSampler(sampler, masks, model.device, self.calls.newest, model.text.vocab_size)
 
-    def _make_buffers(self, max_blocks: int) -> None:
-        """Nothing here moves or grows: graphs read and write it where it is now."""
-        largest, device = self.shapes.largest, self.model.device
-        num_bytes = layout_of(largest).num_bytes + largest.num_sequences * max_blocks * _TABLE_ENTRY.itemsize
-        self._staging = Staging(num_bytes, device)
-        self._tables = torch.zeros(largest.num_sequences, max_blocks, dtype=torch.int32, device=device)
-        embedding = (largest.num_rows, self.model.embedding_size)
-        self._items = torch.zeros(embedding, dtype=self.model.activation_dtype, device=device)
-        num_logits = max((shape.num_logits for shape in self.shapes.all()), default=0)
-        self._logits = torch.zeros(num_logits, self.model.text.vocab_size, device=device)
-
-    @torch.inference_mode()
     def capture(self) -> None:
         """Make a graph of every shape; steps of others are started kernel by kernel."""
-        self.graphs.capture(self.shapes.all(), self._send_empty)
+        self.calls.capture()
 
     @torch.inference_mode()
     def start(self, plan: Plan) -> CardFlight:
@@ -118,23 +102,24 @@ class CardRunner:
         num_logits = sum(chunk.num_logits for chunk in plan.chunks)
         num_rows = num_logits + plan.num_scored
         shape = self.shapes.of(plan.num_tokens, len(plan.chunks), num_rows, has_items=has_items)
-        flat = self._staging.next()
+        flat = self.calls.staging.next()
         arrays = layout_of(shape).host(flat)
-        pack_rows(plan.chunks, seated, self._seats, self._spare, arrays)
+        pack_rows(plan.chunks, seated, self._seats, self.calls.spare, arrays)
         items = self._find_items(plan, arrays)
         counted = self._pack_sampling(plan, seated, arrays)
-        self._send(shape, seated, flat)
-        for start, rows in items:
-            self._items[start : start + len(rows), : rows.shape[1]] = rows
-            self._items[start : start + len(rows), rows.shape[1] :] = 0
-        logits = self._logits_of(shape)
+        call = self._pack_tables(shape, seated, flat, has_items=bool(items))
+        if self._followers is not None:
+            self._followers.call(call, flat[: call.num_bytes])
+        self.calls.send(call)
+        self.calls.put_items(call, items)
+        logits = self.calls.logits(shape)
         groups = [(chunk.sequence, chunk.scored) for chunk in plan.scored_chunks]
         scored = self._sampler.score(logits[num_logits:num_rows], groups) if groups else None
         wanted = Wanted(
             plan.sampled_chunks,
             num_logits,
             counted,
-            self._arrays(shape),
+            self.calls.arrays(shape),
             logits,
             *_reach(arrays, num_logits, self.model.text.vocab_size),
         )
@@ -175,50 +160,13 @@ class CardRunner:
         arrays["counted_seats"][: len(counted)] = [seat for _, seat in counted]
         return len(counted)
 
-    def _send(self, shape: Shape, seated: list[Seat], flat: np.ndarray) -> None:
-        """One copy; block tables travel as wide as they are, and are put where the model call looks for them."""
+    def _pack_tables(self, shape: Shape, seated: list[Seat], flat: np.ndarray, *, has_items: bool) -> Call:
+        """Block tables travel as wide as they are."""
         width = max((len(seat.blocks) for seat in seated), default=0)
-        start = layout_of(shape).num_bytes
-        stop = start + len(seated) * width * _TABLE_ENTRY.itemsize
-        tables = flat[start:stop].view(_TABLE_ENTRY).reshape(len(seated), width)
+        call = Call(shape, len(seated), width, has_items)
+        tables = call.tables(flat)
         tables[:] = self._seats.tables[[seat.index for seat in seated], :width]
-        self._staging.send(stop)
-        sent = self._staging.static[start:stop].view(torch.int32).view(len(seated), width)
-        self._tables[: len(seated), :width] = sent
-
-    def _send_empty(self, shape: Shape) -> None:
-        flat = self._staging.next()
-        empty(shape, self._spare, layout_of(shape).host(flat))
-        self._send(shape, [], flat)
-
-    def _arrays(self, shape: Shape) -> dict[str, Tensor]:
-        return layout_of(shape).device(self._staging.static)
-
-    def _logits_of(self, shape: Shape) -> Tensor:
-        if shape not in self.graphs:
-            return self._run(shape)
-        self.graphs.replay(shape)
-        return self._logits
-
-    def _run_into_logits(self, shape: Shape) -> None:
-        self._logits[: shape.num_logits] = self._run(shape)
-
-    def _run(self, shape: Shape) -> Tensor:
-        """The model call over what was sent; float32 [num_logits, vocab]."""
-        arrays = self._arrays(shape)
-        source = arrays["source"]
-        newest = self._sampler.newest[source.clamp(min=0)]
-        batch = StepBatch(
-            ids=torch.where(source < 0, arrays["ids"], newest),
-            positions=arrays["positions"],
-            slots=arrays["slots"],
-            query_starts=arrays["query_starts"],
-            context_lens=arrays["context_lens"],
-            block_tables=self._tables[: shape.num_sequences],
-            logits_rows=arrays["logits_rows"],
-            staged=StagedRows(self._items[: shape.num_rows], arrays["is_item"]) if shape.has_items else None,
-        )
-        return self.model.forward(batch, self._all_kv)
+        return call
 
 
 def _reach(arrays: Arrays, num_rows: int, vocab_size: int) -> tuple[bool, int]:

@@ -103,17 +103,17 @@ def _read_told(tokens: list[int], asking: list[tuple[int, int]], told: Tensor) -
 
 
 class CardSampler:
-    """Owns what the device keeps of seats: their newest tokens, and the tokens that they have seen."""
+    """Owns what the device keeps of the tokens that seats have seen, and writes their newest ones."""
 
-    def __init__(self, sampler: Sampler, masks: Masks, device: torch.device, num_seats: int, vocab_size: int) -> None:
+    def __init__(self, sampler: Sampler, masks: Masks, device: torch.device, newest: Tensor, vocab_size: int) -> None:
+        """`newest` is int64 [seats + 1]; the seat behind all others is nobody's."""
         self._sampler = sampler
         self._masks = masks
         self._device = device
         self._choose = ops.chooser(device)
         self._vocab_size = vocab_size
-        self.newest = torch.zeros(num_seats + 1, dtype=torch.int64, device=device)
-        """The seat behind all others is nobody's."""
-        self._seen = torch.zeros(num_seats + 1, vocab_size, dtype=torch.int32, device=device)
+        self.newest = newest
+        self._seen = torch.zeros(len(newest), vocab_size, dtype=torch.int32, device=device)
 
     def take_seat(self, seat: Seat) -> None:
         """The seat has a new owner, none of whose tokens is PENDING."""

@@ -150,6 +150,8 @@ class EngineLoop:
     def _step(self) -> None:
         try:
             outputs = self._engine.step()
+        except EngineDeadError:
+            raise
         except Exception as error:
             self._num_failures += 1
             if self._num_failures >= MAX_FAILURES:

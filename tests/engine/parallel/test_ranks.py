@@ -1,0 +1,117 @@
+"""One model in two processes: the tokens of one, and the end of both when one of them ends."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from dashinfer_vlm.config import EngineConfig
+from dashinfer_vlm.engine.engine import Engine
+from dashinfer_vlm.engine.host.loop import EngineLoop
+from dashinfer_vlm.engine.host.wire import AskStats, Command, Event, Failed
+from dashinfer_vlm.engine.load import load_engine
+from dashinfer_vlm.engine.parallel import crew
+from dashinfer_vlm.engine.parallel.crew import RankProcesses
+from dashinfer_vlm.engine.parallel.encoder import DealtEncoder, deal
+from dashinfer_vlm.errors import ConfigError, EngineDeadError
+from dashinfer_vlm.models.loading import load_model
+from tests.conftest import CheckpointMaker
+from tests.engine.test_parity import Family, mixed_prompts, run
+
+NAMES = ("text0", "text2", "one1", "two0")
+
+
+def config_of(folder: Path, num_ranks: int) -> EngineConfig:
+    return EngineConfig(
+        model=str(folder),
+        dtype="float32",
+        device="cpu",
+        parallel_size=num_ranks,
+        kv_cache_gib=0.01,
+        max_model_len=512,
+        max_num_batched_tokens=48,
+        threads=1,
+    )
+
+
+@pytest.fixture(scope="module")
+def folder(checkpoint: CheckpointMaker) -> Path:
+    return checkpoint("qwen2_5_vl")
+
+
+@pytest.fixture(scope="module")
+def shared(folder: Path) -> Iterator[Engine]:
+    """An engine whose model two processes share; starting the other one takes seconds."""
+    engine, _ = load_engine(config_of(folder, 2), lambda *_: None)
+    yield engine
+    engine.close()
+
+
+def test_two_ranks_say_what_one_says(folder: Path, shared: Engine) -> None:
+    family = Family(folder, None, load_model(config_of(folder, 1)))
+    prompts = mixed_prompts(family)
+    requests = [family.request(name, prompts[name], max_tokens=8) for name in NAMES]
+    alone, _ = load_engine(config_of(folder, 1), lambda *_: None)
+    assert isinstance(shared.model.encoder, DealtEncoder)
+    assert shared.model.text.num_kv_heads < alone.model.text.num_kv_heads
+    assert run(shared, *requests) == run(alone, *requests)
+    assert shared.stats().num_items_encoded_total >= 2
+
+
+class Silence:
+    """A channel whose only command asks for the engine's state."""
+
+    def __init__(self) -> None:
+        self.events: list[Event] = []
+
+    def receive(self, *, wait: bool) -> list[Command]:
+        return [AskStats(1)]
+
+    def send(self, event: Event) -> None:
+        self.events.append(event)
+
+
+def test_the_death_of_a_rank_ends_the_engine(shared: Engine) -> None:
+    processes = shared._followers
+    assert isinstance(processes, RankProcesses)
+    processes._processes[1].kill()
+    processes._processes[1].wait()
+    channel = Silence()
+    EngineLoop(shared, channel).run()
+    last = channel.events[-1]
+    assert isinstance(last, Failed)
+    assert "rank 1 of the model was killed by signal SIGKILL" in last.fault.message
+
+
+def test_what_a_rank_fails_with_is_what_the_start_fails_with(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It ends before it says a word."""
+    monkeypatch.setattr(RankProcesses, "command", ("false",))
+    processes = RankProcesses(config_of(folder, 2))
+    with pytest.raises(EngineDeadError, match="rank 1 of the model ended with status 1"):
+        processes.wait_loaded()
+    processes.close()
+    processes.close()
+
+
+def test_a_model_that_cannot_be_shared_is_refused_and_leaves_no_process(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started: list[RankProcesses] = []
+    monkeypatch.setattr(RankProcesses, "command", ("sleep", "100"))
+    monkeypatch.setattr(
+        "dashinfer_vlm.engine.load.RankProcesses", lambda c: started.append(RankProcesses(c)) or started[0]
+    )
+    with pytest.raises(ConfigError, match="--parallel-size 7 does not divide the model's 4 attention heads"):
+        load_engine(replace(config_of(folder, 1), parallel_size=7), lambda *_: None)
+    assert {process.wait() for process in started[0]._processes.values()} == {-signal.SIGKILL}
+
+
+def test_pictures_are_dealt_to_who_has_least() -> None:
+    assert deal([5, 9, 1, 4], 2) == [[1, 2], [0, 3]]
+    assert deal([5], 3) == [[0], [], []]
+    assert deal([3, 3], 2) == [[0], [1]]
+    assert crew._how_it_ended(3) == "ended with status 3"
