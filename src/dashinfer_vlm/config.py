@@ -275,7 +275,12 @@ class MediaConfig:
         "Take ready-made embeddings of images (image_embeds) in messages; who sends them decides what the model sees.",
         group="Media",
     )
-    media_workers: int = option(1, "Processes that decode media.", group="Media", least=1)
+    media_workers: int | None = option(
+        None,
+        "Processes that decode media; when absent one, beside a card half as many as there are cores, 8 at most.",
+        group="Media",
+        least=1,
+    )
     media_cache_mib: int = option(
         256, "Memory for decoded media that may be sent again, in MiB; 0 is off.", group="Media", least=0
     )

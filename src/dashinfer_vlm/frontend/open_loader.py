@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Hashable
+from dataclasses import replace
 from pathlib import Path
 
-from dashinfer_vlm.config import EngineConfig, MediaConfig
+from dashinfer_vlm.config import DeviceName, EngineConfig, MediaConfig
+from dashinfer_vlm.cores import usable_cores
 from dashinfer_vlm.errors import ConfigError, InvalidRequestError
 from dashinfer_vlm.frontend.prompt import Loader
 from dashinfer_vlm.media.loader import MediaCounters, MediaLoader
 from dashinfer_vlm.media.types import LoadedMedia, MediaRef
 from dashinfer_vlm.models.config import read_config
 
-__all__ = ["NoLoader", "open_loader"]
+__all__ = ["NoLoader", "default_workers", "open_loader"]
+
+_MOST_WORKERS = 8
 
 
 def open_loader(folder: Path, engine: EngineConfig, media: MediaConfig) -> Loader:
@@ -22,10 +26,19 @@ def open_loader(folder: Path, engine: EngineConfig, media: MediaConfig) -> Loade
     """
     config = read_config(folder)
     if config.processor is not None:
-        return MediaLoader(media, config.processor.with_server_bounds(engine.min_pixels, engine.max_pixels))
+        sized = replace(media, media_workers=media.media_workers or default_workers(engine.device))
+        return MediaLoader(sized, config.processor.with_server_bounds(engine.min_pixels, engine.max_pixels))
     if engine.min_pixels is not None or engine.max_pixels is not None:
         raise ConfigError(f"--min-pixels and --max-pixels mean nothing to {config.architecture}, a text model")
     return NoLoader()
+
+
+def default_workers(device: DeviceName, driver: Path = Path("/dev/nvidiactl")) -> int:
+    """Decoding processes for an engine on `device`: one feeds a processor's encoder; a card's takes pictures faster
+    than they are decoded, however many cores there are. `auto` has a card where there is the driver of one: torch,
+    which knows for sure, is not asked in this process."""
+    has_card = device == "cuda" or (device == "auto" and driver.exists())
+    return max(1, min(_MOST_WORKERS, len(usable_cores()) // 2)) if has_card else 1
 
 
 class NoLoader:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-__all__ = ["huge_pages", "huge_zeros", "in_huge_pages"]
+__all__ = ["huge_pages", "huge_zeros", "in_huge_pages", "sent"]
 
 HUGE_PAGE_BYTES = 2 << 20
 
@@ -30,6 +30,12 @@ def huge_zeros(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
 def in_huge_pages(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """Contiguous CPU copy of `tensor` as `dtype`, in huge pages; never aliases its argument."""
     return huge_zeros(tuple(tensor.shape), dtype).copy_(tensor)
+
+
+def sent(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A CPU tensor on `device`, as soon as what follows there needs it. A plain copy would wait for all that a card has
+    still to do."""
+    return (tensor.pin_memory() if device.type == "cuda" else tensor).to(device, non_blocking=True)
 
 
 def huge_pages(root: Path = Path("/")) -> str:

@@ -94,7 +94,7 @@ class MediaLoader:
         # the frames of a video, which exist three times while they are cut.
         memory_mib = 3072 + config.max_image_mpx * 16
         self._workers = WorkerPool(
-            config.media_workers,
+            config.media_workers or 1,
             memory_mib=memory_mib,
             folder=self._folder.path,
             wait_timeout_s=limits.wait_timeout_s,

@@ -15,6 +15,7 @@ import torch
 from dashinfer_vlm.layers.activation import Epilogue
 from dashinfer_vlm.layers.backend import Backend
 from dashinfer_vlm.layers.linear import Linear
+from dashinfer_vlm.layers.memory import sent
 from dashinfer_vlm.layers.rotary import inverse_frequencies, vision_cos_sin
 from dashinfer_vlm.models.base import EncoderState
 from dashinfer_vlm.models.config import VisionConfig
@@ -281,7 +282,7 @@ class PackedVit:
             if self.table is not None:
                 taps = Taps(*(self._ordered(x, layout.order) for x in self.table.taps(places, grids)))
             positions = torch.cat(places)
-            cos, sin = vision_cos_sin(positions.to(self.backend.device), self.frequencies)
+            cos, sin = vision_cos_sin(sent(positions, self.backend.device), self.frequencies)
             packed, cos, sin = (self._ordered(x, layout.order) for x in (packed, cos, sin))
             hidden = cos.new_empty(len(packed), self.width, dtype=self.backend.activation_dtype)
             group = self.config.merge_size**2

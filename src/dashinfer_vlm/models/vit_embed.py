@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 
 from dashinfer_vlm.layers.backend import Backend
+from dashinfer_vlm.layers.memory import sent
 from dashinfer_vlm.models.config import VisionConfig
 from dashinfer_vlm.models.weights import Weights
 from dashinfer_vlm.request import Grid
@@ -60,7 +61,7 @@ class PositionTable:
     def taps(self, places: Sequence[torch.Tensor], grids: Sequence[Grid]) -> Taps:
         """Of the packed patches of several items; `places` are the int64 [P_i, 2] rows and columns of each."""
         found = [self._taps(place, rows, columns) for place, (_, rows, columns) in zip(places, grids, strict=True)]
-        indices, weights = (torch.cat(parts).to(self.table.device) for parts in zip(*found, strict=True))
+        indices, weights = (sent(torch.cat(parts), self.table.device) for parts in zip(*found, strict=True))
         return Taps(indices, weights)
 
     def add(self, x: torch.Tensor, taps: Taps, rows: slice) -> None:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
+from dashinfer_vlm.layers.memory import sent
 from dashinfer_vlm.models.config import VisionConfig
 from dashinfer_vlm.request import Grid
 
@@ -40,7 +41,7 @@ def patch_positions(grid: Grid, merge_size: int) -> torch.Tensor:
 def frame_starts(grids: Sequence[Grid], device: torch.device) -> torch.Tensor:
     """int32 [frames of all items + 1]: each frame attends to itself alone."""
     lengths = [rows * columns for frames, rows, columns in grids for _ in range(frames)]
-    return torch.tensor([0, *lengths], device=device).cumsum(0).int()
+    return sent(torch.tensor([0, *lengths]).cumsum(0).int(), device)
 
 
 def frames_layout(device: torch.device) -> Layout:
@@ -63,9 +64,9 @@ def windows_layout(config: VisionConfig, window: int, device: torch.device) -> L
         firsts = torch.tensor(sizes).cumsum(0).tolist()
         order = torch.cat([item_order + first for (item_order, _), first in zip(windows, firsts, strict=False)])
         lengths = torch.cat([torch.zeros(1, dtype=torch.int64), *(lengths for _, lengths in windows)]) * m**2
-        starts = (frame_starts(grids, device), lengths.cumsum(0).int().to(device))
+        starts = (frame_starts(grids, device), sent(lengths.cumsum(0).int(), device))
         pairs = (_frame_pairs(grids), int(lengths.square().sum()))
-        return PatchLayout(starts=starts, pairs=pairs, order=order.to(device))
+        return PatchLayout(starts=starts, pairs=pairs, order=sent(order, device))
 
     return layout
 

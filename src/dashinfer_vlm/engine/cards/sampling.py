@@ -31,6 +31,7 @@ from dashinfer_vlm.engine.sequence import Sequence
 from dashinfer_vlm.engine.steps import Chunk
 from dashinfer_vlm.kernels.choices import Choices, moved
 from dashinfer_vlm.layers import card_sampling as ops
+from dashinfer_vlm.layers.memory import sent
 from dashinfer_vlm.request import TokenLogprob
 
 _NO_IDS = np.zeros(0, np.int32)
@@ -185,9 +186,7 @@ class CardSampler:
         return ops.tell(logits, rows, tokens[rows], max(num_top for _, num_top in asking))
 
     def _moved(self, tensor: Tensor) -> Tensor:
-        if self._device.type == "cuda":
-            tensor = tensor.pin_memory()
-        return tensor.to(self._device, non_blocking=True)
+        return sent(tensor, self._device)
 
     def _home(self, tensor: Tensor) -> Tensor:
         """On the host, once the device has come so far."""
