@@ -1,6 +1,6 @@
 # One spelling for people and for CI; each target sets up what it needs, once.
 #   make serve    a server on http://localhost:8000     make test     the tests
-#   make check    format, lint, types                   make docs     pages that are made from the code
+#   make check    format, lint, types, kernels for cards  make docs     pages that are made from the code
 #   make bench    measure our server                    make bench-peers   ... beside vLLM's CPU build
 #   make eval     the demo model's answers, every way   make bench-flat    streams while large pictures arrive
 #   make precision    what quantised weights cost       make test-browser  the page at / in Chromium
@@ -24,7 +24,7 @@ serve: $(READY) $(if $(BUNDLED),,$(RANDOM_MODEL))
 	$(BIN)/dashinfer_vlm_serve $(if $(BUNDLED),,--model $(RANDOM_MODEL)) $(FLAGS)
 
 test: $(READY)
-	$(BIN)/python -m pytest -n auto --dist loadfile -m "not slow and not browser and not cluster" $(FLAGS)
+	$(BIN)/python -m pytest -n auto --dist loadfile -m "not slow and not browser and not cluster and not compiles" $(FLAGS)
 
 test-slow: $(READY)
 	$(BIN)/python -m pytest -m "slow or hypothesis" --hypothesis-profile=thorough $(FLAGS)
@@ -77,6 +77,7 @@ check: $(READY)
 	$(BIN)/ruff format --check src tests tools
 	$(BIN)/ruff check src tests tools
 	$(BIN)/mypy
+	$(BIN)/python -m pytest -m compiles tests/kernels/cuda
 
 # A full run takes long; FLAGS="--quick --only single:8:24" makes it short (see tools/peers/measure.py).
 bench: $(READY)

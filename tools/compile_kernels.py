@@ -80,9 +80,11 @@ class Recorder:
         return found
 
 
-def compile_all(models: list[str], capability: int, first: int | None = None, only: str = "") -> Iterator[Compiled]:
+def compile_all(
+    models: list[str], capability: int, first: int | None = None, only: str = "", part: int = 0, num_parts: int = 1
+) -> Iterator[Compiled]:
     """Every variant, or the `first` ones, whose name has `only` in it, of the published `models` in bfloat16, for cards
-    of compute capability `capability` / 10."""
+    of compute capability `capability` / 10; of `num_parts` equal parts of them, one."""
     triton.runtime.driver.set_active(AbsentCard(capability))
     recorder = Recorder()
     launching.launch = recorder  # before the kernels' modules take it
@@ -90,7 +92,7 @@ def compile_all(models: list[str], capability: int, first: int | None = None, on
 
     for model in models or PUBLISHED:
         found = (x for x in variants(PUBLISHED[model], torch.bfloat16) if only in x.name)
-        for variant in islice(found, first):
+        for variant in islice(found, part, first, num_parts):
             variant.call()
             for kernel, compiled in recorder.take():
                 yield _read(model, variant.name, kernel, compiled)
@@ -130,8 +132,10 @@ def main() -> None:
     parser.add_argument("--model", action="append", default=[], help="a published model; all when none is named")
     parser.add_argument("--first", type=int, help="variants of each model; all when absent")
     parser.add_argument("--only", default="", help="what the variant's name has in it")
+    parser.add_argument("--part", default="0/1", help="1/4: the second quarter of all, for processes side by side")
     options = parser.parse_args()
-    for compiled in compile_all(options.model, options.target, options.first, options.only):
+    part, num_parts = map(int, options.part.split("/"))
+    for compiled in compile_all(options.model, options.target, options.first, options.only, part, num_parts):
         print(json.dumps(asdict(compiled)), flush=True)
 
 
