@@ -24,11 +24,11 @@ def test_pairs_are_those_of_the_segments(layout: Any) -> None:
     assert len(set(want)) == len(want)
 
 
-class Copies(TorchDispatchMode):
+class Copies(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Notes whether copies to another device are waited for."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.waited: list[bool] = []
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

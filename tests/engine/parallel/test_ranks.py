@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from dashinfer_vlm.config import EngineConfig
+from dashinfer_vlm.engine import load
 from dashinfer_vlm.engine.engine import Engine
 from dashinfer_vlm.engine.host.loop import EngineLoop
 from dashinfer_vlm.engine.host.wire import AskStats, Command, Event, Failed
@@ -101,10 +102,15 @@ def test_a_model_that_cannot_be_shared_is_refused_and_leaves_no_process(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     started: list[RankProcesses] = []
-    monkeypatch.setattr(RankProcesses, "command", ("sleep", "100"))
-    monkeypatch.setattr(
-        "dashinfer_vlm.engine.load.RankProcesses", lambda c: started.append(RankProcesses(c)) or started[0]
-    )
+
+    class Sleeping(RankProcesses):
+        command = ("sleep", "100")
+
+        def __init__(self, config: EngineConfig) -> None:
+            super().__init__(config)
+            started.append(self)
+
+    monkeypatch.setattr(load, "RankProcesses", Sleeping)
     with pytest.raises(ConfigError, match="--parallel-size 7 does not divide the model's 4 attention heads"):
         load_engine(replace(config_of(folder, 1), parallel_size=7), lambda *_: None)
     assert {process.wait() for process in started[0]._processes.values()} == {-signal.SIGKILL}

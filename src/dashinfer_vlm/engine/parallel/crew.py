@@ -46,7 +46,7 @@ class RankProcesses:
     They end with their parent. When one of them ends by itself, the model is gone: every call raises EngineDeadError.
     """
 
-    command = (sys.executable, "-m", "dashinfer_vlm.engine.parallel.rank")
+    command: tuple[str, ...] = (sys.executable, "-m", "dashinfer_vlm.engine.parallel.rank")
 
     def __init__(self, config: EngineConfig) -> None:
         """They load from now on; `wait_loaded` waits for them."""
