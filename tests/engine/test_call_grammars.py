@@ -30,12 +30,14 @@ def vocabulary(checkpoint: CheckpointMaker) -> llguidance.LLTokenizer:
     return llguidance.LLTokenizer(read_vocabulary(Path(checkpoint("qwen2_vl"))), n_vocab=VOCAB, eos_token=[IM_END])
 
 
-def grammar(tags: tuple[str, str], *, parallel: bool = True, free: bool = False, **fields: Any) -> Grammar:
+def grammar(
+    tags: tuple[str, str], *, parallel: bool = True, free: bool = False, content: Grammar | None = None, **fields: Any
+) -> Grammar:
     forms = [
         CallForm(f'\n{{"name": "{name}", "arguments": ', schema, "}\n")
         for name, schema in (("weather", CITY), ("time", {}))
     ]
-    calls = Calls(*tags, forms, parallel, free, ["<|box_start|>", "<|box_end|>"])
+    calls = Calls(*tags, forms, parallel, free, ["<|box_start|>", "<|box_end|>"], content)
     return Grammar("calls", msgspec.json.encode(calls).decode(), "tools", **fields)
 
 
@@ -102,6 +104,32 @@ def test_reasoning_is_free_and_the_form_follows(
     assert allows(vocabulary, opened, thought + answer)
     assert [allows(vocabulary, possible, text) for text in (begin + thought + answer, answer)] == [True, True]
     assert [allows(vocabulary, opened, text) for text in (answer, thought, thought + "!")] == [False] * 3
+
+
+@pytest.mark.parametrize("tags", [TEXT_TAGS, TOKEN_TAGS])
+@pytest.mark.parametrize("thought", [None, ("", "</think>")])
+@pytest.mark.parametrize(
+    ("content", "answer"),
+    [
+        (Grammar.json_schema(CITY), '{"city": "Paris"}'),
+        (Grammar("regex", "a+"), "aa"),
+        (Grammar.choices(["yes", "no"]), "no"),
+        (Grammar("grammar", 'start: "x" /[0-9]/'), "x1"),
+    ],
+)
+def test_an_answer_has_its_form_or_is_calls_alone(
+    vocabulary: llguidance.LLTokenizer,
+    tags: tuple[str, str],
+    thought: tuple[str, str] | None,
+    content: Grammar,
+    answer: str,
+) -> None:
+    begin = "" if thought is None else "so\n</think>\n\n"
+    weather, either = WEATHER.format(*tags), grammar(tags, content=content, thought=thought)
+    for right in (answer, weather, f"{weather}\n{TIME.format(*tags)}"):
+        assert allows(vocabulary, either, begin + right), right
+    for wrong in ("", "words", f"{answer}\n{weather}", f"{weather}\n{answer}", weather.replace('"Paris"', "3")):
+        assert not allows(vocabulary, either, begin + wrong), wrong
 
 
 @pytest.mark.parametrize("free", [False, True])

@@ -7,6 +7,7 @@ import base64
 import contextlib
 import gc
 import io
+import json
 import shutil
 import subprocess
 import sys
@@ -174,6 +175,19 @@ def test_a_stream_makes_the_same_text_piece_by_piece(vlm: VLM) -> None:
     assert len(deltas) >= 4, "a piece has 64 tokens at most, however slow its reader is"
     assert "".join(delta.text for delta in deltas) == vlm.chat("Hello", long).text
     assert [delta.finish_reason for delta in deltas if delta.finish_reason] == ["length"]
+
+
+def test_a_tool_that_must_be_called_is_called(vlm: VLM) -> None:
+    schema = {"properties": {"is": {"enum": ["red", "blue"]}}, "required": ["is"], "additionalProperties": False}
+    colour = {"type": "function", "function": {"name": "colour", "parameters": {"type": "object", **schema}}}
+    params = SamplingParams(max_tokens=200, temperature=0)
+    named = {"type": "function", "function": {"name": "colour"}}
+    (call,) = vlm.chat("Which colour?", params, tools=[colour], tool_choice=named).first.tool_calls
+    assert call.name == "colour"
+    assert json.loads(call.arguments)["is"] in ("red", "blue")
+    assert vlm.chat("Which colour?", params, tools=[colour], tool_choice="none").first.tool_calls == ()
+    with pytest.raises(InvalidRequestError, match=r"tools\[0\].type"):
+        vlm.chat("Which colour?", params, tools=[{"type": "web_search"}])
 
 
 def test_leaving_a_stream_aborts_it(vlm: VLM) -> None:

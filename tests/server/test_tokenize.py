@@ -30,6 +30,19 @@ async def test_a_conversation_counts_its_images_and_gives_them_back(serve: Serve
     assert running.loader.num_held == running.service.num_in_flight == 0
 
 
+@pytest.mark.parametrize("choice", ["auto", "none"])
+async def test_tools_count_where_the_model_is_shown_them(serve: Serve, choice: str) -> None:
+    running = await serve()
+    tools = [{"type": "function", "function": {"name": "weather"}}]
+    body = {"messages": LOOK, "tools": tools, "tool_choice": choice}
+    counted = (await running.post("/tokenize", body)).json()
+    await running.post("/v1/chat/completions", body)
+    assert counted["tokens"] == running.engine.requests[0].prompt_ids
+    assert (counted["count"] > (await running.post("/tokenize", {"messages": LOOK})).json()["count"]) == (
+        choice == "auto"
+    )
+
+
 def test_ids_are_turned_back_into_text(shared: httpx.Client, tokenizer: Tokenizer) -> None:
     ids = [*tokenizer.encode_text("né 😀"), IM_END]
     assert shared.post("/detokenize", json={"tokens": ids}).json() == {"prompt": "né 😀<|im_end|>"}
@@ -41,6 +54,7 @@ def test_ids_are_turned_back_into_text(shared: httpx.Client, tokenizer: Tokenize
         ("/tokenize", {}),
         ("/tokenize", {"prompt": "x", "messages": LOOK}),
         ("/tokenize", {"prompt": "x", "nonsense": 1}),
+        ("/tokenize", {"prompt": "x", "tools": [{"type": "function", "function": {"name": "f"}}]}),
         ("/detokenize", {}),
         ("/detokenize", {"tokens": [-1]}),
         ("/detokenize", {"tokens": ["x"]}),

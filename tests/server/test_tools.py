@@ -148,6 +148,46 @@ async def test_a_call_that_must_be_is_a_grammar_s_work(
     assert (told["parallel"], told["free"]) == (parallel, False)
 
 
+@pytest.mark.parametrize("stream", [False, True])
+async def test_a_call_that_was_named_ends_as_any_answer_does(serve: Serve, stream: bool) -> None:
+    running = await serve(CALL)
+    named = {"type": "function", "function": {"name": "weather"}}
+    body = {"messages": ASK, "tools": TOOLS, "tool_choice": named, "stream": stream}
+    reply = await running.post("/v1/chat/completions", body)
+    assert '"name":"weather"' in reply.text
+    assert '"finish_reason":"stop"' in reply.text
+    required = await running.post("/v1/chat/completions", body | {"tool_choice": "required"})
+    assert '"finish_reason":"tool_calls"' in required.text
+
+
+@pytest.mark.parametrize(
+    ("said", "text", "called"), [(CALL, None, True), ('{"city": "Rome"}', '{"city": "Rome"}', False)]
+)
+async def test_an_answer_beside_tools_has_its_form_or_is_calls(
+    serve: Serve, said: str, text: str | None, called: bool
+) -> None:
+    running = await serve(said)
+    form = {"type": "json_schema", "json_schema": {"name": "city", "schema": CITY}}
+    reply = await running.post("/v1/chat/completions", {"messages": ASK, "tools": TOOLS, "response_format": form})
+    message = reply.json()["choices"][0]["message"]
+    assert (message["content"], "tool_calls" in message) == (text, called)
+    grammar = running.engine.requests[0].params.grammar
+    told = json.loads(grammar.text)
+    assert (grammar.kind, grammar.param, told["free"]) == ("calls", "response_format", False)
+    assert json.loads(told["content"][1]) == CITY
+    must = {"messages": ASK, "tools": TOOLS, "response_format": form, "tool_choice": "required"}
+    await running.post("/v1/chat/completions", must)
+    assert json.loads(running.engine.requests[1].params.grammar.text)["content"] is None
+
+
+async def test_arguments_beside_a_form_are_streamed_as_they_are_written(serve: Serve) -> None:
+    running = await serve(CALL)
+    form = {"type": "json_object"}
+    body = {"messages": ASK, "tools": TOOLS, "response_format": form, "stream": True}
+    reply = await running.post("/v1/chat/completions", body)
+    assert reply.text.count('"arguments"') > 3
+
+
 async def test_strict_tools_are_held_to_their_schema_when_the_model_calls_them_by_itself(serve: Serve) -> None:
     running = await serve(CALL)
     strict = {"type": "function", "function": {"name": "weather", "parameters": CITY, "strict": True}}
@@ -198,8 +238,6 @@ async def test_the_model_is_shown_tools_calls_and_results_with_pictures(serve: S
         ({"tools": TOOLS, "tool_choice": "any"}, "tool_choice"),
         ({"tools": TOOLS, "tool_choice": {"type": "function", "function": {"name": "fly"}}}, "tool_choice"),
         ({"tools": TOOLS, "tool_choice": {"type": "function"}}, "tool_choice"),
-        ({"tools": TOOLS, "response_format": {"type": "json_object"}}, "response_format"),
-        ({"tools": TOOLS, "guided_regex": "a", "tool_choice": "required"}, "guided_regex"),
     ],
 )
 async def test_what_cannot_be_meant_is_refused(serve: Serve, openai_client: Client, fields: Any, param: str) -> None:

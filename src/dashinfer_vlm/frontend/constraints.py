@@ -9,7 +9,6 @@ from dataclasses import replace
 import msgspec
 
 from dashinfer_vlm.engine.grammars.calls import CallForm, Calls
-from dashinfer_vlm.errors import UnsupportedError
 from dashinfer_vlm.frontend.answer_parser import CALL, CALL_END, THINK, THINK_END, AnswerForm
 from dashinfer_vlm.frontend.messages import Dialogue
 from dashinfer_vlm.frontend.params import GenerationParams
@@ -21,37 +20,35 @@ __all__ = ["constrained"]
 
 def constrained(
     params: GenerationParams, dialogue: Dialogue, form: AnswerForm, marks: Collection[str]
-) -> GenerationParams:
-    """`params` with the grammar that answers of this `form` follow; `marks` are the special tokens that text may hold.
+) -> tuple[GenerationParams, AnswerForm]:
+    """`params` with the grammar that answers of this `form` follow, and the form of answers that follow it.
 
-    Raises UnsupportedError for a structured answer beside tools.
+    `marks` are the special tokens that text may hold. Where an answer may call tools, what it must be otherwise holds
+    for answers that call none.
     """
     grammar = params.sampling.grammar
-    if dialogue.callable_names and grammar is not None:
-        raise UnsupportedError(
-            f"{grammar.param} and tools are not supported together; leave one out, or send tool_choice none",
-            param=grammar.param,
-        )
-    if form.sure:
-        grammar = _calls(dialogue, marks)
+    if dialogue.callable_names and (grammar is not None or form.sure):
+        form = replace(form, sure=True)
+        grammar = _calls(dialogue, marks, None if dialogue.choice.must_call else grammar)
     if grammar is None:
-        return params
+        return params, form
     if form.may_think:
         grammar = msgspec.structs.replace(grammar, thought=("" if form.begins_in_thought else THINK, THINK_END))
-    return replace(params, sampling=msgspec.structs.replace(params.sampling, grammar=grammar))
+    return replace(params, sampling=msgspec.structs.replace(params.sampling, grammar=grammar)), form
 
 
-def _calls(dialogue: Dialogue, marks: Collection[str]) -> Grammar:
+def _calls(dialogue: Dialogue, marks: Collection[str], content: Grammar | None) -> Grammar:
     names, choice = set(dialogue.callable_names), dialogue.choice
     calls = Calls(
         begin=CALL,
         end=CALL_END,
         forms=[_form(tool, choice.must_call) for tool in dialogue.tools if tool.name in names],
         parallel=choice.parallel,
-        free=not choice.must_call,
+        free=not choice.must_call and content is None,
         marks=sorted(marks),
+        content=content,
     )
-    return Grammar("calls", msgspec.json.encode(calls).decode(), "tools")
+    return Grammar("calls", msgspec.json.encode(calls).decode(), "tools" if content is None else content.param)
 
 
 def _form(tool: Tool, must_call: bool) -> CallForm:

@@ -89,12 +89,12 @@ class Service:
             params = await self._prepared(params)
             prompt = await self.prompts.chat(dialogue, params, media_salt=current_tenant.get().salt)
             try:
-                held = constrained(params, dialogue, prompt.form, self.tokenizer.marks)
+                held, form = constrained(params, dialogue, prompt.form, self.tokenizer.marks)
                 held.validate(self.engine.info.vocab_size)
             except InvalidRequestError:
                 prompt.release()
                 raise
-            return self._start([prompt], held, admission)
+            return self._start([replace(prompt, form=form)], held, admission)
 
     async def complete(self, prompts: Sequence[PromptText], params: GenerationParams) -> Generation:
         """Continue texts or ids; choice `i` belongs to prompt `i // n`. Raises like `chat`."""

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, Tag
+from pydantic import Field, Tag, ValidationError
 
 from dashinfer_vlm.errors import InvalidRequestError
-from dashinfer_vlm.frontend.schema import Body, by_shape
+from dashinfer_vlm.frontend.schema import Body, by_shape, explain
 from dashinfer_vlm.frontend.tools import Tool, ToolChoice, check_tool_name, offer
 
 
@@ -57,12 +57,25 @@ ToolChoiceBody = Annotated[
 ]
 
 
-def read_tools(
-    tools: list[ToolBody] | None, choice: ToolChoiceBody | None, parallel: bool | None
-) -> tuple[tuple[Tool, ...], ToolChoice]:
-    """The tools that the model is shown, and how it may choose. Raises InvalidRequestError."""
-    read = [body.tool(f"tools[{i}]") for i, body in enumerate(tools or ())]
-    return offer(read, _choice(choice, parallel is not False))
+class ToolsBody(Body):
+    """The fields about tools of a request."""
+
+    tools: list[ToolBody] | None = None
+    tool_choice: ToolChoiceBody | None = None
+    parallel_tool_calls: bool | None = None
+
+    def offered(self) -> tuple[tuple[Tool, ...], ToolChoice]:
+        """The tools that the model is shown, and how it may choose. Raises InvalidRequestError."""
+        read = [body.tool(f"tools[{i}]") for i, body in enumerate(self.tools or ())]
+        return offer(read, _choice(self.tool_choice, self.parallel_tool_calls is not False))
+
+
+def parse_tools(tools: object, choice: object) -> tuple[tuple[Tool, ...], ToolChoice]:
+    """`ToolsBody.offered` for a caller in this process. Raises InvalidRequestError."""
+    try:
+        return ToolsBody.model_validate({"tools": tools, "tool_choice": choice}).offered()
+    except ValidationError as error:
+        raise explain(error) from None
 
 
 def _choice(choice: ToolChoiceBody | None, parallel: bool) -> ToolChoice | None:

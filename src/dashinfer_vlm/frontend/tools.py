@@ -43,6 +43,11 @@ class ToolChoice:
     parallel: bool = True
     """Whether one answer may hold several calls."""
 
+    @property
+    def is_named(self) -> bool:
+        """Whether the caller has said which one tool is called, once."""
+        return self.must_call and self.names is not None and len(self.names) == 1 and not self.parallel
+
 
 FREE_CHOICE = ToolChoice()
 """OpenAI's `auto`. Its `none` is a dialogue without tools: what the model is not shown it does not call."""

@@ -13,7 +13,7 @@ import atexit
 import dataclasses
 import sys
 import weakref
-from collections.abc import AsyncGenerator, Callable, Coroutine, Iterator, Sequence
+from collections.abc import AsyncGenerator, Callable, Coroutine, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -32,6 +32,8 @@ from dashinfer_vlm.frontend.generation import Delta, Generation
 from dashinfer_vlm.frontend.messages import Dialogue
 from dashinfer_vlm.frontend.opening import open_service
 from dashinfer_vlm.frontend.params import GenerationParams
+from dashinfer_vlm.frontend.tool_schema import parse_tools
+from dashinfer_vlm.frontend.tools import Tool, ToolChoice
 from dashinfer_vlm.hub import resolve_model
 from dashinfer_vlm.offline.background import BackgroundLoop, gather
 from dashinfer_vlm.offline.inputs import Conversation, is_conversation, to_messages
@@ -43,6 +45,10 @@ from dashinfer_vlm.request import SamplingParams
 
 Params: TypeAlias = SamplingParams | GenerationParams | None
 Prompt: TypeAlias = str | list[int]
+Tools: TypeAlias = Sequence[Mapping[str, Any]] | None
+"""As in OpenAI's chat completions."""
+Choice: TypeAlias = str | Mapping[str, Any] | None
+Offered: TypeAlias = tuple[tuple[Tool, ...], ToolChoice]
 Begin: TypeAlias = Callable[[], Coroutine[Any, Any, Generation]]
 
 _LOOKAHEAD = 8
@@ -95,30 +101,57 @@ class VLM:
         return msgspec.convert(self._service.sampling_defaults, SamplingParams)
 
     @overload
-    def chat(self, messages: Conversation, params: Params = None) -> Result: ...  # type: ignore[overload-overlap]
+    def chat(  # type: ignore[overload-overlap]
+        self, messages: Conversation, params: Params = None, *, tools: Tools = None, tool_choice: Choice = None
+    ) -> Result: ...
     @overload
-    def chat(self, messages: Sequence[Conversation], params: Params | Sequence[Params] = None) -> list[Result]: ...
     def chat(
-        self, messages: Conversation | Sequence[Conversation], params: Params | Sequence[Params] = None
+        self,
+        messages: Sequence[Conversation],
+        params: Params | Sequence[Params] = None,
+        *,
+        tools: Tools = None,
+        tool_choice: Choice = None,
+    ) -> list[Result]: ...
+    def chat(
+        self,
+        messages: Conversation | Sequence[Conversation],
+        params: Params | Sequence[Params] = None,
+        *,
+        tools: Tools = None,
+        tool_choice: Choice = None,
     ) -> Result | list[Result]:
         """Answer one conversation, or a list of them side by side; answers come in the order of the questions.
 
         One conversation raises what is wrong with it (InvalidRequestError, MediaError, EngineError). In a list the
-        others go on, and the Result carries the error. `params` is one for all or one for each.
+        others go on, and the Result carries the error. `params` is one for all or one for each. `tools` and
+        `tool_choice` are those of OpenAI's chat completions; calls are the answer's `tool_calls`.
         """
-        return self._loop.run(self._chat(messages, params))
+        return self._loop.run(self._chat(messages, params, parse_tools(tools, tool_choice)))
 
     @overload
-    async def achat(self, messages: Conversation, params: Params = None) -> Result: ...  # type: ignore[overload-overlap]
+    async def achat(  # type: ignore[overload-overlap]
+        self, messages: Conversation, params: Params = None, *, tools: Tools = None, tool_choice: Choice = None
+    ) -> Result: ...
     @overload
     async def achat(
-        self, messages: Sequence[Conversation], params: Params | Sequence[Params] = None
+        self,
+        messages: Sequence[Conversation],
+        params: Params | Sequence[Params] = None,
+        *,
+        tools: Tools = None,
+        tool_choice: Choice = None,
     ) -> list[Result]: ...
     async def achat(
-        self, messages: Conversation | Sequence[Conversation], params: Params | Sequence[Params] = None
+        self,
+        messages: Conversation | Sequence[Conversation],
+        params: Params | Sequence[Params] = None,
+        *,
+        tools: Tools = None,
+        tool_choice: Choice = None,
     ) -> Result | list[Result]:
         """`chat` for callers with an event loop; cancelling it aborts what runs."""
-        return await self._loop.arun(self._chat(messages, params))
+        return await self._loop.arun(self._chat(messages, params, parse_tools(tools, tool_choice)))
 
     @overload
     def generate(self, prompts: Prompt, params: Params = None) -> Result: ...  # type: ignore[overload-overlap]
@@ -140,13 +173,17 @@ class VLM:
         """`generate` for callers with an event loop; cancelling it aborts what runs."""
         return await self._loop.arun(self._generate(prompts, params))
 
-    def stream(self, messages: Conversation, params: Params = None) -> Iterator[Delta]:
+    def stream(
+        self, messages: Conversation, params: Params = None, *, tools: Tools = None, tool_choice: Choice = None
+    ) -> Iterator[Delta]:
         """The answer to one conversation as it is made; closing the iterator early aborts it."""
-        return self._loop.iterate(self._stream(messages, params))
+        return self._loop.iterate(self._stream(messages, params, parse_tools(tools, tool_choice)))
 
-    def astream(self, messages: Conversation, params: Params = None) -> AsyncGenerator[Delta, None]:
+    def astream(
+        self, messages: Conversation, params: Params = None, *, tools: Tools = None, tool_choice: Choice = None
+    ) -> AsyncGenerator[Delta, None]:
         """`stream` for callers with an event loop. Use with `contextlib.aclosing` when leaving early."""
-        return self._loop.aiterate(self._stream(messages, params))
+        return self._loop.aiterate(self._stream(messages, params, parse_tools(tools, tool_choice)))
 
     def close(self) -> None:
         """Abort what runs and free model, caches, threads and processes; idempotent."""
@@ -161,13 +198,13 @@ class VLM:
         self.close()
 
     async def _chat(
-        self, messages: Conversation | Sequence[Conversation], params: Params | Sequence[Params]
+        self, messages: Conversation | Sequence[Conversation], params: Params | Sequence[Params], offered: Offered
     ) -> Result | list[Result]:
         if is_conversation(messages):
-            return await self._collected(self._begin_chat(cast(Conversation, messages), _one(params)))
+            return await self._collected(self._begin_chat(cast(Conversation, messages), _one(params), offered))
         conversations = cast("Sequence[Conversation]", messages)
         jobs = zip(conversations, _each(params, len(conversations)), strict=True)
-        return await self._collect_all([partial(self._begin_chat, *job) for job in jobs])
+        return await self._collect_all([partial(self._begin_chat, *job, offered) for job in jobs])
 
     async def _generate(
         self, prompts: Prompt | Sequence[Prompt], params: Params | Sequence[Params]
@@ -178,17 +215,18 @@ class VLM:
         jobs = zip(many, _each(params, len(many)), strict=True)
         return await self._collect_all([partial(self._begin_generate, *job) for job in jobs])
 
-    async def _stream(self, messages: Conversation, params: Params) -> AsyncGenerator[Delta, None]:
-        generation = await self._begin_chat(messages, params)
+    async def _stream(self, messages: Conversation, params: Params, offered: Offered) -> AsyncGenerator[Delta, None]:
+        generation = await self._begin_chat(messages, params, offered)
         try:
             async for delta in generation:
                 yield delta
         finally:
             generation.close()
 
-    async def _begin_chat(self, conversation: Conversation, params: Params) -> Generation:
+    async def _begin_chat(self, conversation: Conversation, params: Params, offered: Offered) -> Generation:
         messages = await asyncio.to_thread(to_messages, conversation, self._service.prompts.loader.pixel_bounds)
-        return await self._service.chat(Dialogue(messages), self._generation_params(params))
+        tools, choice = offered
+        return await self._service.chat(Dialogue(messages, tools=tools, choice=choice), self._generation_params(params))
 
     async def _begin_generate(self, prompt: Prompt, params: Params) -> Generation:
         return await self._service.complete([prompt], self._generation_params(params))

@@ -9,7 +9,7 @@ from fastapi import APIRouter, Request
 from starlette.responses import Response
 
 from dashinfer_vlm.frontend.answers import Answer
-from dashinfer_vlm.frontend.generation import Delta, Usage
+from dashinfer_vlm.frontend.generation import Delta, EndReason, Usage
 from dashinfer_vlm.frontend.tokenizer import Tokenizer
 from dashinfer_vlm.request import TokenLogprob
 from dashinfer_vlm.server.body import read_body
@@ -50,6 +50,7 @@ def chat_routes(context: Context) -> APIRouter:
     async def chat_completions(request: Request) -> Response:
         body = await read_body(request, ChatBody, context.bodies)
         head = context.head("chatcmpl", body.model)
+        dialogue = body.dialogue(service.prompts.loader.pixel_bounds)
         writer = ChatWriter(
             head,
             service.tokenizer,
@@ -57,8 +58,8 @@ def chat_routes(context: Context) -> APIRouter:
             usage=body.usage_events,
             reasoning=body.include_reasoning is not False,
             extras=body.extras,
+            names_tool=dialogue.choice.is_named,
         )
-        dialogue = body.dialogue(service.prompts.loader.pixel_bounds)
         begin = service.chat(dialogue, body.params(service.sampling_defaults))
         stream = bool(body.stream)
         del body, dialogue  # their images may be large, and the answer takes long
@@ -79,8 +80,10 @@ class ChatWriter:
         usage: UsageEvents,
         reasoning: bool = True,
         extras: Extras = NO_EXTRAS,
+        names_tool: bool = False,
     ) -> None:
-        """`reasoning`: whether it is told."""
+        """`reasoning`: whether it is told; `names_tool`: the request names the one tool that is called."""
+        self._names_tool = names_tool
         self._reasoning = reasoning
         self._extras = extras
         self._head = head
@@ -95,7 +98,7 @@ class ChatWriter:
                 i,
                 AnswerMessage.of(a, reasoning=self._reasoning),
                 self._rows(a.logprobs),
-                a.finish_reason,
+                self._reason(a.finish_reason),
                 self._extras.ids(a.token_ids + a.end_ids),
             )
             for i, a in enumerate(answers)
@@ -132,12 +135,17 @@ class ChatWriter:
             events.append(self._chunk(choice, usage))
         if delta.finish_reason:
             ids = self._extras.ids(delta.end_ids)
-            choice = ChunkChoice(delta.index, DeltaMessage(), finish_reason=delta.finish_reason, token_ids=ids)
+            reason = self._reason(delta.finish_reason)
+            choice = ChunkChoice(delta.index, DeltaMessage(), finish_reason=reason, token_ids=ids)
             events.append(self._chunk(choice, usage))
         return events
 
     def last(self, usage: Usage) -> list[msgspec.Struct]:
         return [self._chunk(None, lambda: usage)] if self._usage.last else []
+
+    def _reason(self, reason: EndReason) -> EndReason:
+        """OpenAI does not call it a surprise when the tool is called that it was told to call."""
+        return "stop" if self._names_tool and reason == "tool_calls" else reason
 
     def _rows(self, logprobs: tuple[TokenLogprob, ...]) -> ChatLogprobs | None:
         return chat_logprobs(logprobs, self._tokenizer) if self._logprobs else None

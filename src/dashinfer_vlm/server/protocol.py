@@ -18,7 +18,7 @@ from dashinfer_vlm.frontend.messages import Dialogue
 from dashinfer_vlm.frontend.params import GenerationParams
 from dashinfer_vlm.frontend.schema import Body, Whole, Wholes, no_effect, only
 from dashinfer_vlm.frontend.structured import StructuredBody
-from dashinfer_vlm.frontend.tool_schema import ToolBody, ToolChoiceBody, read_tools
+from dashinfer_vlm.frontend.tool_schema import ToolsBody
 from dashinfer_vlm.server.replies import Extras, UsageEvents
 from dashinfer_vlm.server.sampling import SamplingBody
 
@@ -101,7 +101,7 @@ class GenerationBody(SamplingBody, StructuredBody):
         return replace(params, sampling=sampling, n=1 if self.n is None else self.n)
 
 
-class ChatBody(GenerationBody):
+class ChatBody(GenerationBody, ToolsBody):
     """`POST /v1/chat/completions`."""
 
     messages: list[MessageBody]
@@ -111,9 +111,6 @@ class ChatBody(GenerationBody):
     logprobs: bool | None = None
     top_logprobs: Whole | None = None
 
-    tools: list[ToolBody] | None = None
-    tool_choice: ToolChoiceBody | None = None
-    parallel_tool_calls: bool | None = None
     include_reasoning: bool | None = None
     """False leaves it out of the answer; it is thought all the same."""
     reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh"] | None = None
@@ -136,7 +133,7 @@ class ChatBody(GenerationBody):
 
     def dialogue(self, bounds: tuple[int, int]) -> Dialogue:
         """`bounds` are the least and most pixels of an image here. Raises InvalidRequestError."""
-        tools, choice = read_tools(self.tools, self.tool_choice, self.parallel_tool_calls)
+        tools, choice = self.offered()
         return Dialogue(
             read_conversation(self.messages, bounds, self.mm_processor_kwargs),
             tools=tools,

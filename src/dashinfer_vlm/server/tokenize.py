@@ -16,6 +16,7 @@ from dashinfer_vlm.frontend.messages import Dialogue
 from dashinfer_vlm.frontend.params import GenerationParams
 from dashinfer_vlm.frontend.schema import Body, all_whole, no_effect
 from dashinfer_vlm.frontend.tokenizer import Tokenizer
+from dashinfer_vlm.frontend.tool_schema import ToolsBody
 from dashinfer_vlm.server.body import read_body, unless_gone
 from dashinfer_vlm.server.context import Context
 from dashinfer_vlm.server.described import GENERATING, READING, Operation
@@ -25,7 +26,7 @@ _MOST_IDS = 1 << 18
 """What a text that is only counted may have, where the model's context is shorter."""
 
 
-class TokenizeBody(Body):
+class TokenizeBody(ToolsBody):
     """Either `prompt`, which is plain text, or `messages`, whose images are fetched and counted."""
 
     model: str | None = None
@@ -97,7 +98,10 @@ async def _ids(context: Context, body: TokenizeBody) -> list[int]:
             add_generation_prompt=body.add_generation_prompt, continue_final_message=bool(body.continue_final_message)
         )
         messages = read_conversation(body.messages, bounds, body.mm_processor_kwargs)
-        return await service.count(Dialogue(messages), ending)
+        tools, choice = body.offered()
+        return await service.count(Dialogue(messages, tools=tools, choice=choice), ending)
+    if body.tools:
+        raise InvalidRequestError("tools are for messages; a prompt is plain text", param="tools")
     if body.prompt is not None and body.messages is None:
         return await service.prompts.text_ids(body.prompt, max(service.engine.info.max_model_len, _MOST_IDS))
     raise InvalidRequestError("send either prompt or messages", param="prompt")

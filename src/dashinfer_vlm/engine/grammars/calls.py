@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
+from dashinfer_vlm.request import Grammar
+
 if TYPE_CHECKING:
     import llguidance
 
@@ -40,10 +42,12 @@ class Calls(msgspec.Struct, frozen=True):
     """Whether there may be text before, between and behind calls, or no call at all."""
     marks: list[str]
     """Special tokens that such text may hold."""
+    content: Grammar | None = None
+    """What the answer is where it calls nothing; then it is either this, whole, or calls alone."""
 
 
 def calls_in_lark(calls: Calls, tokenizer: llguidance.LLTokenizer, whitespace: str) -> str:
-    """`whitespace` is the pattern of what may stand between two parts of JSON."""
+    """`whitespace` is the pattern of what may stand between two parts of JSON. Their content is named `content`."""
     rules = [f"tool{i}: {_form(form, whitespace)}" for i, form in enumerate(calls.forms)]
     tools = " | ".join(f"tool{i}" for i in range(len(rules)))
     rules.append(f"call: ({tools}) {_tag(calls.end, tokenizer)}")
@@ -53,7 +57,8 @@ def calls_in_lark(calls: Calls, tokenizer: llguidance.LLTokenizer, whitespace: s
         return "\n".join([f"start: {head}", *begin, *rules])
     begin_tag = _tag(calls.begin, tokenizer)
     more = f' ("\\n" {begin_tag} call)*' if calls.parallel else ""
-    return "\n".join([f"start: {begin_tag} call{more}", *rules])
+    content = " | @content" if calls.content else ""
+    return "\n".join([f"start: {begin_tag} call{more}{content}", *rules])
 
 
 def thought_in_lark(thought: tuple[str, str], tokenizer: llguidance.LLTokenizer) -> str:

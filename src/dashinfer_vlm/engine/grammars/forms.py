@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from typing import Any
 
 import llguidance
 import msgspec
@@ -15,27 +16,53 @@ WHITESPACE = r"[\x20\x0A\x0D\x09]{1,32}"
 LIMITS = llguidance.LLParserLimits(max_lexer_states=100_000, verbose_errors=False)
 """llguidance's own, but for states: each takes a kilobyte or two, and every sequence has its own."""
 
+Form = dict[str, Any]
+"""One grammar of the library."""
+
+
+class _Forms(msgspec.Struct):
+    grammars: list[dict[str, msgspec.Raw]]
+
+
 _LITERALS = re.compile(r'//[^\n]*|"(?:\\.|[^"\\\n])*"|/(?:\\.|[^/\\\n])+/')
 _MOST_WORDS = 300
 _NAMES = {
     "json_schema": "the JSON schema",
     "regex": "the regular expression",
     "choice": "the choices",
-    "calls": "a schema of the tools",
+    "calls": "a schema of the tools, or the form of the answer beside them,",
 }
 
 
 def in_library_form(grammar: Grammar, tokenizer: llguidance.LLTokenizer) -> str:
     """What `llguidance.LLMatcher` takes. Raises ValueError with a reason; most of what is wrong shows only there."""
-    answer = _answer(grammar, tokenizer)
-    if grammar.thought is None:
-        return answer
-    thought = {"lark_grammar": thought_in_lark(grammar.thought, tokenizer)}
-    forms = msgspec.json.decode(answer)["grammars"] if answer.startswith("{") else [{"lark_grammar": answer}]
-    return msgspec.json.encode({"grammars": [thought, {**forms[0], "name": "answer"}]}).decode()
+    if grammar.kind != "calls" and grammar.thought is None:
+        return _text(grammar)
+    forms = _forms(grammar, tokenizer)
+    if grammar.thought is not None:
+        thought = {"lark_grammar": thought_in_lark(grammar.thought, tokenizer)}
+        forms = [thought, {**forms[0], "name": "answer"}, *forms[1:]]
+    return msgspec.json.encode({"grammars": forms}).decode()
 
 
-def _answer(grammar: Grammar, tokenizer: llguidance.LLTokenizer) -> str:
+def _forms(grammar: Grammar, tokenizer: llguidance.LLTokenizer) -> list[Form]:
+    """The form of an answer, and the one that it names."""
+    if grammar.kind != "calls":
+        return [_form(grammar)]
+    calls = msgspec.json.decode(grammar.text, type=Calls)
+    form: Form = {"lark_grammar": calls_in_lark(calls, tokenizer, WHITESPACE)}
+    return [form, {**_form(calls.content), "name": "content"}] if calls.content else [form]
+
+
+def _form(grammar: Grammar) -> Form:
+    """Of an answer without calls."""
+    text = _text(grammar)
+    if text.startswith("{"):
+        return dict(msgspec.json.decode(text, type=_Forms).grammars[0])
+    return {"lark_grammar": text}
+
+
+def _text(grammar: Grammar) -> str:
     match grammar.kind:
         case "json_schema":
             return llguidance.LLMatcher.grammar_from_json_schema(
@@ -51,7 +78,7 @@ def _answer(grammar: Grammar, tokenizer: llguidance.LLTokenizer) -> str:
         case "grammar":
             return _plain(llguidance.grammar_from("grammar", grammar.text))
         case "calls":
-            return calls_in_lark(msgspec.json.decode(grammar.text, type=Calls), tokenizer, WHITESPACE)
+            raise AssertionError(grammar)
 
 
 def compile_for(tokenizer: llguidance.LLTokenizer, grammar: Grammar) -> llguidance.LLMatcher:
