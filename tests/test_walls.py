@@ -37,9 +37,10 @@ WITHOUT_TORCH = (
     "dashinfer_vlm.frontend.service",
     "dashinfer_vlm.media.decode",
     "dashinfer_vlm.media.loader",
+    "dashinfer_vlm.offline.batch",
     "dashinfer_vlm.server.run",
 )
-"""What the HTTP process and the decoding processes import, and the engine's before it loads."""
+"""What the processes of HTTP, of batch files and of decoding import, and the engine's before it loads."""
 
 
 def imports() -> Iterator[tuple[str, str]]:

@@ -114,10 +114,11 @@ def test_compiled_kernels_are_kept_for_the_next_start(monkeypatch: pytest.Monkey
     assert triton.knobs.cache.dir == "/elsewhere"
 
 
-def test_a_card_without_triton_computes_with_torch_and_says_why(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+@pytest.mark.parametrize("missing", ["triton", "triton.knobs"])
+def test_a_card_without_triton_or_with_an_old_one_computes_with_torch_and_says_why(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, missing: str
 ) -> None:
-    monkeypatch.setitem(sys.modules, "triton", None)
+    monkeypatch.setitem(sys.modules, missing, None)
     with caplog.at_level(logging.WARNING):
         assert choose_backend(CARD, torch.float16).ops is REFERENCE
     assert "triton cannot be imported" in caplog.text

@@ -21,7 +21,7 @@ def why_unavailable() -> str | None:
         return "DASHINFER_KERNELS=reference"
     envs.keep_compiled_kernels()
     try:
-        importlib.import_module("triton")
+        importlib.import_module("triton.knobs")  # triton 3.4 and later have it
     except ImportError as error:
-        return f"triton cannot be imported ({error}); torch's own CUDA wheels bring it"
+        return f"triton cannot be imported ({error}); CUDA wheels of torch 2.8 and later bring one that can be used"
     return None
