@@ -6,6 +6,7 @@ import json
 import re
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from itertools import count
 from typing import Any
@@ -19,7 +20,7 @@ from dashinfer_vlm.engine.engine import Engine
 from dashinfer_vlm.engine.grammars.compiler import Compiler
 from dashinfer_vlm.engine.grammars.trial import Trial
 from dashinfer_vlm.engine.shaping import token_words
-from dashinfer_vlm.errors import InvalidRequestError, UnsupportedError
+from dashinfer_vlm.errors import InvalidRequestError, OverloadedError, UnsupportedError
 from dashinfer_vlm.request import Grammar, GrammarKind, Output, Request, SamplingParams
 from tests.conftest import ROOT, CheckpointMaker
 from tests.engine.late_runner import LateRunner
@@ -347,6 +348,33 @@ def test_equal_grammars_are_compiled_once_and_the_oldest_are_forgotten(
     for name in ("two", "three"):
         compiler.prepare(Grammar("regex", name))
     assert compiler.prepare(Grammar("regex", "once")) is not first
+
+
+def test_grammars_that_wait_are_bounded_and_one_that_nobody_wants_makes_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dashinfer_vlm.engine.grammars.compiler.MAX_WAITING", 3)
+    go = threading.Event()
+
+    def wait() -> str:
+        go.wait()
+        return vocabulary()
+
+    compiler = Compiler(wait, VOCAB, (EOS,))
+    try:
+        first, *_, last = (compiler.prepare(Grammar("regex", letter)) for letter in "abc")
+        assert compiler.prepare(Grammar("regex", "a")) is first, "one that waits already takes no more room"
+        with pytest.raises(OverloadedError, match="3 grammars wait to be compiled, the limit is 3"):
+            compiler.prepare(Grammar("regex", "d"))
+        assert last.cancel()
+        fourth = compiler.prepare(Grammar("regex", "d"))
+        with pytest.raises(OverloadedError):
+            compiler.prepare(Grammar("regex", "c"))
+        go.set()
+        assert compiler.matcher(Grammar("regex", "d"))
+        assert fourth.done()
+        assert compiler.matcher(Grammar("regex", "c")), "what was cancelled is compiled for who comes later"
+    finally:
+        go.set()
+        compiler.close()
 
 
 def test_two_answers_to_one_grammar_do_not_disturb_each_other(compiler: Compiler) -> None:

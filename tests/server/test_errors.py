@@ -342,3 +342,16 @@ async def test_tokens_that_wait_are_bounded_and_counted(serve: Serve) -> None:
     assert 'dashinfer_refusals_total{reason="queued_tokens"} 1.0' in lines
     running.engine.resume.set()
     assert (await asking).status_code == 200
+
+
+async def test_an_engine_that_is_started_again_is_worth_waiting_for(serve: Serve) -> None:
+    """The process is well, and no requests should come here yet."""
+    running = await serve()
+    running.engine.comes_back = True
+    running.engine.is_alive = False
+    reply = await running.post(CHAT, {"messages": ASK})
+    assert (reply.status_code, error_of(reply)["code"], reply.headers["retry-after"]) == (503, "overloaded", "30")
+    assert [(await running.get(path)).status_code for path in ("/health", "/ready")] == [200, 503]
+    running.engine.is_alive = True
+    assert (await running.post(CHAT, {"messages": ASK})).status_code == 200
+    assert (await running.get("/ready")).status_code == 200

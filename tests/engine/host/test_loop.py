@@ -218,6 +218,14 @@ def test_a_request_is_aborted_while_it_is_prepared() -> None:
     assert "slow" not in prepared.engine.aborted
 
 
+@pytest.mark.parametrize("others", [[], ["also"]])
+def test_what_is_prepared_for_nobody_any_more_is_cancelled(others: list[str]) -> None:
+    prepared = Prepared(None)
+    prepared.engine.preparing["also"] = prepared.ready
+    run([ask("slow", 2), *(ask(name, 2) for name in others)], [Abort("slow")], [Close()], engine=prepared.engine)
+    assert prepared.ready.cancelled() == (not others)
+
+
 def test_a_request_that_is_prepared_when_the_loop_is_closed_ends_by_it() -> None:
     channel = run([ask("slow", 2)], [Close()], engine=Prepared(None).engine)
     assert channel.endings() == {"slow": "abort"}

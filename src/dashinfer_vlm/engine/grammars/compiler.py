@@ -18,7 +18,7 @@ import msgspec
 from dashinfer_vlm.engine.grammars.forms import compile_for, complaint
 from dashinfer_vlm.engine.grammars.matcher import Matcher
 from dashinfer_vlm.engine.grammars.trial import Trial
-from dashinfer_vlm.errors import UnsupportedError
+from dashinfer_vlm.errors import OverloadedError, UnsupportedError
 from dashinfer_vlm.request import Grammar
 from dashinfer_vlm.tokenizer_file import TokenizerFile
 
@@ -31,8 +31,12 @@ logger = logging.getLogger(__name__)
 
 MAX_KEPT = 256
 """Compiled grammars and refusals; the least recently used goes first. A compiled one begins with a few kilobytes."""
+MAX_WAITING = 64
+"""Grammars that are to be compiled; each may take seconds."""
 _NUM_THREADS = 2
 """So that a grammar that is slow to compile does not keep the others waiting."""
+
+_RETRY_S = 5
 
 Kept = Future[llguidance.LLMatcher]
 
@@ -54,10 +58,14 @@ class Compiler:
         self._tokenizer = self._pool.submit(_index, vocabulary, vocab_size, eos_token_ids)
 
     def prepare(self, grammar: Grammar) -> Kept:
-        """Begin to compile, unless it is kept already. The future raises UnsupportedError with the reason why not."""
+        """Begin to compile, unless it is kept already. The future raises UnsupportedError with the reason why not; who
+        no longer wants it may cancel it. Raises OverloadedError when too many are waiting."""
         key = (grammar.kind, grammar.text, grammar.thought)
         with self._lock:
-            found = self._kept.pop(key, None) or self._pool.submit(self._compile, grammar)
+            found = self._kept.pop(key, None)
+            if found is None or found.cancelled():
+                self._check_room()
+                found = self._pool.submit(self._compile, grammar)
             self._kept[key] = found
             while len(self._kept) > MAX_KEPT:
                 self._kept.popitem(last=False)
@@ -75,6 +83,15 @@ class Compiler:
         self._pool.shutdown(cancel_futures=True)
         while not self._trials.empty():
             self._trials.get().close()
+
+    def _check_room(self) -> None:
+        num_waiting = sum(not kept.done() for kept in self._kept.values())
+        if num_waiting >= MAX_WAITING:
+            raise OverloadedError(
+                f"{num_waiting} grammars wait to be compiled, the limit is {MAX_WAITING}; try again later",
+                reason="queued_grammars",
+                retry_after_s=_RETRY_S,
+            )
 
     def _compile(self, grammar: Grammar) -> llguidance.LLMatcher:
         try:

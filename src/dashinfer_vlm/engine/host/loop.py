@@ -132,7 +132,10 @@ class EngineLoop:
                     self._live.add(request.id)
 
     def _abort(self, request_id: str) -> None:
-        if self._preparing.pop(request_id, None):
+        if request_id in self._preparing:
+            _, ready = self._preparing.pop(request_id)
+            if all(other is not ready for _, other in self._preparing.values()):
+                ready.cancel()  # nobody else waits for it
             self._publish([Output(request_id, finish=Finish("abort"))])
         else:
             self._engine.abort(request_id)
