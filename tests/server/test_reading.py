@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from dashinfer_vlm.server import reading
 from dashinfer_vlm.server.errors import HttpError
+from tests.frontend.scripted import ScriptedLoader
 from tests.server.conftest import Running, Serve
 
 CHAT = "/v1/chat/completions"
@@ -80,7 +81,7 @@ async def test_a_body_that_stops_coming_is_408_and_the_connection_ends(serve: Se
 
 async def test_unfinished_bodies_have_a_budget_together(serve: Serve) -> None:
     running = await serve(max_body_bytes=1000)
-    opened = [await asyncio.open_connection("127.0.0.1", running.port) for _ in range(5)]
+    opened = [await asyncio.open_connection("127.0.0.1", running.port) for _ in range(18)]
     head = f"POST {CHAT} HTTP/1.1\r\nHost: x\r\nContent-Length: 1000\r\n\r\n".encode()
     for _, writer in opened:
         writer.write(head + b" " * 900)
@@ -97,6 +98,35 @@ async def test_unfinished_bodies_have_a_budget_together(serve: Serve) -> None:
         if reply.status_code == 200:
             return
     pytest.fail(reply.text)
+
+
+def picture(url: str, padding: int) -> Any:
+    content = [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": " " * padding}]
+    return {"messages": [{"role": "user", "content": content}]}
+
+
+async def test_bodies_are_held_until_their_pictures_are_loaded_and_not_while_the_answer_is_made(serve: Serve) -> None:
+    """However many requests there may be, what they sent is bounded."""
+    loader = ScriptedLoader(hangs={"http://h/silent"})
+    running = await serve(loader=loader, engine={"pauses_after": 0}, max_body_bytes=1000)
+    answered: list[asyncio.Task[httpx.Response]] = []
+    while len(answered) < 20:
+        answered.append(asyncio.create_task(running.post(CHAT, picture("http://h/p", 800))))
+        while len(running.engine.requests) < len(answered):
+            await asyncio.wait(answered, timeout=0.01)
+    waiting = [asyncio.create_task(running.post(CHAT, picture("http://h/silent", 800))) for _ in range(20)]
+    done, pending = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED, timeout=60)
+    told = done.pop().result()
+    assert (told.status_code, "the bodies of requests hold" in told.text) == (429, True)
+    for task in pending:
+        task.cancel()
+    await asyncio.gather(*pending, return_exceptions=True)
+    running.engine.resume.set()
+    assert {(await task).status_code for task in answered} == {200}
+    for _ in range(200):  # until the server has seen that the others left
+        if (await running.post(CHAT, picture("http://h/p", 800))).status_code == 200:
+            return
+    pytest.fail("what was held is held for ever")
 
 
 HEAVY: dict[str, tuple[str, Any, int]] = {

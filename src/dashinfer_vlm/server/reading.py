@@ -26,16 +26,42 @@ _SHORT_BYTES = 1 << 14
 """What is counted at once; larger bodies are counted in a thread."""
 _MAX_DISCARDED_BYTES = 2**30
 """A client that is told 413 only hears it once its body has been taken; beyond this it is cut off."""
-_BUDGET_BODIES = 4
-"""Largest bodies that are held while they are incomplete."""
+_BUDGET_BODIES = 16
+"""Largest bodies whose bytes, or what was parsed of them, are held at a time."""
+_HELD = "dashinfer.body"
+"""The key of the ASGI scope that holds the Held of a request."""
 _WINDOW_BYTES = 1 << 20
+
+
+class Held:
+    """What one body takes of the budget, until `close`, which may be called again."""
+
+    def __init__(self, reader: BodyReader) -> None:
+        self._reader = reader
+        self.num_bytes = 0
+
+    def grow(self, num_bytes: int) -> None:
+        """Take `num_bytes` more; raises OverloadedError."""
+        self._reader.take(num_bytes)
+        self.num_bytes += num_bytes
+
+    def close(self) -> None:
+        num_bytes, self.num_bytes = self.num_bytes, 0
+        self._reader.give_back(num_bytes)
+
+
+def forget_body(request: Request) -> None:
+    """What the body said is not held any more: its pictures are loaded, its text is tokens."""
+    held: Held | None = request.scope.get(_HELD)
+    if held is not None:
+        held.close()
 
 
 class BodyReader:
     """Reads the bodies of all requests of one server."""
 
     def __init__(self, max_bytes: int, *, start_s: float = 30.0) -> None:
-        """`max_bytes` is the most of one body; unfinished ones may hold four times as much together.
+        """`max_bytes` is the most of one body; all that are held may have 16 times as much together.
 
         A body may take `start_s`, and one second more for every 64 KiB of it.
         """
@@ -45,17 +71,33 @@ class BodyReader:
         self._num_held = 0
 
     async def read(self, request: Request) -> bytes:
-        """The body. Raises HttpError 408, 413 or 400 for one that is too slow, large or intricate; OverloadedError."""
-        chunks: list[bytes] = []
-        try:
-            await self._fill(chunks, request)
-            if sum(map(len, chunks)) <= _SHORT_BYTES:
-                return _checked(chunks)
-            return await asyncio.to_thread(_checked, chunks)
-        finally:
-            self._num_held -= sum(map(len, chunks))
+        """The body, which counts as held until `forget_body`, or the end of the request's task.
 
-    async def _fill(self, chunks: list[bytes], request: Request) -> None:
+        Raises HttpError 408, 413 or 400 for one that is too slow, large or intricate; OverloadedError.
+        """
+        chunks: list[bytes] = []
+        request.scope[_HELD] = held = Held(self)
+        task = asyncio.current_task()
+        assert task is not None, "read() belongs to the task of a request"
+        task.add_done_callback(lambda _: held.close())
+        await self._fill(chunks, request, held)
+        if held.num_bytes <= _SHORT_BYTES:
+            return _checked(chunks)
+        return await asyncio.to_thread(_checked, chunks)
+
+    def take(self, num_bytes: int) -> None:
+        """Raises OverloadedError for more than the budget has left."""
+        if self._num_held + num_bytes > self._budget:
+            raise OverloadedError(
+                f"the bodies of requests hold {self._num_held} bytes, the limit is {self._budget}; try again later",
+                reason="bodies",
+            )
+        self._num_held += num_bytes
+
+    def give_back(self, num_bytes: int) -> None:
+        self._num_held -= num_bytes
+
+    async def _fill(self, chunks: list[bytes], request: Request, held: Held) -> None:
         started_s, num_bytes = time.monotonic(), 0
         stream = aiter(request.stream())
         while num_bytes <= _MAX_DISCARDED_BYTES + self.max_bytes:
@@ -68,9 +110,10 @@ class BodyReader:
                 raise _too_slow(num_bytes) from None
             num_bytes += len(chunk)
             if num_bytes <= self.max_bytes:
-                self._keep(chunks, chunk)
+                held.grow(len(chunk))
+                chunks.append(chunk)
             else:
-                self._num_held -= sum(map(len, chunks))
+                held.close()
                 chunks.clear()
         if num_bytes > self.max_bytes:
             raise HttpError(
@@ -78,15 +121,6 @@ class BodyReader:
                 "body_too_large",
                 f"the body has more than {self.max_bytes} bytes, the limit; send less or start with --max-body-mib",
             )
-
-    def _keep(self, chunks: list[bytes], chunk: bytes) -> None:
-        if self._num_held + len(chunk) > self._budget:
-            raise OverloadedError(
-                f"unfinished requests hold {self._num_held} bytes, the limit is {self._budget}; try again later",
-                reason="unfinished_bodies",
-            )
-        self._num_held += len(chunk)
-        chunks.append(chunk)
 
 
 def _checked(chunks: list[bytes]) -> bytes:

@@ -13,6 +13,7 @@ from starlette.responses import Response
 from dashinfer_vlm.frontend.answers import Answer, collect
 from dashinfer_vlm.frontend.generation import Delta, Generation, Usage
 from dashinfer_vlm.server.body import unless_gone
+from dashinfer_vlm.server.reading import forget_body
 from dashinfer_vlm.server.stream import EventStream, until_done
 
 _SHORT_TOKENS = 64
@@ -38,9 +39,16 @@ async def respond(
 ) -> Response:
     """Await `begin` and answer. Raises what went wrong before the first token, so that the status can say it."""
     if not stream:
-        return await unless_gone(request, _whole(begin, writer), lambda _: None)
-    generation, first = await unless_gone(request, opened(begin), lambda started: started[0].close())
+        return await unless_gone(request, _whole(admitted(request, begin), writer), lambda _: None)
+    generation, first = await unless_gone(request, opened(admitted(request, begin)), lambda started: started[0].close())
     return EventStream(until_done(_events(generation, first, writer)), generation.close)
+
+
+async def admitted(request: Request, begin: Coroutine[Any, Any, Generation]) -> Generation:
+    """The generation; from now on, what the client has sent is not needed any more."""
+    generation = await begin
+    forget_body(request)
+    return generation
 
 
 async def _whole(begin: Coroutine[Any, Any, Generation], writer: Writer) -> Response:

@@ -22,7 +22,7 @@ from dashinfer_vlm.frontend.schema import explain
 from dashinfer_vlm.server.body import read_body, unless_gone
 from dashinfer_vlm.server.context import Context
 from dashinfer_vlm.server.described import GENERATING, LOOKING, Operation
-from dashinfer_vlm.server.respond import opened
+from dashinfer_vlm.server.respond import admitted, opened
 from dashinfer_vlm.server.responses import kept
 from dashinfer_vlm.server.responses.body import CountBody, ItemsQuery, PromptedBody, ResponseBody, RetrieveQuery
 from dashinfer_vlm.server.responses.desk import Desk
@@ -91,7 +91,8 @@ def response_routes(context: Context, desk: Desk) -> APIRouter:
     async def create(request: Request) -> Response:
         body = await read_body(request, ResponseBody, context.bodies)
         order = await _order(context, desk, tenant(request), body)
-        begin, writer, keep = service.chat(order.dialogue, order.params), order.writer, order.keep
+        begin = admitted(request, service.chat(order.dialogue, order.params))
+        writer, keep = order.writer, order.keep
         if body.background:
             generation = await unless_gone(request, begin, Generation.close)
             desk.jobs.start(Job(tenant(request), order.input, writer), generation, keep)
