@@ -8,13 +8,15 @@ from pathlib import Path
 import pytest
 from pydantic import BaseModel
 
+import dashinfer_vlm
 from dashinfer_vlm import errors
 from dashinfer_vlm.frontend.conversation import MessageBody, ProcessorBody
 from dashinfer_vlm.frontend.parts import ImageBody, ImageUrlBody, VideoBody, VideoUrlBody
 from dashinfer_vlm.server.errors import reply_to
 from dashinfer_vlm.server.protocol import ChatBody, CompletionBody, GenerationBody
 
-PAGE = (Path(__file__).resolve().parents[2] / "docs" / "api.md").read_text(encoding="utf-8")
+PAGES = Path(__file__).resolve().parents[2] / "docs"
+PAGE = (PAGES / "api.md").read_text(encoding="utf-8")
 
 
 def test_every_error_code_is_on_the_page() -> None:
@@ -22,6 +24,17 @@ def test_every_error_code_is_on_the_page() -> None:
         reply = reply_to(getattr(errors, name)("told"))
         assert f"`{reply.error.code}`" in PAGE
         assert re.search(rf"\b{reply.status}\b", PAGE)
+
+
+def test_every_reason_of_a_refusal_is_among_the_limits() -> None:
+    text = (PAGES / "security.md").read_text(encoding="utf-8")
+    sources = [path.read_text(encoding="utf-8") for path in Path(dashinfer_vlm.__file__).parent.rglob("*.py")]
+    reasons = {reason for source in sources for reason in re.findall(r'reason="([a-z_]+)"', source)}
+    assert len(reasons) > 5
+    for reason in {*reasons, "key_requests", "key_tokens"} | set(
+        re.findall(r'_check\(.*"(queued_\w+)"', "".join(sources))
+    ):
+        assert f"`{reason}`" in text, reason
 
 
 def test_every_sampling_field_is_on_the_page() -> None:
