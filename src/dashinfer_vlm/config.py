@@ -400,5 +400,5 @@ class ServerConfig:
         if (self.ssl_certfile is None) != (self.ssl_keyfile is None):
             raise ConfigError("--ssl-certfile and --ssl-keyfile go together; name both files")
         for name in ("key_requests_per_minute", "key_tokens_per_minute", "key_max_concurrent"):
-            if getattr(self, name) is not None and not self.api_keys and self.api_keys_file is None:
+            if getattr(self, name) is not None and not self.has_keys:
                 raise ConfigError(f"{flag(name)} is {getattr(self, name)}, but there are no keys; add --api-keys-file")

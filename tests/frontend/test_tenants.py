@@ -31,7 +31,7 @@ def clock() -> Clock:
 
 
 def test_requests_come_back_evenly_over_the_minute(clock: Clock) -> None:
-    tenant = Tenant("a", TenantLimits(requests_per_minute=6), clock=clock)
+    tenant = Tenant(TenantLimits(requests_per_minute=6), clock=clock)
     assert [ask(tenant) for _ in range(6)] == [None] * 6
     refused = ask(tenant)
     assert refused is not None
@@ -46,7 +46,7 @@ def test_requests_come_back_evenly_over_the_minute(clock: Clock) -> None:
 
 
 def test_a_request_may_run_into_debt_which_the_next_one_waits_for(clock: Clock) -> None:
-    tenant = Tenant("a", TenantLimits(tokens_per_minute=600), clock=clock)
+    tenant = Tenant(TenantLimits(tokens_per_minute=600), clock=clock)
     assert ask(tenant) is None
     tenant.spend(900)
     refused = ask(tenant)
@@ -57,7 +57,7 @@ def test_a_request_may_run_into_debt_which_the_next_one_waits_for(clock: Clock) 
 
 
 def test_so_many_requests_run_at_a_time_and_their_places_come_back(clock: Clock) -> None:
-    tenant = Tenant("a", TenantLimits(max_concurrent=2), clock=clock)
+    tenant = Tenant(TenantLimits(max_concurrent=2), clock=clock)
 
     def fail_in_a_second_one() -> None:
         with tenant.request():
@@ -73,7 +73,7 @@ def test_so_many_requests_run_at_a_time_and_their_places_come_back(clock: Clock)
 
 
 def test_new_limits_hold_at_once_and_what_was_used_stays_used(clock: Clock) -> None:
-    tenant = Tenant("a", TenantLimits(requests_per_minute=2), clock=clock)
+    tenant = Tenant(TenantLimits(requests_per_minute=2), clock=clock)
     assert [ask(tenant) for _ in range(2)] == [None] * 2
     tenant.change(TenantLimits(requests_per_minute=3))
     assert ask(tenant) is None
@@ -90,9 +90,9 @@ def test_who_has_no_limits_is_never_refused(clock: Clock) -> None:
 
 
 def test_a_tenant_alone_shares_with_itself_and_salts_of_neighbours_never_meet() -> None:
-    alone = Tenant("a")
+    alone = Tenant(id="a")
     assert (alone.salt, alone.salted(""), alone.salted("own")) == ("", "", "own")
-    one, two = Tenant("a"), Tenant("ab")
+    one, two = Tenant(id="a"), Tenant(id="ab")
     one.has_neighbours = two.has_neighbours = True
     salted = [one.salted(""), one.salted("b"), two.salted(""), two.salted("b"), one.salted("ab"), ""]
     assert len(set(salted)) == len(salted)

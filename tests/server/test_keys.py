@@ -72,7 +72,7 @@ def test_keys_come_from_the_flag_and_from_the_file(tmp_path: Path, keys: Path) -
         ('{"a": {"keys": "secret"}}', "Expected `array`"),
         ('{"a b": {"keys": ["secret"]}}', "has the name 'a b'"),
         ('{"a": {"keys": ["secret"]}, "b": {"keys": ["secret"]}}', "a and b have the same key"),
-        ('{"key-1": {"keys": ["secret"]}}', "key-1 is what a key without a name is called"),
+        ('{"key-1": {"keys": ["secret"]}}', "has the name key-1, as keys without a name are called"),
         ('{"a": {"keys": ["secret"}', "malformed"),
     ],
 )
@@ -121,6 +121,20 @@ async def test_a_file_that_changes_is_read_again_and_a_wrong_one_changes_nothing
     assert await status("a2") == 200
     write(keys, "fresh")
     assert [await status(key) for key in ("a2", "fresh")] == [401, 200]
+
+
+async def test_a_key_without_a_name_keeps_what_is_its_own_when_others_change_places(
+    serve: Serve, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(files, "_LOOK_S", 0.0)
+    path = tmp_path / "keys"
+    write(path, "one\ntwo\n")
+    running = await serve(config={"api_keys_file": str(path), "key_requests_per_minute": 1.0})
+    assert (await chat(running, "two")).status_code == 200
+    write(path, "two\nthree\n")
+    assert [(await chat(running, key)).status_code for key in ("two", "three")] == [429, 200]
+    first, second = (request.cache_salt for request in running.engine.requests)
+    assert "" != first != second != ""
 
 
 async def test_a_key_over_its_rate_is_429_with_the_time_to_wait(serve: Serve) -> None:

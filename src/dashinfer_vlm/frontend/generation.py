@@ -282,7 +282,7 @@ class Generation:
             items=choice.prompt.items,
             priority=choice.priority,
             cache_salt=self._booking.tenant.salted(choice.cache_salt),
-            tenant=self._booking.tenant.name,
+            tenant=self._booking.tenant.id,
             weight=self._booking.tenant.weight,
         )
         async with aclosing(self._engine.generate(request)) as outputs:

@@ -70,8 +70,11 @@ class Bucket:
 class Tenant:
     """Somebody whose requests are counted together. Belongs to one event loop."""
 
-    def __init__(self, name: str = "", limits: TenantLimits = NO_LIMITS, *, clock: Clock = time.monotonic) -> None:
-        self.name = name
+    def __init__(self, limits: TenantLimits = NO_LIMITS, *, id: str = "", clock: Clock = time.monotonic) -> None:
+        self.id = id
+        """What its caches and what is kept for it are known by."""
+        self.name = id
+        """What people call it, in metrics and logs."""
         self.has_neighbours = False
         """Whether this server has other tenants, who must not see by the time what this one sends."""
         self.num_requests = 0
@@ -90,10 +93,10 @@ class Tenant:
     @property
     def salt(self) -> str:
         """What this tenant's prefixes and pictures are kept apart by; empty where there is nobody else."""
-        return self.name if self.has_neighbours else ""
+        return self.id if self.has_neighbours else ""
 
     def salted(self, own: str) -> str:
-        """`own`, the salt of a request, within this tenant; names hold no zero, so that nobody can write another's."""
+        """`own`, the salt of a request, within this tenant; ids hold no zero, so that nobody can write another's."""
         return f"{self.salt}\0{own}" if self.salt else own
 
     def change(self, limits: TenantLimits) -> None:

@@ -30,6 +30,8 @@ TENANT = "dashinfer.tenant"
 _FREE_METHODS = frozenset({"GET", "HEAD", "OPTIONS"})
 """They tell what there is, and no limit of a key counts them."""
 _NAME = re.compile(r"[\w.-]{1,64}", re.ASCII)
+_NO_NAME = re.compile(r"key-\d+")
+"""What a key without a name is called, by its place."""
 
 
 class KeyHolder(TenantLimits, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -47,6 +49,7 @@ class Keyring:
         self._config = config
         self._changes = Changes(*filter(None, [config.api_keys_file]))
         self._tenants: dict[str, Tenant] = {}
+        """By their ids."""
         self._by_digest: list[tuple[bytes, Tenant]] = []
         self._read()
 
@@ -75,10 +78,11 @@ class Keyring:
 
     def _read(self) -> None:
         holders = read_keys(self._config)
-        self._tenants = {name: self._tenants.get(name) or Tenant(name) for name in holders}
-        self._by_digest = []
+        before, self._tenants, self._by_digest = self._tenants, {}, []
         for name, holder in holders.items():
-            tenant = self._tenants[name]
+            id = _id_of(name, holder)
+            tenant = self._tenants[id] = before.get(id) or Tenant(id=id)
+            tenant.name = name
             tenant.change(_with_defaults(holder, self._config))
             tenant.has_neighbours = len(holders) > 1
             self._by_digest += [(sha256(key.encode()).digest(), tenant) for key in holder.keys]
@@ -166,6 +170,8 @@ def _named(text: str, path: str) -> dict[str, KeyHolder]:
     if not named:
         raise ConfigError(f"--api-keys-file {path} holds no key")
     for name in named:
+        if _NO_NAME.fullmatch(name):
+            raise ConfigError(f"--api-keys-file {path} has the name {name}, as keys without a name are called")
         if not _NAME.fullmatch(name):
             raise ConfigError(
                 f"--api-keys-file {path} has the name {name[:80]!r}; write up to 64 letters, digits, '_', '-' and '.'"
@@ -174,13 +180,16 @@ def _named(text: str, path: str) -> dict[str, KeyHolder]:
 
 
 def _check_distinct(holders: Mapping[str, KeyHolder], named: Mapping[str, KeyHolder]) -> None:
-    if both := sorted(holders.keys() & named.keys()):
-        raise ConfigError(f"{both[0]} is what a key without a name is called; give the one in the file another name")
     owners: dict[str, str] = {}
     for name, holder in [*holders.items(), *named.items()]:
         for key in holder.keys:
             if owners.setdefault(key, name) != name:
                 raise ConfigError(f"{owners[key]} and {name} have the same key; give each one of its own")
+
+
+def _id_of(name: str, holder: KeyHolder) -> str:
+    """The name, or for a key without one its digest: another key may have its place after the file has changed."""
+    return sha256(holder.keys[0].encode()).hexdigest() if _NO_NAME.fullmatch(name) else name
 
 
 def _with_defaults(holder: KeyHolder, config: ServerConfig) -> TenantLimits:

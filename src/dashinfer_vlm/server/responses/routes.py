@@ -5,8 +5,6 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Coroutine
 from dataclasses import dataclass
-from functools import partial
-from hashlib import sha256
 from typing import Any, TypeVar
 
 import msgspec
@@ -19,6 +17,7 @@ from dashinfer_vlm.frontend.generation import Generation
 from dashinfer_vlm.frontend.messages import Dialogue
 from dashinfer_vlm.frontend.params import GenerationParams
 from dashinfer_vlm.frontend.schema import explain
+from dashinfer_vlm.frontend.tenants import current_tenant
 from dashinfer_vlm.server.body import read_body, unless_gone
 from dashinfer_vlm.server.context import Context
 from dashinfer_vlm.server.described import GENERATING, LOOKING, Operation
@@ -85,17 +84,16 @@ class Order:
 def response_routes(context: Context, desk: Desk) -> APIRouter:
     router = APIRouter()
     service = context.service
-    tenant = partial(_tenant, context)
 
     @router.post("/v1/responses", openapi_extra=CREATE.extra)
     async def create(request: Request) -> Response:
         body = await read_body(request, ResponseBody, context.bodies)
-        order = await _order(context, desk, tenant(request), body)
+        order = await _order(context, desk, _tenant(), body)
         begin = admitted(request, service.chat(order.dialogue, order.params))
         writer, keep = order.writer, order.keep
         if body.background:
             generation = await unless_gone(request, begin, Generation.close)
-            desk.jobs.start(Job(tenant(request), order.input, writer), generation, keep)
+            desk.jobs.start(Job(_tenant(), order.input, writer), generation, keep)
             return _json(writer.reply)
         stream = body.stream
         del body, order  # their images may be large, and the answer takes long
@@ -108,28 +106,28 @@ def response_routes(context: Context, desk: Desk) -> APIRouter:
     async def count(request: Request) -> Response:
         body = await read_body(request, CountBody, context.bodies)
         context.model_name(body.model)
-        dialogue, _ = await _dialogue(context, desk, tenant(request), body)
+        dialogue, _ = await _dialogue(context, desk, _tenant(), body)
         ids = await unless_gone(request, service.count(dialogue), lambda _: None)
         return _json(InputTokens(len(ids)))
 
     @router.get("/v1/responses/{id}", openapi_extra=RETRIEVE.extra)
     async def retrieve(request: Request, id: str) -> Response:
         _query(request, RetrieveQuery)
-        return _raw(await desk.reply(tenant(request), id))
+        return _raw(await desk.reply(_tenant(), id))
 
     @router.delete("/v1/responses/{id}", openapi_extra=DELETE.extra)
     async def delete(request: Request, id: str) -> Response:
-        await desk.delete(tenant(request), id)
+        await desk.delete(_tenant(), id)
         return _json(Deleted(id))
 
     @router.post("/v1/responses/{id}/cancel", openapi_extra=CANCEL.extra)
     async def cancel(request: Request, id: str) -> Response:
-        return _raw(await desk.cancel(tenant(request), id))
+        return _raw(await desk.cancel(_tenant(), id))
 
     @router.get("/v1/responses/{id}/input_items", openapi_extra=ITEMS.extra)
     async def input_items(request: Request, id: str) -> Response:
         query = _query(request, ItemsQuery)
-        return _json(_page(await desk.input(tenant(request), id), query))
+        return _json(_page(await desk.input(_tenant(), id), query))
 
     return router
 
@@ -173,12 +171,9 @@ async def _whole(begin: Coroutine[Any, Any, Generation], writer: ResponseWriter,
     return _json(writer.reply)
 
 
-def _tenant(context: Context, request: Request) -> str:
-    """Whose responses are looked at: those of whoever has the same key."""
-    if not context.config.has_keys:
-        return ""
-    sent = [request.headers.get(name, "") for name in ("authorization", "x-api-key")]
-    return sha256("\0".join(sent).encode()).hexdigest()
+def _tenant() -> str:
+    """Whose responses are looked at: those of whoever has the same key, or one of the same name."""
+    return current_tenant.get().id
 
 
 def _query(request: Request, model: type[Query]) -> Query:
