@@ -21,7 +21,8 @@ def why_unavailable() -> str | None:
         return "DASHINFER_KERNELS=reference"
     envs.keep_compiled_kernels()
     try:
-        importlib.import_module("triton.knobs")  # triton 3.4 and later have it
+        for module in ("triton", "triton.knobs"):  # the second one is there since 3.4
+            importlib.import_module(module)
     except ImportError as error:
         return f"triton cannot be imported ({error}); CUDA wheels of torch 2.8 and later bring one that can be used"
     return None
