@@ -24,7 +24,7 @@ from pathlib import Path
 
 import torch
 
-from card_checks import device, kernels, models, service, steps
+from card_checks import device, kernels, models, peer, service, steps
 from card_checks.results import Row, Setting, table
 
 TOTAL_S = 470
@@ -39,6 +39,7 @@ PHASES: dict[str, tuple[Phase, float]] = {
     "steps": (steps.steps, 60),
     "published": (service.published, 70),
     "beside": (service.beside, 30),
+    "peer": (peer.peer, 40),
 }
 """What is done, and the seconds after which no further row of it begins, but in a rehearsal."""
 

@@ -16,6 +16,7 @@ from dashinfer_vlm.errors import ConfigError
 from dashinfer_vlm.kernels import cpu_ops, cuda
 from dashinfer_vlm.layers import attention, grouped, norm, onednn, rotary
 from dashinfer_vlm.layers.activation import Epilogue
+from dashinfer_vlm.layers.embed import embed
 from dashinfer_vlm.layers.fp8 import Fp8Linear, Fp8Ops, rounded
 from dashinfer_vlm.layers.grouped import BITS, GroupedLinear, GroupedOps
 from dashinfer_vlm.layers.linear import ExpandingLinear, Floats, Linear, Matrix, NativeLinear, OneDnnLinear, TorchLinear
@@ -47,6 +48,7 @@ TensorLinear = Callable[[Tensor, Tensor | None, Epilogue], Linear]
 class Ops:
     """The functions of the layers that have more than one implementation; signatures are those of the reference."""
 
+    embed: Callable[[Tensor, Tensor, torch.dtype, Tensor | None, Tensor | None], Tensor]
     rms_norm: Callable[[Tensor, Tensor, float], Tensor]
     layer_norm: Callable[[Tensor, Tensor, Tensor, float], Tensor]
     mrope_cos_sin: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
@@ -57,6 +59,7 @@ class Ops:
 
 
 REFERENCE = Ops(
+    embed=embed,
     rms_norm=norm.rms_norm,
     layer_norm=norm.layer_norm,
     mrope_cos_sin=rotary.mrope_cos_sin,
@@ -67,6 +70,7 @@ REFERENCE = Ops(
 )
 
 NATIVE = Ops(
+    embed=embed,
     rms_norm=cpu_ops.rms_norm,
     layer_norm=cpu_ops.layer_norm,
     mrope_cos_sin=rotary.mrope_cos_sin,

@@ -22,6 +22,7 @@ from dashinfer_vlm.layers.linear import Linear
 __all__ = ["FP8_OPS", "OPS", "CudaHead", "CudaLinear", "CudaPatches", "grouped_ops", "multiplies_into_float32"]
 
 OPS = Ops(
+    embed=rows.embed,
     rms_norm=rows.rms_norm,
     layer_norm=rows.layer_norm,
     mrope_cos_sin=rotary.mrope_cos_sin,

@@ -9,7 +9,6 @@ from collections.abc import Callable, Mapping
 from typing import Protocol
 
 import torch
-from torch.nn import functional as F
 
 from dashinfer_vlm.errors import CheckpointError
 from dashinfer_vlm.layers.backend import Backend
@@ -202,11 +201,10 @@ class Decoder:
 
     def forward(self, batch: StepBatch, kv: KVCache) -> torch.Tensor:
         """One step over packed tokens; float32 logits [L, vocab] of `batch.logits_rows`."""
-        x = F.embedding(batch.ids, self.embedding).to(self.backend.activation_dtype)
+        staged = (None, None) if batch.staged is None else (batch.staged.rows, batch.staged.is_item)
+        x = self.backend.ops.embed(batch.ids, self.embedding, self.backend.activation_dtype, *staged)
         for item in batch.embeddings:
             x[item.start : item.start + len(item.rows)] = item.rows[:, : self.config.hidden_size]
-        if batch.staged is not None:
-            x = torch.where(batch.staged.is_item[:, None], batch.staged.rows[:, : self.config.hidden_size], x)
         table = self.rotary(batch.positions)
         caches = list(zip(kv.keys, kv.values, strict=True))
         for i, (layer, cache) in enumerate(zip(self.layers[:-1], caches[:-1], strict=True)):

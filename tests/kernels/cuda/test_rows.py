@@ -9,6 +9,7 @@ pytest.importorskip("triton")
 
 from dashinfer_vlm.kernels.cuda import rows
 from dashinfer_vlm.layers import activation, norm
+from dashinfer_vlm.layers.embed import embed
 from tests.kernels.cuda.numbers import DEVICE, TYPES, allowed, error
 
 SHAPES = [(1, 8), (5, 1536), (3, 33), (2, 3584)]
@@ -19,6 +20,22 @@ def strided(num_rows: int, size: int, dtype: torch.dtype) -> torch.Tensor:
     wide = torch.full((num_rows, size + 7), torch.nan).to(DEVICE, dtype)
     wide[:, :size] = 3 * torch.randn(num_rows, size) + 1
     return wide[:, :size]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("size", [33, 128])
+def test_a_step_begins_with_words_and_staged_pictures(size: int, dtype: torch.dtype) -> None:
+    """What is not looked at is NaN."""
+    table = torch.randn(7, size).to(DEVICE, torch.bfloat16)
+    table[0] = torch.nan
+    ids = torch.tensor([3, 0, 6, 0, 1], device=DEVICE)
+    is_item = torch.tensor([False, True, False, True, False], device=DEVICE)
+    staged = torch.full((5, size + 4), torch.nan, dtype=dtype, device=DEVICE)
+    staged[is_item] = torch.randn(2, size + 4).to(DEVICE, dtype)
+    want = embed(ids, table, dtype, staged, is_item)
+    assert torch.equal(rows.embed(ids, table, dtype, staged, is_item), want)
+    words = ids[~is_item]
+    assert torch.equal(rows.embed(words, table, dtype), embed(words, table, dtype))
 
 
 @pytest.mark.parametrize("dtype", TYPES)

@@ -1,4 +1,4 @@
-"""Norms and activations: one launch each, one read and one write of every number."""
+"""Embedding, norms and activations: one launch each, one read and one write of every number."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 from dashinfer_vlm.kernels.cuda.launch import check, launch, power_of_two
 
-__all__ = ["layer_norm", "quick_gelu", "rms_norm", "silu_mul"]
+__all__ = ["embed", "layer_norm", "quick_gelu", "rms_norm", "silu_mul"]
 
 
 @triton.jit
@@ -51,6 +51,39 @@ def _quick_gelu(x_rows, out, x_t, o_t, N: tl.constexpr, B: tl.constexpr):
     i = tl.program_id(1) * B + tl.arange(0, B)
     x = tl.load(x_rows + row * x_t + i, mask=i < N, other=0.0).to(tl.float32)
     tl.store(out + row * o_t + i, (x / (1 + tl.exp(-1.702 * x))).to(out.dtype.element_ty), mask=i < N)
+
+
+@triton.jit
+def _embed(ids, table, staged, is_item, out, e_n, s_t, N: tl.constexpr, B: tl.constexpr, STAGED: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    i = tl.program_id(1) * B + tl.arange(0, B)
+    inside = i < N
+    if STAGED:
+        item = tl.load(is_item + row) != 0
+        place = tl.where(item, 0, tl.load(ids + row)) * e_n
+        x = tl.load(table + place + i, mask=inside & (item == 0), other=0.0).to(out.dtype.element_ty)
+        y = tl.load(staged + row * s_t + i, mask=inside & item, other=0.0).to(out.dtype.element_ty)
+        x = tl.where(item, y, x)
+    else:
+        x = tl.load(table + tl.load(ids + row) * e_n + i, mask=inside, other=0.0).to(out.dtype.element_ty)
+    tl.store(out + row * N + i, x, mask=inside)
+
+
+def embed(
+    ids: Tensor, table: Tensor, dtype: torch.dtype, staged: Tensor | None = None, is_item: Tensor | None = None
+) -> Tensor:
+    """`layers.embed.embed`: [T, hidden] of `dtype` in one launch; rows of items read no word."""
+    check(table.stride(1) == 1 and (staged is None or staged.stride(1) == 1), "rows must be dense", table)
+    size = table.shape[1]
+    out = torch.empty(len(ids), size, dtype=dtype, device=ids.device)
+    block = min(power_of_two(size, 128), 1024)
+    is_staged = staged is not None and is_item is not None
+    sources = (staged, is_item) if is_staged else (table, ids)
+    launch(
+        _embed, (len(ids), -(-size // block)), ids, table, *sources, out, table.stride(0),
+        staged.stride(0) if staged is not None else 0, size, block, is_staged, num_warps=4,
+    )  # fmt: skip
+    return out
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, out: Tensor | None = None) -> Tensor:

@@ -98,6 +98,9 @@ def _text(s: Sizes, dtype: torch.dtype, device: torch.device) -> Iterator[Varian
         q, k, v = heads(16)
         rotary.rope_write_kv(q, k, v, table, table, keys, keys, empty(16, dtype=torch.int64))
 
+    ids, table, is_item = empty(16, dtype=torch.int64), empty(64, s.hidden), empty(16, dtype=torch.bool)
+    yield Variant("embed", lambda: rows.embed(ids, table, dtype))
+    yield Variant("embed with pictures", lambda: rows.embed(ids, table, dtype, empty(16, s.hidden), is_item))
     yield Variant("rms_norm", lambda: rows.rms_norm(empty(16, s.hidden), empty(s.hidden), 1e-6))
     half = s.head_dim // 2
     yield Variant(
