@@ -7,8 +7,11 @@ from pathlib import Path
 
 import pytest
 
+from dashinfer_vlm.frontend.template import ChatTemplate
+from dashinfer_vlm.frontend.tokenizer import Tokenizer
 from tests.browser.visit import Visit
-from tests.server.conftest import Serve
+from tests.server.conftest import Parts, Serve
+from tests.server.test_reasoning import ALWAYS, THOUGHT
 
 pytestmark = [pytest.mark.browser, pytest.mark.asyncio(loop_scope="session")]
 
@@ -48,6 +51,19 @@ async def test_axe_finds_nothing_serious(colours: str, width: int, axe: str, ser
     assert await visit.axe(axe) == []
     await visit.fill_parameters({"schema": "{nonsense"})
     assert await visit.axe(axe) == []
+
+
+@pytest.mark.parametrize("colours", ["light", "dark"])
+async def test_reasoning_is_legible_to_axe(colours: str, axe: str, tokenizer: Tokenizer, visit: Visit) -> None:
+    await visit.page.emulate_media(color_scheme="dark" if colours == "dark" else "light", reduced_motion="reduce")
+    async with Parts(tokenizer, ChatTemplate(ALWAYS, tokenizer)).running(THOUGHT) as running:
+        await visit.open(running.url)
+        await visit.ask("Is it?")
+        await visit.answered()
+        assert await visit.axe(axe) == []
+        await visit.page.click(".reasoning summary")
+        await visit.sees(".thoughts", "hm, so")
+        assert await visit.axe(axe) == []
 
 
 @pytest.mark.parametrize("opener", ["#link", "[aria-label^=Delete]"])

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import pytest
 
+from dashinfer_vlm.frontend.template import ChatTemplate
+from dashinfer_vlm.frontend.tokenizer import Tokenizer
 from tests.browser.visit import Visit
 from tests.frontend.scripted import ScriptedLoader
-from tests.server.conftest import Running, Serve
+from tests.server.conftest import Parts, Running, Serve
+from tests.server.test_reasoning import ALWAYS, THOUGHT
 
 pytestmark = [pytest.mark.browser, pytest.mark.asyncio(loop_scope="session")]
 
@@ -78,6 +81,35 @@ async def test_the_answer_streams_and_tells_its_figures(serve: Serve, visit: Vis
         assert part in figures
     assert await visit.page.inner_text("#status") == STORY  # what a screen reader says
     await visit.sees("#send[aria-label=Send]")
+
+
+async def test_reasoning_is_in_sight_until_the_answer_begins(tokenizer: Tokenizer, visit: Visit) -> None:
+    thinking = Parts(tokenizer, ChatTemplate(ALWAYS, tokenizer))
+    pause = len(tokenizer.encode_text("\nhm, so\n\nyes"))
+    async with thinking.running(THOUGHT, engine={"pauses_after": pause}) as running:
+        await visit.open(running.url)
+        await visit.ask("Is it?")
+        await visit.sees(".reasoning[open] summary", "Thinking")
+        await visit.sees(".thoughts", "hm, so")
+        assert await visit.page.inner_text(".answer") == ""
+        running.engine.resume.set()
+        assert (await visit.answered()).strip() == "It is."
+        await visit.sees(".reasoning:not([open]) summary", "Reasoning")
+        assert await visit.page.locator(".thoughts").is_hidden()
+        await visit.page.focus(".reasoning summary")
+        await visit.page.keyboard.press("Enter")
+        assert await visit.page.inner_text(".thoughts") == "hm, so\n\nyes"
+        assert (await visit.page.inner_text("#status")).strip() == "It is."  # the answer alone is read out
+        await visit.page.reload()
+        await visit.sees(".reasoning:not([open]) summary", "Reasoning")
+
+
+async def test_an_answer_without_reasoning_shows_none(serve: Serve, visit: Visit) -> None:
+    running = await serve("It is.")
+    await visit.open(running.url)
+    await visit.ask("Is it?")
+    await visit.answered()
+    assert await visit.page.locator(".reasoning").is_hidden()
 
 
 @pytest.mark.parametrize("key", [False, True])

@@ -10,13 +10,7 @@ import pytest
 from dashinfer_vlm.frontend.template import ChatTemplate
 from dashinfer_vlm.frontend.tokenizer import Tokenizer
 from tests.server.conftest import Parts, Running
-
-THOUGHT = "\nhm, so\n\nyes\n</think>\n\nIt is."
-ALWAYS = (
-    "{% for m in messages %}{{ m.role }}: "
-    "{% if m.reasoning_content %}<think>{{ m.reasoning_content }}</think>{% endif %}"
-    "{{ m.content }}\n{% endfor %}A:<think>\n"
-)
+from tests.server.test_reasoning import ALWAYS
 
 
 @pytest.fixture(scope="session")

@@ -13,7 +13,8 @@ from pydantic import BaseModel
 
 from dashinfer_vlm.frontend.tokenizer import Tokenizer
 from tests.server.conftest import Parts, Serve
-from tests.server.responses.conftest import THOUGHT, prompt_of
+from tests.server.responses.conftest import prompt_of
+from tests.server.test_reasoning import THOUGHT
 
 Client = Callable[..., AsyncOpenAI]
 CALL = '<tool_call>\n{"name": "weather", "arguments": {"city": "Paris"}}\n</tool_call>'
@@ -164,11 +165,11 @@ async def test_reasoning_is_an_item_of_its_own_and_goes_back_to_the_model(
         first = await client.responses.create(model="model", input="Is it?")
         reasoning: Any = first.output[0]
         assert (reasoning.type, reasoning.content[0].text) == ("reasoning", "hm, so\n\nyes")
-        assert first.output_text == "It is."
+        assert first.output_text == "It is.\n"
         assert first.usage is not None
         assert first.usage.output_tokens_details.reasoning_tokens > 0
         await client.responses.create(model="model", input="Sure?", previous_response_id=first.id)
-        assert "assistant: <think>hm, so\n\nyes</think>It is.\nuser: Sure?" in prompt_of(running, tokenizer)
+        assert "assistant: <think>hm, so\n\nyes</think>It is.\n\nuser: Sure?" in prompt_of(running, tokenizer)
 
 
 async def test_log_probabilities_are_told_where_they_are_asked_for(serve: Serve, openai_client: Client) -> None:

@@ -10,8 +10,9 @@ from openai.types.responses import ResponseStreamEvent
 from pydantic import TypeAdapter
 
 from tests.server.conftest import Parts, Running, Serve
-from tests.server.responses.conftest import THOUGHT, events
+from tests.server.responses.conftest import events
 from tests.server.responses.test_create import CALL, WEATHER, Sight
+from tests.server.test_reasoning import THOUGHT
 
 Client = Callable[..., AsyncOpenAI]
 EVENT: TypeAdapter[ResponseStreamEvent] = TypeAdapter(ResponseStreamEvent)

@@ -23,7 +23,7 @@ export async function describeModel() {
   return (await request("page/model.json")).json();
 }
 
-// Yields {text} for each piece of the answer, {usage} and {finish}; raises ServerError, or AbortError after `signal`.
+// Yields {reasoning} and {text} for each piece of the answer, {usage} and {finish}; raises ServerError, or AbortError after `signal`.
 export async function* answer(body, signal) {
   const response = await request("v1/chat/completions", {
     method: "POST",
@@ -42,6 +42,7 @@ export async function* answer(body, signal) {
 
 function* news(event) {
   const choice = event.choices[0];
+  if (choice?.delta.reasoning_content) yield { reasoning: choice.delta.reasoning_content };
   if (choice?.delta.content) yield { text: choice.delta.content };
   if (choice?.finish_reason) yield { finish: choice.finish_reason };
   if (event.usage) yield { usage: event.usage };

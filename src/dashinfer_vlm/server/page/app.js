@@ -189,12 +189,13 @@ class App {
   }
 }
 
-function apply(turn, { text, usage, finish }, ms) {
-  if (text) {
+function apply(turn, { reasoning, text, usage, finish }, ms) {
+  if (reasoning || text) {
     turn.firstMs ??= ms;
     turn.lastMs = ms;
-    turn.text += text;
   }
+  if (reasoning) turn.reasoning = (turn.reasoning ?? "") + reasoning;
+  if (text) turn.text += text;
   if (usage) turn.usage = usage;
   if (finish) turn.finish = finish;
 }

@@ -1,6 +1,6 @@
 // Chats in the browser's own database. Pictures and videos are rows of their own: a turn that grows rewrites none of them.
 //
-//   chats   {id, title, updated, turns: [{role, text, media: [{id, kind, name, width, height} | {url, kind}], ...}]}
+//   chats   {id, title, updated, turns: [{role, text, reasoning, media: [{id, kind, name, width, height} | {url, kind}], ...}]}
 //   media   {id, chat, blob}
 
 const NAME = "dashinfer-vlm";

@@ -31,10 +31,11 @@ export class AnswerTurn {
     this.model = model;
     this.pictures = picturesOf(turn);
     this.onretry = onretry;
+    this.reasoning = new Reasoning();
     this.text = el("div", { class: "answer" });
     this.boxes = el("div", { class: "grounding" });
     this.foot = el("footer", { class: "foot" });
-    this.node = el("article", { class: "turn assistant", "aria-label": "Answer" }, this.text, this.boxes, this.foot);
+    this.node = el("article", { class: "turn assistant", "aria-label": "Answer" }, this.reasoning.node, this.text, this.boxes, this.foot);
     this.picture = 0;
     this.numBoxes = 0;
     this.pending = 0;
@@ -59,6 +60,7 @@ export class AnswerTurn {
     this.pending = 0;
     this.node.classList.toggle("writing", !done);
     this.node.setAttribute("aria-busy", String(!done));
+    this.reasoning.show(this.turn, done);
     this.showText();
     this.showBoxes();
     if (done) this.foot.replaceChildren(...this.outcome());
@@ -100,6 +102,24 @@ export class AnswerTurn {
     const figures = [ended, ...figuresOf(turn)].filter(Boolean).map((text) => el("span", {}, text));
     const buttons = el("div", { class: "actions" }, ...(turn.text ? [copy] : []), retry);
     return [...(problem ? [problem] : []), el("div", { class: "figures" }, buttons, ...figures)];
+  }
+}
+
+// What the model thought before its answer: in sight until the answer begins, folded afterwards, unless the user wants it
+// otherwise.
+class Reasoning {
+  constructor() {
+    this.label = el("summary", { onclick: () => (this.isChosen = true) });
+    this.text = el("div", { class: "thoughts" });
+    this.node = el("details", { class: "reasoning", hidden: true }, this.label, this.text);
+  }
+
+  show({ reasoning = "", text }, done) {
+    const thinks = !text && !done;
+    this.node.hidden = !reasoning;
+    this.label.textContent = thinks ? "Thinking…" : "Reasoning";
+    if (!this.isChosen) this.node.open = thinks;
+    if (this.text.textContent !== reasoning) this.text.textContent = reasoning;
   }
 }
 
