@@ -15,6 +15,7 @@ from dashinfer_vlm.errors import (
     InvalidRequestError,
     OverloadedError,
 )
+from dashinfer_vlm.frontend import generation as generation_module
 from dashinfer_vlm.frontend.backlog import QueueLimits
 from dashinfer_vlm.frontend.checkpoint import FrontendConfig
 from dashinfer_vlm.frontend.generation import Delta, Generation
@@ -124,6 +125,32 @@ async def test_a_slow_reader_gets_longer_pieces_and_loses_nothing(folder: Path, 
     assert (texts, reasons) == (["né 😀 is here"], ["stop"])
     assert len(deltas) == 1
     assert [row.token_id for row in deltas[0].logprobs] == tokenizer.encode_text("né 😀 is here")
+
+
+async def test_a_reader_that_does_not_read_ends_its_request(
+    folder: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(generation_module, "MAX_UNREAD_BYTES", 20_000)
+    bench = Bench(folder, tokenizer, "word " * 1000)
+    generation = await bench.service.complete(["say"], params(logprobs=2))
+    first = await anext(generation)
+    await generation.wait_ended()
+    assert len(bench.engine.aborted) == 1
+    with pytest.raises(OverloadedError, match="wait to be read") as refusal:
+        await anext(generation)
+    assert refusal.value.reason == "unread_answer"
+    assert first.text
+    assert bench.service.num_in_flight == 0
+
+
+async def test_a_reader_that_keeps_up_may_read_far_more_than_may_wait(
+    folder: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(generation_module, "MAX_UNREAD_BYTES", 20_000)
+    text = "word " * 1000
+    bench = Bench(folder, tokenizer, text)
+    texts, reasons, _ = await collect(await bench.service.complete(["say"], params(n=2, logprobs=2)))
+    assert (texts, reasons) == ([text, text], ["stop", "stop"])
 
 
 async def test_choices_differ_by_their_seed_and_share_the_prompt(folder: Path, tokenizer: Tokenizer) -> None:

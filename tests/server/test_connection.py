@@ -18,6 +18,7 @@ from typing import Any
 import httpx
 import pytest
 
+from dashinfer_vlm.frontend import generation
 from dashinfer_vlm.server.connection import Connection, raise_file_limit
 from tests.media.site import until
 from tests.server.conftest import Running, Serve
@@ -105,6 +106,26 @@ async def test_a_stream_that_nobody_reads_is_let_go(
     await until(lambda: bool(running.engine.requests))
     await until(lambda: not running.server.server_state.connections)
     await until(lambda: not running.engine.running)
+
+
+async def test_what_nobody_reads_is_bounded_long_before_the_client_is_let_go(
+    serve: Serve, connect: Connect, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(generation, "MAX_UNREAD_BYTES", 2**20)
+    running = await serve("word " * 200_000, engine={"pauses_after": 150_000})
+    reader, writer = await connect(running)
+    body = b'{"messages": [{"role": "user", "content": "x"}], "stream": true, "logprobs": true, "top_logprobs": 2}'
+    writer.write(f"POST {CHAT} HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n".encode() + body)
+    writer.transport.pause_reading()  # type: ignore[attr-defined]
+    await until(lambda: bool(running.engine.requests))
+    await until(lambda: not running.engine.running)
+    assert len(running.engine.aborted) == 1
+    assert not running.engine.paused.is_set()
+    writer.transport.resume_reading()  # type: ignore[attr-defined]
+    async for line in reader:
+        if b'"code":"overloaded"' in line:
+            return
+    pytest.fail("the stream did not say why it ended")
 
 
 async def test_where_too_many_connections_are_open_an_idle_one_goes(

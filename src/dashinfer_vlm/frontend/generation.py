@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from dashinfer_vlm.engine.client import EngineClient
-from dashinfer_vlm.errors import DeadlineError, EngineDeadError, EngineError
+from dashinfer_vlm.errors import DeadlineError, EngineDeadError, EngineError, OverloadedError
 from dashinfer_vlm.frontend.answer_parser import TAGS, AnswerParser
 from dashinfer_vlm.frontend.booking import Booking
 from dashinfer_vlm.frontend.detokenizer import Detokenizer
@@ -26,6 +26,10 @@ from dashinfer_vlm.request import Output, Request, TokenLogprob
 _MERGED_TOKENS = 64
 """Tokens of a delta, at most a few more, so that writing one takes no time that others would notice."""
 OUT_OF_TIME = "the answer was not complete in the time that the request gave for it"
+MAX_UNREAD_BYTES = 32 << 20
+"""Of what a call may hold that its reader has not read: a reader this far behind does not read at all."""
+_DELTA_BYTES, _ROW_BYTES, _TOP_BYTES = 350, 160, 120
+"""What a delta of one token takes, each of its log probabilities, and each token in one; rounded from `tracemalloc`."""
 EndReason = Literal["stop", "length", "tool_calls"]
 
 
@@ -46,6 +50,12 @@ class Delta:
     """The token that ended the choice, where one did; it is not among `token_ids`."""
     prompt_ids: Sequence[int] = ()
     """In the choice's first delta: the prompt."""
+
+    @property
+    def num_bytes(self) -> int:
+        """Memory that it takes, about."""
+        rows = sum(_ROW_BYTES + _TOP_BYTES * len(row.top) for row in self.logprobs)
+        return _DELTA_BYTES + len(self.text) + rows
 
     def merge(self, later: Delta) -> Delta:
         """Both as one; `later` is the next delta of the same choice."""
@@ -201,6 +211,7 @@ class Generation:
         self._prompts = tuple(prompts)
         self._booking = booking
         self._news: deque[Delta | BaseException] = deque()
+        self._num_unread_bytes = 0
         self._arrived = asyncio.Event()
         """Set while there is something to read: news, or the end."""
         self._num_choices = params.n
@@ -240,23 +251,28 @@ class Generation:
         await self._arrived.wait()
         if not self._news:
             raise StopAsyncIteration
-        news = self._news.popleft()
-        if isinstance(news, BaseException):
-            self.close()
-            raise news
-        while self._may_merge(news):
-            assert isinstance(self._news[0], Delta), self._news[0]
-            news = news.merge(self._news[0])  # a reader that is slower than the engine gets longer pieces
-            self._news.popleft()
+        news = self._next()
+        while (following := self._mergeable(news)) is not None:
+            news = news.merge(following)  # a reader that is slower than the engine gets longer pieces
+            self._next()
         if not self._news and not self._ended.is_set():
             self._arrived.clear()
         return news
 
-    def _may_merge(self, news: Delta) -> bool:
+    def _next(self) -> Delta:
+        news = self._news.popleft()
+        if isinstance(news, BaseException):
+            self.close()
+            raise news
+        self._num_unread_bytes -= news.num_bytes
+        return news
+
+    def _mergeable(self, news: Delta) -> Delta | None:
+        """What follows `news`, where both can be one."""
         following = self._news[0] if self._news else None
         if not isinstance(following, Delta) or following.index != news.index:
-            return False
-        return len(news.token_ids) < _MERGED_TOKENS
+            return None
+        return following if len(news.token_ids) < _MERGED_TOKENS else None
 
     def close(self, error: Exception | None = None) -> None:
         """Abort what still runs, without waiting for it; idempotent. Who still iterates is told `error`."""
@@ -299,6 +315,16 @@ class Generation:
     def _tell(self, news: Delta | BaseException) -> None:
         self._news.append(news)
         self._arrived.set()
+        if isinstance(news, Delta):
+            self._num_unread_bytes += news.num_bytes
+            if self._num_unread_bytes > MAX_UNREAD_BYTES:
+                self._forget_reader()
+
+    def _forget_reader(self) -> None:
+        self._news.clear()
+        self._num_unread_bytes = 0
+        message = f"more than {MAX_UNREAD_BYTES} bytes of the answer wait to be read; read it as it comes"
+        self.close(OverloadedError(message, reason="unread_answer"))
 
     def _observe(self, choice: Choice, delta: Delta) -> None:
         if num_tokens := len(delta.token_ids):
