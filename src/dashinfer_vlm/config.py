@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 from dashinfer_vlm.cores import parse_list
 from dashinfer_vlm.errors import ConfigError
+from dashinfer_vlm.log_lines import LogFormat
 
 DeviceName = Literal["auto", "cuda", "cpu"]
 DTypeName = Literal["auto", "bfloat16", "float16", "float32"]
@@ -388,6 +389,12 @@ class ServerConfig:
         least=0,
     )
     log_level: Literal["debug", "info", "warning", "error"] = option("info", "How much is logged.", group="Server")
+    log_format: LogFormat = option("text", "Lines of the log: text, or JSON objects.", group="Server")
+    otlp_traces_endpoint: str | None = option(
+        None,
+        "Where OpenTelemetry traces of requests are sent, such as http://localhost:4317; nowhere when absent.",
+        group="Server",
+    )
 
     @property
     def has_keys(self) -> bool:

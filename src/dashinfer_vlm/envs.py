@@ -19,6 +19,8 @@ __all__ = [
     "encoder_threads",
     "keep_compiled_kernels",
     "kernels",
+    "otel_protocol",
+    "otel_service",
     "tls_files",
     "unknown",
 ]
@@ -57,6 +59,19 @@ def kernels() -> str:
 def tls_files() -> tuple[str, str]:
     """`SSL_KEYFILE` and `SSL_CERTFILE`; raises ConfigError when one is unset or not a file."""
     return _file("SSL_KEYFILE"), _file("SSL_CERTFILE")
+
+
+def otel_service() -> str:
+    """`OTEL_SERVICE_NAME`: what traces call this server."""
+    return os.environ.get("OTEL_SERVICE_NAME") or "dashinfer-vlm"
+
+
+def otel_protocol() -> str:
+    """`OTEL_EXPORTER_OTLP_TRACES_PROTOCOL`: how traces are sent: `grpc`, or `http/protobuf`; raises ConfigError."""
+    value = os.environ.get("OTEL_EXPORTER_OTLP_TRACES_PROTOCOL") or "grpc"
+    if value not in ("grpc", "http/protobuf"):
+        raise ConfigError(f"OTEL_EXPORTER_OTLP_TRACES_PROTOCOL is {value}; it must be grpc or http/protobuf")
+    return value
 
 
 def _file(name: str) -> str:

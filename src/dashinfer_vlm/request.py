@@ -11,6 +11,7 @@ import msgspec
 
 from dashinfer_vlm.errors import InvalidRequestError
 from dashinfer_vlm.shared_array import SharedArray
+from dashinfer_vlm.stages import Span
 
 if TYPE_CHECKING:  # every process speaks this vocabulary, and those without a model do without torch
     import numpy as np
@@ -295,3 +296,5 @@ class Output(msgspec.Struct, frozen=True, array_like=True):
     """Prompt tokens whose KV came from the prefix cache."""
     prompt_logprobs: tuple[TokenLogprob, ...] = ()
     """When asked for: of the prompt's next tokens that were not told before; all come before the first output token."""
+    spans: tuple[Span, ...] = ()
+    """Stages that have ended since the output before."""

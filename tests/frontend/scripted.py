@@ -18,6 +18,7 @@ from dashinfer_vlm.media.loader import MediaCounters
 from dashinfer_vlm.media.types import LoadedMedia, MediaRef
 from dashinfer_vlm.request import Finish, Output, Request, TokenLogprob
 from dashinfer_vlm.shared_array import SharedArray
+from dashinfer_vlm.stages import Span
 from tests.tokens import IM_END, VOCAB
 
 EOS = IM_END
@@ -56,6 +57,8 @@ class ScriptedEngine:
     pauses_after: int | None = None
     """Wait for `resume` after so many tokens."""
     num_cached_tokens: int = 0
+    spans: tuple[Span, ...] = ()
+    """Told with every first token."""
     stop_token: int = EOS
     """What ends an answer that is not cut by max_tokens."""
     requests: list[Request] = field(default_factory=list)
@@ -115,15 +118,17 @@ class ScriptedEngine:
                 yield Output(request.id, finish=Finish("error", message=self.failure))
                 return
             await asyncio.sleep(0)  # other requests take their turns between two steps
-            yield self._output(request, token)
+            yield self._output(request, token, self.spans if i == 0 else ())
         full = limit is not None and len(tokens) >= limit
         yield Output(request.id, finish=Finish("length") if full else Finish("stop", stop_token=self.stop_token))
 
-    def _output(self, request: Request, token: int) -> Output:
+    def _output(self, request: Request, token: int, spans: tuple[Span, ...]) -> Output:
         top = request.params.logprobs
         row = TokenLogprob(token, -0.5, 1, ((token, -0.5), (0, float("-inf")))[:top])
         logprobs = () if top is None else (row,)
-        return Output(request.id, (token,), logprobs, None, len(request.prompt_ids), self.num_cached_tokens)
+        return Output(
+            request.id, (token,), logprobs, None, len(request.prompt_ids), self.num_cached_tokens, spans=spans
+        )
 
 
 def _told_of_prompt(request: Request) -> Iterator[TokenLogprob]:

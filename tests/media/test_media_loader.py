@@ -6,6 +6,7 @@ import asyncio
 import base64
 import io
 import math
+import time
 from collections import Counter
 from functools import partial
 from pathlib import Path
@@ -23,9 +24,10 @@ from dashinfer_vlm.errors import (
     MediaTooLargeError,
     OverloadedError,
 )
-from dashinfer_vlm.media.loader import MediaLoader
+from dashinfer_vlm.media.loader import MediaLoader, _decode_spans
 from dashinfer_vlm.media.medium import MediaLimits
 from dashinfer_vlm.media.types import LoadedMedia, MediaRef
+from dashinfer_vlm.media.wire import Decoded
 from dashinfer_vlm.processors.qwen import ProcessorConfig, process_image
 
 
@@ -460,3 +462,31 @@ async def test_time_out_size_and_broken_hosts_have_their_own_errors(site: Site, 
 
 def test_opening_a_loader_needs_no_event_loop(make_loader: LoaderMaker) -> None:
     assert isinstance(make_loader(), MediaLoader)
+
+
+async def test_a_load_says_where_its_time_went(site: Site, make_loader: LoaderMaker, picture: PictureMaker) -> None:
+    loader = make_loader()
+    url = site.serve("/a.png", picture(130, 75))
+    start_s = time.perf_counter()
+    first = await loader.load(ref(url))
+    spans = {span.stage: span for span in first.spans}
+    assert list(spans) == ["fetch", "decode_wait", "decode", "preprocess"]
+    assert start_s <= spans["fetch"].start_s
+    assert spans["decode_wait"].end_s == spans["decode"].start_s
+    assert spans["decode"].end_s == spans["preprocess"].start_s
+    assert spans["preprocess"].end_s <= time.perf_counter()
+    assert all(span.seconds > 0 for span in first.spans)
+    again = await loader.load(ref(url))
+    assert [span.stage for span in again.spans] == ["fetch"], "it was decoded before this load began"
+    first.release()
+    again.release()
+
+
+@pytest.mark.parametrize("said", [float("nan"), -1.0, 1e9])
+def test_a_decoding_process_cannot_make_times_up(said: float) -> None:
+    decoded = Decoded(
+        grid=(1, 2, 2), content_hash=b"", seconds_per_grid=1.0, timestamps=(), decode_s=said, preprocess_s=said
+    )
+    spans = _decode_spans(decoded, 10.0, 12.0)
+    assert [span.start_s for span in spans] == sorted(span.start_s for span in spans)
+    assert sum(span.seconds for span in spans) == 2.0

@@ -21,6 +21,7 @@ from dashinfer_vlm.frontend.prompt import PromptBuilder
 from dashinfer_vlm.frontend.service import Service
 from dashinfer_vlm.frontend.template import ChatTemplate
 from dashinfer_vlm.frontend.tokenizer import Tokenizer
+from dashinfer_vlm.server.access import Teller
 from dashinfer_vlm.server.app import create_app
 from dashinfer_vlm.server.reading import BodyReader
 from dashinfer_vlm.server.run import HttpServer
@@ -117,6 +118,7 @@ class Parts:
         body_start_s: float = 60.0,
         defaults: dict[str, float | int] | None = None,
         max_items: dict[str, int] | None = None,
+        tellers: tuple[Teller, ...] = (),
     ) -> AsyncIterator[Running]:
         scripted = ScriptedEngine(lambda _: self.tokenizer.encode_text(text), **(engine or {}))
         media = loader or ScriptedLoader()
@@ -132,7 +134,7 @@ class Parts:
         options: dict[str, Any] = {"host": "127.0.0.1", "port": 0, "log_level": "warning", **(config or {})}
         settings = ServerConfig(**options)
         service = Service(scripted, prompts, sampling_defaults=defaults, queue=QueueLimits.of(settings))
-        app = create_app(service, settings, bodies=BodyReader(max_body_bytes, start_s=body_start_s))
+        app = create_app(service, settings, bodies=BodyReader(max_body_bytes, start_s=body_start_s), tellers=tellers)
         server = TestedServer(app, service, settings)
         async with listening(server):
             yield Running(server, scripted, media, service)

@@ -10,6 +10,7 @@ import httpx
 import pytest
 from openai import AsyncOpenAI
 
+from dashinfer_vlm.log_lines import JsonFormatter
 from tests.server.conftest import Serve
 
 CHAT = "/v1/chat/completions"
@@ -86,3 +87,52 @@ async def test_answers_carry_a_fingerprint_that_stays(serve: Serve, openai_clien
 async def test_idle_connections_are_kept_longer_than_proxies_keep_theirs(serve: Serve) -> None:
     assert (await serve()).server.config.timeout_keep_alive == 75
     assert (await serve(config={"keep_alive_s": 120.0})).server.config.timeout_keep_alive == 120
+
+
+def facts(caplog: pytest.LogCaptureFixture, path: str = CHAT) -> dict[str, Any]:
+    """What the one line about `path` says, as fields."""
+    (found,) = [r.facts for r in caplog.records if getattr(r, "facts", {}).get("path") == path]  # type: ignore[attr-defined]
+    assert isinstance(found, dict)
+    return found
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_a_request_is_one_line_with_tokens_and_times(
+    serve: Serve, caplog: pytest.LogCaptureFixture, stream: bool
+) -> None:
+    caplog.set_level(logging.INFO, "dashinfer_vlm")
+    running = await serve("hello", engine={"num_cached_tokens": 2})
+    reply = await running.post(CHAT, {"messages": ASK, "stream": stream}, headers={"x-request-id": "mine-7"})
+    told = facts(caplog)
+    assert (told["status"], told["request_id"], told["complete"]) == (200, "mine-7", True)
+    assert (told["output_tokens"], told["cached_tokens"]) == (4, 2)
+    assert stream or told["prompt_tokens"] == reply.json()["usage"]["prompt_tokens"]
+    assert 0 < told["first_token_seconds"] <= told["seconds"] < 60
+    assert f"{told['prompt_tokens']}+4 tokens, 2 cached, first after" in caplog.messages[-1]
+
+
+async def test_a_client_that_leaves_is_in_the_log(serve: Serve, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "dashinfer_vlm")
+    running = await serve("hello", engine={"pauses_after": 1})
+    body = {"messages": ASK, "stream": True}
+    async with httpx.AsyncClient(base_url=running.url) as client, client.stream("POST", CHAT, json=body) as reply:
+        await reply.aiter_bytes().__anext__()
+    await running.service.drain(timeout_s=60)
+    told = facts(caplog)
+    assert (told["status"], told["complete"], told["output_tokens"]) == (200, False, 1)
+
+
+async def test_the_log_holds_no_prompts_answers_media_or_keys(serve: Serve, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    running = await serve("the-answer", config={"api_keys": ("the-key",)})
+    picture = {"type": "image_url", "image_url": {"url": "data:image/png;base64,dGhlLXBpY3R1cmU="}}
+    messages = [{"role": "user", "content": [{"type": "text", "text": "the-question"}, picture]}]
+    key = {"Authorization": "Bearer the-key"}
+    for body in ({"messages": messages}, {"messages": messages, "stream": True}, {"messages": messages, "n": -1}):
+        await running.post(CHAT, body, headers=key)
+    await running.post(CHAT, {"messages": messages}, headers={"Authorization": "Bearer the-wrong-key"})
+    ours = [record for record in caplog.records if record.name.startswith(("dashinfer_vlm", "uvicorn"))]
+    lines = [formatter.format(record) for record in ours for formatter in (logging.Formatter(), JsonFormatter())]
+    assert len(lines) >= 8
+    for word in ("the-answer", "the-key", "the-wrong", "the-question", "dGhlLXB", "the-picture"):
+        assert not any(word in line for line in lines), word

@@ -13,6 +13,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from dashinfer_vlm.engine.stats import EngineStats
 from dashinfer_vlm.media.loader import MediaCounters
 from dashinfer_vlm.server.metrics import HELP, Metrics
+from dashinfer_vlm.stages import STAGES, Span
 from tests.server.conftest import Running, Serve
 
 CHAT = "/v1/chat/completions"
@@ -142,3 +143,83 @@ async def test_an_engine_that_does_not_answer_is_scraped_as_down(serve: Serve, m
     monkeypatch.setattr(running.engine, "stats", silence)
     text = (await Metrics(running.service, patience_s=0.05).render()).decode()
     assert "dashinfer_engine_up 0.0" in text
+
+
+VLLM_DASHBOARD = (
+    "vllm:e2e_request_latency_seconds_bucket",
+    "vllm:e2e_request_latency_seconds_sum",
+    "vllm:e2e_request_latency_seconds_count",
+    "vllm:prompt_tokens_total",
+    "vllm:generation_tokens_total",
+    "vllm:inter_token_latency_seconds_bucket",
+    "vllm:inter_token_latency_seconds_sum",
+    "vllm:inter_token_latency_seconds_count",
+    "vllm:num_requests_running",
+    "vllm:num_requests_waiting",
+    "vllm:time_to_first_token_seconds_bucket",
+    "vllm:time_to_first_token_seconds_sum",
+    "vllm:time_to_first_token_seconds_count",
+    "vllm:kv_cache_usage_perc",
+    "vllm:request_prompt_tokens_bucket",
+    "vllm:request_generation_tokens_bucket",
+    "vllm:request_success_total",
+    "vllm:request_queue_time_seconds_sum",
+    "vllm:request_prefill_time_seconds_sum",
+    "vllm:request_decode_time_seconds_sum",
+    "vllm:request_max_num_generation_tokens_sum",
+)
+"""All that vLLM's examples/observability/prometheus_grafana/grafana.json asks for, by `model_name`."""
+STAGE_SPANS = (Span("prefill_wait", 1.0, 1.5), Span("encode", 1.5, 2.5), Span("prefill", 1.5, 3.5))
+
+
+async def test_vllms_dashboard_fills(serve: Serve) -> None:
+    running = await serve("hello", config={"served_model_name": ("mine", "other")}, engine={"spans": STAGE_SPANS})
+    await running.post(CHAT, {"messages": ASK, "n": 2})
+    text = (await running.get("/metrics")).text
+    samples = [sample for family in text_string_to_metric_families(text) for sample in family.samples]
+    ours = {sample.name for sample in samples if sample.labels.get("model_name") == "mine"}
+    assert set(VLLM_DASHBOARD) <= ours
+    assert not any(sample.labels.get("model_name") != "mine" for sample in samples if sample.name.startswith("vllm:"))
+
+
+async def test_figures_under_vllms_names_are_ours(serve: Serve) -> None:
+    running = await serve("qzqz", engine={"num_cached_tokens": 3, "spans": STAGE_SPANS})
+    body = {"messages": ASK, "n": 2, "max_tokens": 50}
+    prompt_tokens = (await running.post(CHAT, body)).json()["usage"]["prompt_tokens"]
+    found = await scrape(running)
+    rows = ((name, *labels.rstrip("}").split(",")) for name, _, labels in (key.partition("{") for key in found))
+    by_labels = {(name, tuple(sorted(labels))): v for (name, *labels), v in zip(rows, found.values(), strict=True)}
+
+    def value(name: str, more: str = "") -> float:
+        labels = sorted({"model_name=models/scripted", "engine=0", *filter(None, [more])})
+        return by_labels[f"vllm:{name}", tuple(labels)]
+
+    assert value("request_prompt_tokens_sum") == prompt_tokens
+    assert value("request_prefill_kv_computed_tokens_sum") == prompt_tokens - 3
+    assert value("request_params_n_sum") == 2
+    assert value("request_params_max_tokens_sum") == 50
+    assert value("request_generation_tokens_count") == 2
+    assert value("request_max_num_generation_tokens_count") == 1
+    assert value("request_queue_time_seconds_sum") == 1.0
+    assert value("request_prefill_time_seconds_sum") == 4.0
+    assert value("request_success_total", "finished_reason=stop") == 2
+    assert value("request_success_total", "finished_reason=abort") == 0
+    assert value("inter_token_latency_seconds_count") == found["dashinfer_inter_token_seconds_count"] == 6
+    assert (
+        value("inter_token_latency_seconds_bucket", "le=0.01") == found["dashinfer_inter_token_seconds_bucket{le=0.01}"]
+    )
+
+
+async def test_every_stage_has_a_histogram(serve: Serve) -> None:
+    running = await serve("hello", engine={"spans": STAGE_SPANS})
+    await running.post(CHAT, {"messages": ASK})
+    found = await scrape(running)
+    counts = {stage: found[f"dashinfer_stage_seconds_count{{stage={stage}}}"] for stage in STAGES}
+    assert {stage for stage, count in counts.items() if count} == {"prefill_wait", "encode", "prefill", "detokenise"}
+    assert found["dashinfer_stage_seconds_sum{stage=encode}"] == 1.0
+
+
+async def test_the_process_itself_is_told(serve: Serve) -> None:
+    found = await scrape(await serve())
+    assert found["process_resident_memory_bytes"] > 2**20
+    assert found["process_open_fds"] > 0

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 
 from uvicorn.logging import DefaultFormatter
 
+from dashinfer_vlm.log_lines import JsonFormatter, LogFormat
+
 if TYPE_CHECKING:
     from dashinfer_vlm.engine.info import EngineInfo
 
@@ -15,13 +17,13 @@ __all__ = ["announce", "set_up_logging"]
 logger = logging.getLogger(__name__)
 
 
-def set_up_logging(level: str) -> None:
+def set_up_logging(level: str, format: LogFormat = "text") -> None:
     """Log this package from `level` on, and what others say from warnings on: their notes may name a client's media.
 
     The engine process takes the root's level; its own account of loading would break into the bar.
     """
     handler = logging.StreamHandler()
-    handler.setFormatter(DefaultFormatter("%(levelprefix)s %(message)s"))
+    handler.setFormatter(JsonFormatter() if format == "json" else DefaultFormatter("%(levelprefix)s %(message)s"))
     logging.basicConfig(handlers=[handler], level="WARNING" if level == "info" else level.upper())
     logging.getLogger("dashinfer_vlm").setLevel(level.upper())
 

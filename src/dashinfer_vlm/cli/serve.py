@@ -50,11 +50,12 @@ def command(**values: Any) -> None:
     engine, media, server = (flags.build(face, values) for face in flags.FACES)
     for config in (engine, media, server):
         config.validate()
-    set_up_logging(server.log_level)
+    set_up_logging(server.log_level, server.log_format)
     for name in envs.unknown([env for face in flags.FACES for item in flags.flags_of(face) for env in item.envs]):
         logger.warning("%s is not a variable of this server and has no effect; see docs/flags.md", name)
     with ExitStack() as stack:
         _check_keys(server)
+        _check_traces(server)
         certificate = _certificate(server)
         sockets = [stack.enter_context(each) for each in listen(server.host, server.port)]
         folder = resolve_model(engine)
@@ -71,6 +72,14 @@ def _check_keys(config: ServerConfig) -> None:
         from dashinfer_vlm.server.auth import read_keys  # brings the web framework
 
         read_keys(config)
+
+
+def _check_traces(config: ServerConfig) -> None:
+    """Without the packages, or with an endpoint that is none, the server ends here."""
+    if config.otlp_traces_endpoint is not None:
+        from dashinfer_vlm.server import tracing
+
+        tracing.check(config.otlp_traces_endpoint)
 
 
 def _certificate(config: ServerConfig) -> Certificate | None:

@@ -6,6 +6,8 @@ from collections import Counter, OrderedDict
 
 import torch
 
+from dashinfer_vlm.stages import Span
+
 
 class EmbeddingCache:
     """Maps an item's content hash to its embedding `[tokens, hidden]`.
@@ -20,6 +22,7 @@ class EmbeddingCache:
         self.hits = 0
         self.misses = 0
         self._entries: OrderedDict[bytes, torch.Tensor] = OrderedDict()
+        self._spans: dict[bytes, tuple[Span, ...]] = {}  # of entries that were encoded by this engine
         self._pins: Counter[bytes] = Counter()
 
     def __contains__(self, key: bytes) -> bool:
@@ -32,9 +35,14 @@ class EmbeddingCache:
             self._entries.move_to_end(key)
         return found
 
-    def put(self, key: bytes, embedding: torch.Tensor) -> None:
+    def spans(self, key: bytes) -> tuple[Span, ...]:
+        """How the embedding was made."""
+        return self._spans.get(key, ())
+
+    def put(self, key: bytes, embedding: torch.Tensor, spans: tuple[Span, ...] = ()) -> None:
         """Keep it as most recently used. A part of a larger tensor is copied: it would keep the whole in memory."""
         if key not in self._entries:
+            self._spans[key] = spans
             part = embedding.untyped_storage().nbytes() > embedding.nbytes
             self._entries[key] = embedding.clone() if part else embedding
             self.num_bytes += embedding.nbytes
@@ -58,11 +66,13 @@ class EmbeddingCache:
         assert self.num_bytes == sum(e.nbytes for e in self._entries.values()), "the byte count is off"
         evictable = [key for key in self._entries if key not in self._pins]
         assert self.num_bytes <= self.max_bytes or not evictable, "over budget with something to evict"
+        assert self._spans.keys() == self._entries.keys(), "times of what is not here"
 
     def _evict(self) -> None:
         if self.num_bytes <= self.max_bytes:
             return
         for key in [key for key in self._entries if key not in self._pins]:
             self.num_bytes -= self._entries.pop(key).nbytes
+            del self._spans[key]
             if self.num_bytes <= self.max_bytes:
                 return

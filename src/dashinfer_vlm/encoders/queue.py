@@ -13,6 +13,7 @@ import torch
 from dashinfer_vlm.encoders.cache import EmbeddingCache
 from dashinfer_vlm.encoders.stats import StageStats
 from dashinfer_vlm.request import Item
+from dashinfer_vlm.stages import Span
 
 log = logging.getLogger(__name__)
 
@@ -37,6 +38,8 @@ class ItemQueue:
         self.num_retries = 0
         self._waiting: OrderedDict[bytes, Item] = OrderedDict()
         self._in_flight: set[bytes] = set()
+        self._asked_s: dict[bytes, float] = {}  # when it began to wait, of what waits and of what is in flight
+        self._taken_s: dict[bytes, float] = {}  # of what is in flight
         self._alone: set[bytes] = set()  # members of a batch that went wrong: tried one by one
         self._deaths: Counter[bytes] = Counter()
         self._failures: dict[bytes, str] = {}
@@ -110,6 +113,7 @@ class ItemQueue:
         for item in items:
             del self._waiting[item.content_hash]
             self._in_flight.add(item.content_hash)
+            self._taken_s[item.content_hash] = time.perf_counter()
         self._oldest_s = time.perf_counter()
         return items
 
@@ -119,7 +123,7 @@ class ItemQueue:
             if len(embedding) != item.num_rows:
                 self.fail([item], ValueError(f"{len(embedding)} embedding rows for {item.num_rows} placeholders"))
                 continue
-            self.cache.put(item.content_hash, embedding)
+            self.cache.put(item.content_hash, embedding, self._spans(item.content_hash))
             self._forget(item.content_hash)
             self.num_encoded += 1
             self.num_patches += item.work
@@ -146,9 +150,15 @@ class ItemQueue:
         self._deaths = +self._deaths
 
     def _wait(self, item: Item) -> None:
+        now_s = time.perf_counter()
         if not self._waiting:
-            self._oldest_s = time.perf_counter()
+            self._oldest_s = now_s
         self._waiting[item.content_hash] = item
+        self._asked_s.setdefault(item.content_hash, now_s)
+
+    def _spans(self, key: bytes) -> tuple[Span, Span]:
+        asked_s, taken_s = self._asked_s[key], self._taken_s[key]
+        return Span("encode_wait", asked_s, taken_s), Span("encode", taken_s, time.perf_counter())
 
     def _retry(self, item: Item, *, alone: bool) -> None:
         key = item.content_hash
@@ -169,6 +179,8 @@ class ItemQueue:
     def _forget(self, key: bytes) -> None:
         self._in_flight.discard(key)
         self._alone.discard(key)
+        self._asked_s.pop(key, None)
+        self._taken_s.pop(key, None)
         self._deaths.pop(key, None)
 
 

@@ -228,6 +228,7 @@ class Engine:
         sequence, num_before = chunk.sequence, chunk.sequence.num_known
         if not sequence.num_known_output:
             self._counted.num_cached_tokens_total += sequence.num_cached
+            sequence.has_read_prompt()
         logprobs = []
         for sampled, guess in zip(rows, (*chunk.draft, None), strict=True):
             finish = self._accept(sequence, sampled)
@@ -281,6 +282,7 @@ class Engine:
             finish=finish,
             num_prompt_tokens=sequence.num_prompt,
             num_cached_tokens=sequence.num_cached,
+            spans=sequence.take_spans(),
         )
 
     def _encode(self, plan: Plan) -> None:

@@ -275,6 +275,8 @@ class Scheduler:
             return
         done = [item for item in wanted if computed is None or item.start + item.num_tokens <= computed]
         for item in done:
+            if computed is not None:
+                sequence.saw(self.stage.cache.spans(item.content_hash))
             self.stage.release(item)
             wanted.remove(item)
         if not wanted:
@@ -313,6 +315,7 @@ class Scheduler:
                 num_tokens = min(num_tokens, scored_left)
                 scored_left -= num_tokens
             if num_tokens:
+                sequence.begin()
                 chunks.append(Chunk.of(sequence, num_tokens))
                 budget -= num_tokens
         return chunks

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections import defaultdict
 from hashlib import blake2b
 from typing import TYPE_CHECKING
@@ -11,6 +12,7 @@ import torch
 
 from dashinfer_vlm.engine.shaping import Shaping
 from dashinfer_vlm.request import Finish, Item, Request
+from dashinfer_vlm.stages import Span, since
 
 if TYPE_CHECKING:
     from dashinfer_vlm.engine.blocks import BlockHash
@@ -61,6 +63,10 @@ class Sequence:
         self.num_scored = min(1, self.num_prompt) if request.params.prompt_logprobs is not None else self.num_prompt
         """Prompt tokens whose log probabilities need not be found any more; the first one has none."""
         self.finish: Finish | None = None
+        self.spans: list[Span] = []
+        """Stages that have ended and were not told yet."""
+        self._arrived_s = time.perf_counter()
+        self._begun_s: float | None = None
         self.shaping = Shaping(request)
         self.stop_token_ids = frozenset(request.params.stop_token_ids)
         self._stops: defaultdict[int, list[tuple[int, ...]]] = defaultdict(list)  # stop sequences by their last token
@@ -122,6 +128,27 @@ class Sequence:
     def unscored(self, start: int, stop: int) -> range:
         """Tokens of the prompt from `start` to before `stop` whose log probabilities are still wanted."""
         return range(max(start, self.num_scored), min(stop, self.num_prompt))
+
+    def begin(self) -> None:
+        """A chunk of it is about to be computed."""
+        if self._begun_s is None:
+            self._begun_s = time.perf_counter()
+            self.spans.append(Span("prefill_wait", self._arrived_s, self._begun_s))
+
+    def saw(self, spans: tuple[Span, ...]) -> None:
+        """An embedding that it needed was made like this; one that is needed again was told before."""
+        if not self.num_output:
+            self.spans += since(spans, self._arrived_s)
+
+    def has_read_prompt(self) -> None:
+        """Its first token is known."""
+        assert self._begun_s is not None, self.id
+        self.spans.append(Span("prefill", self._begun_s, time.perf_counter()))
+
+    def take_spans(self) -> tuple[Span, ...]:
+        """Stages to be told."""
+        spans, self.spans = tuple(self.spans), []
+        return spans
 
     def owe(self) -> None:
         """A step that was started will give one more token."""

@@ -16,12 +16,13 @@ from dashinfer_vlm.errors import DeadlineError, EngineDeadError, EngineError, Ov
 from dashinfer_vlm.frontend.answer_parser import TAGS, AnswerParser
 from dashinfer_vlm.frontend.booking import Booking
 from dashinfer_vlm.frontend.detokenizer import Detokenizer
-from dashinfer_vlm.frontend.observer import Observer
+from dashinfer_vlm.frontend.observer import AnswerReport, CallReport, Observer
 from dashinfer_vlm.frontend.params import GenerationParams
 from dashinfer_vlm.frontend.pieces import Piece
 from dashinfer_vlm.frontend.prompt import Prompt
 from dashinfer_vlm.frontend.tokenizer import Tokenizer
 from dashinfer_vlm.request import Output, Request, TokenLogprob
+from dashinfer_vlm.stages import Span
 
 _MERGED_TOKENS = 64
 """Tokens of a delta, at most a few more, so that writing one takes no time that others would notice."""
@@ -100,8 +101,11 @@ class Choice:
         self.num_reasoning_tokens = 0
         self.num_cached_tokens = 0
         self.end_reason: EndReason | None = None
+        self.first_token_s: float | None = None
         self.last_token_s: float | None = None
         """When its latest token came, on `time.perf_counter`'s clock."""
+        self._text_s = 0.0
+        self._spans: list[Span] = []
         self._keeps_stop = params.include_stop_str_in_output
         self._text = Detokenizer(
             tokenizer,
@@ -118,6 +122,26 @@ class Choice:
 
     def feed(self, output: Output) -> Delta | None:
         """The news in `output`, if any; raises EngineError when the engine gave up on the sequence."""
+        start_s = time.perf_counter()
+        try:
+            self._spans += output.spans
+            return self._feed(output)
+        finally:
+            self._text_s += time.perf_counter() - start_s
+
+    def report(self, unfinished: str) -> AnswerReport:
+        """What came of it, or has so far; `unfinished` is why one ends that has not come to its end."""
+        end_s = self.last_token_s or time.perf_counter()
+        text = Span("detokenise", end_s - self._text_s, end_s)  # the sum of what its tokens took
+        return AnswerReport(
+            reason=self.end_reason or unfinished,
+            num_tokens=self.num_tokens,
+            first_token_s=self.first_token_s,
+            last_token_s=self.last_token_s,
+            spans=(*self._spans, text) if self.num_tokens else tuple(self._spans),
+        )
+
+    def _feed(self, output: Output) -> Delta | None:
         self.num_cached_tokens = max(self.num_cached_tokens, output.num_cached_tokens)
         self.prompt_logprobs += output.prompt_logprobs
         text, num_used = self._push(output.token_ids)
@@ -333,6 +357,7 @@ class Generation:
             waited_s = now_s - (choice.last_token_s or self._started_s)
             self._observer.tokens(num_tokens, waited_s, first=first)
             choice.last_token_s = now_s
+            choice.first_token_s = choice.first_token_s or now_s
 
     def _task_done(self, task: asyncio.Task[None]) -> None:
         error = EngineError("the request was cancelled") if task.cancelled() else task.exception()
@@ -345,15 +370,20 @@ class Generation:
             if self._timer is not None:
                 self._timer.cancel()
             self._booking.end()
-            self._tell_end()
+            self._observer.ended(self.report())
 
-    def _tell_end(self) -> None:
+    def report(self) -> CallReport:
+        """What came of the call, or has so far."""
         usage = self.usage
-        has_failed = any(not task.cancelled() and task.exception() for task in self._tasks)
-        unfinished = "error" if has_failed else self._unfinished
-        self._observer.ended(
+        has_failed = any(task.done() and not task.cancelled() and task.exception() for task in self._tasks)
+        return CallReport(
             num_prompt_tokens=usage.num_prompt_tokens,
             num_cached_tokens=usage.num_cached_tokens,
-            reasons=[choice.end_reason or unfinished for choice in self.choices],
-            seconds=time.perf_counter() - self._started_s,
+            num_output_tokens=usage.num_output_tokens,
+            sampling=self.choices[0].sampling,
+            answers_per_prompt=self._num_choices,
+            start_s=self._started_s,
+            end_s=time.perf_counter(),
+            spans=tuple(span for prompt in self._prompts for medium in prompt.media for span in medium.spans),
+            answers=tuple(choice.report("error" if has_failed else self._unfinished) for choice in self.choices),
         )

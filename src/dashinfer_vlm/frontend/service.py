@@ -19,7 +19,7 @@ from dashinfer_vlm.frontend.booking import Booking
 from dashinfer_vlm.frontend.constraints import constrained
 from dashinfer_vlm.frontend.generation import OUT_OF_TIME, Generation
 from dashinfer_vlm.frontend.messages import Dialogue
-from dashinfer_vlm.frontend.observer import Observer, Silence
+from dashinfer_vlm.frontend.observer import Observer, Silence, current_calls
 from dashinfer_vlm.frontend.params import DEFAULT_PARAMS, GenerationParams, check_timeout
 from dashinfer_vlm.frontend.prompt import Prompt, PromptBuilder
 from dashinfer_vlm.frontend.tenants import Tenant, current_tenant, current_timeout_s
@@ -221,6 +221,8 @@ class Service:
             admission.left_s,
         )
         self._generations.add(generation)
+        if (calls := current_calls.get()) is not None:
+            calls.append(generation.report)
         return generation
 
 

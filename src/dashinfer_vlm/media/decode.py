@@ -11,6 +11,7 @@ import hashlib
 import os
 import resource
 import sys
+import time
 import warnings
 from pathlib import Path
 from typing import BinaryIO
@@ -45,8 +46,10 @@ def content_hash(processed: Processed, config: ProcessorConfig) -> bytes:
 
 def answer(job: DecodeJob) -> Reply:
     """Do a job; every error that the client caused, and lack of memory, becomes a Failed."""
+    start_s = time.perf_counter()
     try:
         processed = process(job)
+        decoded_s = time.perf_counter() - start_s - processed.cost_s
         put(Path(job.folder), processed.features, job.name)
     except MediaTooLargeError as error:
         return Failed("too_large", str(error))
@@ -58,11 +61,14 @@ def answer(job: DecodeJob) -> Reply:
         if error.errno != errno.ENOSPC:
             raise
         return Failed("no_room", NO_ROOM)
+    digest = content_hash(processed, job.terms.config)
     return Decoded(
         grid=processed.grid,
-        content_hash=content_hash(processed, job.terms.config),
+        content_hash=digest,
         seconds_per_grid=processed.seconds_per_grid,
         timestamps=processed.timestamps,
+        decode_s=decoded_s,
+        preprocess_s=time.perf_counter() - start_s - decoded_s,
     )
 
 

@@ -14,6 +14,7 @@ import errno
 import hashlib
 import logging
 import shutil
+import time
 from collections.abc import Callable, Hashable
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -32,12 +33,13 @@ from dashinfer_vlm.media.policy import MediaPolicy
 from dashinfer_vlm.media.registry import MEDIA
 from dashinfer_vlm.media.sources import Encoded, Sources
 from dashinfer_vlm.media.types import GivenEmbedding, LoadedMedia, MediaRef, Source
-from dashinfer_vlm.media.wire import NO_ROOM, DecodeJob, Terms
+from dashinfer_vlm.media.wire import NO_ROOM, Decoded, DecodeJob, Terms
 from dashinfer_vlm.media.workers import SharedMemoryFullError, WorkerPool
 from dashinfer_vlm.processors.qwen import ProcessorConfig
 from dashinfer_vlm.processors.videos import Sampling
 from dashinfer_vlm.request import Grid
 from dashinfer_vlm.shared_array import SharedArray, SharedFolder
+from dashinfer_vlm.stages import Span, since, timed
 
 log = logging.getLogger(__name__)
 
@@ -66,6 +68,8 @@ class _Features:
     seconds_per_grid: float
     timestamps: tuple[float, ...]
     array: SharedArray
+    spans: tuple[Span, ...] = ()
+    """How they were made."""
 
 
 class MediaLoader:
@@ -156,9 +160,10 @@ class MediaLoader:
         medium = MEDIA[ref.kind]
         if isinstance(ref.source, GivenEmbedding) and not self._config.enable_mm_embeds:
             raise UnsupportedError("image_embeds are not taken here; start with --enable-mm-embeds", param=ref.param)
+        start_s, fetches = time.perf_counter(), list[Span]()
         try:
             terms = self._terms(ref, salt)
-            lease = await self._load(medium, ref.source, terms, party)
+            lease = await self._load(medium, ref.source, terms, party, fetches)
         except MediaError as error:
             self._failures += 1
             self._refusals += isinstance(error, MediaRefusedError)
@@ -174,6 +179,7 @@ class MediaLoader:
             seconds_per_grid=made.seconds_per_grid,
             timestamps=made.timestamps,
             is_embedding=isinstance(ref.source, GivenEmbedding),
+            spans=(*fetches, *since(made.spans, start_s)),
         )
 
     def _terms(self, ref: MediaRef, salt: str) -> Terms:
@@ -194,21 +200,24 @@ class MediaLoader:
             salt=salt,
         )
 
-    async def _load(self, medium: Medium, source: Source, terms: Terms, party: Hashable) -> Lease[_Features]:
+    async def _load(
+        self, medium: Medium, source: Source, terms: Terms, party: Hashable, fetches: list[Span]
+    ) -> Lease[_Features]:
         if isinstance(source, np.ndarray):
             return await self._load_array(medium, source, terms)
         if isinstance(source, tuple):
-            return await self._load_parts(medium, source, terms, party)
+            return await self._load_parts(medium, source, terms, party, fetches)
         if isinstance(source, GivenEmbedding):
             return await self._load_embedding(medium, source, terms, party)
-        encoded = await self._sources.encoded(source, medium.limits(self._config, self._limits), party)
+        with timed("fetch", fetches):
+            encoded = await self._sources.encoded(source, medium.limits(self._config, self._limits), party)
         try:
             return await self._decoded(medium, (encoded.value,), terms, party, in_parts=False)
         finally:
             encoded.release()
 
     async def _load_parts(
-        self, medium: Medium, sources: tuple[str | bytes, ...], terms: Terms, party: Hashable
+        self, medium: Medium, sources: tuple[str | bytes, ...], terms: Terms, party: Hashable, fetches: list[Span]
     ) -> Lease[_Features]:
         medium.check_parts(len(sources), terms.config)
         most = medium.limits(self._config, self._limits).max_bytes
@@ -226,7 +235,8 @@ class MediaLoader:
 
         tasks = [asyncio.create_task(fetch(source)) for source in sources]
         try:
-            parts = tuple(lease.value for lease in await asyncio.gather(*tasks))
+            with timed("fetch", fetches):
+                parts = tuple(lease.value for lease in await asyncio.gather(*tasks))
             return await self._decoded(medium, parts, terms, party, in_parts=True)
         finally:
             await _release_all(tasks)
@@ -248,12 +258,20 @@ class MediaLoader:
 
     async def _decode(self, job: DecodeJob, timeout_s: float, party: Hashable) -> _Features:
         self._decodes += 1
+        start_s = time.perf_counter()
         try:
             decoded, array = await self._workers.run(job, timeout_s, party)
         except SharedMemoryFullError:
             self._features.drop_unused()
             decoded, array = await self._workers.run(job, timeout_s, party)
-        return _Features(decoded.grid, decoded.content_hash, decoded.seconds_per_grid, decoded.timestamps, array)
+        return _Features(
+            decoded.grid,
+            decoded.content_hash,
+            decoded.seconds_per_grid,
+            decoded.timestamps,
+            array,
+            _decode_spans(decoded, start_s, time.perf_counter()),
+        )
 
     async def _load_array(self, medium: Medium, array: np.ndarray, terms: Terms) -> Lease[_Features]:
         """Decoded items come from this process's own caller: they are processed here, in a thread."""
@@ -285,13 +303,16 @@ class MediaLoader:
         self._decodes += 1
 
         def work() -> _Features:
-            processed = medium.process_array(array, terms)
+            spans: list[Span] = []
+            with timed("preprocess", spans):
+                processed = medium.process_array(array, terms)
             return _Features(
                 processed.grid,
                 content_hash(processed, terms.config),
                 processed.seconds_per_grid,
                 processed.timestamps,
                 _put(self._folder, processed.features),
+                tuple(spans),
             )
 
         return await self._in_thread(work)
@@ -302,6 +323,17 @@ class MediaLoader:
         except SharedMemoryFullError:
             self._features.drop_unused()
             return await asyncio.to_thread(work)
+
+
+def _decode_spans(decoded: Decoded, start_s: float, end_s: float) -> tuple[Span, ...]:
+    """The process says how long it took, which is believed as far as it can be; before that it was waited for."""
+    decoded_s = end_s - min(max(0.0, decoded.preprocess_s), end_s - start_s)
+    began_s = decoded_s - min(max(0.0, decoded.decode_s), decoded_s - start_s)
+    return (
+        Span("decode_wait", start_s, began_s),
+        Span("decode", began_s, decoded_s),
+        Span("preprocess", decoded_s, end_s),
+    )
 
 
 def _salted(content_hash: bytes, salt: str) -> bytes:

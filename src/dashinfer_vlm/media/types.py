@@ -9,6 +9,7 @@ import numpy as np
 
 from dashinfer_vlm.request import Grid, ItemKind
 from dashinfer_vlm.shared_array import SharedArray
+from dashinfer_vlm.stages import Span
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,3 +72,5 @@ class LoadedMedia:
     last frame, by the frames' own time stamps. Empty for an image."""
     is_embedding: bool = False
     """There is nothing left to encode."""
+    spans: tuple[Span, ...] = ()
+    """What the load has waited for; nothing of what was there already."""

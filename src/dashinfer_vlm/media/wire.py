@@ -56,6 +56,10 @@ class Decoded(msgspec.Struct, frozen=True, kw_only=True, tag="decoded"):
     content_hash: bytes
     seconds_per_grid: float
     timestamps: tuple[float, ...]
+    decode_s: float
+    """Seconds from bytes to pixels; `preprocess_s` from pixels to features in their file. A process that was taken over
+    may say anything."""
+    preprocess_s: float
 
 
 class Failed(msgspec.Struct, frozen=True, tag="failed"):

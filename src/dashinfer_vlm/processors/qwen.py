@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -138,6 +139,8 @@ class Processed:
     seconds_per_grid: float = 1.0
     timestamps: tuple[float, ...] = ()
     """Seconds from the start of a video, one per temporal grid step; none for an image."""
+    cost_s: float = 0.0
+    """Seconds that resizing and cutting took."""
 
 
 def image_size(width: int, height: int, config: ProcessorConfig) -> tuple[int, int]:
@@ -213,9 +216,11 @@ def patchify(frames: Pixels, config: ProcessorConfig) -> Pixels:
 
 def process_image(image: Pixels, config: ProcessorConfig) -> Processed:
     """Resize and cut one RGB image, uint8 [H, W, 3]. Raises MediaError for an impossible shape."""
+    start_s = time.perf_counter()
     width, height = image_size(image.shape[1], image.shape[0], config)
     grid = 1, height // config.patch_size, width // config.patch_size
-    return Processed(features=patchify(resize(image, width, height, config)[None], config), grid=grid)
+    features = patchify(resize(image, width, height, config)[None], config)
+    return Processed(features=features, grid=grid, cost_s=time.perf_counter() - start_s)
 
 
 def process_frames(
@@ -239,7 +244,9 @@ def process_timed_frames(
     times: list[float] = []
     shape: tuple[int, ...] = ()
     width = height = 0
-    for time, frame in frames:
+    cost_s = 0.0
+    for frame_s, frame in frames:
+        start_s = time.perf_counter()
         if not resized:
             shape = frame.shape
             width, height = frame_size(shape[1], shape[0], num_frames, config)
@@ -247,16 +254,20 @@ def process_timed_frames(
             sizes = f"{shape[1]}x{shape[0]} and {frame.shape[1]}x{frame.shape[0]}"
             raise MediaError(f"the frames of a video must have one size; these have {sizes} pixels")
         resized.append(resize(frame, width, height, config))
-        times.append(time)
+        times.append(frame_s)
+        cost_s += time.perf_counter() - start_s
     if not resized:
         raise MediaError("the video has no frame that can be used")
+    start_s = time.perf_counter()
     order = sorted(range(len(times)), key=times.__getitem__)
     timestamps = grid_timestamps([times[n] for n in order], config.temporal_patch_size)
+    features = patchify(np.stack([resized[n] for n in order]), config)
     return Processed(
-        features=patchify(np.stack([resized[n] for n in order]), config),
+        features=features,
         grid=(len(timestamps), height // config.patch_size, width // config.patch_size),
         seconds_per_grid=seconds_per_grid,
         timestamps=timestamps,
+        cost_s=cost_s + time.perf_counter() - start_s,
     )
 
 

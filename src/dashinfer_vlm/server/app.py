@@ -12,7 +12,7 @@ from fastapi.routing import APIRoute
 import dashinfer_vlm
 from dashinfer_vlm.config import ServerConfig
 from dashinfer_vlm.frontend.service import Service
-from dashinfer_vlm.server.access import Access
+from dashinfer_vlm.server.access import Access, Teller
 from dashinfer_vlm.server.auth import OPEN_PATHS, ApiKeys, Keyring
 from dashinfer_vlm.server.chat import chat_routes
 from dashinfer_vlm.server.completions import completion_routes
@@ -29,8 +29,11 @@ from dashinfer_vlm.server.tokenize import tokenize_routes
 from dashinfer_vlm.server.ui import page_files, page_routes
 
 
-def create_app(service: Service, config: ServerConfig, *, bodies: BodyReader | None = None) -> FastAPI:
-    """The application over a service that is ready; who made the service closes it. Raises ConfigError."""
+def create_app(
+    service: Service, config: ServerConfig, *, bodies: BodyReader | None = None, tellers: tuple[Teller, ...] = ()
+) -> FastAPI:
+    """The application over a service that is ready; who made the service closes it. `tellers` hear of every request
+    when it is over. Raises ConfigError."""
     desk = Desk(ResponseStore.open(config.responses_store, config.responses_store_mib * 2**20))
 
     @asynccontextmanager
@@ -48,7 +51,7 @@ def create_app(service: Service, config: ServerConfig, *, bodies: BodyReader | N
         lifespan=lifespan,
     )
     context = Context(service=service, config=config, bodies=bodies or BodyReader(config.max_body_mib * 2**20))
-    service.observer = metrics = Metrics(service)
+    service.observer = metrics = Metrics(service, model_name=context.model_names[0])
     routers = [make(context) for make in (chat_routes, completion_routes, status_routes, tokenize_routes)]
     routers += [response_routes(context, desk), metrics_routes(metrics)]
     if config.ui:
@@ -64,7 +67,7 @@ def create_app(service: Service, config: ServerConfig, *, bodies: BodyReader | N
         metrics.watch(keyring.tenants)
         app.add_middleware(ApiKeys, keyring=keyring, open_paths=open_paths, refused=metrics.refused)
     app.add_middleware(ReplyCounter, metrics=metrics, paths=frozenset(route.path for route in _routes(routers)))
-    app.add_middleware(Access)
+    app.add_middleware(Access, tellers=tellers)
     if config.allowed_origins:  # added last, so outermost: a refusal needs its headers too
         app.add_middleware(
             CORSMiddleware,

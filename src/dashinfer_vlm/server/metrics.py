@@ -8,20 +8,32 @@ from collections.abc import Callable, Iterable, Iterator
 
 import msgspec
 from fastapi import APIRouter
-from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client import (
+    CONTENT_TYPE_LATEST,
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    Histogram,
+    ProcessCollector,
+    generate_latest,
+)
 from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, Metric
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from dashinfer_vlm.engine.stats import EngineStats
 from dashinfer_vlm.errors import EngineDeadError
+from dashinfer_vlm.frontend.observer import CallReport
 from dashinfer_vlm.frontend.service import Service
 from dashinfer_vlm.frontend.tenants import Tenant
 from dashinfer_vlm.media.loader import MediaCounters
 from dashinfer_vlm.server.described import Operation
+from dashinfer_vlm.server.vllm_metrics import VllmMetrics
+from dashinfer_vlm.stages import STAGES
 
 _PREFIX = "dashinfer_"
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80, 160)
+_STAGE_SECONDS = (0.0001, 0.0005, 0.001, 0.0025, *_SECONDS)
 _PATIENCE_S = 5.0
 """Less than Prometheus waits for an answer, more than a step takes."""
 _ABORTED = "aborted"
@@ -76,8 +88,9 @@ HELP = {
 class Metrics:
     """An Observer that counts for Prometheus; engine and media are asked when somebody scrapes."""
 
-    def __init__(self, service: Service, *, patience_s: float = _PATIENCE_S) -> None:
-        """An engine that says nothing for `patience_s` counts as down."""
+    def __init__(self, service: Service, *, model_name: str | None = None, patience_s: float = _PATIENCE_S) -> None:
+        """`model_name` is the label of vLLM's metrics, the engine's name for it when None. An engine that says nothing
+        for `patience_s` counts as down."""
         self._service = service
         self._patience_s = patience_s
         self.registry = registry = CollectorRegistry()
@@ -132,21 +145,36 @@ class Metrics:
         self._whole = _histogram(
             "request_seconds", "Seconds from the arrival of a request to the last token of its answers.", registry
         )
+        stages = Histogram(
+            f"{_PREFIX}stage_seconds",
+            "Seconds that an item or an answer has spent in a stage.",
+            ["stage"],
+            buckets=_STAGE_SECONDS,
+            registry=registry,
+        )
+        self._stages = {stage: stages.labels(stage) for stage in STAGES}
+        info = service.engine.info
+        self._vllm = VllmMetrics(registry, model_name or info.model, info, self._gap)
+        ProcessCollector(registry=registry)
 
     def tokens(self, num_tokens: int, seconds: float, *, first: bool) -> None:
         self._output.inc(num_tokens)
         if first:
             self._first.observe(seconds)
+            self._vllm.first_token(seconds)
             return
         for _ in range(num_tokens):
             self._gap.observe(seconds / num_tokens)
 
-    def ended(self, *, num_prompt_tokens: int, num_cached_tokens: int, reasons: list[str], seconds: float) -> None:
-        self._prompt.inc(num_prompt_tokens)
-        self._cached.inc(num_cached_tokens)
-        self._whole.observe(seconds)
-        for reason in reasons:
-            self._choices.labels(reason).inc()
+    def ended(self, report: CallReport) -> None:
+        self._prompt.inc(report.num_prompt_tokens)
+        self._cached.inc(report.num_cached_tokens)
+        self._whole.observe(report.seconds)
+        for answer in report.answers:
+            self._choices.labels(answer.reason).inc()
+        for span in (*report.spans, *(span for answer in report.answers for span in answer.spans)):
+            self._stages[span.stage].observe(span.seconds)
+        self._vllm.ended(report)
 
     def refused(self, reason: str) -> None:
         self._refusals.labels(reason).inc()
@@ -161,7 +189,9 @@ class Metrics:
             stats = await asyncio.wait_for(self._service.engine.stats(), self._patience_s)
         except (EngineDeadError, asyncio.TimeoutError):
             stats = None
-        self._state.update(stats, self._service.prompts.loader.counters)
+        media = self._service.prompts.loader.counters
+        self._state.update(stats, media)
+        self._vllm.update(stats, media)
         return generate_latest(self.registry)
 
 

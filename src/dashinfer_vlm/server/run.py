@@ -10,6 +10,7 @@ from contextlib import contextmanager
 
 import uvicorn
 from fastapi import FastAPI
+from uvicorn.config import LOGGING_CONFIG
 
 from dashinfer_vlm.config import ServerConfig
 from dashinfer_vlm.errors import EngineDeadError
@@ -17,6 +18,7 @@ from dashinfer_vlm.frontend.service import Service
 from dashinfer_vlm.server.app import create_app
 from dashinfer_vlm.server.connection import Connection, raise_file_limit
 from dashinfer_vlm.server.tls import Certificate
+from dashinfer_vlm.server.tracing import Tracer
 
 logger = logging.getLogger(__name__)
 
@@ -47,6 +49,7 @@ class HttpServer(uvicorn.Server):
                 host=config.host,
                 port=config.port,
                 log_level=config.log_level,
+                log_config=LOGGING_CONFIG if config.log_format == "text" else None,
                 access_log=False,  # see server/access.py
                 ssl_keyfile=certificate.keyfile if certificate else None,
                 ssl_certfile=certificate.certfile if certificate else None,
@@ -122,7 +125,13 @@ async def serve(
     started the server then starts another one.
     """
     Connection.max_connections = raise_file_limit()
-    server = HttpServer(create_app(service, config), service, config, certificate)
-    await server.serve(sockets)
+    tracer = Tracer.to(config.otlp_traces_endpoint) if config.otlp_traces_endpoint else None
+    app = create_app(service, config, tellers=(tracer.tell,) if tracer else ())
+    server = HttpServer(app, service, config, certificate)
+    try:
+        await server.serve(sockets)
+    finally:
+        if tracer:
+            await asyncio.to_thread(tracer.close)
     if server.engine_is_gone:
         raise EngineDeadError("the engine has stopped, and the server with it")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import logging
 import os
 import subprocess
 import sys
@@ -35,6 +34,7 @@ from dashinfer_vlm.encoders.elsewhere.wire import (
 )
 from dashinfer_vlm.encoders.queue import grid, raw_patches
 from dashinfer_vlm.errors import EngineError
+from dashinfer_vlm.log_lines import LogStyle
 from dashinfer_vlm.request import Item
 from dashinfer_vlm.shared_array import SharedFolder
 
@@ -150,8 +150,7 @@ class ProcessEncoder:
     def _introduce(self, address: str) -> None:
         assert self._process is not None
         assert self._process.stdin is not None
-        level = logging.getLogger().getEffectiveLevel()
-        start = Start(address, self._config, str(self._folder.path), dtype_name(self._dtype), level)
+        start = Start(address, self._config, str(self._folder.path), dtype_name(self._dtype), LogStyle.current())
         self._process.stdin.write(msgspec.json.encode(start) + b"\n")
         self._process.stdin.flush()
 

@@ -11,6 +11,7 @@ import torch
 
 from dashinfer_vlm.config import EngineConfig
 from dashinfer_vlm.fault import Fault
+from dashinfer_vlm.log_lines import LogStyle
 from dashinfer_vlm.request import Grid
 from dashinfer_vlm.shared_array import SharedArray, put
 
@@ -36,7 +37,7 @@ class Start(msgspec.Struct, frozen=True):
     """Where embeddings are put."""
     embedding_dtype: TensorDtype
     """What the engine computes in."""
-    log_level: int
+    log: LogStyle
 
 
 class Picture(msgspec.Struct, frozen=True, array_like=True):

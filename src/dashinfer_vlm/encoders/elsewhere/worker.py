@@ -57,7 +57,7 @@ def serve(load: Loader) -> int:
     """Be the worker: load, then encode one job after the other until the parent ends it. Returns the exit status."""
     start = msgspec.json.decode(sys.stdin.buffer.readline(), type=Start)
     threading.Thread(target=_exit_with_parent, name="parent-watch", daemon=True).start()
-    logging.basicConfig(level=start.log_level, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    start.log.apply()
     context = zmq.Context()
     socket = context.socket(zmq.PAIR)
     socket.connect(start.address)

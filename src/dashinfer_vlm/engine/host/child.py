@@ -86,7 +86,7 @@ def serve(load: Loader) -> int:
     """Be the engine process: load, then run the loop until the parent closes it. Returns the exit status."""
     start = msgspec.json.decode(sys.stdin.buffer.readline(), type=Start)
     threading.Thread(target=_exit_with_parent, name="parent-watch", daemon=True).start()
-    logging.basicConfig(level=start.log_level, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    start.log.apply()
     channel = SocketChannel(start.address)
     try:
         engine, info = load(start.config, lambda stage, done, total: channel.send(Progress(stage, done, total)))

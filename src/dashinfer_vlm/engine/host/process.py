@@ -34,6 +34,7 @@ from dashinfer_vlm.engine.info import EngineInfo
 from dashinfer_vlm.engine.stats import EngineStats
 from dashinfer_vlm.errors import EngineDeadError
 from dashinfer_vlm.fault import Fault
+from dashinfer_vlm.log_lines import LogStyle
 from dashinfer_vlm.request import Finish, Output, Request
 from dashinfer_vlm.shared_array import SharedArray, SharedFolder
 
@@ -88,7 +89,7 @@ class ProcessEngine:
         )
         engine = cls(process, socket, folder)
         try:
-            await engine._load(Start(address, config, logging.getLogger().getEffectiveLevel()), progress or silent)
+            await engine._load(Start(address, config, LogStyle.current()), progress or silent)
         except BaseException:
             await engine.close()
             raise

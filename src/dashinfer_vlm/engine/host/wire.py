@@ -16,6 +16,7 @@ from dashinfer_vlm.config import EngineConfig
 from dashinfer_vlm.engine.info import EngineInfo
 from dashinfer_vlm.engine.stats import EngineStats
 from dashinfer_vlm.fault import Fault
+from dashinfer_vlm.log_lines import LogStyle
 from dashinfer_vlm.request import Grid, ItemKind, Output, Request, SamplingParams
 from dashinfer_vlm.shared_array import SharedArray, put
 
@@ -109,7 +110,7 @@ class Start(msgspec.Struct, frozen=True):
     address: str
     """ZeroMQ endpoint of the parent."""
     config: EngineConfig
-    log_level: int
+    log: LogStyle
 
 
 Command = Request | Abort | AskStats | Close
