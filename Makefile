@@ -5,6 +5,7 @@
 #   make eval     the demo model's answers, every way   make bench-flat    streams while large pictures arrive
 #   make precision    what quantised weights cost       make test-browser  the page at / in Chromium
 #   make test-slow    long searches, all variants       make test-torch    the oldest and the newest torch
+#   make test-clients other people's clients
 PYTHON ?= $(shell python3.11 -c '' 2>/dev/null && echo python3.11 || echo python3)
 FLAGS ?=
 BIN := .venv/bin
@@ -18,13 +19,15 @@ PEER ?= build/peers/vllm
 MODEL ?=
 RAY := $(wildcard .venv/lib/python3*/site-packages/ray)
 
-.PHONY: serve test test-slow test-isa test-torch test-cluster test-browser eval precision check docs bench bench-flat bench-peers clean
+.PHONY: serve test test-slow test-isa test-torch test-cluster test-browser test-clients eval precision check docs bench \
+	bench-flat bench-peers clean
 
 serve: $(READY) $(if $(BUNDLED),,$(RANDOM_MODEL))
 	$(BIN)/dashinfer_vlm_serve $(if $(BUNDLED),,--model $(RANDOM_MODEL)) $(FLAGS)
 
 test: $(READY)
-	$(BIN)/python -m pytest -n auto --dist loadfile -m "not slow and not browser and not cluster and not compiles" $(FLAGS)
+	$(BIN)/python -m pytest -n auto --dist loadfile -m "not slow and not browser and not cluster and not compiles and not clients" \
+	    $(FLAGS)
 
 test-slow: $(READY)
 	$(BIN)/python -m pytest -m "slow or hypothesis" --hypothesis-profile=thorough $(FLAGS)
@@ -52,6 +55,11 @@ test-torch-%: $(READY)
 test-cluster: $(READY)
 	$(PIP) ray
 	$(BIN)/python -m pytest -m cluster $(FLAGS)
+
+# Other people's clients, of Python and of npm, against a server of random weights; each group of them gets an environment
+# below build/clients. FLAGS="--only schemathesis" runs one.
+test-clients: $(READY) $(RANDOM_MODEL)
+	$(BIN)/python tools/clients/run.py $(RANDOM_MODEL) $(FLAGS)
 
 # The page at / in headless Chromium; axe-core comes from npm's registry.
 AXE := build/axe-core/package/axe.min.js
