@@ -47,6 +47,13 @@ def test_defaults_are_valid(face: type[Any]) -> None:
         (EngineConfig(vision_engine="tensorrt"), "--vision-engine tensorrt is not offered yet"),
         (MediaConfig(limit_mm_per_prompt={"smell": 1}), "--limit-mm-per-prompt has smell"),
         (MediaConfig(limit_mm_per_prompt={"image": -1}), "--limit-mm-per-prompt has image: -1"),
+        (ServerConfig(ssl_certfile="a.pem"), "--ssl-certfile and --ssl-keyfile go together"),
+        (ServerConfig(key_max_concurrent=2), "--key-max-concurrent is 2, but there are no keys; add --api-keys-file"),
+        (
+            ServerConfig(api_keys=("a",), key_tokens_per_minute=0.0),
+            "--key-tokens-per-minute is 0.0; it must be at least",
+        ),
+        (ServerConfig(max_engine_restarts=-1), "--max-engine-restarts is -1; it must be at least 0"),
         (ServerConfig(port=70000), "--port is 70000; it must be at most 65535"),
     ],
 )

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from dashinfer_vlm.cli.serve import certificate_of
 from dashinfer_vlm.config import ServerConfig
 from dashinfer_vlm.errors import ConfigError
 from dashinfer_vlm.server import files
@@ -53,6 +54,18 @@ async def test_connections_get_the_certificate_that_is_in_the_files(
         shutil.copy(tmp_path / "2" / "key.pem", live)
         assert await shown(port, name) == new
         assert "is used from now on" in caplog.text
+
+
+def test_flags_name_the_files_or_the_environment_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    key, certificate = map(str, self_signed(tmp_path))
+    assert certificate_of(ServerConfig()) is None
+    named = certificate_of(ServerConfig(ssl_certfile=certificate, ssl_keyfile=key))
+    monkeypatch.setenv("SSL_CERTFILE", certificate)
+    monkeypatch.setenv("SSL_KEYFILE", key)
+    found = certificate_of(ServerConfig(ssl=True))
+    for each in (named, found):
+        assert each is not None
+        assert (each.certfile, each.keyfile) == (certificate, key)
 
 
 def test_files_that_are_no_pair_are_refused(tmp_path: Path) -> None:

@@ -56,7 +56,7 @@ def command(**values: Any) -> None:
     with ExitStack() as stack:
         _check_keys(server)
         _check_traces(server)
-        certificate = _certificate(server)
+        certificate = certificate_of(server)
         sockets = [stack.enter_context(each) for each in listen(server.host, server.port)]
         folder = resolve_model(engine)
         names = server.served_model_name or (engine.model or DEMO_NAME,)
@@ -82,7 +82,7 @@ def _check_traces(config: ServerConfig) -> None:
         tracing.check(config.otlp_traces_endpoint)
 
 
-def _certificate(config: ServerConfig) -> Certificate | None:
+def certificate_of(config: ServerConfig) -> Certificate | None:
     """The one that the flags name, or with --ssl the environment; raises ConfigError."""
     if config.ssl_certfile and config.ssl_keyfile:
         return Certificate(config.ssl_certfile, config.ssl_keyfile)
