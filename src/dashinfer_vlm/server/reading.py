@@ -57,6 +57,12 @@ def forget_body(request: Request) -> None:
         held.close()
 
 
+def hold(request: Request, num_bytes: int) -> None:
+    """Count more that is held for a request, until `forget_body` or the end of its task; raises OverloadedError."""
+    held: Held = request.scope[_HELD]
+    held.grow(num_bytes)
+
+
 class BodyReader:
     """Reads the bodies of all requests of one server."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -198,3 +199,34 @@ async def test_an_input_that_is_too_large_to_be_stored_is_refused_before_it_is_a
     reply = await running.post("/v1/responses", body)
     assert (reply.status_code, reply.json()["error"]["param"]) == (400, "store")
     assert (await running.post("/v1/responses", body | {"store": False})).status_code == 200
+
+
+async def test_what_is_held_for_responses_counts_against_the_budget_of_bodies(serve: Serve) -> None:
+    running = await serve("one two", engine={"pauses_after": 1}, max_body_bytes=2_000)  # 16 times that for all
+    text = "x " * 700
+    waiting = [asyncio.create_task(running.post("/v1/responses", {"input": text})) for _ in range(40)]
+    done, _ = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+    refused = done.pop().result()
+    assert (refused.status_code, refused.json()["error"]["code"]) == (429, "overloaded")
+    running.engine.resume.set()
+    assert {reply.status_code for reply in await asyncio.gather(*waiting)} == {200, 429}
+    assert (await running.post("/v1/responses", {"input": text})).status_code == 200
+
+
+async def test_a_conversation_that_is_read_again_counts_too(serve: Serve) -> None:
+    running = await serve("y " * 1000, max_body_bytes=500)  # 8,000 for all
+    said: dict[str, Any] = {}
+    for _ in range(4):
+        reply = await running.post("/v1/responses", {"input": "go on", **said})
+        said = {"previous_response_id": reply.json().get("id")}
+    assert reply.status_code == 429
+    assert "bodies of requests hold" in reply.json()["error"]["message"]
+
+
+async def test_responses_in_the_background_hold_no_more_than_the_store(serve: Serve) -> None:
+    running = await serve("one two", engine={"pauses_after": 1}, config={"responses_store_mib": 1})
+    picture = {"type": "input_image", "image_url": "data:image/png;base64," + "A" * 400_000}
+    body = {"input": [{"role": "user", "content": [picture]}], "background": True}
+    replies = [await running.post("/v1/responses", body) for _ in range(3)]
+    assert [reply.status_code for reply in replies] == [200, 200, 429]
+    running.engine.resume.set()

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import msgspec
 
-from dashinfer_vlm.errors import InvalidRequestError
+from dashinfer_vlm.errors import InvalidRequestError, OverloadedError
 from dashinfer_vlm.server.errors import HttpError
 from dashinfer_vlm.server.responses import kept
 from dashinfer_vlm.server.responses.ids import response_of
@@ -34,11 +34,15 @@ class Desk:
         await self.jobs.close()
         await self._store.close()
 
-    async def earlier(self, tenant: str, previous: str | None) -> list[Placed]:
-        """What was said up to the response `previous`; raises HttpError where that is not kept, or another tenant's."""
+    async def earlier(self, tenant: str, previous: str | None, hold: Callable[[int], None]) -> list[Placed]:
+        """What was said up to the response `previous`; `hold` counts its bytes.
+
+        Raises HttpError where that is not kept, or another tenant's, and what `hold` raises.
+        """
         if previous is None:
             return []
         chain = await self._chain(tenant, previous)
+        hold(sum(each.size for each in chain))
         items = await asyncio.to_thread(lambda: [item for each in chain for item in kept.items_of(each)])
         return [Placed(item, "previous_response_id") for item in items]
 
@@ -68,6 +72,15 @@ class Desk:
             await self._store.put(tenant, row)
 
         return keep
+
+    def check_jobs(self, num_bytes: int) -> None:
+        """Raise OverloadedError where responses in the background hold too much to begin another one."""
+        if self.jobs.num_bytes + num_bytes > self._store.max_bytes:
+            raise OverloadedError(
+                f"responses in the background hold {self.jobs.num_bytes} bytes, the limit is {self._store.max_bytes}; "
+                "try again later",
+                reason="background_bytes",
+            )
 
     async def reply(self, tenant: str, id: str) -> bytes:
         """A response as JSON; raises HttpError."""

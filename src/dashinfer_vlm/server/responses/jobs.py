@@ -67,6 +67,11 @@ class Jobs:
     def __init__(self) -> None:
         self._jobs: dict[str, Job] = {}
 
+    @property
+    def num_bytes(self) -> int:
+        """Of the inputs that they hold."""
+        return sum(len(job.input) for job in self._jobs.values())
+
     def start(self, job: Job, generation: Generation, keep: Keep) -> None:
         id = job.writer.reply.id
         self._jobs[id] = job

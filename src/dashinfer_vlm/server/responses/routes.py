@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeVar
 
 import msgspec
@@ -12,7 +13,7 @@ from fastapi import APIRouter, Request
 from pydantic import BaseModel, ValidationError
 from starlette.responses import Response
 
-from dashinfer_vlm.errors import InvalidRequestError
+from dashinfer_vlm.errors import InvalidRequestError, OverloadedError
 from dashinfer_vlm.frontend.generation import Generation
 from dashinfer_vlm.frontend.messages import Dialogue
 from dashinfer_vlm.frontend.params import GenerationParams
@@ -21,6 +22,7 @@ from dashinfer_vlm.frontend.tenants import current_tenant
 from dashinfer_vlm.server.body import read_body, unless_gone
 from dashinfer_vlm.server.context import Context
 from dashinfer_vlm.server.described import GENERATING, LOOKING, Operation
+from dashinfer_vlm.server.reading import hold
 from dashinfer_vlm.server.respond import admitted, opened
 from dashinfer_vlm.server.responses import kept
 from dashinfer_vlm.server.responses.body import CountBody, ItemsQuery, PromptedBody, ResponseBody, RetrieveQuery
@@ -88,8 +90,8 @@ def response_routes(context: Context, desk: Desk) -> APIRouter:
     @router.post("/v1/responses", openapi_extra=CREATE.extra)
     async def create(request: Request) -> Response:
         body = await read_body(request, ResponseBody, context.bodies)
-        order = await _order(context, desk, _tenant(), body)
-        begin = admitted(request, service.chat(order.dialogue, order.params))
+        order = await _order(context, desk, body, partial(hold, request))
+        begin = _begun(request, service.chat(order.dialogue, order.params), len(order.input))
         writer, keep = order.writer, order.keep
         if body.background:
             generation = await unless_gone(request, begin, Generation.close)
@@ -106,7 +108,7 @@ def response_routes(context: Context, desk: Desk) -> APIRouter:
     async def count(request: Request) -> Response:
         body = await read_body(request, CountBody, context.bodies)
         context.model_name(body.model)
-        dialogue, _ = await _dialogue(context, desk, _tenant(), body)
+        dialogue, _ = await _dialogue(context, desk, body, partial(hold, request))
         ids = await unless_gone(request, service.count(dialogue), lambda _: None)
         return _json(InputTokens(len(ids)))
 
@@ -132,10 +134,21 @@ def response_routes(context: Context, desk: Desk) -> APIRouter:
     return router
 
 
-async def _order(context: Context, desk: Desk, tenant: str, body: ResponseBody) -> Order:
-    """Raises HttpError and InvalidRequestError for what cannot be."""
+async def _begun(request: Request, begin: Coroutine[Any, Any, Generation], num_kept: int) -> Generation:
+    """The generation; `num_kept` bytes of what the client has sent are still needed. Raises OverloadedError."""
+    generation = await admitted(request, begin)
+    try:
+        hold(request, num_kept)
+    except OverloadedError:
+        generation.close()
+        raise
+    return generation
+
+
+async def _order(context: Context, desk: Desk, body: ResponseBody, hold: Callable[[int], None]) -> Order:
+    """`hold` counts bytes. Raises HttpError, InvalidRequestError and OverloadedError for what cannot be."""
     model, params = context.model_name(body.model), body.params(context.service.sampling_defaults)
-    dialogue, own = await _dialogue(context, desk, tenant, body)
+    dialogue, own = await _dialogue(context, desk, body, hold)
     stores = body.store is not False and desk.keeps_anything
     if body.background and not stores:
         raise InvalidRequestError("background needs a response that is stored", param="background")
@@ -144,13 +157,17 @@ async def _order(context: Context, desk: Desk, tenant: str, body: ResponseBody) 
     if not stores:
         return Order(writer, dialogue, params, b"", keep_nothing)
     input = await asyncio.to_thread(kept.written, [placed.item for placed in own], reply.id)
-    return Order(writer, dialogue, params, input, desk.keeper(tenant, input))
+    if body.background:
+        desk.check_jobs(len(input))
+    return Order(writer, dialogue, params, input, desk.keeper(_tenant(), input))
 
 
-async def _dialogue(context: Context, desk: Desk, tenant: str, body: PromptedBody) -> tuple[Dialogue, list[Placed]]:
+async def _dialogue(
+    context: Context, desk: Desk, body: PromptedBody, hold: Callable[[int], None]
+) -> tuple[Dialogue, list[Placed]]:
     """The conversation, and which of its items the request itself brought. Raises HttpError, InvalidRequestError."""
-    own = await desk.own(tenant, body.input)
-    earlier = await desk.earlier(tenant, body.previous_response_id)
+    own = await desk.own(_tenant(), body.input)
+    earlier = await desk.earlier(_tenant(), body.previous_response_id, hold)
     tools, choice = body.offered()
     bounds = context.service.prompts.loader.pixel_bounds
     turns = read_turns(earlier + own, bounds, instructions=body.instructions, processor=body.mm_processor_kwargs)
