@@ -20,6 +20,8 @@ class Answer:
     token_ids: tuple[int, ...]
     """Without the token that ended it."""
     finish_reason: EndReason
+    stop: str | None = None
+    """The stop string that ended it."""
     logprobs: tuple[TokenLogprob, ...] = ()
     """One per token when `SamplingParams.logprobs` asks for them."""
     reasoning: str = ""
@@ -51,6 +53,7 @@ class _Draft:
     finish_reason: EndReason | None = None
     end_ids: tuple[int, ...] = ()
     prompt_ids: Sequence[int] = ()
+    stop: str | None = None
 
     def add(self, delta: Delta) -> None:
         self.pieces += delta.pieces
@@ -59,6 +62,7 @@ class _Draft:
         self.finish_reason = delta.finish_reason
         self.end_ids = delta.end_ids
         self.prompt_ids = self.prompt_ids or delta.prompt_ids
+        self.stop = delta.stop
 
     def answer(self, prompt_logprobs: tuple[TokenLogprob, ...]) -> Answer:
         assert self.finish_reason is not None, self
@@ -69,6 +73,7 @@ class _Draft:
             tool_calls=said.calls,
             token_ids=tuple(self.token_ids),
             finish_reason=self.finish_reason,
+            stop=self.stop,
             logprobs=tuple(self.logprobs),
             end_ids=self.end_ids,
             prompt_ids=self.prompt_ids,

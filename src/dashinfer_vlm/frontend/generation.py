@@ -51,6 +51,8 @@ class Delta:
     """The token that ended the choice, where one did; it is not among `token_ids`."""
     prompt_ids: Sequence[int] = ()
     """In the choice's first delta: the prompt."""
+    stop: str | None = None
+    """The stop string that ended the choice."""
 
     @property
     def num_bytes(self) -> int:
@@ -69,6 +71,7 @@ class Delta:
             finish_reason=later.finish_reason,
             end_ids=later.end_ids,
             prompt_ids=self.prompt_ids,
+            stop=later.stop,
         )
 
 
@@ -168,6 +171,7 @@ class Choice:
             finish_reason=reason,
             end_ids=end_ids,
             prompt_ids=self.prompt.ids if is_first else (),
+            stop=self._text.stopped,
         )
 
     def _push(self, tokens: tuple[int, ...]) -> tuple[str, int]:

@@ -116,6 +116,8 @@ class Dialogue:
     """How much to think before the answer, in OpenAI's words; None: as the template has it."""
     param: str = "messages"
     """What its caller calls the conversation, for error messages."""
+    thinks: bool | None = None
+    """Whether to think at all; None: as the template has it."""
 
     @property
     def callable_names(self) -> list[str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import secrets
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import msgspec
@@ -49,6 +49,8 @@ class GenerationParams:
     """Requests with a lower number come first."""
     timeout_s: float | None = None
     """The answer must be complete by then; None is no limit."""
+    ends_with_context: bool = False
+    """An answer for whose `max_tokens` the context has no room ends there; otherwise it is refused."""
     max_tokens_name: str = "max_tokens"
     """What the caller calls the bound of an answer's tokens, for error messages."""
 
@@ -89,6 +91,13 @@ class GenerationParams:
                 param="continue_final_message",
             )
         self.sampling.validate(vocab_size, self.max_tokens_name)
+
+    def within(self, room: int) -> GenerationParams:
+        """With at most `room` tokens for an answer, where it `ends_with_context`."""
+        most = self.sampling.max_tokens
+        if not self.ends_with_context or most is None or most <= room:
+            return self
+        return replace(self, sampling=msgspec.structs.replace(self.sampling, max_tokens=room))
 
     def of_choice(self, index: int) -> SamplingParams:
         """The engine's parameters of answer `index`: equal but for the seed, so that answers differ, and for the log

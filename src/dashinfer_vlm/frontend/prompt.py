@@ -181,7 +181,8 @@ class PromptBuilder:
 
     def _finish(self, ids: Sequence[int], media: Sequence[LoadedMedia], params: GenerationParams, param: str) -> Prompt:
         full, items = Expander(self.tokenizer, self.placeholder_ids, self.expand_item)(ids, media, param)
-        check_total(len(full), params.sampling.max_tokens, self.max_model_len, param, params.max_tokens_name)
+        max_tokens = None if params.ends_with_context else params.sampling.max_tokens
+        check_total(len(full), max_tokens, self.max_model_len, param, params.max_tokens_name)
         return Prompt(full, items, media=tuple(media))
 
     def _check_items(self, refs: Sequence[MediaRef], param: str) -> None:

@@ -89,7 +89,8 @@ class Service:
             params = await self._prepared(params)
             prompt = await self.prompts.chat(dialogue, params, media_salt=current_tenant.get().salt)
             try:
-                held, form = constrained(params, dialogue, prompt.form, self.tokenizer.marks)
+                room = self.engine.info.max_model_len - len(prompt.ids)
+                held, form = constrained(params.within(room), dialogue, prompt.form, self.tokenizer.marks)
                 held.validate(self.engine.info.vocab_size)
             except InvalidRequestError:
                 prompt.release()

@@ -148,7 +148,7 @@ class ChatTemplate:
                     f"chat_template_kwargs: the model's chat template knows no {name!r}; leave it out",
                     param=f"chat_template_kwargs.{name}",
                 )
-        return dict(dialogue.variables) | self._effort(dialogue.effort)
+        return dict(dialogue.variables) | self._effort(dialogue.effort) | self._thinking(dialogue.thinks)
 
     def _effort(self, effort: str | None) -> dict[str, Any]:
         if effort is None:
@@ -160,6 +160,16 @@ class ChatTemplate:
         raise UnsupportedError(
             f"reasoning_effort: the model's chat template knows no {effort!r}; leave it out", param="reasoning_effort"
         )
+
+    def _thinking(self, thinks: bool | None) -> dict[str, Any]:
+        if thinks is None:
+            return {}
+        if "enable_thinking" in self._known:
+            return {"enable_thinking": thinks}
+        if thinks == (THINK in self.source):
+            return {}
+        what = "always thinks" if THINK in self.source else "does not think"
+        raise UnsupportedError(f"thinking: a model with this chat template {what}; leave it out", param="thinking")
 
 
 def _num_chars(value: Any) -> int:

@@ -23,6 +23,8 @@ logger = logging.getLogger(__name__)
 
 _HEADER = "x-request-id"
 _TIMEOUT = "x-request-timeout"
+_ANSWER_HEADERS = (_HEADER, "request-id")
+"""Anthropic's clients read the second."""
 _ID = re.compile(r"[\x21-\x7e]{1,128}")
 _CLIENT_GONE = 499
 """nginx's number for a client that left before there was an answer."""
@@ -78,7 +80,7 @@ class Access:
 
         async def tell(message: Message) -> None:
             if message["type"] == "http.response.start":
-                MutableHeaders(scope=message)[_HEADER] = request_id
+                MutableHeaders(scope=message).update(dict.fromkeys(_ANSWER_HEADERS, request_id))
                 exchange.status = message["status"]
             elif not message.get("more_body"):
                 exchange.is_whole = True

@@ -13,6 +13,7 @@ import dashinfer_vlm
 from dashinfer_vlm.config import ServerConfig
 from dashinfer_vlm.frontend.service import Service
 from dashinfer_vlm.server.access import Access, Teller
+from dashinfer_vlm.server.anthropic.routes import messages_routes
 from dashinfer_vlm.server.auth import OPEN_PATHS, ApiKeys, Keyring
 from dashinfer_vlm.server.chat import chat_routes
 from dashinfer_vlm.server.completions import completion_routes
@@ -52,7 +53,9 @@ def create_app(
     )
     context = Context(service=service, config=config, bodies=bodies or BodyReader(config.max_body_mib * 2**20))
     service.observer = metrics = Metrics(service, model_name=context.model_names[0])
-    routers = [make(context) for make in (chat_routes, completion_routes, status_routes, tokenize_routes)]
+    routers = [
+        make(context) for make in (chat_routes, completion_routes, messages_routes, status_routes, tokenize_routes)
+    ]
     routers += [response_routes(context, desk), metrics_routes(metrics)]
     if config.ui:
         routers.append(page_routes(context))

@@ -112,7 +112,7 @@ class ApiKeys:
         tenant = self._keyring.tenant(Headers(scope=scope))
         if tenant is None:
             self._refused("invalid_api_key")
-            await _no_key().reply.response()(scope, receive, send)
+            await _no_key().reply.response(scope["path"])(scope, receive, send)
             return
         scope[TENANT] = tenant
         current_tenant.set(tenant)
@@ -124,7 +124,7 @@ class ApiKeys:
                 await self._app(scope, receive, send)
         except RateLimitError as error:  # from this tenant's own gate: what the application raises, it answers itself
             self._refused(error.reason)
-            await reply_to(error).response()(scope, receive, send)
+            await reply_to(error).response(scope["path"])(scope, receive, send)
 
 
 def sent_keys(headers: Headers) -> list[bytes]:

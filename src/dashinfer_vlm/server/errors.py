@@ -1,4 +1,5 @@
-"""The one table from exceptions to HTTP: every error of this server is the OpenAI error object, built here."""
+"""The one table from exceptions to HTTP: every error of this server is OpenAI's error object, or Anthropic's on the
+routes of its API, built here."""
 
 from __future__ import annotations
 
@@ -39,6 +40,18 @@ _TABLE: tuple[tuple[type[errors.DashInferError], int, str, str], ...] = (
     (errors.EngineError, 500, "server_error", "engine_error"),
 )
 
+_ANTHROPIC_PATH = "/v1/messages"
+_ANTHROPIC_TYPES = {
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    408: "timeout_error",
+    413: "request_too_large",
+    429: "rate_limit_error",
+    504: "timeout_error",
+    529: "overloaded_error",
+}
+
 _CLIENT_GONE = 499
 """Nobody reads it but the access log; nginx's number for a client that left."""
 _HTTP_CODES = {404: "not_found", 405: "method_not_allowed"}
@@ -76,6 +89,20 @@ class ErrorBody(msgspec.Struct, frozen=True):
     error: ErrorObject
 
 
+class AnthropicErrorObject(msgspec.Struct, frozen=True):
+    """What Anthropic's clients read."""
+
+    type: str
+    message: str
+
+
+class AnthropicError(msgspec.Struct, frozen=True):
+    """The body of an answer, or an event."""
+
+    error: AnthropicErrorObject
+    type: str = "error"
+
+
 @dataclass(frozen=True, slots=True)
 class ErrorReply:
     """An error on its way out."""
@@ -93,8 +120,19 @@ class ErrorReply:
     def body(self) -> bytes:
         return msgspec.json.encode(ErrorBody(self.error))
 
-    def response(self) -> Response:
-        return Response(self.body, self.status, dict(self.headers), "application/json")
+    def response(self, path: str) -> Response:
+        """The answer to a request for `path`, in the form of the API that it belongs to."""
+        status, body = self.status, self.body
+        if path == _ANTHROPIC_PATH or path.startswith(f"{_ANTHROPIC_PATH}/"):
+            status, error = self.anthropic()
+            body = msgspec.json.encode(error)
+        return Response(body, status, dict(self.headers), "application/json")
+
+    def anthropic(self) -> tuple[int, AnthropicError]:
+        """Status and body in Anthropic's form, which has one status for all that is wrong with a request."""
+        status = 529 if self.error.code == "overloaded" else 400 if self.status == 422 else self.status
+        type = _ANTHROPIC_TYPES.get(status, "api_error" if status >= 500 else _INVALID)
+        return status, AnthropicError(AnthropicErrorObject(type, self.error.message))
 
 
 def reply_to(error: Exception) -> ErrorReply:
@@ -112,18 +150,18 @@ def reply_to(error: Exception) -> ErrorReply:
 def install_error_handlers(app: FastAPI, refused: Callable[[str], None]) -> None:
     """Every way in which a request can fail ends in `reply_to`; `refused` hears why a request was not taken."""
 
-    async def answer(_: Request, error: Exception) -> Response:
+    async def answer(request: Request, error: Exception) -> Response:
         reply = reply_to(error)
         if reply.is_refusal:
             refused(error.reason if isinstance(error, errors.OverloadedError) else str(reply.error.code))
-        return reply.response()
+        return reply.response(request.url.path)
 
     async def answer_http(request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException), error
         message = f"{request.method} {request.url.path}: {HTTPStatus(error.status_code).phrase}"
         code = _HTTP_CODES.get(error.status_code)
         reply = ErrorObject(message, _INVALID, None, code)
-        return ErrorReply(error.status_code, reply, error.headers or {}).response()
+        return ErrorReply(error.status_code, reply, error.headers or {}).response(request.url.path)
 
     async def answer_nobody(_: Request, error: Exception) -> Response:
         return Response(status_code=_CLIENT_GONE)

@@ -19,6 +19,9 @@ from dashinfer_vlm.server.stream import EventStream, until_done
 _SHORT_TOKENS = 64
 """Their log probabilities are written in about 5 ms; those of longer answers are written in a thread."""
 
+Lines = Callable[[AsyncIterator[Any]], AsyncIterator[bytes]]
+"""Writes events."""
+
 
 class Writer(Protocol):
     """The form of one route's answers."""
@@ -35,13 +38,21 @@ class Writer(Protocol):
 
 
 async def respond(
-    request: Request, begin: Coroutine[Any, Any, Generation], writer: Writer, *, stream: bool
+    request: Request,
+    begin: Coroutine[Any, Any, Generation],
+    writer: Writer,
+    *,
+    stream: bool,
+    lines: Lines = until_done,
 ) -> Response:
-    """Await `begin` and answer. Raises what went wrong before the first token, so that the status can say it."""
+    """Await `begin` and answer; `lines` writes the events of a stream.
+
+    Raises what went wrong before the first token, so that the status can say it.
+    """
     if not stream:
         return await unless_gone(request, _whole(admitted(request, begin), writer), lambda _: None)
     generation, first = await unless_gone(request, opened(admitted(request, begin)), lambda started: started[0].close())
-    return EventStream(until_done(_events(generation, first, writer)), generation.close)
+    return EventStream(lines(_events(generation, first, writer)), generation.close)
 
 
 async def admitted(request: Request, begin: Coroutine[Any, Any, Generation]) -> Generation:

@@ -1,0 +1,38 @@
+"""`POST /v1/messages` and `POST /v1/messages/count_tokens`."""
+
+from __future__ import annotations
+
+from fastapi import APIRouter, Request
+from starlette.responses import Response
+
+from dashinfer_vlm.server.anthropic.protocol import CountBody, MessagesBody
+from dashinfer_vlm.server.anthropic.replies import TokenCount
+from dashinfer_vlm.server.anthropic.writer import MessageWriter, lines
+from dashinfer_vlm.server.body import read_body, unless_gone
+from dashinfer_vlm.server.context import Context
+from dashinfer_vlm.server.respond import respond
+from dashinfer_vlm.server.status import json_response
+
+
+def messages_routes(context: Context) -> APIRouter:
+    router = APIRouter()
+    service = context.service
+
+    @router.post("/v1/messages")
+    async def messages(request: Request) -> Response:
+        body = await read_body(request, MessagesBody, context.bodies)
+        writer = MessageWriter(context.model_name(body.model), max_tokens=body.max_tokens, thoughts=body.tells_thoughts)
+        begin = service.chat(body.dialogue(), body.params(service.sampling_defaults))
+        stream = bool(body.stream)
+        del body  # its images may be large, and the answer takes long
+        return await respond(request, begin, writer, stream=stream, lines=lines)
+
+    @router.post("/v1/messages/count_tokens")
+    async def count_tokens(request: Request) -> Response:
+        body = await read_body(request, CountBody, context.bodies)
+        context.model_name(body.model)
+        count = service.count(body.dialogue(), body.prompt_params())
+        ids = await unless_gone(request, count, lambda _: None)
+        return json_response(TokenCount(len(ids)))
+
+    return router
