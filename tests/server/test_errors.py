@@ -296,6 +296,26 @@ def test_unknown_routes_and_methods_get_error_objects(shared: httpx.Client) -> N
     assert (wrong.status_code, error_of(wrong)["code"], wrong.headers["allow"]) == (405, "method_not_allowed", "POST")
 
 
+@pytest.mark.parametrize(
+    ("path", "told"),
+    [
+        ("/v1/embeddings", "does not embed"),
+        ("/v1/audio/transcriptions", "neither hears nor speaks"),
+        ("/v1/images/generations", "/v1/chat/completions"),
+        ("/v1/moderations", "does not classify"),
+        ("/v1/rerank", "does not rank"),
+        ("/v1/fine_tuning/jobs/job_1/cancel", "nothing is trained"),
+        ("/v1/assistants", "/v1/chat/completions"),
+        ("/v1/complete", "/v1/messages"),
+    ],
+)
+def test_what_other_servers_have_is_refused_with_a_reason(shared: httpx.Client, path: str, told: str) -> None:
+    for reply in (shared.post(path, json={"input": "x"}), shared.get(path)):
+        error = error_of(reply)
+        assert (reply.status_code, error["code"]) == (404, "not_served")
+        assert told in error["message"]
+
+
 @pytest.mark.parametrize("name", errors.__all__)
 def test_every_error_of_the_package_has_a_row_that_fits(name: str) -> None:
     kind: type[Exception] = getattr(errors, name)

@@ -22,6 +22,7 @@ from dashinfer_vlm.server.errors import install_error_handlers
 from dashinfer_vlm.server.metrics import Metrics, ReplyCounter, metrics_routes
 from dashinfer_vlm.server.openapi import document_routes
 from dashinfer_vlm.server.reading import BodyReader
+from dashinfer_vlm.server.refused import refused_routes
 from dashinfer_vlm.server.responses.desk import Desk
 from dashinfer_vlm.server.responses.routes import response_routes
 from dashinfer_vlm.server.responses.store import ResponseStore
@@ -56,7 +57,7 @@ def create_app(
     routers = [
         make(context) for make in (chat_routes, completion_routes, messages_routes, status_routes, tokenize_routes)
     ]
-    routers += [response_routes(context, desk), metrics_routes(metrics)]
+    routers += [response_routes(context, desk), metrics_routes(metrics), refused_routes()]
     if config.ui:
         routers.append(page_routes(context))
     keyring = Keyring(config)

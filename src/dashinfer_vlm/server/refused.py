@@ -1,0 +1,46 @@
+"""Routes that clients of OpenAI, Anthropic and vLLM know and this server does not have: refusals say what there is."""
+
+from __future__ import annotations
+
+from fastapi import APIRouter, Request
+from starlette.responses import Response
+
+from dashinfer_vlm.server.errors import HttpError
+
+_MISSING = {
+    "/v1/embeddings": "the model answers and does not embed",
+    "/v1/audio": "the model neither hears nor speaks",
+    "/v1/realtime": "the model neither hears nor speaks",
+    "/v1/images": "the model sees pictures and makes none; send them to /v1/chat/completions",
+    "/v1/videos": "the model sees videos and makes none; send them to /v1/chat/completions",
+    "/v1/moderations": "the model does not classify",
+    "/v1/rerank": "the model does not rank",
+    "/v2/rerank": "the model does not rank",
+    "/rerank": "the model does not rank",
+    "/v1/score": "the model does not rank",
+    "/score": "the model does not rank",
+    "/classify": "the model does not classify",
+    "/pooling": "the model answers and does not embed",
+    "/v1/fine_tuning": "nothing is trained here",
+    "/v1/uploads": "nothing is uploaded in parts",
+    "/v1/vector_stores": "nothing is searched here",
+    "/v1/assistants": "nothing is kept for assistants; send the conversation to /v1/chat/completions",
+    "/v1/threads": "nothing is kept for assistants; send the conversation to /v1/chat/completions",
+    "/v1/complete": "Anthropic's older API is not served; use /v1/messages",
+}
+_METHODS = ["GET", "POST", "PUT", "PATCH", "DELETE"]
+
+
+def refused_routes() -> APIRouter:
+    """Each of them answers 404 with the code `not_served`, whatever the method."""
+    router = APIRouter(include_in_schema=False)
+
+    async def refuse(request: Request) -> Response:
+        path = request.url.path
+        reason = next(why for root, why in _MISSING.items() if path == root or path.startswith(f"{root}/"))
+        raise HttpError(404, "not_served", f"there is no {path[:200]} here: {reason}")
+
+    for root in _MISSING:
+        router.add_api_route(root, refuse, methods=_METHODS)
+        router.add_api_route(f"{root}/{{rest:path}}", refuse, methods=_METHODS)
+    return router
