@@ -8,6 +8,8 @@ from typing import Any
 from fastapi.routing import APIRoute
 from pydantic import BaseModel
 
+from dashinfer_vlm.server.errors import ErrorBody
+
 __all__ = ["GENERATING", "LOOKING", "READING", "Operation", "operation_of"]
 
 LOOKING: tuple[int, ...] = (500, 503)
@@ -31,6 +33,7 @@ class Operation:
     event: Any = None
     """The same of one event, where the answer may be a stream of them."""
     errors: tuple[int, ...] = LOOKING
+    error: Any = ErrorBody
 
     @property
     def extra(self) -> dict[str, Any]:

@@ -17,7 +17,6 @@ from starlette.responses import Response
 
 import dashinfer_vlm
 from dashinfer_vlm.server.described import Operation, operation_of
-from dashinfer_vlm.server.errors import ErrorBody
 from dashinfer_vlm.server.openapi_page import page
 
 __all__ = ["document", "document_routes"]
@@ -26,6 +25,8 @@ Json = dict[str, Any]
 
 _REF = "#/components/schemas/{}"
 _PAGE_POLICY = "default-src 'none'; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
+_PHRASES = {529: "Overloaded"}
+"""Of statuses that only one API has."""
 _PARAMETER = re.compile(r"\{(\w+)(?::\w+)?\}")
 
 
@@ -79,7 +80,7 @@ class _Schemas:
         asked: list[tuple[type[BaseModel], Literal["validation"]]] = [(body, "validation") for body in bodies]
         by_body, definitions = models_json_schema(asked, ref_template=_REF.format("{model}"))
         self._bodies = {body: by_body[body, "validation"] for body in bodies}
-        replies = list(dict.fromkeys(r for o in operations for r in (o.reply, o.event, ErrorBody) if not _is_text(r)))
+        replies = list(dict.fromkeys(r for o in operations for r in (o.reply, o.event, o.error) if not _is_text(r)))
         told, components = msgspec.json.schema_components(replies, ref_template=_REF.format("{name}"))
         self._replies = dict(zip(replies, told, strict=True))
         self.components = {**definitions.get("$defs", {}), **components}
@@ -127,6 +128,8 @@ def _responses(
         event = schemas.of_reply(operation.event)
         content["text/event-stream"] = {"schema": {"type": "string", "contentSchema": event}}
     yield "200", {"description": "OK", **({"content": content} if has_content else {})}
-    error: Json = {"content": {"application/json": {"schema": schemas.of_reply(ErrorBody)}}} if has_content else {}
+    error: Json = (
+        {"content": {"application/json": {"schema": schemas.of_reply(operation.error)}}} if has_content else {}
+    )
     for status in sorted({*operation.errors, *((401,) if with_keys else ())}):
-        yield str(status), {"description": HTTPStatus(status).phrase, **error}
+        yield str(status), {"description": _PHRASES.get(status) or HTTPStatus(status).phrase, **error}

@@ -17,7 +17,7 @@ PAGE = (Path(__file__).resolve().parents[3] / "docs" / "messages.md").read_text(
 PAIRS: list[tuple[Any, type[BaseModel]]] = [
     (MessageCreateParamsStreaming, protocol.MessagesBody),
     (types.MessageCountTokensParams, protocol.CountBody),
-    (types.ToolParam, protocol.ToolBody),
+    (types.ToolParam, protocol.CustomToolBody),
     (types.ToolChoiceToolParam, protocol.ToolChoiceBody),
     (types.ThinkingConfigEnabledParam, protocol.ThinkingConfigBody),
     (types.OutputConfigParam, protocol.OutputConfigBody),
@@ -39,7 +39,7 @@ def test_every_field_of_the_client_is_known(theirs: Any, ours: type[BaseModel]) 
     assert set(get_type_hints(theirs)) <= known
 
 
-@pytest.mark.parametrize("body", [protocol.MessagesBody, protocol.ToolBody])
+@pytest.mark.parametrize("body", [protocol.MessagesBody, protocol.CustomToolBody])
 def test_every_field_of_a_request_is_on_the_page(body: type[BaseModel]) -> None:
     plain = {"model", "name", "type", "description", "input_schema"}
     missing = [name for name in body.model_fields.keys() - plain if not re.search(rf"`[\w.]*\b{name}\b", PAGE)]

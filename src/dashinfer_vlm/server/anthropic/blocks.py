@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Discriminator, Tag
 
-from dashinfer_vlm.frontend.schema import Body, by_shape, json_type, meant, only, unsupported
+from dashinfer_vlm.frontend.schema import Body, by_shape, json_type, meant, no_effect, only, unsupported
 
 
 def _known(field: str, *values: str) -> BeforeValidator:
@@ -33,7 +33,7 @@ def _by(field: str) -> Discriminator:
 
 
 class BlockBody(Body):
-    cache_control: dict[str, Any] | None = None
+    cache_control: Annotated[dict[str, Any] | None, no_effect] = None
     """No effect: prefixes are cached without being asked."""
 
 
@@ -46,7 +46,7 @@ class TextBlockBody(BlockBody):
 class Base64SourceBody(Body):
     type: Literal["base64"]
     data: str
-    media_type: str
+    media_type: Annotated[str, no_effect]
     """No effect: the picture's bytes say what it is."""
 
 
@@ -97,7 +97,7 @@ class ToolUseBody(BlockBody):
 class ThinkingBody(Body):
     type: Literal["thinking"]
     thinking: str
-    signature: str | None = None
+    signature: Annotated[str | None, no_effect] = None
     """No effect: nothing is signed here."""
 
 
@@ -105,7 +105,7 @@ class RedactedThinkingBody(Body):
     """No effect: nobody but its author can read it."""
 
     type: Literal["redacted_thinking"]
-    data: str
+    data: Annotated[str, no_effect]
 
 
 UserBlockBody = Annotated[

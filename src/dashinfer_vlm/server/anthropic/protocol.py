@@ -14,7 +14,7 @@ from pydantic import BeforeValidator, Field
 from dashinfer_vlm.errors import InvalidRequestError
 from dashinfer_vlm.frontend.messages import Dialogue
 from dashinfer_vlm.frontend.params import MAX_STOP_STRINGS, GenerationParams
-from dashinfer_vlm.frontend.schema import Body, Positive, Whole, only, unsupported
+from dashinfer_vlm.frontend.schema import Body, Positive, Whole, no_effect, only, unsupported
 from dashinfer_vlm.frontend.tools import FREE_CHOICE, Tool, ToolChoice, check_tool_name, offer
 from dashinfer_vlm.request import Grammar, SamplingParams
 from dashinfer_vlm.server.anthropic.blocks import TextOrBlocks, TurnBody
@@ -28,15 +28,15 @@ def _own_tool(value: Any) -> Any:
     return value
 
 
-class ToolBody(Body):
+class CustomToolBody(Body):
     type: Literal["custom"] | None = None
     name: str
     description: str | None = None
     input_schema: dict[str, Any]
     strict: bool | None = None
 
-    cache_control: dict[str, Any] | None = None
-    eager_input_streaming: bool | None = None
+    cache_control: Annotated[dict[str, Any] | None, no_effect] = None
+    eager_input_streaming: Annotated[bool | None, no_effect] = None
     """No effect: arguments are streamed as soon as they are certain."""
 
     allowed_callers: Annotated[Any, only(["direct"])] = None
@@ -71,7 +71,7 @@ class ToolChoiceBody(Body):
 
 class ThinkingConfigBody(Body):
     type: Literal["enabled", "adaptive", "disabled"]
-    budget_tokens: Positive | None = None
+    budget_tokens: Annotated[Positive | None, no_effect] = None
     """No bound of its own: `max_tokens` counts reasoning and answer together."""
     display: Literal["summarized", "omitted"] | None = None
 
@@ -101,15 +101,15 @@ class PromptBody(Body):
     model: str | None = None
     messages: list[TurnBody]
     system: TextOrBlocks | None = None
-    tools: list[Annotated[ToolBody, BeforeValidator(_own_tool)]] | None = None
+    tools: list[Annotated[CustomToolBody, BeforeValidator(_own_tool)]] | None = None
     tool_choice: ToolChoiceBody | None = None
     thinking: ThinkingConfigBody | None = None
     output_config: OutputConfigBody | None = None
 
     # no effect by their nature
-    cache_control: dict[str, Any] | None = None
-    user_profile_id: str | None = None
-    workspace_id: str | None = None
+    cache_control: Annotated[dict[str, Any] | None, no_effect] = None
+    user_profile_id: Annotated[str | None, no_effect] = None
+    workspace_id: Annotated[str | None, no_effect] = None
 
     # known, not served
     context_management: Annotated[Any, only({}, {"edits": []})] = None
@@ -154,8 +154,8 @@ class MessagesBody(PromptBody):
     top_k: Whole | None = None
 
     # no effect by their nature
-    metadata: MetadataBody | None = None
-    service_tier: Literal["auto", "standard_only"] | None = None
+    metadata: Annotated[MetadataBody | None, no_effect] = None
+    service_tier: Annotated[Literal["auto", "standard_only"] | None, no_effect] = None
 
     # known, not served
     container: Annotated[Any, only()] = None

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import msgspec
 
 from dashinfer_vlm.frontend.generation import Usage
@@ -11,11 +13,24 @@ NO_SIGNATURE = "unsigned"
 """Stands where Anthropic proves that its model wrote a thought. Clients send thoughts back only with some signature."""
 
 
+StopReason = Literal["end_turn", "max_tokens", "stop_sequence", "tool_use", "model_context_window_exceeded"]
+
+
+class Told(msgspec.Struct, frozen=True, tag_field="type"):
+    """What says by its `type` what it is."""
+
+    @property
+    def type(self) -> str:
+        tag = self.__struct_config__.tag
+        assert isinstance(tag, str), self
+        return tag
+
+
 class OutputTokens(msgspec.Struct, frozen=True):
     thinking_tokens: int
 
 
-class UsageReply(msgspec.Struct, frozen=True):
+class MessageUsage(msgspec.Struct, frozen=True):
     """All tokens of the prompt are those of the three input fields together."""
 
     input_tokens: int
@@ -25,28 +40,25 @@ class UsageReply(msgspec.Struct, frozen=True):
     output_tokens_details: OutputTokens
 
     @classmethod
-    def of(cls, usage: Usage) -> UsageReply:
+    def of(cls, usage: Usage) -> MessageUsage:
         cached = usage.num_cached_tokens
         details = OutputTokens(usage.num_reasoning_tokens)
         return cls(usage.num_prompt_tokens - cached, 0, cached, usage.num_output_tokens, details)
 
 
-class TextBlock(msgspec.Struct, frozen=True):
+class TextBlock(Told, frozen=True, tag="text"):
     text: str
-    type: str = "text"
 
 
-class ThinkingBlock(msgspec.Struct, frozen=True):
+class ThinkingBlock(Told, frozen=True, tag="thinking"):
     thinking: str
     signature: str
-    type: str = "thinking"
 
 
-class ToolUseBlock(msgspec.Struct, frozen=True):
+class ToolUseBlock(Told, frozen=True, tag="tool_use"):
     id: str
     name: str
     input: msgspec.Raw
-    type: str = "tool_use"
 
     @classmethod
     def of(cls, call: ToolCall) -> ToolUseBlock:
@@ -58,79 +70,72 @@ class ToolUseBlock(msgspec.Struct, frozen=True):
 Block = TextBlock | ThinkingBlock | ToolUseBlock
 
 
-class MessageReply(msgspec.Struct, frozen=True):
+class MessageReply(Told, frozen=True, tag="message"):
     id: str
     model: str
     content: list[Block]
-    stop_reason: str | None
+    stop_reason: StopReason | None
     stop_sequence: str | None
-    usage: UsageReply
-    role: str = "assistant"
-    type: str = "message"
+    usage: MessageUsage
+    role: Literal["assistant"] = "assistant"
 
 
-class TextDelta(msgspec.Struct, frozen=True):
+class TextDelta(Told, frozen=True, tag="text_delta"):
     text: str
-    type: str = "text_delta"
 
 
-class ThinkingDelta(msgspec.Struct, frozen=True):
+class ThinkingDelta(Told, frozen=True, tag="thinking_delta"):
     thinking: str
-    type: str = "thinking_delta"
 
 
-class SignatureDelta(msgspec.Struct, frozen=True):
+class SignatureDelta(Told, frozen=True, tag="signature_delta"):
     signature: str
-    type: str = "signature_delta"
 
 
-class InputJsonDelta(msgspec.Struct, frozen=True):
+class InputJsonDelta(Told, frozen=True, tag="input_json_delta"):
     partial_json: str
-    type: str = "input_json_delta"
 
 
 BlockDelta = TextDelta | ThinkingDelta | SignatureDelta | InputJsonDelta
 
 
-class MessageStart(msgspec.Struct, frozen=True):
+class MessageStart(Told, frozen=True, tag="message_start"):
     message: MessageReply
-    type: str = "message_start"
 
 
-class Ping(msgspec.Struct, frozen=True):
-    type: str = "ping"
+class Ping(Told, frozen=True, tag="ping"):
+    pass
 
 
-class BlockStart(msgspec.Struct, frozen=True):
+class BlockStart(Told, frozen=True, tag="content_block_start"):
     index: int
     content_block: Block
-    type: str = "content_block_start"
 
 
-class BlockNews(msgspec.Struct, frozen=True):
+class BlockNews(Told, frozen=True, tag="content_block_delta"):
     index: int
     delta: BlockDelta
-    type: str = "content_block_delta"
 
 
-class BlockStop(msgspec.Struct, frozen=True):
+class BlockStop(Told, frozen=True, tag="content_block_stop"):
     index: int
-    type: str = "content_block_stop"
 
 
 class StopDelta(msgspec.Struct, frozen=True):
-    stop_reason: str
+    stop_reason: StopReason
     stop_sequence: str | None
 
 
-class MessageNews(msgspec.Struct, frozen=True):
+class MessageNews(Told, frozen=True, tag="message_delta"):
     delta: StopDelta
-    usage: UsageReply
-    type: str = "message_delta"
+    usage: MessageUsage
 
 
-class MessageStop(msgspec.Struct, frozen=True):
-    type: str = "message_stop"
+class MessageStop(Told, frozen=True, tag="message_stop"):
+    pass
+
+
+Event = MessageStart | Ping | BlockStart | BlockNews | BlockStop | MessageNews | MessageStop
 
 
 class TokenCount(msgspec.Struct, frozen=True):

@@ -24,15 +24,16 @@ from dashinfer_vlm.server.anthropic.replies import (
     MessageReply,
     MessageStart,
     MessageStop,
+    MessageUsage,
     Ping,
     SignatureDelta,
     StopDelta,
+    StopReason,
     TextBlock,
     TextDelta,
     ThinkingBlock,
     ThinkingDelta,
     ToolUseBlock,
-    UsageReply,
     tool_use_id,
 )
 from dashinfer_vlm.server.errors import reply_to
@@ -92,7 +93,7 @@ class MessageWriter:
         assert self._end is not None
         assert self._end.finish_reason is not None
         reason, sequence = self._stop(self._end.finish_reason, self._end.stop, usage)
-        return [MessageNews(StopDelta(reason, sequence), UsageReply.of(usage)), MessageStop()]
+        return [MessageNews(StopDelta(reason, sequence), MessageUsage.of(usage)), MessageStop()]
 
     def _told(self, piece: Piece) -> list[msgspec.Struct]:
         match piece:
@@ -127,10 +128,12 @@ class MessageWriter:
         signature = [BlockNews(self._index, SignatureDelta(NO_SIGNATURE))] if kind is ReasoningPiece else []
         return [*signature, BlockStop(self._index)]
 
-    def _message(self, blocks: list[Block], usage: Usage, reason: str | None, sequence: str | None) -> MessageReply:
-        return MessageReply(self._id, self._model, blocks, reason, sequence, UsageReply.of(usage))
+    def _message(
+        self, blocks: list[Block], usage: Usage, reason: StopReason | None, sequence: str | None
+    ) -> MessageReply:
+        return MessageReply(self._id, self._model, blocks, reason, sequence, MessageUsage.of(usage))
 
-    def _stop(self, reason: EndReason, stop: str | None, usage: Usage) -> tuple[str, str | None]:
+    def _stop(self, reason: EndReason, stop: str | None, usage: Usage) -> tuple[StopReason, str | None]:
         """Why the answer ended, and at which of the caller's strings."""
         if reason == "tool_calls":
             return "tool_use", None
