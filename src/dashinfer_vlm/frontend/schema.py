@@ -50,7 +50,7 @@ all_whole = BeforeValidator(_all_whole)
 Wholes = Annotated[list[int], all_whole]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)  # equal to none: typing keeps one of equal annotations, and True == 1
 class Only:
     """Of a known field that is accepted only with a value that means "not used"."""
 
