@@ -37,7 +37,8 @@ WITHOUT_TORCH = (
     "dashinfer_vlm.frontend.service",
     "dashinfer_vlm.media.decode",
     "dashinfer_vlm.media.loader",
-    "dashinfer_vlm.offline.batch",
+    "dashinfer_vlm.offline.pipes",
+    "dashinfer_vlm.server.batches.run",
     "dashinfer_vlm.server.run",
 )
 """What the processes of HTTP, of batch files and of decoding import, and the engine's before it loads."""

@@ -19,6 +19,8 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from dashinfer_vlm.frontend.schema import Only, state_of
+from dashinfer_vlm.server.anthropic.routes import COUNT_TOKENS, MESSAGES
+from dashinfer_vlm.server.batches.batch_routes import CREATE_BATCH
 from dashinfer_vlm.server.chat import CHAT
 from dashinfer_vlm.server.completions import COMPLETIONS
 from dashinfer_vlm.server.described import Operation
@@ -32,6 +34,9 @@ OPERATIONS: dict[str, Operation] = {
     "POST /v1/completions": COMPLETIONS,
     "POST /v1/responses": CREATE,
     "POST /v1/responses/input_tokens": COUNT,
+    "POST /v1/messages": MESSAGES,
+    "POST /v1/messages/count_tokens": COUNT_TOKENS,
+    "POST /v1/batches": CREATE_BATCH,
     "POST /tokenize": TOKENIZE,
     "POST /detokenize": DETOKENIZE,
 }

@@ -344,6 +344,20 @@ class ServerConfig:
     ssl_keyfile: str | None = option(None, "PEM file with the certificate's private key.", group="Server")
     ui: bool = option(True, "Serve a page to try the model at /.", group="Server")
     docs: bool = option(True, "Serve the API's description at /openapi.json and /docs.", group="Server")
+    files_path: str | None = option(
+        None, "Folder for uploaded files and batches; /v1/files and /v1/batches are off when absent.", group="Server"
+    )
+    max_file_mib: int = option(512, "Bytes of one uploaded file at most, in MiB.", group="Server", least=1)
+    files_gib: float = option(
+        16.0, "Bytes of all files together, answers of batches included, in GiB.", group="Server", least=0.001
+    )
+    max_files: int = option(10_000, "Files, and batches, that are kept at most.", group="Server", least=1)
+    files_days: float = option(
+        30.0, "Days that a file, or a batch that has ended, is kept.", group="Server", least=0.001
+    )
+    batch_concurrency: int = option(
+        16, "Requests of batches that run at once while nobody else asks; otherwise one.", group="Server", least=1
+    )
     max_queued_requests: int = option(1024, "Requests that may wait; more are answered 429.", group="Server", least=0)
     max_queued_tokens: int = option(
         1 << 20, "Tokens of prompts that may wait together; more are answered 429.", group="Server", least=1

@@ -22,8 +22,9 @@ from dashinfer_vlm.engine.client import EngineClient
 from dashinfer_vlm.engine.host.local import LocalEngine
 from dashinfer_vlm.errors import InvalidRequestError
 from dashinfer_vlm.frontend.opening import open_service
-from dashinfer_vlm.offline.batch import BatchInput, BatchOutput, BatchRun
 from dashinfer_vlm.server.app import create_app
+from dashinfer_vlm.server.batches.ends import BatchInput, BatchOutput
+from dashinfer_vlm.server.batches.run import BatchRun
 from tests.conftest import CheckpointMaker
 
 
@@ -83,7 +84,7 @@ async def through_a_batch(app: FastAPI, body: dict[str, Any], folder: Path) -> d
     (folder / "in.jsonl").write_text(json.dumps(line) + "\n")
     output = BatchOutput(folder / "out.jsonl")
     try:
-        run = BatchRun(app, output, window=1, is_alive=lambda: True, on_record=lambda _: None)
+        run = BatchRun(app, output, window=lambda: 1, is_alive=lambda: True, on_record=lambda _: None)
         await run.run(BatchInput(folder / "in.jsonl"))
     finally:
         output.close()

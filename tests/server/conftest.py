@@ -35,7 +35,7 @@ Serve = Callable[..., Any]
 class Running:
     """A server that listens, with everything that a test wants to look at."""
 
-    def __init__(self, server: HttpServer, engine: ScriptedEngine, loader: ScriptedLoader, service: Service) -> None:
+    def __init__(self, server: TestedServer, engine: ScriptedEngine, loader: ScriptedLoader, service: Service) -> None:
         self.server, self.engine, self.loader, self.service = server, engine, loader, service
         self.port: int = server.servers[0].sockets[0].getsockname()[1]
         self.url = f"http://127.0.0.1:{self.port}"
@@ -156,17 +156,21 @@ async def listening(server: TestedServer) -> AsyncIterator[None]:
 
 
 class TestedServer(HttpServer):
-    """Says when it listens."""
+    """Says when it listens, and when it has ended."""
 
     __test__ = False
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
-        self.listens = asyncio.Event()
+        self.listens, self.ended = asyncio.Event(), asyncio.Event()
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
         self.listens.set()
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().shutdown(sockets)
+        self.ended.set()
 
 
 @pytest.fixture

@@ -19,7 +19,8 @@ from dashinfer_vlm.config import EngineConfig, MediaConfig, ServerConfig
 from dashinfer_vlm.hub import DEMO_NAME, resolve_model
 
 if TYPE_CHECKING:
-    from dashinfer_vlm.offline.batch import BatchRecord, BatchSink, BatchSource
+    from dashinfer_vlm.server.batches.ends import BatchSink, BatchSource
+    from dashinfer_vlm.server.batches.lines import BatchRecord
 
 __all__ = ["run"]
 
@@ -66,8 +67,8 @@ def run(input_file: Path, output_file: Path, chat_template: str | None, **values
 
 
 def _open(input_file: Path, output_file: Path) -> tuple[BatchSource, BatchSink]:
-    from dashinfer_vlm.offline.batch import BatchInput, BatchOutput  # brings the server
-    from dashinfer_vlm.offline.pipes import PipedInput, PipedOutput
+    from dashinfer_vlm.offline.pipes import PipedInput, PipedOutput  # brings the server
+    from dashinfer_vlm.server.batches.ends import BatchInput, BatchOutput
 
     source = PipedInput() if input_file == _PIPE else BatchInput(input_file)
     return source, PipedOutput() if output_file == _PIPE else BatchOutput(output_file)
@@ -77,17 +78,18 @@ async def _run(
     source: BatchSource, output: BatchSink, engine_config: EngineConfig, media: MediaConfig, chat_template: str | None
 ) -> int:
     from dashinfer_vlm.frontend.opening import open_service
-    from dashinfer_vlm.offline.batch import BatchRun
     from dashinfer_vlm.server.app import create_app
+    from dashinfer_vlm.server.batches.run import BatchRun
 
     config = dataclasses.replace(engine_config, model=str(resolve_model(engine_config)))
     async with open_service(config, media, chat_template=chat_template) as service:
         names = ServerConfig(served_model_name=(engine_config.model or DEMO_NAME,))
+        most = config.max_num_seqs + _LOOKAHEAD
         with _Progress(source.num_lines, len(output.done)) as progress:
             batch = BatchRun(
                 create_app(service, names),
                 output,
-                window=config.max_num_seqs + _LOOKAHEAD,
+                window=lambda: most,
                 is_alive=service.engine.alive,
                 on_record=progress.advance,
             )

@@ -56,6 +56,7 @@ def command(**values: Any) -> None:
     with ExitStack() as stack:
         _check_keys(server)
         _check_traces(server)
+        _check_files(server)
         certificate = certificate_of(server)
         sockets = [stack.enter_context(each) for each in listen(server.host, server.port)]
         folder = resolve_model(engine)
@@ -80,6 +81,14 @@ def _check_traces(config: ServerConfig) -> None:
         from dashinfer_vlm.server import tracing
 
         tracing.check(config.otlp_traces_endpoint)
+
+
+def _check_files(config: ServerConfig) -> None:
+    """Whether the folder for files can be used is found before the model is loaded, too."""
+    if config.files_path is not None:
+        from dashinfer_vlm.server.batches.opening import open_store  # brings the web framework
+
+        open_store(config, config.files_path).close()
 
 
 def certificate_of(config: ServerConfig) -> Certificate | None:

@@ -54,7 +54,8 @@ class Service:
         self._max_in_flight = engine.info.max_num_seqs + queue.requests
         self._num_in_flight = 0
         self._num_requests = 0
-        self._draining = False
+        self.draining = asyncio.Event()
+        """Set once no more requests are taken, since the server ends."""
         self._closed = False
         self._generations: set[Generation] = set()
         self._idle = asyncio.Event()
@@ -77,7 +78,7 @@ class Service:
     @property
     def ready(self) -> bool:
         """Whether a request would be taken now."""
-        return self.engine.alive() and not self._draining
+        return self.engine.alive() and not self.draining.is_set()
 
     async def chat(self, dialogue: Dialogue, params: GenerationParams) -> Generation:
         """Answer a conversation.
@@ -114,7 +115,7 @@ class Service:
 
     async def drain(self, timeout_s: float) -> None:
         """Take no more requests; let those in flight end for `timeout_s`, then abort them and wait for that."""
-        self._draining = True
+        self.draining.set()
         try:
             await asyncio.wait_for(self._idle.wait(), timeout_s)
         except asyncio.TimeoutError:
@@ -195,7 +196,7 @@ class Service:
                 reason="engine_restart",
                 retry_after_s=_RESTART_S,
             )
-        if self._draining:
+        if self.draining.is_set():
             raise _shutting_down()
 
     def _start(self, prompts: list[Prompt], params: GenerationParams, admission: _Admission) -> Generation:

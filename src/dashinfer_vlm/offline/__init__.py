@@ -20,7 +20,7 @@ _HOMES = {
     "Result": "dashinfer_vlm.offline.results",
     "VLM": "dashinfer_vlm.offline.vlm",
 }
-"""Imported when they are first used: some bring torch, which batch files, in the same room, do without."""
+"""Imported when they are first used: some bring torch, which pipes of requests, in the same room, do without."""
 
 
 def __getattr__(name: str) -> Any:

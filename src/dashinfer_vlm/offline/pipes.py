@@ -9,7 +9,7 @@ import os
 from collections.abc import Iterator
 
 from dashinfer_vlm.errors import ConfigError
-from dashinfer_vlm.offline.batch import BatchRecord, Line, encoded, numbered_lines
+from dashinfer_vlm.server.batches.lines import BatchRecord, Line, encoded, numbered_lines
 
 __all__ = ["PipedInput", "PipedOutput"]
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 
 from fastapi import APIRouter, FastAPI
 from fastapi.middleware.cors import CORSMiddleware
 from fastapi.routing import APIRoute
+from starlette.types import Lifespan
 
 import dashinfer_vlm
 from dashinfer_vlm.config import ServerConfig
@@ -15,6 +16,7 @@ from dashinfer_vlm.frontend.service import Service
 from dashinfer_vlm.server.access import Access, Teller
 from dashinfer_vlm.server.anthropic.routes import messages_routes
 from dashinfer_vlm.server.auth import OPEN_PATHS, ApiKeys, Keyring
+from dashinfer_vlm.server.batches.opening import Batches
 from dashinfer_vlm.server.chat import chat_routes
 from dashinfer_vlm.server.completions import completion_routes
 from dashinfer_vlm.server.context import Context
@@ -36,13 +38,15 @@ def create_app(
 ) -> FastAPI:
     """The application over a service that is ready; who made the service closes it. `tellers` hear of every request
     when it is over. Raises ConfigError."""
+    context = Context(service=service, config=config, bodies=bodies or BodyReader(config.max_body_mib * 2**20))
+    service.observer = metrics = Metrics(service, model_name=context.model_names[0])
+    keyring = Keyring(config)
     desk = Desk(ResponseStore.open(config.responses_store, config.responses_store_mib * 2**20))
-
-    @asynccontextmanager
-    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-        yield
-        await desk.close()
-
+    batches = Batches.open(config, service) if config.files_path is not None else None
+    routers = _routers(context, metrics, desk, batches)
+    if config.docs:
+        routers.append(document_routes(_routes(routers), with_keys=bool(keyring)))
+    routers.append(refused_routes())
     app = FastAPI(
         title="DashInfer-VLM",
         version=dashinfer_vlm.__version__,
@@ -50,19 +54,8 @@ def create_app(
         redoc_url=None,
         openapi_url=None,
         redirect_slashes=False,
-        lifespan=lifespan,
+        lifespan=_lifespan(desk, batches),
     )
-    context = Context(service=service, config=config, bodies=bodies or BodyReader(config.max_body_mib * 2**20))
-    service.observer = metrics = Metrics(service, model_name=context.model_names[0])
-    routers = [
-        make(context) for make in (chat_routes, completion_routes, messages_routes, status_routes, tokenize_routes)
-    ]
-    routers += [response_routes(context, desk), metrics_routes(metrics), refused_routes()]
-    if config.ui:
-        routers.append(page_routes(context))
-    keyring = Keyring(config)
-    if config.docs:
-        routers.append(document_routes(_routes(routers), with_keys=bool(keyring)))
     for router in routers:
         app.include_router(router)
     install_error_handlers(app, metrics.refused)
@@ -81,6 +74,32 @@ def create_app(
             allow_credentials=config.allow_credentials,
         )
     return app
+
+
+def _routers(context: Context, metrics: Metrics, desk: Desk, batches: Batches | None) -> list[APIRouter]:
+    routers = [
+        make(context) for make in (chat_routes, completion_routes, messages_routes, status_routes, tokenize_routes)
+    ]
+    routers += [response_routes(context, desk), metrics_routes(metrics)]
+    if context.config.ui:
+        routers.append(page_routes(context))
+    if batches is not None:
+        routers += batches.routes(context, {route.path for route in _routes(routers)})
+    return routers
+
+
+def _lifespan(desk: Desk, batches: Batches | None) -> Lifespan[FastAPI]:
+    """What runs and ends with the application."""
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        async with AsyncExitStack() as stack:
+            stack.push_async_callback(desk.close)
+            if batches is not None:
+                await stack.enter_async_context(batches.lifespan(app))
+            yield
+
+    return lifespan
 
 
 def _routes(routers: list[APIRouter]) -> list[APIRoute]:

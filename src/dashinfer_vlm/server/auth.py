@@ -26,7 +26,8 @@ logger = logging.getLogger(__name__)
 OPEN_PATHS = frozenset({"/health", "/ready", "/openapi.json", "/docs"})
 """What load balancers ask before they know a key, and what holds no secret."""
 TENANT = "dashinfer.tenant"
-"""The key of the ASGI scope that holds the Tenant of a request, for the log."""
+"""The key of the ASGI scope that holds the Tenant of a request, for the log. Who asks from within the server has set it
+already, and needs no key."""
 _FREE_METHODS = frozenset({"GET", "HEAD", "OPTIONS"})
 """They tell what there is, and no limit of a key counts them."""
 _NAME = re.compile(r"[\w.-]{1,64}", re.ASCII)
@@ -106,7 +107,7 @@ class ApiKeys:
         self._refused = refused
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or scope["path"] in self._open_paths:
+        if scope["type"] != "http" or scope["path"] in self._open_paths or TENANT in scope:
             await self._app(scope, receive, send)
             return
         tenant = self._keyring.tenant(Headers(scope=scope))

@@ -82,7 +82,7 @@ class _Schemas:
         self._bodies = {body: by_body[body, "validation"] for body in bodies}
         replies = list(dict.fromkeys(r for o in operations for r in (o.reply, o.event, o.error) if not _is_text(r)))
         told, components = msgspec.json.schema_components(replies, ref_template=_REF.format("{name}"))
-        self._replies = dict(zip(replies, told, strict=True))
+        self._replies: dict[Any, Json] = dict(zip(replies, told, strict=True))
         self.components = {**definitions.get("$defs", {}), **components}
 
     def of_body(self, body: type[BaseModel]) -> Json:

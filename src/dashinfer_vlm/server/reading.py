@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 
 from fastapi import Request
 
@@ -103,10 +103,17 @@ class BodyReader:
     def give_back(self, num_bytes: int) -> None:
         self._num_held -= num_bytes
 
-    async def _fill(self, chunks: list[bytes], request: Request, held: Held) -> None:
+    async def arriving(
+        self, request: Request, max_bytes: int, flag: str = "--max-body-mib"
+    ) -> AsyncIterator[bytes | None]:
+        """The body as it comes; None once there is more than `max_bytes` of it, and nothing from then on.
+
+        Raises HttpError 408 for one that is too slow, and behind the end of one that is too large 413, which names the
+        `flag` that sets the limit.
+        """
         started_s, num_bytes = time.monotonic(), 0
         stream = aiter(request.stream())
-        while num_bytes <= _MAX_DISCARDED_BYTES + self.max_bytes:
+        while num_bytes <= _MAX_DISCARDED_BYTES + max_bytes:
             left_s = started_s + self._start_s + num_bytes / _BYTES_PER_S - time.monotonic()
             try:
                 chunk = await asyncio.wait_for(anext(stream), left_s)
@@ -115,18 +122,25 @@ class BodyReader:
             except asyncio.TimeoutError:
                 raise _too_slow(num_bytes) from None
             num_bytes += len(chunk)
-            if num_bytes <= self.max_bytes:
-                held.grow(len(chunk))
-                chunks.append(chunk)
-            else:
-                held.close()
-                chunks.clear()
-        if num_bytes > self.max_bytes:
+            if num_bytes <= max_bytes:
+                yield chunk
+            elif num_bytes - len(chunk) <= max_bytes:
+                yield None
+        if num_bytes > max_bytes:
             raise HttpError(
                 413,
                 "body_too_large",
-                f"the body has more than {self.max_bytes} bytes, the limit; send less or start with --max-body-mib",
+                f"the body has more than {max_bytes} bytes, the limit; send less or start with {flag}",
             )
+
+    async def _fill(self, chunks: list[bytes], request: Request, held: Held) -> None:
+        async for chunk in self.arriving(request, self.max_bytes):
+            if chunk is None:
+                held.close()
+                chunks.clear()
+            else:
+                held.grow(len(chunk))
+                chunks.append(chunk)
 
 
 def _checked(chunks: list[bytes]) -> bytes:

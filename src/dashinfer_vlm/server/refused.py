@@ -26,13 +26,15 @@ _MISSING = {
     "/v1/vector_stores": "nothing is searched here",
     "/v1/assistants": "nothing is kept for assistants; send the conversation to /v1/chat/completions",
     "/v1/threads": "nothing is kept for assistants; send the conversation to /v1/chat/completions",
+    "/v1/files": "start the server with --files-path to keep files",
+    "/v1/batches": "start the server with --files-path to keep batches, or answer them with dashinfer-vlm run",
     "/v1/complete": "Anthropic's older API is not served; use /v1/messages",
 }
 _METHODS = ["GET", "POST", "PUT", "PATCH", "DELETE"]
 
 
 def refused_routes() -> APIRouter:
-    """Each of them answers 404 with the code `not_served`, whatever the method."""
+    """Behind all other routes. Each of them answers 404 with the code `not_served`, whatever the method."""
     router = APIRouter(include_in_schema=False)
 
     async def refuse(request: Request) -> Response:

@@ -16,7 +16,7 @@ from dashinfer_vlm.server.anthropic import blocks, protocol
 PAGE = (Path(__file__).resolve().parents[3] / "docs" / "messages.md").read_text(encoding="utf-8")
 PAIRS: list[tuple[Any, type[BaseModel]]] = [
     (MessageCreateParamsStreaming, protocol.MessagesBody),
-    (types.MessageCountTokensParams, protocol.CountBody),
+    (types.MessageCountTokensParams, protocol.CountTokensBody),
     (types.ToolParam, protocol.CustomToolBody),
     (types.ToolChoiceToolParam, protocol.ToolChoiceBody),
     (types.ThinkingConfigEnabledParam, protocol.ThinkingConfigBody),

@@ -197,7 +197,8 @@ async def test_thoughts_are_blocks_of_their_own(think: Serve, anthropic_client: 
     message = await client.messages.create(**asked, thinking={"type": "enabled", "budget_tokens": 100})
     async with client.messages.stream(**asked) as stream:
         streamed = await stream.get_final_message()
-    for thought, text in (message.content, streamed.content):
+    answers: tuple[Any, Any] = (message.content, streamed.content)
+    for thought, text in answers:
         assert (thought.type, thought.thinking) == ("thinking", "hm, so\n\nyes")
         assert thought.signature
         assert (text.type, text.text) == ("text", "It is.\n")

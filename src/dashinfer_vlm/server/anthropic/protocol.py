@@ -81,14 +81,14 @@ class ThinkingConfigBody(Body):
         return None if self.type == "adaptive" else self.type == "enabled"
 
 
-class FormatBody(Body):
+class OutputFormatBody(Body):
     type: Literal["json_schema"]
     schema_: dict[str, Any] = Field(alias="schema")
 
 
 class OutputConfigBody(Body):
     effort: Literal["low", "medium", "high", "xhigh", "max"] | None = None
-    format: FormatBody | None = None
+    format: OutputFormatBody | None = None
 
 
 class MetadataBody(Body):
@@ -139,7 +139,7 @@ class PromptBody(Body):
         return offer(tools, FREE_CHOICE if self.tool_choice is None else self.tool_choice.choice())
 
 
-class CountBody(PromptBody):
+class CountTokensBody(PromptBody):
     """`POST /v1/messages/count_tokens`."""
 
 

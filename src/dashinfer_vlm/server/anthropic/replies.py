@@ -80,7 +80,7 @@ class MessageReply(Told, frozen=True, tag="message"):
     role: Literal["assistant"] = "assistant"
 
 
-class TextDelta(Told, frozen=True, tag="text_delta"):
+class TextBlockDelta(Told, frozen=True, tag="text_delta"):
     text: str
 
 
@@ -96,7 +96,7 @@ class InputJsonDelta(Told, frozen=True, tag="input_json_delta"):
     partial_json: str
 
 
-BlockDelta = TextDelta | ThinkingDelta | SignatureDelta | InputJsonDelta
+BlockDelta = TextBlockDelta | ThinkingDelta | SignatureDelta | InputJsonDelta
 
 
 class MessageStart(Told, frozen=True, tag="message_start"):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
-from dashinfer_vlm.server.anthropic.protocol import CountBody, MessagesBody
+from dashinfer_vlm.server.anthropic.protocol import CountTokensBody, MessagesBody
 from dashinfer_vlm.server.anthropic.replies import Event, MessageReply, TokenCount
 from dashinfer_vlm.server.anthropic.writer import MessageWriter, lines
 from dashinfer_vlm.server.body import read_body, unless_gone
@@ -25,7 +25,7 @@ MESSAGES = Operation(
 )
 COUNT_TOKENS = Operation(
     summary="What a prompt costs, images included.",
-    body=CountBody,
+    body=CountTokensBody,
     reply=TokenCount,
     error=AnthropicError,
     errors=MESSAGES.errors,
@@ -47,7 +47,7 @@ def messages_routes(context: Context) -> APIRouter:
 
     @router.post("/v1/messages/count_tokens", openapi_extra=COUNT_TOKENS.extra)
     async def count_tokens(request: Request) -> Response:
-        body = await read_body(request, CountBody, context.bodies)
+        body = await read_body(request, CountTokensBody, context.bodies)
         context.model_name(body.model)
         count = service.count(body.dialogue(), body.prompt_params())
         ids = await unless_gone(request, count, lambda _: None)

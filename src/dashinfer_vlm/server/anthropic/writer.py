@@ -5,6 +5,7 @@ from __future__ import annotations
 import secrets
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
+from typing import Any
 
 import msgspec
 
@@ -30,7 +31,7 @@ from dashinfer_vlm.server.anthropic.replies import (
     StopDelta,
     StopReason,
     TextBlock,
-    TextDelta,
+    TextBlockDelta,
     ThinkingBlock,
     ThinkingDelta,
     ToolUseBlock,
@@ -98,7 +99,7 @@ class MessageWriter:
     def _told(self, piece: Piece) -> list[msgspec.Struct]:
         match piece:
             case TextPiece(text):
-                return self._in_block(TextPiece, TextBlock(""), TextDelta(text))
+                return self._in_block(TextPiece, TextBlock(""), TextBlockDelta(text))
             case ReasoningPiece(text):
                 return (
                     self._in_block(ReasoningPiece, ThinkingBlock("", ""), ThinkingDelta(text)) if self._thoughts else []
@@ -143,13 +144,13 @@ class MessageWriter:
         return ("end_turn", None) if stop is None else ("stop_sequence", stop)
 
 
-async def lines(events: AsyncIterator[msgspec.Struct]) -> AsyncIterator[bytes]:
+async def lines(events: AsyncIterator[Any]) -> AsyncIterator[bytes]:
     """The events of a stream; an error on the way is one too and ends it."""
     async for line in by_type(_with_error(events)):
         yield line
 
 
-async def _with_error(events: AsyncIterator[msgspec.Struct]) -> AsyncIterator[msgspec.Struct]:
+async def _with_error(events: AsyncIterator[Any]) -> AsyncIterator[Any]:
     try:
         async for event in events:
             yield event

@@ -13,10 +13,15 @@ from typing import Any
 import pytest
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse
+from starlette.responses import Response
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from dashinfer_vlm.errors import ConfigError, EngineDeadError
-from dashinfer_vlm.offline.batch import BatchInput, BatchOutput, BatchRecord, BatchRun, Line, numbered_lines
 from dashinfer_vlm.offline.pipes import PipedInput
+from dashinfer_vlm.server.batches import run
+from dashinfer_vlm.server.batches.ends import BatchInput, BatchOutput
+from dashinfer_vlm.server.batches.lines import BatchRecord, Line, numbered_lines
+from dashinfer_vlm.server.batches.run import BatchRun
 
 
 def line(name: str, **changes: Any) -> dict[str, Any]:
@@ -35,12 +40,12 @@ class Files:
         return [json.loads(record) for record in self.output.read_bytes().splitlines()]
 
     async def run(
-        self, app: FastAPI, *, window: int = 4, is_alive: Callable[[], bool] = lambda: True
+        self, app: ASGIApp, *, window: int = 4, is_alive: Callable[[], bool] = lambda: True
     ) -> list[BatchRecord]:
         heard: list[BatchRecord] = []
         output = BatchOutput(self.output)
         try:
-            await BatchRun(app, output, window=window, is_alive=is_alive, on_record=heard.append).run(
+            await BatchRun(app, output, window=lambda: window, is_alive=is_alive, on_record=heard.append).run(
                 BatchInput(self.input)
             )
         finally:
@@ -140,6 +145,24 @@ async def test_an_engine_that_dies_leaves_its_lines_open(files: Files) -> None:
     assert Counter(record["custom_id"] for record in files.records()) == Counter(f"r{i}" for i in range(10))
 
 
+async def test_a_server_without_an_engine_is_asked_again_when_it_has_one(
+    files: Files, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(run, "_RETRY_S", 0.0)
+    files.write(line("a"))
+    app = Echo()
+    statuses = [503, 503, 200]
+
+    async def restarting(scope: Scope, receive: Receive, send: Send) -> None:
+        if (status := statuses.pop(0)) == 200:
+            await app(scope, receive, send)
+        else:
+            await Response(status_code=status)(scope, receive, send)
+
+    heard = await files.run(restarting)
+    assert [record.is_good for record in heard] == [True]
+
+
 async def test_at_most_a_window_of_requests_runs_at_once(files: Files) -> None:
     files.write(*[line(f"r{i}") for i in range(20)])
     app = Echo(crowd=3)
@@ -193,8 +216,8 @@ class Piped:
 async def test_an_answer_is_written_while_the_next_line_is_awaited(files: Files) -> None:
     source, output = Piped(), BatchOutput(files.output)
     heard: asyncio.Queue[BatchRecord] = asyncio.Queue()
-    run = BatchRun(Echo(), output, window=4, is_alive=lambda: True, on_record=heard.put_nowait)
-    running = asyncio.create_task(run.run(source))
+    reading = BatchRun(Echo(), output, window=lambda: 4, is_alive=lambda: True, on_record=heard.put_nowait)
+    running = asyncio.create_task(reading.run(source))
     for name in "ab":
         source.lines.put(json.dumps(line(name)))
         assert (await asyncio.wait_for(heard.get(), 30)).custom_id == name
