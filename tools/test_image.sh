@@ -1,0 +1,60 @@
+#!/usr/bin/env bash
+# Builds the CPU image on a base of Debian's own bootstrap, without a registry or a daemon, runs it, and asks it the
+# question of the documentation: `make test-image`. Needs root, buildah, mmdebstrap and curl.
+#   TEST_IMAGE_MOUNTS="/a:/a:ro /b:/b:ro"   folders that pip on this machine is set up to use
+set -euo pipefail
+
+cd "$(dirname "$0")/.."
+work=$PWD/build/image
+port=${PORT:-8765}
+base=$work/base.tar
+mounts=()
+for mount in ${TEST_IMAGE_MOUNTS:-} /etc/ssl/certs/ca-certificates.crt:/etc/ssl/certs/ca-certificates.crt:ro; do
+  mounts+=(--volume "$mount")
+done
+for settings in /etc/pip.conf ~/.config/pip/pip.conf; do
+  [ ! -f "$settings" ] || mounts+=(--volume "$settings:$settings:ro")
+done
+
+buildah() {
+  command buildah --root "$work/storage" --runroot "$work/run" --storage-driver vfs "$@"
+}
+
+mkdir -p "$work"
+if [ ! -s "$base" ]; then
+  mmdebstrap --variant=minbase --include=python3,python3-venv,ca-certificates bookworm "$base.part"
+  mv "$base.part" "$base"
+fi
+if ! buildah inspect --type image dashinfer-vlm-base > /dev/null 2>&1; then
+  printf 'FROM scratch\nADD base.tar /\n' > "$work/Dockerfile.base"
+  buildah bud --isolation chroot -t dashinfer-vlm-base -f "$work/Dockerfile.base" "$work"
+fi
+buildah bud --layers --isolation chroot --format docker --build-arg BASE=dashinfer-vlm-base --build-arg TORCH_INDEX_URL= \
+  "${mounts[@]}" -t dashinfer-vlm -f deploy/Dockerfile .
+
+# docker run --shm-size 1g -p 8000:8000 IMAGE --model ... --host 0.0.0.0: the entry point, the user and the environment
+# of the image, with the host's network; the bundled model stands for one that would be downloaded
+container=$(buildah from dashinfer-vlm)
+trap 'kill "$server" 2> /dev/null || true; wait "$server" 2> /dev/null || true; buildah rm "$container" > /dev/null' EXIT
+read -ra entry < <(buildah inspect --format '{{join .OCIv1.Config.Entrypoint " "}}' "$container")
+user=$(buildah inspect --format '{{.OCIv1.Config.User}}' "$container")
+[ "$user" != 0 ] && [ -n "$user" ] || { echo "the image runs as root" >&2; exit 1; }
+buildah run --isolation chroot "$container" -- "${entry[@]}" \
+  --served-model-name qwen/Qwen2-VL-2B-Instruct --host 0.0.0.0 --port "$port" --kv-cache-gib 0.1 &
+server=$!
+until curl -fs "http://localhost:$port/ready" > /dev/null; do
+  kill -0 "$server" || { echo "the server in the image has ended" >&2; exit 1; }
+  sleep 1
+done
+picture=iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mP8z8BQDwAEhQGAhKmMIQAAAABJRU5ErkJggg==
+answer=$(curl -fsS "http://localhost:$port/v1/chat/completions" -H "Content-Type: application/json" -d '{
+  "model": "qwen/Qwen2-VL-2B-Instruct", "max_completion_tokens": 16, "top_p": 0.5, "temperature": 0.1,
+  "frequency_penalty": 1.05, "messages": [{"role": "user", "content": [{"type": "text", "text": "Describe the image."},
+  {"type": "image_url", "image_url": {"url": "data:image/png;base64,'"$picture"'"}}]}]}')
+echo "$answer"
+[[ $answer == *'"finish_reason"'* ]] || exit 1
+health=$(buildah inspect --format '{{.Docker.Config.Healthcheck.Test}}' "$container")
+[[ $health == *health* ]] || { echo "the image has no health check" >&2; exit 1; }
+buildah run --isolation chroot --env DASHINFER_PORT="$port" "$container" -- python3 -c \
+  "import os, urllib.request as u; u.urlopen('http://127.0.0.1:%s/health' % os.environ['DASHINFER_PORT'], timeout=4)"
+echo "the image answers, as user $user"
