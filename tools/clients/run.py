@@ -34,12 +34,15 @@ class Group:
 
     tests: tuple[str, ...]
     flags: tuple[str, ...] = ("--max-model-len", "16384")
+    environment: str | None = None
+    """Whose list of packages it uses; its own when None."""
 
 
 GROUPS = {
     "python": Group(
         (
             "test_openai_python.py",
+            "test_openai_responses.py",
             "test_langchain.py",
             "test_instructor.py",
             "test_pydantic_ai.py",
@@ -51,6 +54,8 @@ GROUPS = {
     "llama_index": Group(("test_llama_index.py",)),
     "guidellm": Group(("test_guidellm.py",)),
     "aiperf": Group(("test_aiperf.py",)),
+    "open_webui": Group(("test_open_webui.py",), ("--max-model-len", "32000")),
+    "open_webui_tasks": Group(("test_open_webui_tasks.py",), ("--max-model-len", "4096"), "open_webui"),
     "schemathesis": Group(
         ("test_schemathesis.py",),
         ("--max-model-len", "256", "--enable-mm-embeds", "--allowed-media-domains", "nowhere.invalid"),
@@ -107,7 +112,8 @@ def _wait_ready(process: subprocess.Popen[bytes], url: str) -> None:
 
 def run(name: str, model: str) -> bool:
     """Whether all tests of a group have passed."""
-    group, python = GROUPS[name], environment(name)
+    group = GROUPS[name]
+    python = environment(group.environment or name)
     options = ["-q", "-c", str(TESTS / "pytest.ini"), "--rootdir", str(TESTS), "--confcutdir", str(TESTS)]
     with server(model, group.flags) as url:
         done = subprocess.run(

@@ -2,7 +2,7 @@
 import assert from "node:assert/strict";
 import { test } from "node:test";
 import OpenAI from "openai";
-import { zodResponseFormat, zodFunction } from "openai/helpers/zod";
+import { zodFunction, zodResponseFormat, zodTextFormat } from "openai/helpers/zod";
 import { z } from "zod";
 
 const client = new OpenAI({ baseURL: process.env.DASHINFER_URL + "/v1", apiKey: "EMPTY", maxRetries: 0 });
@@ -60,4 +60,25 @@ test("runTools calls a function and sends its answer back", async () => {
   });
   await runner.done();
   assert.ok(["Paris", "Rome"].includes(cities[0]));
+});
+
+test("responses: parse gives an object, a stream its events", async () => {
+  const reply = await client.responses.parse({
+    model: "model",
+    input: "What is on it?",
+    text: { format: zodTextFormat(Seen, "seen") },
+    temperature: 0,
+    max_output_tokens: 1000,
+  });
+  assert.ok(Seen.parse(reply.output_parsed));
+  const kinds = new Set();
+  for await (const event of await client.responses.create({
+    model: "model",
+    input: "hi",
+    max_output_tokens: 8,
+    stream: true,
+  })) {
+    kinds.add(event.type);
+  }
+  assert.ok(kinds.has("response.output_text.delta"));
 });
