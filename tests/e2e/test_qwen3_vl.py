@@ -20,9 +20,12 @@ from tests.conftest import CheckpointMaker
 from tests.e2e.serving import Server
 from tests.e2e.test_nothing_twice import ENCODES, TIMEOUT_S, metrics
 from tests.media.film_maker import film
+from tests.tokens import FIRST_SPECIAL, VOCAB
 
 NUM_TOKENS = 12
-GREEDY = SamplingParams(max_tokens=NUM_TOKENS, temperature=0.0, ignore_eos=True)
+TEXT_ALONE = dict.fromkeys(range(FIRST_SPECIAL, VOCAB), -100.0)
+"""A random model may say nothing but tokens that show no text."""
+GREEDY = SamplingParams(max_tokens=NUM_TOKENS, temperature=0.0, ignore_eos=True, logit_bias=TEXT_ALONE)
 FLAGS: dict[str, Any] = {"dtype": "float32", "kv_cache_gib": 0.05, "max_model_len": 4096, "threads": 1}
 
 
@@ -93,6 +96,7 @@ def ask(client: OpenAI, *messages: Any) -> ChatCompletion:
         messages=messages,
         max_completion_tokens=NUM_TOKENS,
         temperature=0,
+        logit_bias={str(id): bias for id, bias in TEXT_ALONE.items()},
         extra_body={"ignore_eos": True},
     )
 

@@ -37,9 +37,9 @@ def client(server: Server) -> OpenAI:
 
 def test_a_named_tool_is_called_with_arguments_of_its_schema(client: OpenAI) -> None:
     reply = client.chat.completions.parse(
-        model="model", messages=ASK, tools=TOOLS, tool_choice=MOVE, n=4, temperature=2, max_completion_tokens=300
+        model="model", messages=ASK, tools=TOOLS, tool_choice=MOVE, n=4, temperature=2, max_completion_tokens=600
     )
-    assert {choice.finish_reason for choice in reply.choices} == {"tool_calls"}
+    assert {choice.finish_reason for choice in reply.choices} == {"stop"}, "so it is for a tool that was named"
     calls = [call for choice in reply.choices for call in choice.message.tool_calls or []]
     assert all(isinstance(call.function.parsed_arguments, Move) for call in calls)
     assert len({call.id for call in calls}) == len(calls) == 4
