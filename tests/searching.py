@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
 
 __all__ = ["BRIEF", "THOROUGH", "register_profiles", "searched"]
 
@@ -14,9 +14,11 @@ _SHARE = 4
 
 
 def register_profiles() -> None:
-    """A time limit for a single example says nothing on a busy machine."""
-    settings.register_profile(THOROUGH, max_examples=100, deadline=None)
-    settings.register_profile(BRIEF, max_examples=100 // _SHARE, deadline=None)
+    """Times say nothing on a busy machine: neither that of an example nor that of drawing one."""
+    for name, num_examples in ((THOROUGH, 100), (BRIEF, 100 // _SHARE)):
+        settings.register_profile(
+            name, max_examples=num_examples, deadline=None, suppress_health_check=[HealthCheck.too_slow]
+        )
 
 
 def searched(num_examples: int, **options: Any) -> settings:
