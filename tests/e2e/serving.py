@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 __all__ = ["START_TIMEOUT_S", "Server", "descendants", "run_to_end"]
@@ -24,9 +24,10 @@ _READY = re.compile(r"Uvicorn running on (\S+) \(Press CTRL\+C to quit\)")
 class Server:
     """Started by the constructor in a session of its own; `wait_ready` returns its address."""
 
-    def __init__(self, *flags: str, env: Mapping[str, str] | None = None) -> None:
+    def __init__(self, *flags: str, env: Mapping[str, str] | None = None, under: Sequence[str] = ()) -> None:
+        """`under` is a command that becomes the server, such as `unshare --mount`."""
         self.process = subprocess.Popen(
-            [*_COMMAND, *flags],
+            [*under, *_COMMAND, *flags],
             env=_environment(env),
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,

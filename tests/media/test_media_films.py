@@ -9,11 +9,13 @@ from contextlib import suppress
 from pathlib import Path
 
 import av
+import msgspec
 import numpy as np
 import pytest
 from tests.media.film_maker import CONFIG, film, numbers, process
 
 from dashinfer_vlm.errors import MediaError, MediaTooLargeError
+from dashinfer_vlm.media.timeline import timeline
 from dashinfer_vlm.processors.qwen import Processed, ProcessorConfig
 from dashinfer_vlm.processors.videos import Qwen3Video, Sampling
 
@@ -109,6 +111,11 @@ def test_frames_of_variable_rate_are_taken_by_their_own_times(container: str) ->
     newest = [max(n for n, t in enumerate(times) if t <= moment / 2 + 1e-6) for moment in range(24)]
     assert numbers(processed) == newest
     assert processed.timestamps == pytest.approx([n + 0.25 for n in range(12)])
+
+
+def test_a_rate_that_only_the_times_tell_is_a_number_that_can_be_sent() -> None:
+    rate = timeline(np.arange(12) / 10, last_s=0.0, header_rate=25.0).rate
+    assert msgspec.msgpack.decode(msgspec.msgpack.encode(rate)) == pytest.approx(10.0)
 
 
 def test_a_hole_in_a_film_keeps_the_times_behind_it() -> None:

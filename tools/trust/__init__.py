@@ -1,4 +1,4 @@
-"""Proofs that take longer than a test: half an hour of mixed load, faults under load, a thousand clients, mutated media.
+"""Proofs that take longer than a test: half an hour of mixed load, faults, a thousand clients, mutated media.
 
 Each tool starts a server of its own, says what it saw, and ends with status 1 where something is not as promised.
 """

@@ -76,15 +76,17 @@ class Answer:
         return "" if self.num_ends == 1 else f"the end was told {self.num_ends} times"
 
 
-def connect(url: str, timeout_s: float) -> httpx.AsyncClient:
+def connect(url: str, timeout_s: float | None) -> httpx.AsyncClient:
     """A client without a limit of connections, straight to `url`."""
     limits = httpx.Limits(max_connections=None, max_keepalive_connections=64, keepalive_expiry=2.0)
     return httpx.AsyncClient(base_url=url, timeout=httpx.Timeout(timeout_s, pool=None), limits=limits, trust_env=False)
 
 
-async def ask(http: httpx.AsyncClient, asked: Asked) -> Answer:
-    """Send it and read the answer to its end. What goes wrong on the way is in the answer; nothing is raised."""
-    answer = Answer(sent_s=time.perf_counter())
+async def ask(http: httpx.AsyncClient, asked: Asked, answer: Answer | None = None) -> Answer:
+    """Send it and read the answer to its end, into `answer` where one is given. What goes wrong on the way is in it;
+    nothing is raised."""
+    answer = answer or Answer()
+    answer.sent_s = time.perf_counter()
     try:
         headers = {"Content-Type": "application/json"}
         async with http.stream("POST", asked.path, content=asked.content, headers=headers) as response:

@@ -10,8 +10,8 @@ from random import Random
 from typing import Any
 
 from PIL import Image
-
 from tests.media.film_maker import film
+
 from trust.answers import Asked
 
 __all__ = ["KINDS", "Kind"]

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 import httpx
 from prometheus_client.parser import text_string_to_metric_families
+from tests.e2e.serving import Server
 
 import make_checkpoint
-from tests.e2e.serving import Server
 
 __all__ = ["TIMEOUT_S", "Metrics", "model_folder", "serving"]
 
@@ -49,9 +49,11 @@ def model_folder(arch: str) -> Path:
 
 
 @contextmanager
-def serving(arch: str, *flags: str, env: Mapping[str, str] | None = None) -> Iterator[Server]:
+def serving(
+    folder: Path, *flags: str, env: Mapping[str, str] | None = None, under: Sequence[str] = ()
+) -> Iterator[Server]:
     """A server that is ready, on a free port; it is killed where the block leaves it running."""
-    server = Server("--model", str(model_folder(arch)), "--port", "0", *flags, env=env)
+    server = Server("--model", str(folder), "--port", "0", *flags, env=env, under=under)
     try:
         server.wait_ready()
         yield server

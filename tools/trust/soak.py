@@ -18,14 +18,13 @@ from random import Random
 from statistics import fmean
 from typing import Any
 
-import httpx
 import rich_click as click
 
 from dashinfer_vlm.bench.processes import ProcessTree
 from trust.answers import Answer, Asked, ask, connect
 from trust.mix import KINDS
 from trust.page import write_section
-from trust.server import TIMEOUT_S, Metrics, serving
+from trust.server import TIMEOUT_S, Metrics, model_folder, serving
 from trust.vitals import Vitals, shared_folders, take_vitals
 
 FLAGS = "--kv-cache-gib 0.05 --media-cache-mib 8 --vision-cache-gib 0.008 --responses-store-mib 4".split()
@@ -202,7 +201,7 @@ def page(told: dict[str, Any]) -> str:
 @click.option("--clients", "num_clients", default=16, show_default=True)
 @click.option("--page", "path", default="", help="Page whose section is written anew.")
 def main(minutes: float, warm_minutes: float, num_clients: int, path: str) -> None:
-    with serving("qwen2_vl", *FLAGS) as server:
+    with serving(model_folder("qwen2_vl"), *FLAGS) as server:
         tree = ProcessTree(server.process.pid)
         pids = tree.members()
         soaked = asyncio.run(soak(server.address, tree, minutes, warm_minutes, num_clients))

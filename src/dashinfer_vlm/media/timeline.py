@@ -49,7 +49,7 @@ def timeline(times: NDArray[np.float64], last_s: float, header_rate: float) -> T
     number = len(times)
     if number == 1:
         return Timeline(_believable(header_rate) or 1.0, 1, True, times)
-    for rate in (_believable(header_rate), _believable((number - 1) / max(times[-1], 1e-9))):
+    for rate in (_believable(header_rate), _believable((number - 1) / max(float(times[-1]), 1e-9))):
         if rate and _is_even(times, last_s, rate):
             return Timeline(rate, number, True, times)
     gaps = np.diff(times)
