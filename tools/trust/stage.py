@@ -105,7 +105,7 @@ def _stream(random: Random, number: int) -> Asked:
 
 async def _until_all_flow(answers: Sequence[Answer], streams: Sequence[asyncio.Task[Answer]]) -> None:
     while not all(len(answer.pieces_s) > 1 or task.done() for answer, task in zip(answers, streams, strict=True)):
-        await asyncio.sleep(_LOOK_S)
+        await asyncio.wait(streams, timeout=_LOOK_S, return_when=asyncio.FIRST_COMPLETED)
     if early := [answer for answer, task in zip(answers, streams, strict=True) if task.done()]:
         raise RuntimeError(f"{len(early)} streams were over before the fault, such as {early[0]}")
 
