@@ -5,6 +5,8 @@
 #   make eval     the demo model's answers, every way   make bench-flat    streams while large pictures arrive
 #   make test-deploy  deploy/ under its tools       make test-image    the container image, built and asked
 #   make precision    what quantised weights cost       make test-browser  the page at / in Chromium
+#   make soak     half an hour of mixed load        make faults   processes killed, disks full: what clients see
+#   make crowd    1,000 streams at once             make fuzz     100,000 damaged pictures and films
 #   make test-slow    long searches, all variants       make test-torch    the oldest and the newest torch
 #   make test-clients other people's clients
 PYTHON ?= $(shell python3.11 -c '' 2>/dev/null && echo python3.11 || echo python3)
@@ -21,7 +23,7 @@ MODEL ?=
 RAY := $(wildcard .venv/lib/python3*/site-packages/ray)
 
 .PHONY: serve test test-slow test-isa test-torch test-cluster test-browser test-clients test-deploy test-image eval precision check \
-	docs bench bench-flat bench-peers clean
+	docs soak faults crowd fuzz bench bench-flat bench-peers clean
 
 serve: $(READY) $(if $(BUNDLED),,$(RANDOM_MODEL))
 	$(BIN)/dashinfer_vlm_serve $(if $(BUNDLED),,--model $(RANDOM_MODEL)) $(FLAGS)
@@ -93,6 +95,20 @@ eval: $(READY)
 # What quantised weights do to logits and to the demo model's answers.
 precision: $(READY)
 	PYTHONPATH=.:tools $(BIN)/python tools/precision.py $(MODEL) $(FLAGS)
+
+# What docs/reliability.md shows; each target writes its section. Faults of disks need root, that of the clock libfaketime.
+TRUST = PYTHONPATH=.:tools $(BIN)/python tools/trust
+soak: $(READY)
+	$(TRUST)/soak.py --page docs/reliability.md $(FLAGS)
+
+faults: $(READY)
+	$(TRUST)/faults.py --page docs/reliability.md $(FLAGS)
+
+crowd: $(READY)
+	$(TRUST)/crowd.py --page docs/reliability.md $(FLAGS)
+
+fuzz: $(READY)
+	$(BIN)/python -m pytest -s -m slow tests/media/test_media_fuzz.py $(FLAGS)
 
 check: $(READY)
 	$(BIN)/ruff format --check src tests tools

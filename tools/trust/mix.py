@@ -18,7 +18,7 @@ __all__ = ["KINDS", "Kind"]
 
 Kind = Callable[[Random], Asked]
 
-CHAT, TEXT, RESPONSES = "/v1/chat/completions", "/v1/completions", "/v1/responses"
+CHAT, TEXT, RESPONSES, MESSAGES = "/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/messages"
 WORDS = "the picture show me long number people water find way day make look two more time down some".split()
 SIZES = ((64, 64), (224, 224), (320, 240), (448, 336))
 NUM_PICTURES = 400
@@ -133,6 +133,11 @@ def _response(random: Random) -> Asked:
     return Asked(RESPONSES, {"input": words(random), "max_output_tokens": 30, "stream": random.random() < 0.5})
 
 
+def _message(random: Random) -> Asked:
+    body = {"messages": [{"role": "user", "content": words(random)}], "max_tokens": 30}
+    return Asked(MESSAGES, {**body, "stream": random.random() < 0.5})
+
+
 def _wrong(random: Random) -> Asked:
     """Input that no server should take."""
     broken = {"type": "image_url", "image_url": {"url": "data:image/png;base64,iVBORw0KGgoAAAA"}}
@@ -169,6 +174,7 @@ KINDS: dict[str, tuple[Kind, int]] = {
     "tools": (_tools, 1),
     "structured": (_structured, 1),
     "response": (_response, 2),
+    "message": (_message, 2),
     "wrong input": (_wrong, 3),
 }
 """Each with its share of the requests."""

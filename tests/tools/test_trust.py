@@ -1,0 +1,94 @@
+"""The tools that prove what docs/reliability.md says notice what is wrong."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+
+from tests.conftest import ROOT
+from trust.answers import Answer
+from trust.crowd import Gaps
+from trust.server import Metrics
+from trust.soak import CHOICES, Soaked, Tally
+from trust.stage import Seen, told
+from trust.vitals import Vitals
+
+
+@pytest.mark.parametrize(
+    ("answer", "num_choices", "fault"),
+    [
+        (Answer(200, ["stop"], 1), 1, ""),
+        (Answer(200, ["stop", "length"], 1), 2, ""),
+        (Answer(200, ["error: engine_dead"], 0), 3, ""),
+        (Answer(200, [], 0, has_left=True), 1, ""),
+        (Answer(429, error="overloaded"), 1, ""),
+        (Answer(200, ["stop"], 0), 1, "the end was told 0 times"),
+        (Answer(200, ["stop"], 2), 1, "the end was told 2 times"),
+        (Answer(200, ["stop", "stop"], 1), 1, "2 final events for 1 choices"),
+        (Answer(200, [], 1), 1, "0 final events for 1 choices"),
+        (Answer(200, ["stop", "error: x"], 0), 1, "an error and ['stop', 'error: x']"),
+        (Answer(200, [], 0, error="ReadError"), 1, "broken off: ReadError"),
+    ],
+)
+def test_an_accepted_request_ends_exactly_once(answer: Answer, num_choices: int, fault: str) -> None:
+    assert answer.fault(num_choices) == fault
+
+
+def metrics(**values: float) -> Metrics:
+    idle = {f"dashinfer_engine_num_{name}": 0.0 for name in ("waiting", "running")}
+    blocks = {"dashinfer_engine_num_blocks": 9.0, "dashinfer_engine_num_free_blocks": 9.0}
+    found = Metrics({**idle, **blocks, "dashinfer_requests_in_flight": 0.0, **values})
+    found.labelled = {CHOICES: 0.0}
+    return found
+
+
+def soaked(growth: dict[str, float] | None = None, **values: float) -> list[str]:
+    """Broken promises of a soak in which something grew."""
+    first = {"memory": 1000.0, "descriptors": 50, "threads": 20, "processes": 4, "shared": 0}
+    vitals = [
+        Vitals(at_s=i, **{name: value * (growth or {}).get(name, 1.0) ** (i / 29) for name, value in first.items()})
+        for i in range(30)
+    ]
+    return Soaked(1, Tally(), vitals, metrics(**values), metrics(), []).broken_promises()
+
+
+def test_a_soak_in_which_nothing_grows_is_one() -> None:
+    assert soaked() == []
+
+
+@pytest.mark.parametrize(
+    ("growth", "values", "words"),
+    [
+        ({"memory": 1.06}, {}, "memory grew"),
+        ({"descriptors": 1.3}, {}, "descriptors grew"),
+        ({"threads": 1.5}, {}, "threads grew"),
+        ({}, {"dashinfer_engine_num_free_blocks": 8.0}, "1 blocks are held"),
+        ({}, {"dashinfer_requests_in_flight": 1.0}, "dashinfer_requests_in_flight is 1 at the end"),
+    ],
+)
+def test_a_soak_tells_what_grew_and_what_is_held(
+    growth: dict[str, float], values: dict[str, float], words: str
+) -> None:
+    (promise,) = soaked(growth, **values)
+    assert promise.startswith(words)
+
+
+def test_what_clients_saw_is_counted_in_words() -> None:
+    dead, refused = Answer(200, ["error: engine_dead"]), Answer(503, error="overloaded", retry_after="1")
+    answers = [Answer(200, ["stop"], 1), dead, dead, refused, Answer(0, error="ReadError"), Answer(0, error="hung")]
+    assert told(answers) == (
+        "2 event `error: engine_dead`, 1 whole, 1 503 `overloaded` with `Retry-After`, 1 connection broken, 1 hung"
+    )
+    assert Seen(answers).num_hung == 1
+
+
+def test_gaps_are_those_within_a_stream() -> None:
+    assert Gaps.of([[0.0, 1.0, 2.0], [100.0, 101.0, 102.0]]) == Gaps(1.0, 1.0)
+
+
+def test_every_test_that_the_page_names_is_there() -> None:
+    named = re.findall(r"`(tests/[\w/]+\.py)::(\w+)`", (ROOT / "docs" / "reliability.md").read_text())
+    assert len(named) > 20
+    missing = [f"{file}::{test}" for file, test in named if f"def {test}(" not in (ROOT / file).read_text()]
+    assert missing == []
