@@ -29,8 +29,8 @@ serve: $(READY) $(if $(BUNDLED),,$(RANDOM_MODEL))
 	$(BIN)/dashinfer_vlm_serve $(if $(BUNDLED),,--model $(RANDOM_MODEL)) $(FLAGS)
 
 test: $(READY)
-	$(BIN)/python -m pytest -n auto --dist loadfile -m "not slow and not browser and not cluster and not compiles and not clients" \
-	    $(FLAGS)
+	$(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder \
+	    -m "not slow and not browser and not cluster and not compiles and not clients" $(FLAGS)
 
 test-slow: $(READY)
 	$(BIN)/python -m pytest -m "slow or hypothesis" --hypothesis-profile=thorough $(FLAGS)

@@ -18,6 +18,9 @@ from tests.searching import register_profiles
 
 ROOT = Path(__file__).resolve().parents[1]
 
+LONGEST = frozenset({"test_gpu_check.py", "test_cards_parity.py"})
+"""Files that come first, so that no process is left alone with one of them at the end."""
+
 CheckpointMaker = Callable[..., Path]
 
 if not torch.cuda.is_available():  # the kernels for cards run interpreted; triton reads this when it is first imported
@@ -28,6 +31,7 @@ register_profiles()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: item.path.name not in LONGEST)
     if torch.cuda.is_available():
         return
     for item in items:

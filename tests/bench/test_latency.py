@@ -109,6 +109,11 @@ def test_the_command_ends_in_json(checkpoint: CheckpointMaker, capsys: pytest.Ca
     assert result["limits"]["read_gb_s"] > 0
 
 
+def test_a_breakdown_of_several_ranks_is_refused() -> None:
+    with pytest.raises(ConfigError, match="one process; leave --parallel-size out"):
+        LatencyBench(engine=EngineConfig(model="x", parallel_size=2), breakdown=True).validate()
+
+
 def test_pictures_that_would_be_resized_are_refused() -> None:
     with pytest.raises(ConfigError, match="multiples of 28"):
         LatencyBench(engine=EngineConfig(model="x"), image_size=(448, 450)).validate()

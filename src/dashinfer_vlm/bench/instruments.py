@@ -14,6 +14,7 @@ from dashinfer_vlm.bench.spans import Spans, replaced
 from dashinfer_vlm.config import EngineConfig
 from dashinfer_vlm.encoders.cache import EmbeddingCache
 from dashinfer_vlm.engine import engine as engine_module
+from dashinfer_vlm.engine.cards.calls import Followers
 from dashinfer_vlm.engine.engine import Engine
 from dashinfer_vlm.engine.runner import Runner
 from dashinfer_vlm.kernels.cpu_ops import PackedWeight
@@ -49,7 +50,10 @@ def instrumented_loading(spans: Spans) -> Iterator[None]:
     def choose_instrumented(*args: Any) -> Backend:
         return _instrumented(choose(*args), spans)
 
-    def plain_runner(model: Model, kv: KVCache, embeddings: EmbeddingCache, config: EngineConfig) -> Runner:
+    def plain_runner(
+        model: Model, kv: KVCache, embeddings: EmbeddingCache, config: EngineConfig, followers: Followers | None
+    ) -> Runner:
+        assert followers is None  # LatencyBench.validate
         return Runner(model, kv, embeddings)
 
     with replaced(loading, _CHOICE, choose_instrumented), replaced(engine_module, "make_runner", plain_runner):

@@ -58,6 +58,8 @@ class LatencyBench:
         for name in ("batch", "prompt_tokens", "output_tokens", "repeats"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"--{name.replace('_', '-')} is {getattr(self, name)}; it must be at least 1")
+        if self.breakdown and self.engine.parallel_size > 1:
+            raise ConfigError("--breakdown looks into one process; leave --parallel-size out")
         if self.image_size is not None and (
             min(self.image_size) < _SIZE_PX or any(n % _SIZE_PX for n in self.image_size)
         ):
