@@ -15,7 +15,7 @@ for path in /etc/pip.conf ~/.config/pip/pip.conf /etc/ssl/certs/ca-certificates.
 done
 
 buildah() {
-  command buildah --root "$work/storage" --runroot "$work/run" --storage-driver vfs "$@"
+  command buildah --root "$work/storage" --runroot "$work/run" --storage-driver overlay "$@"
 }
 
 mkdir -p "$work"
