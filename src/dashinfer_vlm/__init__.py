@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from importlib import import_module
+from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    __version__: str
     from dashinfer_vlm.frontend.params import GenerationParams
     from dashinfer_vlm.offline import VLM
     from dashinfer_vlm.request import Grammar, SamplingParams
 
-__version__ = "0.1.0"
 __all__ = ["VLM", "GenerationParams", "Grammar", "SamplingParams", "__version__"]
 
 _HOMES = {
@@ -23,6 +24,8 @@ _HOMES = {
 
 
 def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        return version("dashinfer-vlm")
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(import_module(_HOMES[name]), name)
