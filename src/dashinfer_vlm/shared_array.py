@@ -22,6 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 _PREFIX = "dashinfer-"
+_open: set[SharedFolder] = set()
 _OWNED = re.compile(rf"{_PREFIX}\d+-[0-9a-f]+")
 
 
@@ -62,6 +63,7 @@ class SharedFolder:
         fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         self.path = unlocked.rename(root / f"{_PREFIX}{os.getpid()}-{token}")
         atexit.register(self.close, os.getpid())
+        _open.add(self)
 
     def put(self, array: NDArray[np.generic], name: str | None = None) -> SharedArray:
         return put(self.path, array, name)
@@ -72,6 +74,7 @@ class SharedFolder:
             shutil.rmtree(self.path, ignore_errors=True)
             os.close(self._lock)
             self._lock = -1
+            _open.discard(self)
 
 
 def put(folder: Path, array: NDArray[np.generic], name: str | None = None) -> SharedArray:
@@ -108,6 +111,13 @@ def shared_root() -> Path:
     """`/dev/shm` where the system has it, else the folder for temporary files."""
     shm = Path("/dev/shm")
     return shm if shm.is_dir() and os.access(shm, os.W_OK) else Path(tempfile.gettempdir())
+
+
+def leave() -> None:
+    """Before an end without exit hooks, since the parent has died: remove what both have left."""
+    for folder in tuple(_open):
+        folder.close()
+    sweep(shared_root())
 
 
 def sweep(root: Path) -> None:

@@ -17,6 +17,7 @@ import pytest
 import torch
 
 from dashinfer_vlm.config import EngineConfig
+from dashinfer_vlm.encoders.elsewhere import process
 from dashinfer_vlm.encoders.elsewhere.process import ProcessEncoder
 from dashinfer_vlm.encoders.elsewhere.stage import WorkerEncoder
 from dashinfer_vlm.engine.engine import Engine
@@ -115,6 +116,18 @@ def await_death(engine: Engine) -> None:
     deadline = time.monotonic() + 60
     while stage_of(engine).crew.num_ready:
         assert time.monotonic() < deadline, "the death was not noticed"
+
+
+def test_a_worker_that_is_stopped_is_ended_and_its_pictures_are_answered(
+    folder: Path, expected: Answers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(process, "STOP_TIMEOUT_S", 0.2)
+    with loaded(folder, vision_workers=1) as engine:
+        os.kill(pids(engine)[0], signal.SIGSTOP)
+        requests = [request(folder, str(i), picture(i)) for i in range(4)]
+        assert run(engine, requests).tokens == {r.id: expected.tokens[r.id] for r in requests}
+        serve_until_ready(engine, folder, num_ready=1)
+        assert engine.stats().num_encoder_restarts_total == 1
 
 
 def test_when_the_only_worker_is_killed_the_engine_encodes_until_it_is_back(folder: Path, expected: Answers) -> None:

@@ -94,7 +94,12 @@ FAULTS = {
     "disk of the stored responses full": Fault(
         nothing, flags=("--responses-store", str(FULL / "responses")), mounts=(*TINY, str(FULL))
     ),
-    "shared memory of 4 MiB": Fault(nothing, mounts=("-t", "tmpfs", "-o", "size=4m", "none", "/dev/shm")),
+    "shared memory of 4 MiB": Fault(
+        nothing,
+        mounts=("-t", "tmpfs", "-o", "size=4m", "none", "/dev/shm"),
+        spares_streams=False,
+        spares_later=False,
+    ),
     "home that cannot be written": Fault(
         nothing,
         flags=("--quant-type", "a8w8"),
@@ -138,6 +143,8 @@ def _judge(fault: Fault, seen: Seen) -> list[str]:
     found = [f"{seen.num_hung} clients hung"] if seen.num_hung else []
     if fault.spares_streams and any(answer.error or answer.fault(1) for answer in seen.streams):
         found.append("streams were harmed")
+    if failed := [answer for answer in seen.streams + seen.later if answer.status >= 500 and answer.status != 503]:
+        found.append(f"{len(failed)} answers were {failed[0].status}")
     if fault.comes_back:
         found += {wrong for answer in seen.streams if (wrong := answer.fault(1))}
         found += ["nobody was served again"] if seen.back_s is None else []

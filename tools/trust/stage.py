@@ -51,8 +51,8 @@ class Seen:
     @property
     def told_s(self) -> float | None:
         """From the fault to when the last stream that it ended was told; None where it ended none."""
-        ends = [a.end_s - self.struck_s for a in self.streams if a.error or "error" in " ".join(a.finals)]
-        return max(ends, default=None)
+        ended = [a for a in self.streams if (a.was_accepted and a.error) or "error" in " ".join(a.finals)]
+        return max((answer.end_s - self.struck_s for answer in ended), default=None)
 
 
 class Stage:
@@ -106,7 +106,7 @@ def _stream(random: Random, number: int) -> Asked:
 async def _until_all_flow(answers: Sequence[Answer], streams: Sequence[asyncio.Task[Answer]]) -> None:
     while not all(len(answer.pieces_s) > 1 or task.done() for answer, task in zip(answers, streams, strict=True)):
         await asyncio.wait(streams, timeout=_LOOK_S, return_when=asyncio.FIRST_COMPLETED)
-    if early := [answer for answer, task in zip(answers, streams, strict=True) if task.done()]:
+    if early := [answer for answer in answers if answer.num_ends]:
         raise RuntimeError(f"{len(early)} streams were over before the fault, such as {early[0]}")
 
 

@@ -151,7 +151,7 @@ async def test_ctrl_c_reaches_the_parent_only() -> None:
     await engine.close()
 
 
-async def test_a_child_ends_with_its_parent() -> None:
+async def test_a_child_ends_with_its_parent_and_leaves_nothing_of_either_in_shared_memory() -> None:
     code = (
         "import asyncio, sys\n"
         "from dashinfer_vlm.config import EngineConfig\n"
@@ -159,14 +159,14 @@ async def test_a_child_ends_with_its_parent() -> None:
         f"ProcessEngine.command = {SCRIPTED_PROCESS!r}\n"
         "async def main():\n"
         "    engine = await ProcessEngine.start(EngineConfig())\n"
-        "    print(engine.pid, flush=True)\n"
+        "    print(engine.pid, engine._folder.path, flush=True)\n"
         "    await asyncio.Event().wait()\n"
         "asyncio.run(main())\n"
     )
     parent = await asyncio.create_subprocess_exec(sys.executable, "-c", code, stdout=subprocess.PIPE)
     assert parent.stdout is not None
-    child = int(await parent.stdout.readline())
-    watch = os.pidfd_open(child)
+    child, folder = (await parent.stdout.readline()).split()
+    watch = os.pidfd_open(int(child))
     parent.kill()
     await parent.wait()
     ended = asyncio.Event()
@@ -174,6 +174,7 @@ async def test_a_child_ends_with_its_parent() -> None:
     await asyncio.wait_for(ended.wait(), 10)
     asyncio.get_running_loop().remove_reader(watch)
     os.close(watch)
+    assert folder.decode().rpartition("/")[2] not in os.listdir("/dev/shm")
 
 
 async def test_arrays_made_for_the_journey_are_removed_with_the_request() -> None:

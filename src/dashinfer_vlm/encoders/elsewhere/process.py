@@ -37,10 +37,13 @@ from dashinfer_vlm.errors import EngineError
 from dashinfer_vlm.log_lines import LogStyle
 from dashinfer_vlm.request import Item
 from dashinfer_vlm.shared_array import SharedFolder
+from dashinfer_vlm.stopped import is_stopped
 
 START_TIMEOUT_S = 300.0
 JOB_TIMEOUT_S = 600.0
 """A worker that needs longer for one batch hangs and is killed."""
+STOP_TIMEOUT_S = 10.0
+"""How long it may be stopped by a signal, as a debugger does, while somebody waits for it."""
 _LOOK_MS = 50
 """How often one who waits for a reply looks whether the worker lives. The reply itself is heard at once."""
 _LAST_WORDS_MS = 200
@@ -170,12 +173,13 @@ class ProcessEncoder:
     def _receive(self, timeout_s: float) -> Reply:
         assert self._process is not None
         assert self._socket is not None
-        deadline = time.monotonic() + timeout_s
+        start_s = time.monotonic()
         while not self._socket.poll(_LOOK_MS):
             status = self._process.poll()
             if status is not None and not self._socket.poll(_LAST_WORDS_MS):
                 raise EncoderDiedError(f"the vision worker ended with status {status}")
-            if time.monotonic() > deadline:
+            patience_s = min(STOP_TIMEOUT_S, timeout_s) if is_stopped(self._process.pid) else timeout_s
+            if time.monotonic() - start_s > patience_s:
                 self._process.kill()
-                raise EncoderDiedError(f"the vision worker gave no answer for {timeout_s:g} s and was killed")
+                raise EncoderDiedError(f"the vision worker gave no answer for {patience_s:g} s and was killed")
         return reply_decoder.decode(self._socket.recv())

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import time
 from pathlib import Path
 from typing import Literal
 
@@ -14,6 +16,10 @@ from dashinfer_vlm.fault import Fault
 from dashinfer_vlm.log_lines import LogStyle
 from dashinfer_vlm.request import Grid
 from dashinfer_vlm.shared_array import SharedArray, put
+
+ROOM_TIMEOUT_S = 30.0
+"""How long an array may wait for shared memory: items leave it as soon as they are encoded."""
+_LOOK_S = 0.05
 
 TensorDtype = Literal["uint8", "bfloat16", "float16", "float32", "float64"]
 
@@ -103,8 +109,18 @@ def tensor_bytes(tensor: torch.Tensor) -> np.ndarray:
 
 
 def write_tensor(folder: Path, tensor: torch.Tensor, name: str) -> TensorFile:
-    """Put a tensor that is not empty into the file `name` of `folder`; raises OSError when there is no memory."""
-    return TensorFile(dtype_name(tensor.dtype), tuple(tensor.shape), put(folder, tensor_bytes(tensor), name))
+    """Put a tensor that is not empty into the file `name` of `folder`.
+
+    Waits for memory that others are about to give back; raises OSError when there is none within `ROOM_TIMEOUT_S`.
+    """
+    deadline = time.monotonic() + ROOM_TIMEOUT_S
+    while True:
+        try:
+            return TensorFile(dtype_name(tensor.dtype), tuple(tensor.shape), put(folder, tensor_bytes(tensor), name))
+        except OSError as error:
+            if error.errno != errno.ENOSPC or time.monotonic() > deadline:
+                raise
+        time.sleep(_LOOK_S)
 
 
 def read_tensor(shared: TensorFile) -> torch.Tensor:

@@ -41,6 +41,7 @@ from dashinfer_vlm.kernels.threads import set_threads, stay_on
 from dashinfer_vlm.models.base import VisionEncoder
 from dashinfer_vlm.models.loading import load_encoder
 from dashinfer_vlm.request import Grid
+from dashinfer_vlm.shared_array import leave
 
 logger = logging.getLogger(__name__)
 
@@ -120,6 +121,7 @@ def _do(job: EncodeJob, encode: Encode, start: Start) -> Reply:
 def _exit_with_parent() -> None:
     while os.read(sys.stdin.fileno(), 4096):
         pass
+    leave()
     os._exit(0)
 
 

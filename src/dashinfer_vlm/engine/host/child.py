@@ -36,6 +36,7 @@ from dashinfer_vlm.engine.host.wire import (
 from dashinfer_vlm.engine.info import EngineInfo
 from dashinfer_vlm.errors import DashInferError, EngineError
 from dashinfer_vlm.fault import Fault
+from dashinfer_vlm.shared_array import leave
 
 logger = logging.getLogger(__name__)
 
@@ -111,6 +112,7 @@ def serve(load: Loader) -> int:
 def _exit_with_parent() -> None:
     while os.read(sys.stdin.fileno(), 4096):
         pass
+    leave()
     os._exit(1)
 
 

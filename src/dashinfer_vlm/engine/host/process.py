@@ -9,7 +9,6 @@ import signal
 import sys
 from collections.abc import AsyncGenerator
 from functools import partial
-from pathlib import Path
 
 import msgspec
 import zmq
@@ -37,6 +36,7 @@ from dashinfer_vlm.fault import Fault
 from dashinfer_vlm.log_lines import LogStyle
 from dashinfer_vlm.request import Finish, Output, Request
 from dashinfer_vlm.shared_array import SharedArray, SharedFolder
+from dashinfer_vlm.stopped import is_stopped
 
 __all__ = ["ProcessEngine"]
 
@@ -181,7 +181,7 @@ class ProcessEngine:
             await asyncio.wait({self._exit}, timeout=_LOOK_S)
 
     def _patience_s(self, step_timeout_s: float) -> float:
-        return min(self.stop_timeout_s, step_timeout_s) if _is_stopped(self._process.pid) else step_timeout_s
+        return min(self.stop_timeout_s, step_timeout_s) if is_stopped(self._process.pid) else step_timeout_s
 
     async def _load(self, start: Start, progress: OnProgress) -> None:
         assert self._process.stdin is not None
@@ -230,14 +230,6 @@ class ProcessEngine:
         # the reader tells all who listen that the child is gone.
         with contextlib.suppress(zmq.Again):
             await self._socket.send(msgspec.msgpack.encode(command), flags=zmq.NOBLOCK)
-
-
-def _is_stopped(pid: int) -> bool:
-    """By SIGSTOP or a debugger, as far as the system tells."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2][:1] in "Tt"
-    except OSError:
-        return False
 
 
 def _how_it_ended(status: int) -> str:
