@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from dashinfer_vlm import shared_array
 from dashinfer_vlm.encoders.elsewhere import wire
 from dashinfer_vlm.encoders.elsewhere.wire import read_tensor, write_tensor
 
@@ -17,7 +18,7 @@ from dashinfer_vlm.encoders.elsewhere.wire import read_tensor, write_tensor
 def refusals(monkeypatch: pytest.MonkeyPatch) -> list[OSError]:
     """What the next attempts to take memory raise."""
     errors: list[OSError] = []
-    put = wire.put
+    put = shared_array.put
 
     def full(*args: Any) -> Any:
         if errors:
