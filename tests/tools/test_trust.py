@@ -83,8 +83,8 @@ def test_what_clients_saw_is_counted_in_words() -> None:
     assert Seen(answers).num_hung == 1
 
 
-def test_gaps_are_those_within_a_stream() -> None:
-    assert Gaps.of([[0.0, 1.0, 2.0], [100.0, 101.0, 102.0]]) == Gaps(1.0, 1.0)
+def test_gaps_are_those_within_a_stream_while_all_flow() -> None:
+    assert Gaps.of([[0.0, 3.0, 4.0, 5.0, 6.0], [2.5, 3.5, 4.5, 5.5, 9.0]]) == Gaps(1.0, 1.0)
 
 
 def test_every_test_that_the_page_names_is_there() -> None:

@@ -19,6 +19,7 @@ from collections import Counter
 from contextlib import ExitStack, aclosing
 from dataclasses import dataclass
 from itertools import pairwise
+from pathlib import Path
 from statistics import quantiles
 from typing import Any
 from urllib.parse import urlsplit
@@ -53,8 +54,10 @@ class Gaps:
 
     @classmethod
     def of(cls, streams: list[list[float]]) -> Gaps:
-        """Of the times at which each stream's pieces came."""
-        cuts = quantiles([after - before for times in streams for before, after in pairwise(times)], n=100)
+        """Of the times at which each stream's pieces came, while all of them flowed."""
+        start_s, end_s = max(times[0] for times in streams), min(times[-1] for times in streams)
+        flowing = [[at_s for at_s in times if start_s <= at_s <= end_s] for times in streams]
+        cuts = quantiles([after - before for times in flowing for before, after in pairwise(times)], n=100)
         return cls(cuts[49], cuts[98])
 
 
@@ -162,6 +165,12 @@ def _idle(url: str) -> socket.socket:
     return connection
 
 
+def _cpu_s(pid: int) -> float:
+    """Processor time of a process so far."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
 def _is_open(connection: socket.socket) -> bool:
     try:
         return bool(connection.recv(4096, socket.MSG_DONTWAIT))
@@ -178,13 +187,17 @@ def main(num_streams: int, num_tokens: int, num_idle: int, path: str) -> None:
     raise_file_limit()
     load = os.getloadavg()[0]
     alone = asyncio.run(engine_alone(num_streams, num_tokens))
-    flags = [text for name, value in ENGINE.items() for text in (f"--{name.replace('_', '-')}", str(value))]
+    flags = ["--keep-alive-s", "900"]  # the idle ones would be let go
+    flags += [text for name, value in ENGINE.items() for text in (f"--{name.replace('_', '-')}", str(value))]
     with ExitStack() as stack:
         server = stack.enter_context(serving(model_folder("qwen2_vl"), *flags))
         idle = [stack.enter_context(_idle(server.address)) for _ in range(num_idle)]
+        before_s = _cpu_s(server.process.pid)
         http, faults = asyncio.run(over_http(server.address, num_streams, num_tokens))
+        token_s = (_cpu_s(server.process.pid) - before_s) / (num_streams * num_tokens)
         num_open = sum(_is_open(connection) for connection in idle)
     text = page(alone, http, faults, num_streams, (num_idle, num_open), load)
+    text += f"\nThe HTTP process took {token_s * 1e6:.0f} µs of processor time for each token.\n"
     print(text)
     if path:
         write_section(path, "crowd", text)
