@@ -73,6 +73,7 @@ def test_every_linear_layer_gives_the_numbers_of_the_definition(
 def without_native_kernels(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(cpu_ops, "available", lambda: False)
     patch.setattr(cpu_ops, "why_unavailable", lambda: "no compiler")
+    backends._tell_once.cache_clear()
 
 
 def test_a_cpu_without_kernels_computes_in_float32_and_says_why(
@@ -85,6 +86,17 @@ def test_a_cpu_without_kernels_computes_in_float32_and_says_why(
     assert (backend.weight_dtype, backend.activation_dtype) == (torch.bfloat16, torch.float32)
     assert isinstance(backend.linear(matrix(torch.randn(4, 4))), ExpandingLinear)
     assert "no compiler" in caplog.text
+
+
+def test_a_cpu_without_kernels_says_why_also_where_onednn_multiplies(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    without_native_kernels(monkeypatch)
+    monkeypatch.setattr(onednn, "available", lambda: True)
+    with caplog.at_level(logging.WARNING):
+        for _ in ("text", "vision"):
+            assert choose_backend(CPU, torch.bfloat16).name == "oneDNN"
+    assert caplog.text.count("no compiler") == 1
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
 
 import torch
 from torch import Tensor
@@ -171,13 +171,14 @@ def _choose(device: torch.device, weight_dtype: torch.dtype, quant_type: str, st
     if device.type != "cpu":
         make = _of_own_copies(TorchLinear, device, weight_dtype)
         return Backend("torch", device, weight_dtype, weight_dtype, REFERENCE, make)
+    could_be_native = weight_dtype in (torch.bfloat16, torch.float32)
+    if could_be_native and not cpu_ops.available():
+        _tell_once(f"no native kernels: {cpu_ops.why_unavailable()}; plain torch computes, slower")
     if weight_dtype == torch.bfloat16 and onednn.available() and not _native_multiplies_bfloat16():
         return Backend("oneDNN", device, weight_dtype, weight_dtype, REFERENCE, _one_dnn)
-    if weight_dtype in (torch.bfloat16, torch.float32):
-        if cpu_ops.available():
-            layers = partial(_packed, weight_dtype)
-            return _native(device, weight_dtype, layers, layers)
-        logger.warning("no native kernels: %s; plain torch computes, slower", cpu_ops.why_unavailable())
+    if could_be_native and cpu_ops.available():
+        layers = partial(_packed, weight_dtype)
+        return _native(device, weight_dtype, layers, layers)
     plain = TorchLinear if weight_dtype == torch.float32 else ExpandingLinear
     make = _of_own_copies(plain, device, weight_dtype)
     return Backend("torch", device, weight_dtype, torch.float32, REFERENCE, make)
@@ -310,6 +311,12 @@ def _native(device: torch.device, weight_dtype: torch.dtype, layers: LinearFacto
         make_patches=NativePatches,
         is_native=True,
     )
+
+
+@cache
+def _tell_once(words: str) -> None:
+    """The parts of a model choose one by one."""
+    logger.warning(words)
 
 
 def _native_multiplies_bfloat16() -> bool:
