@@ -222,9 +222,12 @@ def test_tool_calls_reach_the_template_as_objects(tokenizer: Tokenizer) -> None:
     assert IM_END not in ids
 
 
-def test_tool_arguments_that_are_no_object_are_refused(tokenizer: Tokenizer) -> None:
-    turn = Message(role="assistant", tool_calls=(ToolCall(name="weather", arguments="[1]"),))
-    with pytest.raises(InvalidRequestError, match="'weather' are no JSON object"):
+@pytest.mark.parametrize("arguments", ["[1]", "{", "[" * 60_000, '{"a":' * 900 + "1" + "}" * 900])
+def test_tool_arguments_that_are_no_object_or_nested_too_deeply_are_refused(
+    tokenizer: Tokenizer, arguments: str
+) -> None:
+    turn = Message(role="assistant", tool_calls=(ToolCall(name="weather", arguments=arguments),))
+    with pytest.raises(InvalidRequestError, match="'weather' are not a JSON object of at most 100 levels"):
         ChatTemplate("{{ messages[0].tool_calls }}", tokenizer).encode(Dialogue([turn]))
 
 

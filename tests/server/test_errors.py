@@ -347,7 +347,7 @@ async def test_a_stream_that_is_not_complete_in_time_ends_with_an_error_event(se
 async def test_a_time_that_cannot_be_is_400(serve: Serve, header: str) -> None:
     running = await serve()
     reply = await running.post(CHAT, {"messages": ASK}, headers={"X-Request-Timeout": header})
-    assert (reply.status_code, error_of(reply)["param"]) == (400, "timeout")
+    assert (reply.status_code, error_of(reply)["param"]) == (400, "x-request-timeout")
 
 
 async def test_tokens_that_wait_are_bounded_and_counted(serve: Serve) -> None:

@@ -131,7 +131,7 @@ def _check_embedding(num_tokens: int, shape: tuple[int, ...], limits: Limits) ->
     widths = sorted({limits.hidden_size, limits.embedding_size})
     if shape not in [(num_tokens, width) for width in widths]:
         wanted = " or ".join(str((num_tokens, width)) for width in widths)
-        raise InvalidRequestError(f"an embedding has shape {shape}; its placeholders ask for {wanted}")
+        raise InvalidRequestError(f"an embedding has shape {shape}; the model and the item's grid ask for {wanted}")
 
 
 def _check_positions(request: Request) -> None:

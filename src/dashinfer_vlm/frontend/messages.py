@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,6 +15,8 @@ from dashinfer_vlm.frontend.tools import FREE_CHOICE, Tool, ToolChoice
 from dashinfer_vlm.media.types import MediaRef
 
 ROLES = ("system", "user", "assistant", "tool")
+MAX_DEPTH = 100
+"""Levels of the arguments of a tool call. Templates and the guard against special tokens walk through them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,13 +150,18 @@ def validate_messages(messages: Sequence[Message]) -> None:
 
 
 def _template_call(call: ToolCall) -> dict[str, Any]:
-    try:
+    arguments: object = None
+    with suppress(ValueError, RecursionError):  # the latter for thousands of brackets
         arguments = json.loads(call.arguments)
-    except ValueError:
-        arguments = None
-    if not isinstance(arguments, dict):
+    if not isinstance(arguments, dict) or _is_deeper(arguments, MAX_DEPTH):
         raise InvalidRequestError(
-            f"the arguments of the tool call {call.name!r} are no JSON object", param="messages.tool_calls"
+            f"the arguments of the tool call {call.name!r} are not a JSON object of at most {MAX_DEPTH} levels",
+            param="messages.tool_calls",
         )
     function = {"name": call.name, "arguments": arguments}
     return {"id": call.id, "type": "function", "function": function}
+
+
+def _is_deeper(value: object, levels: int) -> bool:
+    children = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return any(levels == 0 or _is_deeper(child, levels - 1) for child in children)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import secrets
 from dataclasses import dataclass, field, replace
 from typing import Literal
@@ -112,13 +113,11 @@ class GenerationParams:
         )
 
 
-def check_timeout(seconds: float) -> None:
-    """Raise InvalidRequestError for a time that no answer can have."""
+def check_timeout(seconds: float, param: str = "timeout") -> None:
+    """Raise InvalidRequestError for a time that no answer can have; NaN stands for what was not a number."""
     if not 0 < seconds <= MAX_TIMEOUT_S:  # also false for NaN
-        raise InvalidRequestError(
-            f"the time for the answer is {seconds:g} s; it must be above 0 and at most {MAX_TIMEOUT_S} s",
-            param="timeout",
-        )
+        said = "not a number" if math.isnan(seconds) else f"{seconds:g} s"
+        raise InvalidRequestError(f"{param} is {said}; it must be above 0 and at most {MAX_TIMEOUT_S} s", param=param)
 
 
 DEFAULT_PARAMS = GenerationParams()

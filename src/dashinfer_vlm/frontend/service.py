@@ -256,7 +256,7 @@ def _timeout_s(params: GenerationParams) -> float | None:
     """Of the request's field and its header, the shorter one; raises InvalidRequestError."""
     header_s = current_timeout_s.get()
     if header_s is not None:
-        check_timeout(header_s)
+        check_timeout(header_s, "x-request-timeout")
     return min((seconds for seconds in (params.timeout_s, header_s) if seconds is not None), default=None)
 
 

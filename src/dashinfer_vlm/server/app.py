@@ -46,7 +46,7 @@ def create_app(
     routers = _routers(context, metrics, desk, batches)
     if config.docs:
         routers.append(document_routes(_routes(routers), with_keys=bool(keyring)))
-    routers.append(refused_routes())
+    routers.append(refused_routes(with_files=batches is not None))
     app = FastAPI(
         title="DashInfer-VLM",
         version=dashinfer_vlm.__version__,

@@ -30,11 +30,13 @@ _MISSING = {
     "/v1/batches": "start the server with --files-path to keep batches, or answer them with dashinfer-vlm run",
     "/v1/complete": "Anthropic's older API is not served; use /v1/messages",
 }
+_FILES = {"/v1/files", "/v1/batches"}
 _METHODS = ["GET", "POST", "PUT", "PATCH", "DELETE"]
 
 
-def refused_routes() -> APIRouter:
-    """Behind all other routes. Each of them answers 404 with the code `not_served`, whatever the method."""
+def refused_routes(*, with_files: bool) -> APIRouter:
+    """Behind all other routes. Each of them answers 404 with the code `not_served`, whatever the method. `with_files`:
+    the server keeps files and batches, so that nothing is to be said of them."""
     router = APIRouter(include_in_schema=False)
 
     async def refuse(request: Request) -> Response:
@@ -42,7 +44,7 @@ def refused_routes() -> APIRouter:
         reason = next(why for root, why in _MISSING.items() if path == root or path.startswith(f"{root}/"))
         raise HttpError(404, "not_served", f"there is no {path[:200]} here: {reason}")
 
-    for root in _MISSING:
+    for root in _MISSING if not with_files else _MISSING.keys() - _FILES:
         router.add_api_route(root, refuse, methods=_METHODS)
         router.add_api_route(f"{root}/{{rest:path}}", refuse, methods=_METHODS)
     return router

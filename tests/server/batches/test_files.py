@@ -181,3 +181,10 @@ def test_what_is_too_old_goes_and_so_does_what_was_not_finished(tmp_path: Path) 
     assert not path.exists()
     store.take(LIMITS.total_bytes)
     store.close()
+
+
+async def test_with_files_kept_no_route_says_that_they_are_not(keep: Keep) -> None:
+    running = await keep()
+    for path in ("/v1/files/x/y", "/v1/batches/x/y"):
+        reply = await running.get(path)
+        assert (reply.status_code, "--files-path" in reply.text) == (404, False)
