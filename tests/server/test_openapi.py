@@ -65,6 +65,26 @@ def test_every_reference_leads_somewhere(document: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize(
+    ("path", "query"),
+    [
+        ("/v1/responses/{id}", {"include": "array", "include_obfuscation": "boolean", "stream": [False]}),
+        (
+            "/v1/responses/{id}/input_items",
+            {"after": "string", "include": "array", "limit": "integer", "order": ["asc", "desc"]},
+        ),
+    ],
+)
+def test_queries_are_told_without_null_which_they_cannot_say(
+    document: dict[str, Any], path: str, query: dict[str, Any]
+) -> None:
+    parameters = [each for each in document["paths"][path]["get"]["parameters"] if each["in"] == "query"]
+    told = {each["name"]: each["schema"] for each in parameters}
+    assert {name: each.get("enum", each.get("type")) for name, each in told.items()} == query
+    assert "null" not in json.dumps(list(told.values()))
+    assert not any(each["required"] for each in parameters)
+
+
+@pytest.mark.parametrize(
     ("path", "method", "body"),
     [
         ("/v1/chat/completions", "post", CHAT | {"logprobs": True, "top_logprobs": 1, "return_token_ids": True}),
@@ -118,7 +138,11 @@ async def test_with_keys_the_description_is_open_and_says_that_a_key_is_wanted(s
     running: Running = await serve(config={"api_keys": ("secret",)})
     told = (await running.get("/openapi.json")).json()
     chat = told["paths"]["/v1/chat/completions"]["post"]
-    assert (chat["security"], "401" in chat["responses"]) == ([{"key": []}], True)
+    assert (chat["security"], "401" in chat["responses"]) == ([{"bearer": []}, {"x-api-key": []}], True)
+    assert told["components"]["securitySchemes"] == {
+        "bearer": {"type": "http", "scheme": "bearer"},
+        "x-api-key": {"type": "apiKey", "in": "header", "name": "x-api-key"},
+    }
     assert (await running.get("/docs")).status_code == 200
     assert (await running.get("/v1/models")).status_code == 401
 

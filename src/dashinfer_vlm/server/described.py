@@ -30,6 +30,8 @@ class Operation:
     reply: Any
     """What msgspec knows a schema of, or the media type of a text."""
     body: type[BaseModel] | None = None
+    query: type[BaseModel] | None = None
+    """What reads the parameters behind the path."""
     event: Any = None
     """The same of one event, where the answer may be a stream of them."""
     errors: tuple[int, ...] = LOOKING

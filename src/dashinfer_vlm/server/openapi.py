@@ -25,6 +25,11 @@ Json = dict[str, Any]
 
 _REF = "#/components/schemas/{}"
 _PAGE_POLICY = "default-src 'none'; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
+_KEYS: Json = {
+    "bearer": {"type": "http", "scheme": "bearer"},
+    "x-api-key": {"type": "apiKey", "in": "header", "name": "x-api-key"},
+}
+"""Where a request may have its key: in one of these."""
 _PHRASES = {529: "Overloaded"}
 """Of statuses that only one API has."""
 _PARAMETER = re.compile(r"\{(\w+)(?::\w+)?\}")
@@ -63,7 +68,7 @@ def document(routes: Iterable[APIRoute], *, with_keys: bool) -> Json:
             paths.setdefault(path, {})[method.lower()] = told
     components: Json = {"schemas": schemas.components}
     if with_keys:
-        components["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
+        components["securitySchemes"] = _KEYS
     return {
         "openapi": "3.1.0",
         "info": {"title": "DashInfer-VLM", "version": dashinfer_vlm.__version__},
@@ -103,16 +108,37 @@ def _operation(route: APIRoute, method: str, operation: Operation, schemas: _Sch
         "summary": operation.summary,
         "responses": dict(_responses(operation, schemas, has_content=method != "HEAD", with_keys=with_keys)),
     }
-    if names := _PARAMETER.findall(route.path):
-        told["parameters"] = [
-            {"name": name, "in": "path", "required": True, "schema": {"type": "string"}} for name in names
-        ]
+    if parameters := [*_path_parameters(route.path), *_query_parameters(operation.query)]:
+        told["parameters"] = parameters
     if operation.body is not None:
         content = {"application/json": {"schema": schemas.of_body(operation.body)}}
         told["requestBody"] = {"required": True, "content": content}
     if with_keys:
-        told["security"] = [{"key": []}]
+        told["security"] = [{name: []} for name in _KEYS]
     return told
+
+
+def _path_parameters(path: str) -> Iterator[Json]:
+    for name in _PARAMETER.findall(path):
+        yield {"name": name, "in": "path", "required": True, "schema": {"type": "string"}}
+
+
+def _query_parameters(query: type[BaseModel] | None) -> Iterator[Json]:
+    fields = query.model_json_schema()["properties"] if query is not None else {}
+    for name, schema in fields.items():
+        if (told := _without_null(schema)).get("enum") != []:  # there is a value that may be sent
+            yield {"name": name, "in": "query", "required": False, "schema": told}
+
+
+def _without_null(schema: Json) -> Json:
+    """What the text of a query can say of a field that may be null elsewhere."""
+    told = {key: value for key, value in schema.items() if (key, value) != ("default", None)}
+    if "enum" in told:
+        told["enum"] = [value for value in told["enum"] if value is not None]
+    options = [option for option in told.pop("anyOf", []) if option != {"type": "null"}]
+    if len(options) > 1:
+        return {**told, "anyOf": options}
+    return {**told, **(options[0] if options else {})}
 
 
 def _responses(

@@ -41,6 +41,7 @@ def _operations(document: Json) -> Iterator[str]:
     for path, methods in document["paths"].items():
         for method, operation in methods.items():
             yield f"<section><h2><code>{method.upper()} {escape(path)}</code></h2><p>{escape(operation['summary'])}</p>"
+            yield _query(operation.get("parameters", []))
             if "requestBody" in operation:
                 yield f"<p>Body: {_contents(operation['requestBody']['content'])}</p>"
             yield '<table><thead><tr><th scope="col">Status</th><th scope="col">Answer</th></tr></thead><tbody>'
@@ -48,6 +49,12 @@ def _operations(document: Json) -> Iterator[str]:
                 answer = f"{escape(response['description'])} {_contents(response.get('content', {}))}"
                 yield f'<tr><th scope="row">{status}</th><td>{answer}</td></tr>'
             yield "</tbody></table></section>"
+
+
+def _query(parameters: list[Json]) -> str:
+    told = (f"<code>{escape(p['name'])}</code> {_type(p['schema'])}" for p in parameters if p["in"] == "query")
+    line = ", ".join(told)
+    return f"<p>Query: {line}</p>" if line else ""
 
 
 def _contents(contents: Json) -> str:

@@ -27,7 +27,9 @@ _WINDOW_S = 24 * 3600
 CREATE_BATCH = Operation(
     summary="Begin to answer a file of requests.", body=BatchBody, reply=BatchReply, errors=(*READING, 429)
 )
-LIST_BATCHES = Operation(summary="The batches of this key.", reply=Page[BatchReply], errors=(400, *LOOKING))
+LIST_BATCHES = Operation(
+    summary="The batches of this key.", query=BatchQuery, reply=Page[BatchReply], errors=(400, *LOOKING)
+)
 BATCH = Operation(summary="How far a batch is.", reply=BatchReply, errors=(404, *LOOKING))
 CANCEL_BATCH = Operation(summary="End a batch.", reply=BatchReply, errors=(404, 409, *LOOKING))
 

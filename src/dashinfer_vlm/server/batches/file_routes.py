@@ -20,7 +20,7 @@ _FORM_BYTES = 1 << 16
 """What a form may have beside its file."""
 
 UPLOAD = Operation(summary="Take a file.", reply=FileReply, errors=(400, 408, 413, *LOOKING))
-LIST_FILES = Operation(summary="The files of this key.", reply=Page[FileReply], errors=(400, *LOOKING))
+LIST_FILES = Operation(summary="The files of this key.", query=FileQuery, reply=Page[FileReply], errors=(400, *LOOKING))
 FILE = Operation(summary="What is known of a file.", reply=FileReply, errors=(404, *LOOKING))
 CONTENT = Operation(summary="What is in a file.", reply="application/octet-stream", errors=(404, *LOOKING))
 DELETE = Operation(summary="Delete a file.", reply=FileDeleted, errors=(404, 409, *LOOKING))

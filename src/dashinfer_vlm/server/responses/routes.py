@@ -65,10 +65,14 @@ CREATE = Operation(
     errors=GENERATING,
 )
 COUNT = Operation(summary="Count the tokens of an input.", body=CountBody, reply=InputTokens, errors=GENERATING)
-RETRIEVE = Operation(summary="A response that is kept.", reply=ResponseReply, errors=(400, 404, *LOOKING))
+RETRIEVE = Operation(
+    summary="A response that is kept.", query=RetrieveQuery, reply=ResponseReply, errors=(400, 404, *LOOKING)
+)
 DELETE = Operation(summary="Forget a response.", reply=Deleted, errors=(404, *LOOKING))
 CANCEL = Operation(summary="End a response in the background.", reply=ResponseReply, errors=(400, 404, *LOOKING))
-ITEMS = Operation(summary="The items of a response's input.", reply=ItemList, errors=(400, 404, *LOOKING))
+ITEMS = Operation(
+    summary="The items of a response's input.", query=ItemsQuery, reply=ItemList, errors=(400, 404, *LOOKING)
+)
 
 
 @dataclass(frozen=True, slots=True)
