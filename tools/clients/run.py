@@ -43,6 +43,7 @@ GROUPS = {
         (
             "test_openai_python.py",
             "test_openai_responses.py",
+            "test_anthropic.py",
             "test_langchain.py",
             "test_instructor.py",
             "test_pydantic_ai.py",
@@ -58,7 +59,10 @@ GROUPS = {
     "open_webui_tasks": Group(("test_open_webui_tasks.py",), ("--max-model-len", "4096"), "open_webui"),
     "schemathesis": Group(
         ("test_schemathesis.py",),
-        ("--max-model-len", "256", "--enable-mm-embeds", "--allowed-media-domains", "nowhere.invalid"),
+        (
+            *("--max-model-len", "256", "--enable-mm-embeds", "--allowed-media-domains", "nowhere.invalid"),
+            *("--files-path", str(BUILD / "files")),
+        ),
     ),
 }
 
