@@ -39,7 +39,7 @@ MOST_ADDED_S = 0.020
 ENGINE = {
     "max_num_seqs": 1024,
     "max_num_batched_tokens": 2048,
-    "kv_cache_gib": 0.25,
+    "kv_cache_gib": 2.0,
     "max_model_len": 4096,
     "threads": 1,
 }
@@ -57,6 +57,8 @@ class Gaps:
         """Of the times at which each stream's pieces came, while all of them flowed."""
         start_s, end_s = max(times[0] for times in streams), min(times[-1] for times in streams)
         flowing = [[at_s for at_s in times if start_s <= at_s <= end_s] for times in streams]
+        if start_s >= end_s:
+            sys.exit(f"no moment saw all streams flow, by {start_s - end_s:.1f} s: more --tokens are needed")
         cuts = quantiles([after - before for times in flowing for before, after in pairwise(times)], n=100)
         return cls(cuts[49], cuts[98])
 
@@ -180,7 +182,7 @@ def _is_open(connection: socket.socket) -> bool:
 
 @click.command()
 @click.option("--streams", "num_streams", default=1000, show_default=True)
-@click.option("--tokens", "num_tokens", default=60, show_default=True)
+@click.option("--tokens", "num_tokens", default=1500, show_default=True)
 @click.option("--idle", "num_idle", default=5000, show_default=True)
 @click.option("--page", "path", default="", help="Page whose section is written anew.")
 def main(num_streams: int, num_tokens: int, num_idle: int, path: str) -> None:
