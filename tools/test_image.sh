@@ -20,7 +20,7 @@ buildah() {
 
 mkdir -p "$work"
 if [ ! -s "$base" ]; then
-  mmdebstrap --variant=minbase --include=python3,python3-venv,ca-certificates bookworm "$base.part"
+  mmdebstrap --variant=minbase --include=python3,python3-dev,python3-venv,ca-certificates bookworm "$base.part"
   mv "$base.part" "$base"
 fi
 if ! buildah inspect --type image dashinfer-vlm-base > /dev/null 2>&1; then
@@ -33,11 +33,18 @@ buildah bud --layers --isolation chroot --format docker --build-arg BASE=dashinf
 # docker run --shm-size 1g -p 8000:8000 IMAGE --model ... --host 0.0.0.0: the entry point, the user and the environment
 # of the image, with the host's network; the bundled model stands for one that would be downloaded
 container=$(buildah from dashinfer-vlm)
-trap 'kill "$server" 2> /dev/null || true; wait "$server" 2> /dev/null || true; buildah rm "$container" > /dev/null' EXIT
-read -ra entry < <(buildah inspect --format '{{join .OCIv1.Config.Entrypoint " "}}' "$container")
+server=
+end() {
+  [ -z "$server" ] || kill -- "-$server" 2> /dev/null || true # the server is a grandchild in the same group
+  wait
+  buildah rm "$container" > /dev/null
+}
+trap end EXIT
+read -ra entry <<< "$(buildah inspect --format '{{range .OCIv1.Config.Entrypoint}}{{.}} {{end}}' "$container")"
 user=$(buildah inspect --format '{{.OCIv1.Config.User}}' "$container")
 [ "$user" != 0 ] && [ -n "$user" ] || { echo "the image runs as root" >&2; exit 1; }
-buildah run --isolation chroot "$container" -- "${entry[@]}" \
+setsid buildah --root "$work/storage" --runroot "$work/run" --storage-driver overlay run --isolation chroot \
+  "$container" -- "${entry[@]}" \
   --served-model-name qwen/Qwen2-VL-2B-Instruct --host 0.0.0.0 --port "$port" --kv-cache-gib 0.1 &
 server=$!
 until curl -fs "http://localhost:$port/ready" > /dev/null; do
