@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,9 @@ import pytest
 from openai import AsyncOpenAI
 
 from dashinfer_vlm.frontend.tokenizer import Tokenizer
+from dashinfer_vlm.server.responses import kept
+from dashinfer_vlm.server.responses.items import AnyItem
+from dashinfer_vlm.server.responses.store import Kept
 from tests.server.conftest import Parts, Serve
 from tests.server.responses.conftest import prompt_of
 from tests.server.responses.test_create import LOOK, PICTURE
@@ -221,6 +224,35 @@ async def test_a_conversation_that_is_read_again_counts_too(serve: Serve) -> Non
         said = {"previous_response_id": reply.json().get("id")}
     assert reply.status_code == 429
     assert "bodies of requests hold" in reply.json()["error"]["message"]
+
+
+async def test_an_item_that_is_named_often_is_read_once_and_counts_as_often(
+    serve: Serve, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    running = await serve("x", max_body_bytes=2_000)  # 32,000 for all
+    said = (await running.post("/v1/responses", {"input": "y " * 700})).json()["id"]
+    name = (await running.get(f"/v1/responses/{said}/input_items")).json()["data"][0]["id"]
+    reads: list[Collection[str]] = []
+    find = kept.find_items
+
+    def counted(row: Kept, ids: Collection[str]) -> dict[str, tuple[AnyItem, int]]:
+        reads.append(ids)
+        return find(row, ids)
+
+    monkeypatch.setattr(kept, "find_items", counted)
+    for count, status in ((2, 200), (25, 429)):
+        body = {"input": [{"type": "item_reference", "id": name}] * count, "store": False}
+        reply = await running.post("/v1/responses", body)
+        assert (reply.status_code, len(reads)) == (status, 1), reply.text
+        reads.clear()
+
+
+async def test_what_is_still_under_way_cannot_be_continued_and_says_so(serve: Serve) -> None:
+    running = await serve("one two", engine={"pauses_after": 1})
+    begun = (await running.post("/v1/responses", {"input": "x", "background": True})).json()["id"]
+    reply = await running.post("/v1/responses", {"input": "x", "previous_response_id": begun})
+    assert (reply.status_code, "is still in progress" in reply.text) == (400, True)
+    running.engine.resume.set()
 
 
 async def test_responses_in_the_background_hold_no_more_than_the_store(serve: Serve) -> None:

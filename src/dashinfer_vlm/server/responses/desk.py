@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from collections.abc import Callable, Sequence
 
 import msgspec
@@ -46,15 +47,22 @@ class Desk:
         items = await asyncio.to_thread(lambda: [item for each in chain for item in kept.items_of(each)])
         return [Placed(item, "previous_response_id") for item in items]
 
-    async def own(self, tenant: str, input: str | Sequence[AnyItem | ReferenceBody]) -> list[Placed]:
-        """The items of an input; raises HttpError for one that is named and not kept, InvalidRequestError for none."""
+    async def own(
+        self, tenant: str, input: str | Sequence[AnyItem | ReferenceBody], hold: Callable[[int], None]
+    ) -> list[Placed]:
+        """The items of an input; `hold` counts the bytes of those that are only named, as often as they are.
+
+        Raises HttpError for one that is named and not kept, InvalidRequestError for none, and what `hold` raises.
+        """
         if isinstance(input, str):
             return [Placed(MessageItemBody(type="message", role="user", content=input), "input")]
         if not input:
             raise InvalidRequestError("input is empty; send a text or at least one item", param="input")
+        named = await self._named(tenant, [item.id for item in input if isinstance(item, ReferenceBody)], hold)
         places = [f"input[{i}]" for i in range(len(input))]
         return [
-            Placed(await self._resolved(tenant, item, where), where) for item, where in zip(input, places, strict=True)
+            Placed(_meant(named, item.id, where) if isinstance(item, ReferenceBody) else item, where)
+            for item, where in zip(input, places, strict=True)
         ]
 
     def keeper(self, tenant: str, input: bytes) -> Keep:
@@ -117,6 +125,13 @@ class Desk:
         try:
             return await self._store.chain(tenant, id)
         except KeyError as error:
+            if self.jobs.find(tenant, error.args[0]):
+                raise HttpError(
+                    400,
+                    "previous_response_not_found",
+                    f"Previous response with id {error.args[0]!r} is still in progress; poll it until it has ended.",
+                    param="previous_response_id",
+                ) from None
             raise HttpError(
                 400,
                 "previous_response_not_found",
@@ -124,14 +139,22 @@ class Desk:
                 param="previous_response_id",
             ) from None
 
-    async def _resolved(self, tenant: str, item: AnyItem | ReferenceBody, where: str) -> AnyItem:
-        if not isinstance(item, ReferenceBody):
-            return item
-        found = await self._store.get(tenant, response_of(item.id))
-        meant = found and kept.find_item(found, item.id)
-        if not meant:
-            raise HttpError(404, "not_found", f"Item with id {item.id[:80]!r} not found.", param=f"{where}.id")
-        return meant
+    async def _named(self, tenant: str, ids: Sequence[str], hold: Callable[[int], None]) -> dict[str, AnyItem]:
+        """Those that are kept. Each response is read once, however often it is named."""
+        items: dict[str, AnyItem] = {}
+        counts = Counter(ids)
+        for response in dict.fromkeys(map(response_of, counts)):
+            if found := await self._store.get(tenant, response):
+                for id, (item, num_bytes) in (await asyncio.to_thread(kept.find_items, found, counts)).items():
+                    hold(counts[id] * num_bytes)
+                    items[id] = item
+        return items
+
+
+def _meant(named: dict[str, AnyItem], id: str, where: str) -> AnyItem:
+    if id not in named:
+        raise HttpError(404, "not_found", f"Item with id {id[:80]!r} not found.", param=f"{where}.id")
+    return named[id]
 
 
 def _not_found(id: str) -> HttpError:

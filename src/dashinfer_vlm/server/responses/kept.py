@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import msgspec
@@ -38,12 +38,10 @@ def items_of(kept: Kept) -> list[AnyItem]:
     return _read(kept.input) + _read(_list(_outputs(kept)))
 
 
-def find_item(kept: Kept, id: str) -> AnyItem | None:
-    """The item of this id, of its output or its input."""
-    for raw in _outputs(kept) + inputs(kept.input):
-        if id_of(raw) == id:
-            return _read(_list([raw]))[0]
-    return None
+def find_items(kept: Kept, ids: Collection[str]) -> dict[str, tuple[AnyItem, int]]:
+    """Those of its output and its input that have one of the ids, and how many bytes each has."""
+    raws = {id_of(raw): raw for raw in inputs(kept.input) + _outputs(kept)}
+    return {id: (_read(_list([raws[id]]))[0], memoryview(raws[id]).nbytes) for id in ids if id in raws}
 
 
 def inputs(input: bytes) -> list[msgspec.Raw]:

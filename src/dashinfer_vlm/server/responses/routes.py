@@ -170,7 +170,7 @@ async def _dialogue(
     context: Context, desk: Desk, body: PromptedBody, hold: Callable[[int], None]
 ) -> tuple[Dialogue, list[Placed]]:
     """The conversation, and which of its items the request itself brought. Raises HttpError, InvalidRequestError."""
-    own = await desk.own(_tenant(), body.input)
+    own = await desk.own(_tenant(), body.input, hold)
     earlier = await desk.earlier(_tenant(), body.previous_response_id, hold)
     tools, choice = body.offered()
     bounds = context.service.prompts.loader.pixel_bounds
