@@ -19,8 +19,8 @@ buildah() {
 }
 
 mkdir -p "$work"
-if [ ! -s "$base" ]; then
-  mmdebstrap --variant=minbase --include=python3,python3-dev,python3-venv,ca-certificates bookworm "$base.part"
+if [ ! -f "$base" ]; then
+  mmdebstrap --format=tar --variant=minbase --include=python3,python3-dev,python3-venv,ca-certificates bookworm "$base.part"
   mv "$base.part" "$base"
 fi
 if ! buildah inspect --type image dashinfer-vlm-base > /dev/null 2>&1; then
