@@ -15,6 +15,7 @@ import re
 import secrets
 import shutil
 import tempfile
+import time
 from pathlib import Path
 
 import msgspec
@@ -24,6 +25,8 @@ from numpy.typing import NDArray
 _PREFIX = "dashinfer-"
 _open: set[SharedFolder] = set()
 _OWNED = re.compile(rf"{_PREFIX}\d+-[0-9a-f]+")
+_PARENT = os.getppid()
+_PARENT_EXIT_TIMEOUT_S = 1.0
 
 
 class SharedArray(msgspec.Struct, frozen=True, array_like=True):
@@ -114,9 +117,16 @@ def shared_root() -> Path:
 
 
 def leave() -> None:
-    """Before an end without exit hooks, since the parent has died: remove what both have left."""
+    """Before an end without exit hooks, since the parent has died: remove what both have left.
+
+    A process that is killed closes its files one after another, so its pipe may end before its locks do. It holds none
+    once it is nobody's parent.
+    """
     for folder in tuple(_open):
         folder.close()
+    deadline = time.monotonic() + _PARENT_EXIT_TIMEOUT_S
+    while os.getppid() == _PARENT and time.monotonic() < deadline:
+        time.sleep(0.001)
     sweep(shared_root())
 
 
