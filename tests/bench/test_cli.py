@@ -41,6 +41,18 @@ def test_a_failed_request_is_shown_and_ends_in_exit_code_1(capsys: pytest.Captur
     assert "ours: 1 failed: HTTP 503: no room for request 2" in capsys.readouterr().out
 
 
+def test_a_breakdown_of_somebody_elses_server_is_refused_and_the_rest_measured(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with served(Script("peer")) as url:
+        code = execute(bench, ["serve", "--target", f"peer={url}", "--workload", "text", "--breakdown", *SMALL])
+
+    out = capsys.readouterr().out
+    assert code == 0
+    assert f"no breakdown: peer has no metrics at {url}/metrics" in out
+    assert json.loads(out.splitlines()[-1])["results"][0]["breakdown"] is None
+
+
 def test_a_plot_is_drawn(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     file = tmp_path / "waits.svg"

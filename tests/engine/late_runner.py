@@ -44,6 +44,10 @@ class LateStep:
         assert self.is_landed
         return self.done.seconds()
 
+    def sampling_seconds(self) -> float:
+        assert self.is_landed
+        return self.done.sampling_seconds()
+
 
 class LateRunner(Runner):
     depth = 1

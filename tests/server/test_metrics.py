@@ -90,6 +90,21 @@ async def test_engine_and_media_figures_stand_beside_them(serve: Serve) -> None:
     assert "dashinfer_media_cache_bytes" in found
 
 
+async def test_seconds_of_decode_stand_by_the_number_of_streams(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
+    running = await serve()
+
+    async def stats() -> EngineStats:
+        return EngineStats(decode_seconds_total={8: 1.5, 2: 0.5}, decode_steps_total={8: 10, 2: 4})
+
+    monkeypatch.setattr(running.engine, "stats", stats)
+    found = await scrape(running)
+    assert found["dashinfer_engine_decode_seconds_total{streams=2}"] == 0.5
+    assert found["dashinfer_engine_decode_seconds_total{streams=8}"] == 1.5
+    assert found["dashinfer_engine_decode_steps_total{streams=8}"] == 10
+    facts = "device=none,dtype=none,model=models/scripted,quant_type=none,vision_quant_type=none"
+    assert {key for key in found if key.startswith("dashinfer_engine_info")} == {f"dashinfer_engine_info{{{facts}}}"}
+
+
 async def test_a_dead_engine_is_scraped_as_down(serve: Serve) -> None:
     running = await serve()
     running.engine.is_alive = False

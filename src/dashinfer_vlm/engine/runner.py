@@ -27,6 +27,7 @@ class DoneStep:
     _sampled: list[list[Sampled]]
     _scores: list[list[TokenLogprob]]
     _seconds: float
+    _sampling_s: float
 
     def resume(self) -> None:
         pass
@@ -39,6 +40,9 @@ class DoneStep:
 
     def seconds(self) -> float:
         return self._seconds
+
+    def sampling_seconds(self) -> float:
+        return self._sampling_s
 
 
 class Runner:
@@ -59,11 +63,13 @@ class Runner:
         wanted = [(chunk.sequence, chunk.draft) for chunk in plan.sampled_chunks]
         mask = self.masks.begin(wanted)
         logits = self.model.forward(self.batch(plan.chunks), self.kv)
+        computed = time.perf_counter()
         num_sampled = len(logits) - plan.num_scored
         sampled = self.sampler.sample(logits[:num_sampled], wanted, mask()) if wanted else []
         scored = [(chunk.sequence, chunk.scored) for chunk in plan.scored_chunks]
         scores = self.sampler.scores(logits[num_sampled:], scored) if scored else []
-        return DoneStep(plan, sampled, scores, time.perf_counter() - begun)
+        done = time.perf_counter()
+        return DoneStep(plan, sampled, scores, done - begun, done - computed)
 
     def needs_tokens(self, sequence: Sequence) -> bool:
         return sequence.shaping.follows_output or sequence.matcher is not None

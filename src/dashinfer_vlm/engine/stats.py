@@ -28,3 +28,12 @@ class EngineStats(StageStats, kw_only=True):
     num_restarts_total: int = 0
     """Engine processes that were started in place of a dead one."""
     step_seconds_total: float = 0.0
+    """Model calls and the choice of tokens: `prefill`, `sampling` and `decode_seconds_total` together."""
+    busy_seconds_total: float = 0.0
+    """Time with something to do: steps, the encoder's slices between them, and what the host does around both."""
+    prefill_seconds_total: float = 0.0
+    sampling_seconds_total: float = 0.0
+    """Choice of tokens, where it is timed apart from the model call (`Flight.sampling_seconds`)."""
+    decode_seconds_total: dict[int, float] = {}
+    """By the number of streams in the step (`times.streams_label`)."""
+    decode_steps_total: dict[int, int] = {}

@@ -48,6 +48,11 @@ class Chunk:
         """Rows of the model call."""
         return self.num_tokens + len(self.draft)
 
+    @property
+    def is_decode(self) -> bool:
+        """Whether it is a stream's next token, not a part of a prompt or of what is computed again."""
+        return self.num_tokens == 1 and self.start >= self.sequence.num_prompt
+
 
 @dataclass(frozen=True, slots=True)
 class Plan:
@@ -99,6 +104,10 @@ class Flight(Protocol):
 
     def seconds(self) -> float:
         """How long the step kept the device busy, from the model call to the tokens. Asked after `sampled`."""
+        ...
+
+    def sampling_seconds(self) -> float:
+        """How much of `seconds` the choice of tokens took; 0 where it is not timed apart. Asked after `sampled`."""
         ...
 
 

@@ -12,7 +12,15 @@ from dashinfer_vlm.layers.attention import cache_row_size
 from dashinfer_vlm.layers.quantise import QUANT_TYPES
 from dashinfer_vlm.models.config import TextConfig
 
-__all__ = ["PRECISIONS", "Shapes", "kv_token_bytes", "num_parameters", "weight_bytes"]
+__all__ = [
+    "PRECISIONS",
+    "Shapes",
+    "kv_token_bytes",
+    "layer_parameters",
+    "num_parameters",
+    "step_bytes",
+    "weight_bytes",
+]
 
 PRECISIONS = ("bfloat16", "float32", *QUANT_TYPES)
 """How weights can be stored; the quantised ones keep the embedding as bfloat16."""
@@ -25,6 +33,20 @@ _EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 def num_parameters(shapes: Shapes) -> int:
     return sum(math.prod(shape) for shape in shapes.values())
+
+
+def layer_parameters(text: Shapes) -> tuple[int, int]:
+    """Of the text model's matrices: those of all layers, and those of its head, which may be the embedding."""
+    matrices = {name: math.prod(shape) for name, shape in text.items() if len(shape) == 2}
+    embedding = matrices.pop(_EMBEDDING)
+    head = matrices.pop(_HEAD, embedding)
+    return sum(matrices.values()), head
+
+
+def step_bytes(text: Shapes, precision: str) -> int:
+    """Bytes of the text model's weights that every step reads: all but the table of embeddings, of which it takes a few
+    rows."""
+    return weight_bytes(text, precision) - round(_tensor_bytes(_EMBEDDING, text[_EMBEDDING], precision))
 
 
 def weight_bytes(shapes: Shapes, precision: str) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import msgspec
 from fastapi import APIRouter
@@ -14,6 +14,7 @@ from prometheus_client import (
     Counter,
     Gauge,
     Histogram,
+    Info,
     ProcessCollector,
     generate_latest,
 )
@@ -70,8 +71,13 @@ HELP = {
     "engine_shared_cache_errors_total": "Commands to Redis that failed, and values from it that could not be used.",
     "engine_shared_cache_dropped_total": "Embeddings that were not written since Redis was away or slow.",
     "engine_num_restarts_total": "Engine processes that were started in place of a dead one.",
-    "engine_step_seconds_total": "Seconds that steps took.",
-    "engine_encoder_seconds_total": "Seconds of them that the vision encoder took.",
+    "engine_step_seconds_total": "Seconds that steps took, the vision encoder's part not among them.",
+    "engine_busy_seconds_total": "Seconds in which the engine had something to do, between steps too.",
+    "engine_prefill_seconds_total": "Seconds of steps that prompts took.",
+    "engine_sampling_seconds_total": "Seconds of steps that the choice of tokens took, where it is timed apart.",
+    "engine_decode_seconds_total": "Seconds of steps that streams took, by the number of streams in the step.",
+    "engine_decode_steps_total": "Steps with streams, by their number: above 8 up to the next power of two.",
+    "engine_encoder_seconds_total": "Seconds that the vision encoder took.",
     "media_fetches": "GETs of http and https URLs, redirects not counted.",
     "media_fetched_bytes": "Bytes that were fetched.",
     "media_decodes": "Media that were decoded.",
@@ -154,6 +160,10 @@ class Metrics:
         )
         self._stages = {stage: stages.labels(stage) for stage in STAGES}
         info = service.engine.info
+        facts = ("model", "device", "dtype", "quant_type", "vision_quant_type")
+        Info(f"{_PREFIX}engine", "What the engine runs.", registry=registry).info(
+            {name: getattr(info, name) for name in facts}
+        )
         self._vllm = VllmMetrics(registry, model_name or info.model, info, self._gap)
         ProcessCollector(registry=registry)
 
@@ -281,9 +291,15 @@ class _Tenants:
         yield from (requests, refusals, tokens, running)
 
 
-def _metric(name: str, value: float, *, counts: bool) -> Metric:
+def _metric(name: str, value: float | Mapping[int, float], *, counts: bool) -> Metric:
+    """Values by a number of streams have it as a label."""
     help = HELP[name.removeprefix(_PREFIX)]
-    return (CounterMetricFamily if counts else GaugeMetricFamily)(name, help, value=value)
+    if not isinstance(value, Mapping):
+        return (CounterMetricFamily if counts else GaugeMetricFamily)(name, help, value=value)
+    family = CounterMetricFamily(name, help, labels=["streams"])
+    for streams, number in sorted(value.items()):
+        family.add_metric([str(streams)], number)
+    return family
 
 
 def _histogram(name: str, words: str, registry: CollectorRegistry) -> Histogram:

@@ -62,6 +62,9 @@ class CardFlight:
         assert self._end is not None
         return self._begin.seconds_to(self._end)
 
+    def sampling_seconds(self) -> float:
+        return 0.0
+
 
 class CardRunner:
     """See `engine.steps.StepRunner`. The last block of the cache that it is given is its own: padding writes there."""
