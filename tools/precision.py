@@ -23,7 +23,7 @@ import torch
 from tests.models.driving import Driver, image, prompt
 
 from dashinfer_vlm.bench.spans import replaced
-from dashinfer_vlm.config import EngineConfig, QuantTypeName, VisionQuantTypeName
+from dashinfer_vlm.config import EngineConfig, KVCacheDTypeName, QuantTypeName, VisionQuantTypeName
 from dashinfer_vlm.hub import DEMO_MODEL
 from dashinfer_vlm.layers import fp8
 from dashinfer_vlm.layers.backend import Backend, choose_backend, float_linears
@@ -43,11 +43,13 @@ class Precision:
     vision: VisionQuantTypeName
     most_points: float
     """Of exact answers that it may lose against whole weights."""
+    kv: KVCacheDTypeName = "auto"
 
     @property
     def name(self) -> str:
         text = "bf16" if self.text == "none" else self.text
-        return text if self.vision == "none" else f"{text}, vision {self.vision}"
+        vision = "" if self.vision == "none" else f", vision {self.vision}"
+        return text + vision + ("" if self.kv == "auto" else f", KV {self.kv}")
 
 
 WHOLE = Precision("none", "none", 0)
@@ -61,6 +63,9 @@ PRECISIONS = (
     Precision("a16w4", "none", 2),
     Precision("a16w4", "a8w8", 2),
     Precision("fp8", "none", 1),
+    Precision("none", "none", 1, kv="int8"),
+    Precision("a8w8", "a8w8", 1, kv="int8"),
+    Precision("fp8", "none", 1, kv="int8"),
 )
 """fp8 is computed in plain torch, as a card would: its layers alone are rounded, activations are float32 elsewhere."""
 
@@ -79,14 +84,20 @@ class Row:
     def __str__(self) -> str:
         errors = "".join(f"{error:12.4f}" for error in self.errors.values())
         verdict = "" if self.is_within else "  too many lost"
-        return f"{self.precision:20}{errors}{self.exact:10.2%}{self.same:10.2%}{verdict}"
+        return f"{self.precision:28}{errors}{self.exact:10.2%}{self.same:10.2%}{verdict}"
 
 
 @contextmanager
 def computing(precision: Precision) -> Iterator[dict[str, Any]]:
     """Options of an engine that computes so on this machine."""
     text = "none" if precision.text == "fp8" else precision.text
-    options = {"device": "cpu", "quant_type": text, "vision_quant_type": precision.vision, "quant_cache_gib": 0.0}
+    options = {
+        "device": "cpu",
+        "quant_type": text,
+        "vision_quant_type": precision.vision,
+        "kv_cache_dtype": precision.kv,
+        "quant_cache_gib": 0.0,
+    }
     chosen = loading.choose_backend if precision.text != "fp8" else with_plain_floats
     with replaced(loading, "choose_backend", chosen):
         yield options
@@ -100,7 +111,10 @@ def with_plain_floats(device: torch.device, dtype: torch.dtype, *_: object) -> B
 def logits(folder: Path, precision: Precision) -> torch.Tensor:
     """float32 [T, vocab] over all prompts."""
     with computing(precision) as options:
-        driver = Driver(load_model(EngineConfig(model=str(folder), **options)))
+        driver = Driver(
+            load_model(EngineConfig(model=str(folder), **options)),
+            kv_dtype=torch.int8 if precision.kv == "int8" else None,
+        )
     return torch.cat([driver.run(driver.start(case)) for case in CASES])
 
 
@@ -143,7 +157,7 @@ def main() -> int:
     args = parser.parse_args()
     logging.basicConfig(level=logging.ERROR)
     models = {"qwen2_vl": random_model("qwen2_vl"), "qwen2_5_vl": random_model("qwen2_5_vl"), "demo": args.model}
-    print(f"{'':20}{''.join(f'{name:>12}' for name in models)}{'exact':>10}{'same':>10}", flush=True)
+    print(f"{'':28}{''.join(f'{name:>12}' for name in models)}{'exact':>10}{'same':>10}", flush=True)
     rows = []
     for row in survey(models, args.model, list(held_out_cases(args.questions))):
         rows.append(row)

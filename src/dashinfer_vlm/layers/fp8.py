@@ -29,7 +29,7 @@ def quantise(x: Tensor, group: int = 0) -> tuple[Tensor, Tensor]:
     `group`."""
     num_rows, depth = x.shape
     width = group or depth
-    groups = F.pad(x.float(), (0, -depth % width)).view(num_rows, -1, width)
+    groups = F.pad(x.float(), (0, -depth % width)).view(num_rows, -(-depth // width), width)
     scales = groups.abs().amax(-1).clamp(min=SMALLEST_TOP) / TOP
     numbers = (groups / scales[..., None]).clamp(-TOP, TOP).flatten(1)[:, :depth]
     return numbers.to(torch.float8_e4m3fn).contiguous(), scales
@@ -75,6 +75,8 @@ class Fp8Linear:
         return y if out is None else out.copy_(y)
 
     def _by_rows(self, x: Tensor) -> Tensor:
+        if not len(x):  # of a step that wants no logits; torch's product takes no empty scales
+            return x.new_empty(0, len(self.weight.numbers))
         numbers, scales = self.ops.quantise(x, 0)
         return torch._scaled_mm(
             numbers,

@@ -77,6 +77,17 @@ def test_a_layer_is_the_definition_with_rounded_factors(ops: Fp8Ops, epilogue: E
     assert error(residual - before, want) < 0.06
 
 
+@OPS
+@pytest.mark.parametrize("is_in_blocks", [False, True])
+def test_a_layer_of_no_rows_gives_none(ops: Fp8Ops, is_in_blocks: bool) -> None:
+    """As the last one of a step that wants no logits."""
+    dtype = torch.float32 if DEVICE.type == "cpu" else torch.bfloat16
+    x, weight = torch.empty(0, 144, dtype=dtype, device=DEVICE), torch.randn(160, 144, device=DEVICE).to(dtype)
+    layer = Fp8Linear(in_blocks(weight.float()) if is_in_blocks else rounded(weight, REFERENCE), None, "none", ops)
+    assert layer(x).shape == (0, 160)
+    assert layer(x, residual=x.new_empty(0, 160)).dtype == dtype
+
+
 def test_kernels_and_reference_make_the_same_layer() -> None:
     x, weight = torch.randn(7, 160, device=DEVICE), torch.randn(96, 160, device=DEVICE)
     if DEVICE.type == "cuda":
