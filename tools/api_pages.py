@@ -30,7 +30,7 @@ PAGES = {
             ("dashinfer_vlm/frontend/answers.py", ("Answer",)),
             ("dashinfer_vlm/request.py", ("SamplingParams", "Grammar", "TokenLogprob")),
             ("dashinfer_vlm/frontend/params.py", ("GenerationParams",)),
-            ("dashinfer_vlm/frontend/generation.py", ("Delta", "Usage")),
+            ("dashinfer_vlm/frontend/deltas.py", ("Delta", "Usage")),
             ("dashinfer_vlm/offline/inputs.py", ("ImageLike", "VideoLike", "Conversation")),
             ("dashinfer_vlm/offline/encoder.py", ("Encoder", "EncodedPrompt")),
         ),

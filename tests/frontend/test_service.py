@@ -18,7 +18,8 @@ from dashinfer_vlm.errors import (
 from dashinfer_vlm.frontend import generation as generation_module
 from dashinfer_vlm.frontend.backlog import QueueLimits
 from dashinfer_vlm.frontend.checkpoint import FrontendConfig
-from dashinfer_vlm.frontend.generation import Delta, Generation
+from dashinfer_vlm.frontend.deltas import Delta
+from dashinfer_vlm.frontend.generation import Generation
 from dashinfer_vlm.frontend.messages import Dialogue, MediaPart, Message, TextPart
 from dashinfer_vlm.frontend.opening import FrontEnd
 from dashinfer_vlm.frontend.params import GenerationParams

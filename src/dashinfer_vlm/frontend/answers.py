@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from dashinfer_vlm.frontend.generation import Delta, EndReason, Generation
+from dashinfer_vlm.frontend.deltas import Delta, EndReason
+from dashinfer_vlm.frontend.generation import Generation
 from dashinfer_vlm.frontend.messages import ToolCall
 from dashinfer_vlm.frontend.pieces import Piece, join
 from dashinfer_vlm.request import TokenLogprob

@@ -213,13 +213,12 @@ def _type_of_part(part: dict[str, Any]) -> str:
 by_type = Discriminator(_type_of_part)
 """Tells parts apart that are tagged `:TYPE`."""
 
-AnyPart = Annotated[
+ChatPart = (
     Annotated[TextBody, Tag(":text")]
     | Annotated[ImageUrlBody, Tag(":image_url")]
     | Annotated[VideoUrlBody, Tag(":video_url")]
     | Annotated[ImageBody, Tag(":image")]
     | Annotated[VideoBody, Tag(":video")]
-    | Annotated[ImageEmbedsBody, Tag(":image_embeds")],
-    by_type,
-    one_of(FORMS),
-]
+    | Annotated[ImageEmbedsBody, Tag(":image_embeds")]
+)
+AnyPart = Annotated[ChatPart, by_type, one_of(FORMS)]

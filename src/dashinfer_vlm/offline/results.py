@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from dashinfer_vlm.errors import DashInferError
 from dashinfer_vlm.frontend.answers import Answer
-from dashinfer_vlm.frontend.generation import Usage
+from dashinfer_vlm.frontend.deltas import Usage
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

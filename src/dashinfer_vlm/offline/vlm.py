@@ -28,7 +28,8 @@ from dashinfer_vlm.engine.info import EngineInfo
 from dashinfer_vlm.engine.stats import EngineStats
 from dashinfer_vlm.errors import DashInferError, InvalidRequestError
 from dashinfer_vlm.frontend.answers import collect
-from dashinfer_vlm.frontend.generation import Delta, Generation
+from dashinfer_vlm.frontend.deltas import Delta
+from dashinfer_vlm.frontend.generation import Generation
 from dashinfer_vlm.frontend.messages import Dialogue
 from dashinfer_vlm.frontend.opening import open_service
 from dashinfer_vlm.frontend.params import GenerationParams

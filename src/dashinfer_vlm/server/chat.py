@@ -9,7 +9,7 @@ from fastapi import APIRouter, Request
 from starlette.responses import Response
 
 from dashinfer_vlm.frontend.answers import Answer
-from dashinfer_vlm.frontend.generation import Delta, EndReason, Usage
+from dashinfer_vlm.frontend.deltas import Delta, EndReason, Usage
 from dashinfer_vlm.frontend.tokenizer import Tokenizer
 from dashinfer_vlm.request import TokenLogprob
 from dashinfer_vlm.server.body import read_body

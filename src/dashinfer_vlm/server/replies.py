@@ -12,7 +12,7 @@ from itertools import accumulate
 import msgspec
 
 from dashinfer_vlm.frontend.answers import Answer
-from dashinfer_vlm.frontend.generation import Delta, Usage
+from dashinfer_vlm.frontend.deltas import Delta, Usage
 from dashinfer_vlm.frontend.messages import ToolCall
 from dashinfer_vlm.frontend.pieces import CallArguments, CallStart, Piece, ReasoningPiece, TextPiece
 from dashinfer_vlm.frontend.tokenizer import Tokenizer

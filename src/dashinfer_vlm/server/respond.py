@@ -11,7 +11,8 @@ from fastapi import Request
 from starlette.responses import Response
 
 from dashinfer_vlm.frontend.answers import Answer, collect
-from dashinfer_vlm.frontend.generation import Delta, Generation, Usage
+from dashinfer_vlm.frontend.deltas import Delta, Usage
+from dashinfer_vlm.frontend.generation import Generation
 from dashinfer_vlm.server.body import unless_gone
 from dashinfer_vlm.server.reading import forget_body
 from dashinfer_vlm.server.stream import EventStream, until_done

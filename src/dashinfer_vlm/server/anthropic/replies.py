@@ -6,7 +6,7 @@ from typing import Literal
 
 import msgspec
 
-from dashinfer_vlm.frontend.generation import Usage
+from dashinfer_vlm.frontend.deltas import Usage
 from dashinfer_vlm.frontend.messages import ToolCall
 
 NO_SIGNATURE = "unsigned"

@@ -10,7 +10,7 @@ from typing import Any
 import msgspec
 
 from dashinfer_vlm.frontend.answers import Answer
-from dashinfer_vlm.frontend.generation import Delta, EndReason, Usage
+from dashinfer_vlm.frontend.deltas import Delta, EndReason, Usage
 from dashinfer_vlm.frontend.messages import ToolCall
 from dashinfer_vlm.frontend.pieces import CallArguments, CallStart, Piece, ReasoningPiece, TextPiece
 from dashinfer_vlm.server.anthropic.replies import (

@@ -11,15 +11,10 @@ from pydantic import BeforeValidator, Discriminator, Field, Tag
 
 from dashinfer_vlm.frontend.parts import (
     FORMS,
-    ImageBody,
-    ImageEmbedsBody,
+    ChatPart,
     ImageOptions,
-    ImageUrlBody,
     MediumBody,
-    TextBody,
     TextualBody,
-    VideoBody,
-    VideoUrlBody,
     by_type,
     one_of,
 )
@@ -65,12 +60,7 @@ AnyPart = Annotated[
     Annotated[InputTextBody, Tag(":input_text")]
     | Annotated[OutputTextBody, Tag(":output_text")]
     | Annotated[InputImageBody, Tag(":input_image")]
-    | Annotated[TextBody, Tag(":text")]
-    | Annotated[ImageUrlBody, Tag(":image_url")]
-    | Annotated[VideoUrlBody, Tag(":video_url")]
-    | Annotated[ImageBody, Tag(":image")]
-    | Annotated[VideoBody, Tag(":video")]
-    | Annotated[ImageEmbedsBody, Tag(":image_embeds")],
+    | ChatPart,
     by_type,
     one_of(_FORMS),
 ]

@@ -7,7 +7,8 @@ import logging
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass, field
 
-from dashinfer_vlm.frontend.generation import Delta, Generation
+from dashinfer_vlm.frontend.deltas import Delta
+from dashinfer_vlm.frontend.generation import Generation
 from dashinfer_vlm.server.responses.replies import Event, ResponseReply
 from dashinfer_vlm.server.responses.writer import ResponseWriter
 

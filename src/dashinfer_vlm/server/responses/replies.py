@@ -6,7 +6,7 @@ from typing import Any
 
 import msgspec
 
-from dashinfer_vlm.frontend.generation import Usage
+from dashinfer_vlm.frontend.deltas import Usage
 
 Logprobs = list[msgspec.Raw]
 """Rows of `server.replies.ChatLogprob`."""

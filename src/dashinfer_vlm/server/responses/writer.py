@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import msgspec
 
 from dashinfer_vlm.errors import InvalidRequestError
-from dashinfer_vlm.frontend.generation import Delta, EndReason, Usage
+from dashinfer_vlm.frontend.deltas import Delta, EndReason, Usage
 from dashinfer_vlm.frontend.pieces import CallArguments, CallStart, Piece, ReasoningPiece, TextPiece
 from dashinfer_vlm.frontend.tokenizer import Tokenizer
 from dashinfer_vlm.server.errors import reply_to
