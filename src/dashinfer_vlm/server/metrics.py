@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
 
 import msgspec
 from fastapi import APIRouter
@@ -102,62 +103,33 @@ class Metrics:
         self.registry = registry = CollectorRegistry()
         self._state = _State()
         registry.register(self._state)
-        self.replies = Counter(
-            f"{_PREFIX}http_replies",
+        self._add_gauges(service)
+        counter, histogram = partial(_counter, registry), partial(_histogram, registry)
+        self.replies = counter(
+            "http_replies",
             "HTTP answers by route and status; aborted are those that were not sent to their end.",
-            ["route", "status"],
-            registry=registry,
+            "route",
+            "status",
         )
-        self._in_flight = Gauge(
-            f"{_PREFIX}requests_in_flight", "Requests that are being prepared or answered.", registry=registry
+        self._choices = counter(
+            "choices", "Answers that are over (a request may ask for several), by how they ended.", "reason"
         )
-        self._in_flight.set_function(lambda: service.num_requests)
-        backlog = service.backlog
-        queued: tuple[tuple[str, str, Callable[[], float]], ...] = (
-            ("requests", "Requests that have no token yet.", lambda: backlog.requests.waiting),
-            ("tokens", "Tokens of their prompts.", lambda: backlog.tokens.waiting),
-            ("visual_tokens", "Those that stand for pictures and videos.", lambda: backlog.visual_tokens.waiting),
-            ("encoder_seconds", "Time that the vision encoder is expected to need.", lambda: backlog.encoder_s),
+        self._refusals = counter(
+            "refusals", "Requests that were not taken, by the limit or the rule that kept them out.", "reason"
         )
-        for name, words, read in queued:
-            Gauge(f"{_PREFIX}queued_{name}", words, registry=registry).set_function(read)
-        self._choices = Counter(
-            f"{_PREFIX}choices",
-            "Answers that are over (a request may ask for several), by how they ended.",
-            ["reason"],
-            registry=registry,
-        )
-        self._refusals = Counter(
-            f"{_PREFIX}refusals",
-            "Requests that were not taken, by the limit or the rule that kept them out.",
-            ["reason"],
-            registry=registry,
-        )
-        self._prompt = Counter(
-            f"{_PREFIX}prompt_tokens", "Tokens of the prompts of requests that are over.", registry=registry
-        )
-        self._cached = Counter(
-            f"{_PREFIX}cached_tokens",
-            "Those of dashinfer_prompt_tokens that were found in the prefix cache.",
-            registry=registry,
-        )
-        self._output = Counter(f"{_PREFIX}output_tokens", "Tokens that were sent to clients.", registry=registry)
-        self._first = _histogram(
+        self._prompt = counter("prompt_tokens", "Tokens of the prompts of requests that are over.")
+        self._cached = counter("cached_tokens", "Those of dashinfer_prompt_tokens that were found in the prefix cache.")
+        self._output = counter("output_tokens", "Tokens that were sent to clients.")
+        self._first = histogram(
             "time_to_first_token_seconds",
             "Seconds from the arrival of a request to the first token of each of its answers.",
-            registry,
         )
-        self._gap = _histogram("inter_token_seconds", "Seconds between two tokens of an answer.", registry)
-        self._whole = _histogram(
-            "request_seconds", "Seconds from the arrival of a request to the last token of its answers.", registry
+        self._gap = histogram("inter_token_seconds", "Seconds between two tokens of an answer.")
+        self._whole = histogram(
+            "request_seconds", "Seconds from the arrival of a request to the last token of its answers."
         )
-        stages = Histogram(
-            f"{_PREFIX}stage_seconds",
-            "Seconds that an item or an answer has spent in a stage.",
-            ["stage"],
-            buckets=_STAGE_SECONDS,
-            registry=registry,
-        )
+        words = "Seconds that an item or an answer has spent in a stage."
+        stages = Histogram(f"{_PREFIX}stage_seconds", words, ["stage"], buckets=_STAGE_SECONDS, registry=registry)
         self._stages = {stage: stages.labels(stage) for stage in STAGES}
         info = service.engine.info
         facts = ("model", "device", "dtype", "quant_type", "vision_quant_type")
@@ -166,6 +138,27 @@ class Metrics:
         )
         self._vllm = VllmMetrics(registry, model_name or info.model, info, self._gap)
         ProcessCollector(registry=registry)
+
+    def _add_gauges(self, service: Service) -> None:
+        """What is looked up when somebody asks."""
+        backlog = service.backlog
+        gauges: tuple[tuple[str, str, Callable[[], float]], ...] = (
+            ("requests_in_flight", "Requests that are being prepared or answered.", lambda: service.num_requests),
+            ("queued_requests", "Requests that have no token yet.", lambda: backlog.requests.waiting),
+            ("queued_tokens", "Tokens of their prompts.", lambda: backlog.tokens.waiting),
+            (
+                "queued_visual_tokens",
+                "Those that stand for pictures and videos.",
+                lambda: backlog.visual_tokens.waiting,
+            ),
+            (
+                "queued_encoder_seconds",
+                "Time that the vision encoder is expected to need.",
+                lambda: backlog.encoder_s,
+            ),
+        )
+        for name, words, read in gauges:
+            Gauge(_PREFIX + name, words, registry=self.registry).set_function(read)
 
     def tokens(self, num_tokens: int, seconds: float, *, first: bool) -> None:
         self._output.inc(num_tokens)
@@ -302,5 +295,9 @@ def _metric(name: str, value: float | Mapping[int, float], *, counts: bool) -> M
     return family
 
 
-def _histogram(name: str, words: str, registry: CollectorRegistry) -> Histogram:
+def _counter(registry: CollectorRegistry, name: str, words: str, *labels: str) -> Counter:
+    return Counter(_PREFIX + name, words, labels, registry=registry)
+
+
+def _histogram(registry: CollectorRegistry, name: str, words: str) -> Histogram:
     return Histogram(_PREFIX + name, words, buckets=_SECONDS, registry=registry)
