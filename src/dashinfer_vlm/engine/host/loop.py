@@ -84,7 +84,8 @@ class EngineLoop:
             while self._obey(self._channel.receive(wait=not (self._engine.has_work() or self._preparing))):
                 self._add_prepared()
                 if self._engine.has_work():
-                    self._step()
+                    with self._surviving():
+                        self._publish(self._engine.step())
         except Exception as error:
             logger.exception("the engine is broken; %d requests end with an error", len(self._live))
             self._end_live("error", Fault.of(error).message)
@@ -150,9 +151,11 @@ class EngineLoop:
             logger.exception("the engine failed to take request %s", request_id)
             self._channel.send(Refused(request_id, Fault.of(error)))
 
-    def _step(self) -> None:
+    @contextmanager
+    def _surviving(self) -> Iterator[None]:
+        """A step that fails ends the requests that are there, and `MAX_FAILURES` of them the engine."""
         try:
-            outputs = self._engine.step()
+            yield
         except EngineDeadError:
             raise
         except Exception as error:
@@ -162,21 +165,16 @@ class EngineLoop:
                     f"{self._num_failures} steps failed, the last with {type(error).__name__}"
                 ) from error
             logger.exception("a step of the engine failed; %d requests end with an error", len(self._live))
-            self._fail_all(Fault.of(error).message)
-        else:
-            self._publish(outputs)
+            self._publish(self._engine.fail_all(Fault.of(error).message))
+            self._end_live("error", Fault.of(error).message)  # those whose last output was lost with the step
 
     def _publish(self, outputs: list[Output]) -> None:
         if not outputs:
             return
         if any(output.token_ids for output in outputs):
             self._num_failures = 0
+        self._channel.send(Outputs(outputs))  # first: what cannot be sent has ended nobody
         self._live.difference_update(output.request_id for output in outputs if output.finish)
-        self._channel.send(Outputs(outputs))
-
-    def _fail_all(self, message: str) -> None:
-        self._publish(self._engine.fail_all(message))
-        self._end_live("error", message)  # those whose last output was lost with the step
 
     def _end_live(self, reason: FinishReason, message: str | None = None) -> None:
         self._preparing.clear()
