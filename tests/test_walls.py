@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-SOURCE = Path(__file__).resolve().parents[1] / "src"
+ROOT = Path(__file__).resolve().parents[1]
+SOURCE = ROOT / "src"
+PAGE = ROOT / "docs" / "architecture.md"
 PACKAGE = "dashinfer_vlm"
 
 FLOORS: tuple[tuple[str, ...], ...] = (
@@ -84,6 +87,17 @@ def test_imports_point_down() -> None:
         if not above or (floor(above) >= floor(below or "")):
             wrong.append(f"{module} imports {imported}")
     assert not wrong, "\n".join(wrong)
+
+
+def test_the_page_has_the_same_floors_and_the_same_ground() -> None:
+    rows = re.findall(r"^\| (?:roof|ground)? ?\| (.*?) \|", PAGE.read_text(), re.MULTILINE)
+    rooms = [[name.rstrip("/") for name in re.findall(r"`(\w+/)`", row)] for row in rows[:-1]]
+    assert sorted(name for row in rooms for name in row) == sorted(name for names in FLOORS for name in names)
+    floors = [[floor(name) for name in row] for row in rooms[1:]]
+    assert all(len(set(row)) == 1 for row in floors)
+    assert floors == sorted(floors)
+    ground = {file.name for file in (SOURCE / PACKAGE).glob("*.py") if not file.name.startswith("__")}
+    assert set(re.findall(r"`(\w+\.py)`", rows[-1])) == ground
 
 
 FIRST_TO_BRING = """
