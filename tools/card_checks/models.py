@@ -163,8 +163,8 @@ def families(setting: Setting) -> Iterator[Row]:
     for arch, (_, _, processor) in RECIPES.items():
         config = published_config(arch, "tiny")
         grids: list[Grid] = [(1, 4, 6), (1, 8, 4)] if processor else []
-        count, answer = (2, 3) if setting.tiny else (4, 12)
-        requests = [request(config, str(i), grids[: i % 3], 20 + 9 * i, answer, i) for i in range(1, 1 + count)]
+        count, fewest, answer = (2, 1, 2) if setting.tiny else (4, 20, 12)
+        requests = [request(config, str(i), grids[: i % 3], fewest + 9 * i, answer, i) for i in range(1, 1 + count)]
         cpus = make_model(config, choose_backend(cpu, torch.float32), small=True)
         theirs = tokens_of(make_engine(cpus, 4096, 512), requests)
         model = make_model(config, checked_backend(setting, torch.float32), small=True)
@@ -180,11 +180,11 @@ def families(setting: Setting) -> Iterator[Row]:
 
 def _rounding(setting: Setting, config: CheckpointConfig) -> Row:
     """Logits of a text in bfloat16 beside those in float32; torch's own kernels lose about a hundredth here."""
-    logits = []
+    logits, num_tokens = [], 17 if setting.tiny else 40
     for dtype in (torch.float32, torch.bfloat16):
         model = make_model(config, checked_backend(setting, dtype), small=True)
         kv = allocate_kv(model, 8, BLOCK_SIZE)
-        logits.append(model.forward(text_batch(setting.device, [40], [40]), kv))
+        logits.append(model.forward(text_batch(setting.device, [num_tokens], [num_tokens]), kv))
     return Row(f"logits of a tiny {config.architecture} in bfloat16", error=error(logits[1], logits[0]), allowed=0.05)
 
 
@@ -241,7 +241,7 @@ def in_8_bits(setting: Setting, config: CheckpointConfig, dtype: torch.dtype) ->
 
 
 def _decoding(setting: Setting, model: LoadedModel, name: str, bars: tuple[float, float, float]) -> Iterator[Row]:
-    context, long = (33, 70) if setting.tiny else (1024, 8192)
+    context, long = (17, 20) if setting.tiny else (1024, 8192)
     streams = (1, 2) if setting.tiny else (1, 8, 64)
     kv = allocate_kv(model, max(streams[-1] * -(-context // BLOCK_SIZE), -(-long // BLOCK_SIZE)), BLOCK_SIZE)
     for count in streams:
