@@ -74,6 +74,21 @@ def test_the_news_of_a_step_travel_in_one_message() -> None:
     assert [len(event.outputs) for event in channel.events if isinstance(event, Outputs)] == [3, 3]
 
 
+class NarrowChannel(ScriptedChannel):
+    """Cannot send the ending of the request "wide"."""
+
+    def send(self, event: Event) -> None:
+        if isinstance(event, Outputs) and any(o.request_id == "wide" and o.token_ids for o in event.outputs):
+            raise ValueError("too wide")
+        super().send(event)
+
+
+def test_news_that_cannot_be_sent_end_their_requests_and_not_the_engine() -> None:
+    channel = NarrowChannel([ask("wide", 1), ask("a", 1)], [ask("late", 2)])
+    EngineLoop(ScriptedEngine(), channel).run()
+    assert channel.endings() == {"wide": "error", "a": "error", "late": "length"}
+
+
 def test_an_idle_loop_waits_for_commands_and_does_not_step() -> None:
     engine = ScriptedEngine()
     channel = run([], [], [ask("a", 1)], [], engine=engine)
