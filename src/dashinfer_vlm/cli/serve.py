@@ -63,6 +63,7 @@ def command(**values: Any) -> None:
         names = server.served_model_name or (engine.model or DEMO_NAME,)
         # SIGTERM ends loading as Ctrl-C does; uvicorn handles both once it runs
         signal.signal(signal.SIGTERM, signal.default_int_handler)
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)  # until it has read what it may have to read again
         server = dataclasses.replace(server, served_model_name=names)
         asyncio.run(_serve(folder, engine, media, server, sockets, certificate))
 

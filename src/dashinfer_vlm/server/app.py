@@ -34,13 +34,18 @@ from dashinfer_vlm.server.ui import page_files, page_routes
 
 
 def create_app(
-    service: Service, config: ServerConfig, *, bodies: BodyReader | None = None, tellers: tuple[Teller, ...] = ()
+    service: Service,
+    config: ServerConfig,
+    *,
+    keyring: Keyring | None = None,
+    bodies: BodyReader | None = None,
+    tellers: tuple[Teller, ...] = (),
 ) -> FastAPI:
-    """The application over a service that is ready; who made the service closes it. `tellers` hear of every request
-    when it is over. Raises ConfigError."""
+    """The application over a service that is ready; who made the service closes it. `keyring` is that of `config`, made
+    here when None. `tellers` hear of every request when it is over. Raises ConfigError."""
     context = Context(service=service, config=config, bodies=bodies or BodyReader(config.max_body_mib * 2**20))
     service.observer = metrics = Metrics(service, model_name=context.model_names[0])
-    keyring = Keyring(config)
+    keyring = Keyring(config) if keyring is None else keyring
     desk = Desk(ResponseStore.open(config.responses_store, config.responses_store_mib * 2**20))
     batches = Batches.open(config, service) if config.files_path is not None else None
     routers = _routers(context, metrics, desk, batches)

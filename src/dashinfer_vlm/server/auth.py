@@ -65,15 +65,16 @@ class Keyring:
         """Whose key a request carries. Digests have one length and all are compared, so that the time tells nothing
         about the keys."""
         if self._changes.happened():
-            self._read_again()
+            self.read_again()
         sent = [sha256(key).digest() for key in sent_keys(headers)]
         found = [t for mine in sent for known, t in self._by_digest if hmac.compare_digest(mine, known)]
         return found[0] if found else None
 
-    def _read_again(self) -> None:
+    def read_again(self) -> None:
+        """Look at the file now."""
         try:
             self._read()
-            logger.info("%s has changed; it holds keys of %d names", self._config.api_keys_file, len(self._tenants))
+            logger.info("%s was read again; there are keys of %d names", self._config.api_keys_file, len(self._tenants))
         except ConfigError as error:
             logger.error("%s; the keys before are still used", error)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import signal
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,6 +17,7 @@ from dashinfer_vlm.config import ServerConfig
 from dashinfer_vlm.errors import EngineDeadError
 from dashinfer_vlm.frontend.service import Service
 from dashinfer_vlm.server.app import create_app
+from dashinfer_vlm.server.auth import Keyring
 from dashinfer_vlm.server.connection import Connection, raise_file_limit
 from dashinfer_vlm.server.tls import Certificate
 from dashinfer_vlm.server.tracing import Tracer
@@ -113,6 +115,24 @@ class HttpServer(uvicorn.Server):
             self._captured_signals.clear()
 
 
+@contextmanager
+def _reading_again(*held: Keyring | Certificate | None) -> Iterator[None]:
+    """While the block runs, SIGHUP has the files of keys and of the certificate read again, and ends nothing."""
+    files = [each for each in held if each is not None]
+
+    def read() -> None:
+        logger.info("SIGHUP: %s", "files are read again" if files else "there is no file to read again")
+        for each in files:
+            each.read_again()
+
+    loop = asyncio.get_running_loop()
+    loop.add_signal_handler(signal.SIGHUP, read)
+    try:
+        yield
+    finally:
+        loop.remove_signal_handler(signal.SIGHUP)
+
+
 async def serve(
     service: Service,
     config: ServerConfig,
@@ -126,10 +146,12 @@ async def serve(
     """
     Connection.max_connections = raise_file_limit()
     tracer = Tracer.to(config.otlp_traces_endpoint) if config.otlp_traces_endpoint else None
-    app = create_app(service, config, tellers=(tracer.tell,) if tracer else ())
+    keyring = Keyring(config)
+    app = create_app(service, config, keyring=keyring, tellers=(tracer.tell,) if tracer else ())
     server = HttpServer(app, service, config, certificate)
     try:
-        await server.serve(sockets)
+        with _reading_again(keyring if config.api_keys_file else None, certificate):
+            await server.serve(sockets)
     finally:
         if tracer:
             await asyncio.to_thread(tracer.close)

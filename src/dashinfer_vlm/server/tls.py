@@ -27,12 +27,16 @@ class Certificate:
 
     def _hand_out(self, connection: ssl.SSLObject | ssl.SSLSocket, name: str | None, context: ssl.SSLContext) -> None:
         if self._changes.happened():
-            try:
-                self._context = self._read()
-                logger.info("the certificate in %s is used from now on", self.certfile)
-            except ConfigError as error:
-                logger.error("%s; the certificate before is still used", error)
+            self.read_again()
         connection.context = self._context
+
+    def read_again(self) -> None:
+        """Look at the files now."""
+        try:
+            self._context = self._read()
+            logger.info("the certificate in %s is used from now on", self.certfile)
+        except ConfigError as error:
+            logger.error("%s; the certificate before is still used", error)
 
     def _read(self) -> ssl.SSLContext:
         """A context of its own: one that has half of a new pair would be of no use."""
