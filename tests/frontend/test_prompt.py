@@ -10,6 +10,7 @@ from dashinfer_vlm.frontend.messages import Dialogue, MediaPart, Message, TextPa
 from dashinfer_vlm.frontend.params import GenerationParams
 from dashinfer_vlm.frontend.prompt import PromptBuilder
 from dashinfer_vlm.frontend.template import ChatTemplate
+from dashinfer_vlm.frontend.tenants import NOBODY
 from dashinfer_vlm.frontend.tokenizer import Tokenizer
 from dashinfer_vlm.media.types import MediaRef
 from dashinfer_vlm.request import ItemKind, SamplingParams
@@ -53,6 +54,7 @@ async def test_the_items_of_a_prompt_share_its_turns_with_no_other(
         (await prompts.chat(Dialogue([user(*(medium(f"http://host/{name}") for name in names))]))).release()
     first, second = loader.parties[:2], loader.parties[2:]
     assert (len(set(first)), len(set(second)), len({*first, *second})) == (1, 1, 2)
+    assert {party.owner for party in loader.parties} == {NOBODY.id}
 
 
 async def test_release_gives_every_medium_back(template: ChatTemplate, tokenizer: Tokenizer) -> None:

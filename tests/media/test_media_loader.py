@@ -26,6 +26,7 @@ from dashinfer_vlm.errors import (
 )
 from dashinfer_vlm.media.loader import MediaLoader, _decode_spans
 from dashinfer_vlm.media.medium import MediaLimits
+from dashinfer_vlm.media.turns import Party
 from dashinfer_vlm.media.types import LoadedMedia, MediaRef
 from dashinfer_vlm.media.wire import Decoded
 from dashinfer_vlm.processors.qwen import ProcessorConfig, process_image
@@ -312,7 +313,9 @@ async def test_one_host_that_is_silent_leaves_the_places_of_others_free(
     site.routes["/silent"] = dripping(b"", arrived, go, size=100)
     for n in range(20):
         site.routes[f"/{n}"] = site.routes["/silent"]
-    silent = [asyncio.create_task(loader.load(ref(site.url(f"/{n}", "silent.test")), n)) for n in range(20)]
+    silent = [
+        asyncio.create_task(loader.load(ref(site.url(f"/{n}", "silent.test")), Party(None, n))) for n in range(20)
+    ]
     for _ in range(4):
         await arrived.acquire()
     site.serve("/a.png", picture())
@@ -333,10 +336,10 @@ async def test_one_request_of_many_silent_urls_leaves_places_for_others(
     arrived, go = asyncio.Semaphore(0), asyncio.Event()
     for n in range(20):
         site.routes[f"/{n}"] = dripping(b"", arrived, go, size=100)
-    silent = [asyncio.create_task(loader.load(ref(site.url(f"/{n}")), "greedy")) for n in range(20)]
+    silent = [asyncio.create_task(loader.load(ref(site.url(f"/{n}")), Party(None, "greedy"))) for n in range(20)]
     for _ in range(4):
         await arrived.acquire()
-    (await loader.load(ref(site.serve("/a.png", picture())), "modest")).release()
+    (await loader.load(ref(site.serve("/a.png", picture())), Party(None, "modest"))).release()
     for task in silent:
         task.cancel()
     go.set()
@@ -366,7 +369,7 @@ async def test_fetches_at_once_are_bounded_for_a_request_and_in_all(
     for party in "abc":
         for n in range(20):
             site.routes[f"/{party}{n}"] = partial(answer, party)
-            asked.append(loader.load(ref(site.url(f"/{party}{n}")), party))
+            asked.append(loader.load(ref(site.url(f"/{party}{n}")), Party(None, party)))
     for medium in await asyncio.gather(*asked):
         medium.release()
     assert most["all"] == 5

@@ -20,6 +20,7 @@ from tests.media.site import LoaderMaker, PictureMaker, until
 
 from dashinfer_vlm.errors import EngineError, MediaError, MediaTooLargeError, OverloadedError
 from dashinfer_vlm.media import workers
+from dashinfer_vlm.media.turns import Party
 from dashinfer_vlm.media.types import MediaRef
 from dashinfer_vlm.media.wire import DecodeJob, Terms
 from dashinfer_vlm.media.workers import WorkerPool
@@ -82,7 +83,7 @@ async def test_requests_take_turns_at_the_processes(make_pool: PoolMaker, pictur
     order: list[str] = []
 
     async def run(party: str, seed: int) -> None:
-        await pool.run(job(picture(seed=seed)), 60, party)
+        await pool.run(job(picture(seed=seed)), 60, Party(None, party))
         order.append(party)
 
     parties = ["greedy"] * 4 + ["modest"]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,6 +10,7 @@ from dashinfer_vlm.cores import usable_cores
 from dashinfer_vlm.errors import ConfigError, InvalidRequestError
 from dashinfer_vlm.frontend.prompt import Loader
 from dashinfer_vlm.media.loader import MediaCounters, MediaLoader
+from dashinfer_vlm.media.turns import ANYBODY, Party
 from dashinfer_vlm.media.types import LoadedMedia, MediaRef
 from dashinfer_vlm.models.config import read_config
 
@@ -53,7 +53,7 @@ class NoLoader:
     async def start(self) -> None:
         """There is nothing to start."""
 
-    async def load(self, ref: MediaRef, party: Hashable = None, *, salt: str = "") -> LoadedMedia:
+    async def load(self, ref: MediaRef, party: Party = ANYBODY, *, salt: str = "") -> LoadedMedia:
         raise InvalidRequestError(f"the model takes no {ref.kind} input", param=ref.param)
 
     async def close(self) -> None:

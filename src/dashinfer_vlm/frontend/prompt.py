@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Protocol, TypeVar
@@ -15,8 +15,10 @@ from dashinfer_vlm.frontend.expansion import Expander, ExpandItem, one_run
 from dashinfer_vlm.frontend.messages import Dialogue, validate_messages
 from dashinfer_vlm.frontend.params import DEFAULT_PARAMS, GenerationParams
 from dashinfer_vlm.frontend.template import ChatTemplate
+from dashinfer_vlm.frontend.tenants import current_tenant
 from dashinfer_vlm.frontend.tokenizer import Tokenizer
 from dashinfer_vlm.media.loader import MediaCounters
+from dashinfer_vlm.media.turns import ANYBODY, Party
 from dashinfer_vlm.media.types import LoadedMedia, MediaRef
 from dashinfer_vlm.models.family import BoxUnit
 from dashinfer_vlm.request import Item, ItemKind
@@ -56,8 +58,8 @@ class Loader(Protocol):
         """Get ready ahead of the first load."""
         ...
 
-    async def load(self, ref: MediaRef, party: Hashable = None, *, salt: str = "") -> LoadedMedia:
-        """`party` is whom it is for; parties take turns. Items with another `salt` share nothing."""
+    async def load(self, ref: MediaRef, party: Party = ANYBODY, *, salt: str = "") -> LoadedMedia:
+        """`party` is whom it is for: owners take turns, and their requests. Items with another `salt` share nothing."""
         ...
 
     async def close(self) -> None:
@@ -220,7 +222,7 @@ async def _encode(
 
 async def _load_all(loader: Loader, refs: Sequence[MediaRef], salt: str) -> tuple[LoadedMedia, ...]:
     """Load a few at a time; when one fails, or the caller leaves, the others are stopped and given back."""
-    places, party = asyncio.Semaphore(_LOADS_AT_ONCE), object()
+    places, party = asyncio.Semaphore(_LOADS_AT_ONCE), Party(current_tenant.get().id, object())
 
     async def load(ref: MediaRef) -> LoadedMedia:
         async with places:

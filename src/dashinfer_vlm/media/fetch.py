@@ -14,7 +14,7 @@ import re
 import socket
 import ssl
 import stat
-from collections.abc import AsyncIterator, Awaitable, Callable, Hashable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
@@ -34,7 +34,7 @@ from dashinfer_vlm.errors import (
 from dashinfer_vlm.media.cache import BUSY
 from dashinfer_vlm.media.medium import DEFAULT_LIMITS, MediaLimits
 from dashinfer_vlm.media.policy import IPAddress, MediaPolicy, Target
-from dashinfer_vlm.media.turns import Turns
+from dashinfer_vlm.media.turns import ANYBODY, Party, Turns
 
 _T = TypeVar("_T")
 
@@ -98,19 +98,19 @@ class Fetcher:
         )
 
     async def fetch(
-        self, url: str, *, max_bytes: int, timeout_s: float, reserve: Reserve | None = None, party: Hashable = None
+        self, url: str, *, max_bytes: int, timeout_s: float, reserve: Reserve | None = None, party: Party = ANYBODY
     ) -> bytes:
         """GET `url`, following at most three redirects, each of which is judged anew.
 
         `timeout_s` covers everything but the waits for a place and in `reserve`. Places of a host and places in all are
-        taken in turns by the parties. Raises MediaError and its kinds, and OverloadedError when no place comes free.
+        taken in turns. Raises MediaError and its kinds, and OverloadedError when no place comes free.
         """
         target = self._policy.check_url(url)
         async with self._place(target.host, party):
             return await self._fetch(target, max_bytes, timeout_s, reserve)
 
     @asynccontextmanager
-    async def _place(self, host: str, party: Hashable) -> AsyncIterator[None]:
+    async def _place(self, host: str, party: Party) -> AsyncIterator[None]:
         """The host's place first: who waits for a slow host must not hold one of the others'."""
         limits = self._limits
         turns = self._hosts.setdefault(
@@ -127,7 +127,7 @@ class Fetcher:
             if turns.free == limits.max_fetches_per_host and not turns.num_waiting:
                 self._hosts.pop(host, None)
 
-    async def _wait_for(self, turns: Turns, party: Hashable) -> None:
+    async def _wait_for(self, turns: Turns, party: Party) -> None:
         try:
             with anyio.fail_after(self._limits.wait_timeout_s):
                 await turns.take(party)

@@ -32,6 +32,7 @@ from dashinfer_vlm.media.medium import DEFAULT_LIMITS, MediaLimits, Medium
 from dashinfer_vlm.media.policy import MediaPolicy
 from dashinfer_vlm.media.registry import MEDIA
 from dashinfer_vlm.media.sources import Encoded, Sources
+from dashinfer_vlm.media.turns import ANYBODY, Party
 from dashinfer_vlm.media.types import GivenEmbedding, LoadedMedia, MediaRef, Source
 from dashinfer_vlm.media.wire import NO_ROOM, Decoded, DecodeJob, Terms
 from dashinfer_vlm.media.workers import SharedMemoryFullError, WorkerPool
@@ -150,12 +151,12 @@ class MediaLoader:
         await self._workers.close()
         self._folder.close()
 
-    async def load(self, ref: MediaRef, party: Hashable = None, *, salt: str = "") -> LoadedMedia:
+    async def load(self, ref: MediaRef, party: Party = ANYBODY, *, salt: str = "") -> LoadedMedia:
         """Fetch, decode and process; the caller must call `release` of the result once.
 
-        `party` is whom the item is for (a request): parties take turns, however many items each has. Equal items share
-        what was decoded, and their `content_hash`, only under the same `salt`. Raises MediaError and its kinds, with
-        `param` from the reference, UnsupportedError for an embedding where none are taken, and OverloadedError.
+        `party` is whom the item is for: owners take turns, and their requests, however many items each has. Equal items
+        share what was decoded, and their `content_hash`, only under the same `salt`. Raises MediaError and its kinds,
+        with `param` from the reference, UnsupportedError for an embedding where none are taken, and OverloadedError.
         """
         medium = MEDIA[ref.kind]
         if isinstance(ref.source, GivenEmbedding) and not self._config.enable_mm_embeds:
@@ -201,7 +202,7 @@ class MediaLoader:
         )
 
     async def _load(
-        self, medium: Medium, source: Source, terms: Terms, party: Hashable, fetches: list[Span]
+        self, medium: Medium, source: Source, terms: Terms, party: Party, fetches: list[Span]
     ) -> Lease[_Features]:
         if isinstance(source, np.ndarray):
             return await self._load_array(medium, source, terms)
@@ -217,7 +218,7 @@ class MediaLoader:
             encoded.release()
 
     async def _load_parts(
-        self, medium: Medium, sources: tuple[str | bytes, ...], terms: Terms, party: Hashable, fetches: list[Span]
+        self, medium: Medium, sources: tuple[str | bytes, ...], terms: Terms, party: Party, fetches: list[Span]
     ) -> Lease[_Features]:
         medium.check_parts(len(sources), terms.config)
         most = medium.limits(self._config, self._limits).max_bytes
@@ -242,7 +243,7 @@ class MediaLoader:
             await _release_all(tasks)
 
     async def _decoded(
-        self, medium: Medium, sources: tuple[Encoded, ...], terms: Terms, party: Hashable, *, in_parts: bool
+        self, medium: Medium, sources: tuple[Encoded, ...], terms: Terms, party: Party, *, in_parts: bool
     ) -> Lease[_Features]:
         key: Hashable = (medium.kind, in_parts, tuple(source.digest for source in sources), terms)
         job = DecodeJob(
@@ -256,7 +257,7 @@ class MediaLoader:
         timeout_s = medium.limits(self._config, self._limits).decode_timeout_s
         return await self._features.lease(key, partial(self._decode, job, timeout_s, party))
 
-    async def _decode(self, job: DecodeJob, timeout_s: float, party: Hashable) -> _Features:
+    async def _decode(self, job: DecodeJob, timeout_s: float, party: Party) -> _Features:
         self._decodes += 1
         start_s = time.perf_counter()
         try:
@@ -282,7 +283,7 @@ class MediaLoader:
         return await self._features.lease(key, partial(self._process, medium, array, terms))
 
     async def _load_embedding(
-        self, medium: Medium, source: GivenEmbedding, terms: Terms, party: Hashable
+        self, medium: Medium, source: GivenEmbedding, terms: Terms, party: Party
     ) -> Lease[_Features]:
         limits = medium.limits(self._config, self._limits)
         with ExitStack() as stack:

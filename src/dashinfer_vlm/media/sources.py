@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-from collections.abc import Hashable
 from dataclasses import dataclass
 from functools import partial
 
@@ -16,6 +15,7 @@ from dashinfer_vlm.media.cache import BUSY, Account, ByteBudget, Lease, LeasedCa
 from dashinfer_vlm.media.fetch import Fetcher, Resolver, check_size, decode_data_url, read_file
 from dashinfer_vlm.media.medium import Limits, MediaLimits
 from dashinfer_vlm.media.policy import MediaPolicy
+from dashinfer_vlm.media.turns import Party
 
 _LARGE_BYTES = 1 << 20
 """What takes longer than some milliseconds to decode or hash is left to a thread."""
@@ -55,7 +55,7 @@ class Sources:
         await self._fetched.close()
         await self._fetcher.close()
 
-    async def encoded(self, source: str | bytes, limits: Limits, party: Hashable) -> Lease[Encoded]:
+    async def encoded(self, source: str | bytes, limits: Limits, party: Party) -> Lease[Encoded]:
         """The bytes of `source`, for one of the `party`'s items; raises MediaError and its kinds, and
         OverloadedError."""
         if isinstance(source, str) and source[:5].lower() != "data:" and source[:7].lower() != "file://":
@@ -79,7 +79,7 @@ class Sources:
             return await asyncio.to_thread(decode_data_url, source, max_bytes)
         return await asyncio.to_thread(lambda: read_file(self._policy.local_path(source), max_bytes))
 
-    async def _fetch(self, url: str, limits: Limits, party: Hashable) -> Encoded:
+    async def _fetch(self, url: str, limits: Limits, party: Party) -> Encoded:
         self.num_fetches += 1
         account = self._budget.account()
         try:

@@ -11,7 +11,6 @@ import os
 import secrets
 import sys
 from collections import deque
-from collections.abc import Hashable
 from pathlib import Path
 
 import anyio
@@ -20,7 +19,7 @@ import msgspec
 from dashinfer_vlm.errors import EngineError, MediaError, MediaTooLargeError, OverloadedError
 from dashinfer_vlm.media.cache import BUSY
 from dashinfer_vlm.media.registry import MEDIA
-from dashinfer_vlm.media.turns import Turns
+from dashinfer_vlm.media.turns import ANYBODY, Party, Turns
 from dashinfer_vlm.media.wire import LENGTH_BYTES, Decoded, DecodeJob, Failed, Ready, Reply
 from dashinfer_vlm.shared_array import SharedArray
 
@@ -78,9 +77,8 @@ class WorkerPool:
         """Start all processes ahead of the first job. Raises EngineError when one does not come up."""
         await asyncio.gather(*(worker.start() for worker in self._workers))
 
-    async def run(self, job: DecodeJob, timeout_s: float, party: Hashable = None) -> tuple[Decoded, SharedArray]:
-        """Do `job` (its folder and name are filled in here) for `party`, with which all parties take turns; the caller
-        owns the array.
+    async def run(self, job: DecodeJob, timeout_s: float, party: Party = ANYBODY) -> tuple[Decoded, SharedArray]:
+        """Do `job` (its folder and name are filled in here) for `party`, in its turn; the caller owns the array.
 
         Raises MediaError for what the item causes, a death of the process included, OverloadedError without shared
         memory and when no process is free in time; `timeout_s` is for the work itself.
@@ -102,7 +100,7 @@ class WorkerPool:
             raise
 
     async def _occupy(
-        self, worker: _Worker, job: DecodeJob, timeout_s: float, party: Hashable
+        self, worker: _Worker, job: DecodeJob, timeout_s: float, party: Party
     ) -> tuple[Decoded, SharedArray]:
         path = self._folder / job.name
         try:
