@@ -124,7 +124,7 @@ class VllmMetrics:
                 gauge.add_metric(self._values, read(stats))
                 yield gauge
             yield from (self._counter(name, words, read(stats)) for name, words, read in _COUNTERS)
-            yield self._sources(stats)
+            yield from self._sources(stats)
 
     def _answered(self, answer: AnswerReport) -> None:
         self._generated.observe(answer.num_tokens)
@@ -152,13 +152,17 @@ class VllmMetrics:
         family.add_metric(self._values, [(bound, counts[bound]) for bound in bounds], total)
         return family
 
-    def _sources(self, stats: EngineStats) -> CounterMetricFamily:
+    def _sources(self, stats: EngineStats) -> Iterator[CounterMetricFamily]:
+        labels, cached = [*_LABELS, "source"], stats.num_cached_tokens_total
         words = "Tokens of prompts by where their KV came from."
-        family = CounterMetricFamily("vllm:prompt_tokens_by_source", words, labels=[*_LABELS, "source"])
-        cached = stats.num_cached_tokens_total
+        family = CounterMetricFamily("vllm:prompt_tokens_by_source", words, labels=labels)
         family.add_metric([*self._values, "local_compute"], stats.num_prompt_tokens_total - cached)
         family.add_metric([*self._values, "local_cache_hit"], cached)
-        return family
+        yield family
+        words = "Those that were found in the prefix cache, by where that is: the device's memory."
+        found = CounterMetricFamily("vllm:prompt_tokens_cached_by_source", words, labels=labels)
+        found.add_metric([*self._values, "device"], cached)
+        yield found
 
     def _counter(self, name: str, words: str, value: float) -> CounterMetricFamily:
         family = CounterMetricFamily(f"vllm:{name}", words, labels=_LABELS)
