@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-from collections.abc import AsyncGenerator, Callable, Hashable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
+from dashinfer_vlm.engine.client import Listener
 from dashinfer_vlm.engine.info import EngineInfo
 from dashinfer_vlm.engine.stats import EngineStats
 from dashinfer_vlm.errors import EngineDeadError
 from dashinfer_vlm.media.loader import MediaCounters
+from dashinfer_vlm.media.turns import ANYBODY, Party
 from dashinfer_vlm.media.types import LoadedMedia, MediaRef
 from dashinfer_vlm.request import Finish, Output, Request, TokenLogprob
 from dashinfer_vlm.shared_array import SharedArray
@@ -49,8 +51,8 @@ class ScriptedEngine:
 
     answer: Answer
     info: EngineInfo = field(default_factory=info)
-    error: BaseException | None = None
-    """Raised instead of the first output."""
+    error: Exception | None = None
+    """Raised instead of taking a request."""
     failure: str | None = None
     """Message of a final output with reason "error" after `fails_after` tokens."""
     fails_after: int = 1
@@ -62,7 +64,7 @@ class ScriptedEngine:
     stop_token: int = EOS
     """What ends an answer that is not cut by max_tokens."""
     requests: list[Request] = field(default_factory=list)
-    running: set[str] = field(default_factory=set)
+    running: dict[str, asyncio.Task[None]] = field(default_factory=dict)
     aborted: list[str] = field(default_factory=list)
     paused: asyncio.Event = field(default_factory=asyncio.Event)
     """Set whenever a request has come to its pause."""
@@ -73,23 +75,29 @@ class ScriptedEngine:
     comes_back: bool = False
     """Whether a dead one is started again."""
 
-    async def generate(self, request: Request) -> AsyncGenerator[Output, None]:
+    def ask(self, request: Request, listener: Listener) -> None:
         self.requests.append(request)
-        self.running.add(request.id)
+        if self.error is not None:
+            raise self.error
+        self.running[request.id] = asyncio.create_task(self._answer(request, listener))
         self.idle.clear()
-        ended = False
-        try:
-            if self.error is not None:
-                raise self.error
-            async for output in self._outputs(request):
-                ended = output.finish is not None
-                yield output
-        finally:
-            if not ended:
-                self.aborted.append(request.id)
-            self.running.discard(request.id)
-            if not self.running:
-                self.idle.set()
+
+    def leave(self, request_id: str) -> None:
+        if task := self.running.get(request_id):
+            task.cancel()
+            self.aborted.append(request_id)
+            self._forget(request_id)
+
+    async def _answer(self, request: Request, listener: Listener) -> None:
+        async for output in self._outputs(request):
+            if output.finish:
+                self._forget(request.id)
+            listener(output)
+
+    def _forget(self, request_id: str) -> None:
+        del self.running[request_id]
+        if not self.running:
+            self.idle.set()
 
     async def stats(self) -> EngineStats:
         if not self.is_alive:
@@ -105,7 +113,7 @@ class ScriptedEngine:
     async def close(self) -> None:
         self.is_alive = False
 
-    async def _outputs(self, request: Request) -> AsyncGenerator[Output, None]:
+    async def _outputs(self, request: Request) -> AsyncIterator[Output]:
         limit = request.params.max_tokens
         if request.params.prompt_logprobs is not None:
             yield Output(request.id, prompt_logprobs=tuple(_told_of_prompt(request)))
@@ -149,7 +157,7 @@ class ScriptedLoader:
     hangs: set[str] = field(default_factory=set)
     """URLs that never come."""
     loaded: list[MediaRef] = field(default_factory=list)
-    parties: list[Hashable] = field(default_factory=list)
+    parties: list[Party] = field(default_factory=list)
     """For whom each of them was loaded."""
     salts: list[str] = field(default_factory=list)
     num_held: int = 0
@@ -167,7 +175,7 @@ class ScriptedLoader:
     async def close(self) -> None:
         pass
 
-    async def load(self, ref: MediaRef, party: Hashable = None, *, salt: str = "") -> LoadedMedia:
+    async def load(self, ref: MediaRef, party: Party = ANYBODY, *, salt: str = "") -> LoadedMedia:
         source = ref.source if isinstance(ref.source, str) else "frames"
         if source in self.fails:
             raise self.fails[source]

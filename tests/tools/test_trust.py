@@ -8,7 +8,7 @@ import pytest
 
 from tests.conftest import ROOT
 from trust.answers import Answer
-from trust.crowd import Gaps
+from trust.crowd import Stream
 from trust.server import Metrics
 from trust.soak import CHOICES, Soaked, Tally
 from trust.stage import Seen, told
@@ -83,8 +83,34 @@ def test_what_clients_saw_is_counted_in_words() -> None:
     assert Seen(answers).num_hung == 1
 
 
-def test_gaps_are_those_within_a_stream_while_all_flow() -> None:
-    assert Gaps.of([[0.0, 3.0, 4.0, 5.0, 6.0], [2.5, 3.5, 4.5, 5.5, 9.0]]) == Gaps(1.0, 1.0)
+def heard(*pieces: tuple[float, str]) -> Stream:
+    """A stream to which text came at these times."""
+    stream = Stream.__new__(Stream)
+    stream.pieces = [(at_s, f'data: {{"content":"{text}"}}'.encode()) for at_s, text in pieces]
+    return stream
+
+
+def test_a_token_is_late_by_the_time_since_its_step_and_only_the_window_counts() -> None:
+    stamps = [float(step) for step in range(200)]
+    assert heard((5.1, "f"), (6.2, "g"), (8.5, "hi"), (9.1, "j")).delays(stamps, 6.0, 9.0) == pytest.approx(
+        [0.2, 1.5, 0.5]
+    )
+    after_a_round = heard((62.5, "a"), (63.5, "b"))
+    assert after_a_round.delays(stamps, 0.0, 100.0) == [0.5, 0.5]
+
+
+def test_a_stream_of_a_crowd_is_whole_or_says_what_it_lacks() -> None:
+    end = b'"finish_reason":"length"} data: [DONE] 0\r\n\r\n'
+
+    def fault(text: str, end: bytes = end, status: int = 200) -> str:
+        stream = heard((0.0, text))
+        stream.pieces = [(0.0, f"HTTP/1.1 {status} x".encode()), *stream.pieces, (1.0, end)]
+        return stream.fault()
+
+    assert fault("789abc") == ""
+    assert fault("abd") == "tokens are missing"
+    assert fault("abc", b"") == "0 final events, 0 times [DONE]"
+    assert fault("abc", status=503).startswith("HTTP/1.1 503")
 
 
 def test_every_test_that_the_page_names_is_there() -> None:

@@ -1,19 +1,23 @@
-"""The engine as everyone outside it sees it: requests in, streams of outputs out, wherever the engine runs.
+"""The engine as everyone outside it sees it: requests in, outputs out, wherever the engine runs.
 
 `host/local.py` runs its loop in a thread of this process, `host/process.py` in a process of its own; the same loop, the
-same events, the same streams.
+same events.
 """
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import Callable
 from typing import Protocol
 
 from dashinfer_vlm.engine.info import EngineInfo
 from dashinfer_vlm.engine.stats import EngineStats
+from dashinfer_vlm.fault import Fault
 from dashinfer_vlm.request import Output, Request
 
-__all__ = ["EngineClient", "OnProgress"]
+__all__ = ["EngineClient", "Listener", "OnProgress"]
+
+Listener = Callable[[Output | Fault], None]
+"""Hears all outputs of one request, or the one fault for which it was refused. Must be quick and must not raise."""
 
 OnProgress = Callable[[str, int, int], None]
 """Called with a stage of loading, how much of it is done, and how much there is."""
@@ -25,13 +29,17 @@ class EngineClient(Protocol):
     @property
     def info(self) -> EngineInfo: ...
 
-    def generate(self, request: Request) -> AsyncGenerator[Output, None]:
-        """Stream the outputs of `request`; the last one carries `finish`. Use with `contextlib.aclosing`.
+    def ask(self, request: Request, listener: Listener) -> None:
+        """Run `request`. In the event loop that runs now, `listener` hears its outputs, of which the last one carries
+        `finish`, or the fault for which the engine refuses it: of an InvalidRequestError, a ContextLengthError, an
+        OverloadedError. An engine that dies later has a last output whose finish reason is "error".
 
-        The first `anext` raises InvalidRequestError, ContextLengthError or OverloadedError when the engine refuses
-        the request, and EngineDeadError when the engine is gone. An engine that dies later ends the stream
-        with an Output whose finish reason is "error". Closing the stream early aborts the sequence.
+        Raises EngineDeadError when the engine is gone, and InvalidRequestError for an id that is in use.
         """
+        ...
+
+    def leave(self, request_id: str) -> None:
+        """Abort a request, and hear no more of it but for what is on its way; of one that has ended, nothing."""
         ...
 
     async def stats(self) -> EngineStats:

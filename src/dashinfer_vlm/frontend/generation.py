@@ -7,10 +7,11 @@ import secrets
 import time
 from collections import deque
 from collections.abc import Sequence
-from contextlib import aclosing
+from functools import partial
 
 from dashinfer_vlm.engine.client import EngineClient
-from dashinfer_vlm.errors import DeadlineError, EngineDeadError, EngineError, OverloadedError
+from dashinfer_vlm.errors import DeadlineError, EngineDeadError, OverloadedError
+from dashinfer_vlm.fault import Fault
 from dashinfer_vlm.frontend.booking import Booking
 from dashinfer_vlm.frontend.choice import Choice
 from dashinfer_vlm.frontend.deltas import Delta, Usage
@@ -18,7 +19,7 @@ from dashinfer_vlm.frontend.observer import CallReport, Observer
 from dashinfer_vlm.frontend.params import GenerationParams
 from dashinfer_vlm.frontend.prompt import Prompt
 from dashinfer_vlm.frontend.tokenizer import Tokenizer
-from dashinfer_vlm.request import Request, TokenLogprob
+from dashinfer_vlm.request import Output, Request, TokenLogprob
 
 _MERGED_TOKENS = 64
 """Tokens of a delta, at most a few more, so that writing one takes no time that others would notice."""
@@ -60,15 +61,13 @@ class Generation:
         self._num_choices = params.n
         self.choices = [Choice(i, prompts[i // params.n], params, tokenizer) for i in range(len(prompts) * params.n)]
         self._id = secrets.token_hex(8)
-        self._closed = False
         self._unfinished = "abort"
-        """Why choices have ended that were closed."""
+        """Why choices have ended that have not come to their end."""
         self._ended = asyncio.Event()
-        self._tasks = {asyncio.create_task(self._run(choice)) for choice in self.choices}
-        self._num_running = len(self._tasks)
         self._timer = None if timeout_s is None else asyncio.get_running_loop().call_later(timeout_s, self._time_is_up)
-        for task in self._tasks:
-            task.add_done_callback(self._task_done)
+        self._running = dict.fromkeys(self.choices)
+        for choice in self.choices:
+            self._ask(choice)
 
     @property
     def usage(self) -> Usage:
@@ -121,9 +120,8 @@ class Generation:
         """Abort what still runs, without waiting for it; idempotent. Who still iterates is told `error`."""
         if error is not None and not self._ended.is_set():
             self._tell(error)
-        self._closed = True
-        for task in self._tasks:
-            task.cancel()
+        for choice in tuple(self._running):
+            self._end(choice)
 
     def _time_is_up(self) -> None:
         self._unfinished = "timeout"
@@ -133,9 +131,9 @@ class Generation:
         """Until the engine has spoken its last word and everything is given back."""
         await self._ended.wait()
 
-    async def _run(self, choice: Choice) -> None:
+    def _ask(self, choice: Choice) -> None:
         request = Request(
-            id=f"{self._id}-{choice.index}",
+            id=self._request_id(choice),
             prompt_ids=choice.prompt.ids,
             params=choice.sampling,
             items=choice.prompt.items,
@@ -144,16 +142,39 @@ class Generation:
             tenant=self._booking.tenant.id,
             weight=self._booking.tenant.weight,
         )
-        async with aclosing(self._engine.generate(request)) as outputs:
-            async for output in outputs:
-                if output.finish and output.finish.reason == "error" and not self._engine.alive():
-                    raise EngineDeadError("the engine has stopped")
-                if delta := choice.feed(output):
-                    self._tell(delta)
-                    self._observe(choice, delta)
-                if choice.end_reason:  # at a stop string the engine is not done yet: leaving aborts the sequence
-                    return
-        raise EngineError("the engine ended this request without a reason")
+        try:
+            self._engine.ask(request, partial(self._hear, choice))
+        except Exception as error:  # noqa: BLE001  who iterates is told
+            asyncio.get_running_loop().call_soon(self._fail, choice, error)
+
+    def _request_id(self, choice: Choice) -> str:
+        return f"{self._id}-{choice.index}"
+
+    def _hear(self, choice: Choice, news: Output | Fault) -> None:
+        """What the engine says of a choice; one that has ended hears no more."""
+        if choice not in self._running:
+            return
+        try:
+            self._read(choice, news)
+        except Exception as error:  # noqa: BLE001  the engine's other listeners are not to blame
+            self._fail(choice, error)
+
+    def _read(self, choice: Choice, news: Output | Fault) -> None:
+        if isinstance(news, Fault):
+            raise news.error()
+        if news.finish and news.finish.reason == "error" and not self._engine.alive():
+            raise EngineDeadError("the engine has stopped")
+        if delta := choice.feed(news):
+            self._observe(choice, delta)
+            self._tell(delta)
+        if choice.end_reason:
+            self._end(choice)
+
+    def _fail(self, choice: Choice, error: Exception) -> None:
+        if choice in self._running:
+            self._unfinished = "error"
+            self._tell(error)
+            self._end(choice)
 
     def _tell(self, news: Delta | BaseException) -> None:
         self._news.append(news)
@@ -178,12 +199,13 @@ class Generation:
             choice.last_token_s = now_s
             choice.first_token_s = choice.first_token_s or now_s
 
-    def _task_done(self, task: asyncio.Task[None]) -> None:
-        error = EngineError("the request was cancelled") if task.cancelled() else task.exception()
-        if error is not None and not self._closed:
-            self._tell(error)
-        self._num_running -= 1
-        if self._num_running == 0:
+    def _end(self, choice: Choice) -> None:
+        """At a stop string, or when its reader goes, the engine is not done with it yet."""
+        if choice not in self._running:
+            return
+        del self._running[choice]
+        self._engine.leave(self._request_id(choice))
+        if not self._running:
             self._ended.set()
             self._arrived.set()
             if self._timer is not None:
@@ -194,7 +216,6 @@ class Generation:
     def report(self) -> CallReport:
         """What came of the call, or has so far."""
         usage = self.usage
-        has_failed = any(task.done() and not task.cancelled() and task.exception() for task in self._tasks)
         return CallReport(
             num_prompt_tokens=usage.num_prompt_tokens,
             num_cached_tokens=usage.num_cached_tokens,
@@ -204,5 +225,5 @@ class Generation:
             start_s=self._started_s,
             end_s=time.perf_counter(),
             spans=tuple(span for prompt in self._prompts for medium in prompt.media for span in medium.spans),
-            answers=tuple(choice.report("error" if has_failed else self._unfinished) for choice in self.choices),
+            answers=tuple(choice.report(self._unfinished) for choice in self.choices),
         )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing
 from pathlib import Path
 
@@ -18,6 +18,7 @@ from dashinfer_vlm.engine.client import EngineClient
 from dashinfer_vlm.engine.host.local import LocalEngine
 from dashinfer_vlm.engine.host.process import ProcessEngine
 from dashinfer_vlm.errors import ContextLengthError, EngineDeadError, EngineError, InvalidRequestError, OverloadedError
+from dashinfer_vlm.fault import Fault
 from dashinfer_vlm.request import Finish, Item, Output, Request
 from dashinfer_vlm.shared_array import SharedFolder
 from tests.engine.scripted import INFO, Script, ScriptedEngine
@@ -55,8 +56,22 @@ def ask(name: str, first: int, items: tuple[Item, ...] = (), positions: torch.Te
     return Request(id=name, prompt_ids=[first], items=items, positions=positions)
 
 
+async def outputs_of(client: EngineClient, request: Request) -> AsyncGenerator[Output, None]:
+    """The outputs of `request`; closing it early leaves the request."""
+    heard: asyncio.Queue[Output | Fault] = asyncio.Queue()
+    client.ask(request, heard.put_nowait)
+    try:
+        while isinstance(news := await heard.get(), Output):
+            yield news
+            if news.finish:
+                return
+        raise news.error()
+    finally:
+        client.leave(request.id)
+
+
 async def collect(client: EngineClient, request: Request) -> list[Output]:
-    return [output async for output in client.generate(request)]
+    return [output async for output in outputs_of(client, request)]
 
 
 async def idle(client: EngineClient, num_running: int = 0) -> None:
@@ -97,14 +112,14 @@ async def test_refusals_arrive_with_their_type_and_fields(client: EngineClient) 
 
 async def test_an_id_is_free_again_after_its_end(client: EngineClient) -> None:
     assert len(await collect(client, ask("again", 3))) == 3
-    async with aclosing(client.generate(ask("again", Script.ENDLESS))) as stream:
+    async with aclosing(outputs_of(client, ask("again", Script.ENDLESS))) as stream:
         await anext(stream)
         with pytest.raises(InvalidRequestError, match="in use"):
             await collect(client, ask("again", 1))
 
 
 async def test_closing_a_stream_early_aborts_its_sequence(client: EngineClient) -> None:
-    async with aclosing(client.generate(ask("left", Script.ENDLESS))) as stream:
+    async with aclosing(outputs_of(client, ask("left", Script.ENDLESS))) as stream:
         await anext(stream)
         assert (await client.stats()).num_running == 1
     await idle(client)
@@ -114,7 +129,7 @@ async def test_a_cancelled_reader_aborts_its_sequence(client: EngineClient) -> N
     started = asyncio.Event()
 
     async def read() -> None:
-        async with aclosing(client.generate(ask("cancelled", Script.ENDLESS))) as stream:
+        async with aclosing(outputs_of(client, ask("cancelled", Script.ENDLESS))) as stream:
             async for _ in stream:
                 started.set()
 
@@ -149,7 +164,7 @@ async def test_a_broken_engine_ends_its_streams_and_is_dead(mortal: EngineClient
 
 
 async def test_closing_ends_running_streams_and_refuses_new_ones(mortal: EngineClient) -> None:
-    stream = mortal.generate(ask("a", Script.ENDLESS))
+    stream = outputs_of(mortal, ask("a", Script.ENDLESS))
     await anext(stream)
     await mortal.close()
     assert [output.finish async for output in stream][-1] == Finish("abort")

@@ -21,7 +21,7 @@ from dashinfer_vlm.errors import CheckpointError, EngineDeadError, EngineError
 from dashinfer_vlm.request import Item, Output, Request, SamplingParams
 from dashinfer_vlm.shared_array import shared_root
 from tests.conftest import CheckpointMaker
-from tests.engine.host.test_client import SCRIPTED_PROCESS, ask, collect
+from tests.engine.host.test_client import SCRIPTED_PROCESS, ask, collect, outputs_of
 from tests.engine.scripted import Script
 from tests.tokens import VOCAB
 
@@ -82,14 +82,14 @@ async def test_cancelled_loading_leaves_no_child(monkeypatch: pytest.MonkeyPatch
 @pytest.mark.parametrize("way", ["kill", "exit"])
 async def test_a_child_that_dies_ends_every_stream_with_an_error(way: str, caplog: pytest.LogCaptureFixture) -> None:
     engine = await ProcessEngine.start(EngineConfig())
-    streams = [engine.generate(ask(f"r{i}", Script.ENDLESS)) for i in range(4)]
+    streams = [outputs_of(engine, ask(f"r{i}", Script.ENDLESS)) for i in range(4)]
     for stream in streams:
         await anext(stream)
     if way == "kill":
         os.kill(engine.pid, signal.SIGKILL)
         word = "SIGKILL"
     else:
-        streams.insert(0, engine.generate(ask("fatal", Script.CRASH_EXIT)))
+        streams.insert(0, outputs_of(engine, ask("fatal", Script.CRASH_EXIT)))
         word = "status 3"
     for stream in streams:
         last = [output.finish async for output in stream][-1]
@@ -107,7 +107,7 @@ async def test_a_child_that_dies_ends_every_stream_with_an_error(way: str, caplo
 async def test_a_kill_under_many_fast_streams_is_told_within_a_second() -> None:
     """However much the child has said that is not handed out yet."""
     engine = await ProcessEngine.start(EngineConfig())
-    streams = [engine.generate(ask(f"r{i}", Script.ENDLESS)) for i in range(35)]
+    streams = [outputs_of(engine, ask(f"r{i}", Script.ENDLESS)) for i in range(35)]
     for stream in streams:
         await anext(stream)
     time.sleep(1)  # noqa: ASYNC251 - a busy parent: the child's words pile up
@@ -125,7 +125,7 @@ async def test_a_kill_under_many_fast_streams_is_told_within_a_second() -> None:
 async def test_a_child_that_is_stopped_is_ended_and_its_streams_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ProcessEngine, "stop_timeout_s", 1.0)
     engine = await ProcessEngine.start(EngineConfig())
-    stream = engine.generate(ask("a", Script.ENDLESS))
+    stream = outputs_of(engine, ask("a", Script.ENDLESS))
     await anext(stream)
     os.kill(engine.pid, signal.SIGSTOP)
     last = [output.finish async for output in stream][-1]
@@ -180,7 +180,7 @@ async def test_a_child_ends_with_its_parent_and_leaves_nothing_of_either_in_shar
 async def test_arrays_made_for_the_journey_are_removed_with_the_request() -> None:
     engine = await ProcessEngine.start(EngineConfig())
     item = Item(kind="image", start=0, num_tokens=2, content_hash=b"c" * 32, embedding=torch.ones(2, 8))
-    stream = engine.generate(Request(id="a", prompt_ids=[Script.ENDLESS], items=(item,)))
+    stream = outputs_of(engine, Request(id="a", prompt_ids=[Script.ENDLESS], items=(item,)))
     await anext(stream)
     assert own_shared_files()
     await stream.aclose()

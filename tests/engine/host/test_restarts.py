@@ -16,7 +16,7 @@ from dashinfer_vlm.engine.client import OnProgress
 from dashinfer_vlm.engine.host.process import ProcessEngine
 from dashinfer_vlm.engine.host.restarts import RestartedEngine
 from dashinfer_vlm.errors import EngineDeadError
-from tests.engine.host.test_client import SCRIPTED_PROCESS, ask, collect
+from tests.engine.host.test_client import SCRIPTED_PROCESS, ask, collect, outputs_of
 from tests.engine.scripted import Script
 
 Start = Callable[[int], Awaitable[RestartedEngine]]
@@ -80,7 +80,7 @@ async def die(engine: RestartedEngine) -> None:
 async def test_requests_end_with_an_error_and_the_next_engine_takes_new_ones(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ProcessEngine, "command", SCRIPTED_PROCESS)
     engine = await RestartedEngine.start(EngineConfig(), 1)
-    first_pid, stream = engine.pid, engine.generate(ask("a", Script.ENDLESS))
+    first_pid, stream = engine.pid, outputs_of(engine, ask("a", Script.ENDLESS))
     await anext(stream)
     os.kill(engine.pid, signal.SIGKILL)
     last = [output.finish async for output in stream][-1]

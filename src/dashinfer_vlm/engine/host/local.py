@@ -6,13 +6,13 @@ import asyncio
 import contextlib
 import queue
 import threading
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import Callable
 from concurrent.futures import Future
 
 from dashinfer_vlm.config import EngineConfig
-from dashinfer_vlm.engine.client import OnProgress
+from dashinfer_vlm.engine.client import Listener, OnProgress
 from dashinfer_vlm.engine.host.loop import EngineLoop, SteppedEngine
-from dashinfer_vlm.engine.host.streams import CLOSED, Listener, Listeners, outputs_of, silent, stats_or_raise
+from dashinfer_vlm.engine.host.streams import CLOSED, Listeners, silent, stats_or_raise
 from dashinfer_vlm.engine.host.wire import Abort, Close, Command, Event
 from dashinfer_vlm.engine.info import EngineInfo
 from dashinfer_vlm.engine.load import load_engine
@@ -53,16 +53,13 @@ class LocalEngine:
         """End a request early; its listener still hears the final Output."""
         self._commands.put(Abort(request_id))
 
-    async def generate(self, request: Request) -> AsyncGenerator[Output, None]:
+    def ask(self, request: Request, listener: Listener) -> None:
         loop = asyncio.get_running_loop()
-        news: asyncio.Queue[Output | Fault] = asyncio.Queue()
-        self.submit(request, lambda item: _in_loop(loop, news.put_nowait, item))
-        try:
-            async for output in outputs_of(news):
-                yield output
-        finally:
-            if self._listeners.remove(request.id):
-                self.abort(request.id)
+        self.submit(request, lambda news: _in_loop(loop, listener, news))
+
+    def leave(self, request_id: str) -> None:
+        if self._listeners.remove(request_id):
+            self.abort(request_id)
 
     def read_stats(self) -> EngineStats:
         """`stats()` for callers without an event loop."""
@@ -115,7 +112,7 @@ class _QueueChannel:
         return commands
 
 
-def _in_loop(loop: asyncio.AbstractEventLoop, call: Callable[[Output | Fault], None], news: Output | Fault) -> None:
+def _in_loop(loop: asyncio.AbstractEventLoop, call: Listener, news: Output | Fault) -> None:
     """Call in `loop` from the engine's thread; a loop that was closed meanwhile wants no news any more."""
     with contextlib.suppress(RuntimeError):
         loop.call_soon_threadsafe(call, news)

@@ -7,16 +7,16 @@ import contextlib
 import logging
 import signal
 import sys
-from collections.abc import AsyncGenerator
 from functools import partial
+from typing import Any
 
 import msgspec
 import zmq
 import zmq.asyncio
 
 from dashinfer_vlm.config import EngineConfig
-from dashinfer_vlm.engine.client import OnProgress
-from dashinfer_vlm.engine.host.streams import CLOSED, Listeners, outputs_of, silent, stats_or_raise
+from dashinfer_vlm.engine.client import Listener, OnProgress
+from dashinfer_vlm.engine.host.streams import CLOSED, Listeners, silent, stats_or_raise
 from dashinfer_vlm.engine.host.wire import (
     Abort,
     Close,
@@ -34,7 +34,7 @@ from dashinfer_vlm.engine.stats import EngineStats
 from dashinfer_vlm.errors import EngineDeadError
 from dashinfer_vlm.fault import Fault
 from dashinfer_vlm.log_lines import LogStyle
-from dashinfer_vlm.request import Finish, Output, Request
+from dashinfer_vlm.request import Finish, Request
 from dashinfer_vlm.shared_array import SharedArray, SharedFolder
 from dashinfer_vlm.stopped import is_stopped
 
@@ -69,6 +69,8 @@ class ProcessEngine:
         self._socket = socket
         self._folder = folder
         self._listeners = Listeners()
+        self._shared: dict[str, list[SharedArray]] = {}
+        """Arrays of running requests that only the child needs."""
         self._info: EngineInfo | None = None
         self._reader: asyncio.Task[None] | None = None
         self._closing = False
@@ -106,24 +108,25 @@ class ProcessEngine:
         """Process id of the child, for who watches memory."""
         return self._process.pid
 
-    async def generate(self, request: Request) -> AsyncGenerator[Output, None]:
-        news: asyncio.Queue[Output | Fault] = asyncio.Queue()
-        self._listeners.add(request.id, news.put_nowait)
-        shared: list[SharedArray] = []
+    def ask(self, request: Request, listener: Listener) -> None:
+        self._listeners.add(request.id, listener)
         try:
             wire, shared = to_wire(request, self._folder.path)
-            await self._send(wire)
-            async for output in outputs_of(news):
-                yield output
-        finally:
-            if self._listeners.remove(request.id):
-                await self._send(Abort(request.id))
-            for array in shared:
-                array.remove()
+        except BaseException:
+            self._listeners.remove(request.id)
+            raise
+        if shared:
+            self._shared[request.id] = shared
+        self._send(wire)
+
+    def leave(self, request_id: str) -> None:
+        if self._listeners.remove(request_id):
+            self._send(Abort(request_id))
+            self._remove_arrays()
 
     async def stats(self) -> EngineStats:
         answer: asyncio.Future[EngineStats | Fault] = asyncio.get_running_loop().create_future()
-        await self._send(self._listeners.await_stats(partial(_resolve, answer)))
+        self._send(self._listeners.await_stats(partial(_resolve, answer)))
         return stats_or_raise(await answer)
 
     def alive(self) -> bool:
@@ -153,7 +156,7 @@ class ProcessEngine:
     async def _end_process(self) -> None:
         try:
             if self._info:
-                await self._send(Close())
+                self._send(Close())
                 await asyncio.wait_for(asyncio.shield(self._exit), self.close_timeout_s)
         except asyncio.TimeoutError:
             logger.warning("the engine process did not end within %g s and is killed", self.close_timeout_s)
@@ -203,12 +206,14 @@ class ProcessEngine:
                 event = await self._next_event()
                 assert not isinstance(event, Progress | Ready), event
                 self._listeners.dispatch(event)
+                self._remove_arrays()
         except EngineDeadError as error:
             if self._closing:
                 self._listeners.end_all(CLOSED, finish=Finish("abort"))
             else:
                 logger.error("%s", error)
                 self._listeners.end_all(Fault.of(error))
+            self._remove_arrays()
 
     async def _next_event(self) -> WireEvent:
         """Raises EngineDeadError once the child has ended and all that it said was heard.
@@ -225,15 +230,27 @@ class ProcessEngine:
             raise EngineDeadError(f"the engine process {self._why_ended or _how_it_ended(self._exit.result())}")
         return event_decoder.decode(receiving.result())
 
-    async def _send(self, command: WireCommand) -> None:
+    def _remove_arrays(self) -> None:
+        """Those of requests that are over."""
+        for request_id in [each for each in self._shared if each not in self._listeners]:
+            for array in self._shared.pop(request_id):
+                array.remove()
+
+    def _send(self, command: WireCommand) -> None:
         # NOBLOCK: without a peer this would wait forever. Nothing is lost: who sent it listens for the answer, and
         # the reader tells all who listen that the child is gone.
-        with contextlib.suppress(zmq.Again):
-            await self._socket.send(msgspec.msgpack.encode(command), flags=zmq.NOBLOCK)
+        sent = asyncio.ensure_future(self._socket.send(msgspec.msgpack.encode(command), flags=zmq.NOBLOCK))
+        sent.add_done_callback(_forgive)
 
 
 def _how_it_ended(status: int) -> str:
     return f"was killed by signal {signal.Signals(-status).name}" if status < 0 else f"ended with status {status}"
+
+
+def _forgive(sent: asyncio.Future[Any]) -> None:
+    """Take what went wrong, or asyncio would say that nobody has."""
+    if not sent.cancelled():
+        sent.exception()
 
 
 def _resolve(answer: asyncio.Future[EngineStats | Fault], stats: EngineStats | Fault) -> None:

@@ -6,17 +6,16 @@ import asyncio
 import logging
 import time
 from collections import deque
-from collections.abc import AsyncGenerator
 
 import msgspec
 
 from dashinfer_vlm.config import EngineConfig
-from dashinfer_vlm.engine.client import OnProgress
+from dashinfer_vlm.engine.client import Listener, OnProgress
 from dashinfer_vlm.engine.host.process import ProcessEngine
 from dashinfer_vlm.engine.info import EngineInfo
 from dashinfer_vlm.engine.stats import EngineStats
 from dashinfer_vlm.errors import DashInferError
-from dashinfer_vlm.request import Output, Request
+from dashinfer_vlm.request import Request
 
 __all__ = ["RestartedEngine"]
 
@@ -59,8 +58,11 @@ class RestartedEngine:
         """Process id of the child that runs, or ran last."""
         return self._engine.pid
 
-    def generate(self, request: Request) -> AsyncGenerator[Output, None]:
-        return self._engine.generate(request)
+    def ask(self, request: Request, listener: Listener) -> None:
+        self._engine.ask(request, listener)
+
+    def leave(self, request_id: str) -> None:
+        self._engine.leave(request_id)
 
     async def stats(self) -> EngineStats:
         """Counters begin anew with each engine, but for that of the engines."""

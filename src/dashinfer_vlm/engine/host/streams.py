@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import asyncio
 import itertools
 import threading
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import Callable
 
+from dashinfer_vlm.engine.client import Listener
 from dashinfer_vlm.engine.host.wire import (
     AskStats,
     Event,
@@ -19,9 +19,6 @@ from dashinfer_vlm.engine.stats import EngineStats
 from dashinfer_vlm.errors import InvalidRequestError
 from dashinfer_vlm.fault import Fault
 from dashinfer_vlm.request import Finish, Output
-
-Listener = Callable[[Output | Fault], None]
-"""Hears all outputs of one request, or the one fault for which it was refused."""
 
 CLOSED = Fault("EngineDeadError", "the engine was closed")
 
@@ -39,6 +36,10 @@ class Listeners:
     @property
     def dead(self) -> Fault | None:
         return self._dead
+
+    def __contains__(self, request_id: str) -> bool:
+        with self._lock:
+            return request_id in self._of_request
 
     def add(self, request_id: str, listener: Listener) -> None:
         with self._lock:
@@ -91,17 +92,6 @@ class Listeners:
             listener = self._of_request.pop(request_id, None) if last else self._of_request.get(request_id)
         if listener:  # else its stream was closed early
             listener(news)
-
-
-async def outputs_of(news: asyncio.Queue[Output | Fault]) -> AsyncGenerator[Output, None]:
-    """Up to the last one; raises the fault of a refusal."""
-    while True:
-        item = await news.get()
-        if isinstance(item, Fault):
-            raise item.error()
-        yield item
-        if item.finish:
-            return
 
 
 def stats_or_raise(answer: EngineStats | Fault) -> EngineStats:
