@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -111,16 +112,57 @@ def test_answers_have_the_form_that_is_told(
     jsonschema.validate(reply.json(), answer(document, path, method, reply))
 
 
-@pytest.mark.parametrize(("path", "body"), [("/v1/chat/completions", CHAT), ("/v1/completions", TEXT)])
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/v1/chat/completions", CHAT | {"stream_options": {"include_usage": True}, "return_token_ids": True}),
+        ("/v1/completions", TEXT | {"stream_options": {"include_usage": True}}),
+        ("/v1/responses", {"input": "hi"}),
+        ("/v1/messages", CHAT | {"max_tokens": 8}),
+    ],
+)
 def test_events_have_the_form_that_is_told(
     shared: httpx.Client, document: dict[str, Any], path: str, body: dict[str, Any]
 ) -> None:
-    extras = {"stream": True, "stream_options": {"include_usage": True}, "return_token_ids": True}
-    text = shared.post(path, json=body | extras).text
+    reply = shared.post(path, json=body | {"stream": True})
     content = document["paths"][path]["post"]["responses"]["200"]["content"]
-    event = schema(document, content["text/event-stream"]["schema"]["contentSchema"])
-    for line in text.split("\n\n")[:-2]:
-        jsonschema.validate(json.loads(line.removeprefix("data: ")), event)
+    told = schema(document, content["text/event-stream"]["itemSchema"])
+    events = [dict(line.split(": ", 1) for line in event.splitlines()) for event in reply.text.split("\n\n")[:-1]]
+    assert len(events) > 3
+    for event in events:
+        check_event(document, told, event)
+
+
+def check_event(document: dict[str, Any], told: dict[str, Any], event: dict[str, str]) -> None:
+    """The fields are texts; what is told of the text of `data` is looked at apart, as validators do not."""
+    jsonschema.validate(event, told)
+    data = told["properties"]["data"]
+    if event["data"] != "[DONE]":
+        held = next(each["contentSchema"] for each in (data, *data.get("anyOf", ())) if "contentSchema" in each)
+        jsonschema.validate(json.loads(event["data"]), schema(document, held))
+
+
+def test_streams_without_names_end_with_done_and_others_name_each_event(document: dict[str, Any]) -> None:
+    def told(path: str) -> dict[str, Any]:
+        content = document["paths"][path]["post"]["responses"]["200"]["content"]
+        return dict(content["text/event-stream"]["itemSchema"])
+
+    assert {"const": "[DONE]"} in told("/v1/chat/completions")["properties"]["data"]["anyOf"]
+    assert told("/v1/responses")["required"] == ["event", "data"]
+
+
+async def test_a_form_is_told_with_its_file(serve: Serve, tmp_path: Path) -> None:
+    running: Running = await serve(config={"files_path": str(tmp_path)})
+    document = (await running.get("/openapi.json")).json()
+    form = document["paths"]["/v1/files"]["post"]["requestBody"]["content"]["multipart/form-data"]
+    fields = document["components"]["schemas"]["UploadForm"]
+    assert form["schema"] == {"$ref": "#/components/schemas/UploadForm"}
+    assert form["encoding"] == {"expires_after": {"style": "deepObject", "explode": True}}
+    assert fields["required"] == ["file", "purpose"]
+    assert fields["properties"]["file"] == {"type": "string", "contentMediaType": "application/octet-stream"}
+    assert fields["properties"]["expires_after"]["$ref"] == "#/components/schemas/ExpiryBody"
+    assert "default" not in fields["properties"]["expires_after"]
+    assert "multipart/form-data" in (await running.get("/docs")).text
 
 
 async def test_the_page_needs_no_script_and_no_other_host(serve: Serve) -> None:

@@ -15,6 +15,7 @@ from dashinfer_vlm.request import TokenLogprob
 from dashinfer_vlm.server.body import read_body
 from dashinfer_vlm.server.context import Context
 from dashinfer_vlm.server.described import GENERATING, Operation
+from dashinfer_vlm.server.errors import ErrorBody
 from dashinfer_vlm.server.protocol import ChatBody
 from dashinfer_vlm.server.replies import (
     NO_EXTRAS,
@@ -37,7 +38,7 @@ CHAT = Operation(
     summary="Answer a conversation with images and videos.",
     body=ChatBody,
     reply=ChatReply,
-    event=ChatChunk,
+    events=(ChatChunk, ErrorBody),
     errors=GENERATING,
 )
 

@@ -15,6 +15,7 @@ from dashinfer_vlm.request import TokenLogprob
 from dashinfer_vlm.server.body import read_body
 from dashinfer_vlm.server.context import Context
 from dashinfer_vlm.server.described import GENERATING, Operation
+from dashinfer_vlm.server.errors import ErrorBody
 from dashinfer_vlm.server.protocol import CompletionBody
 from dashinfer_vlm.server.replies import (
     NO_EXTRAS,
@@ -34,7 +35,7 @@ COMPLETIONS = Operation(
     summary="Continue text or ids; no chat template, no images.",
     body=CompletionBody,
     reply=TextReply,
-    event=TextChunk,
+    events=(TextChunk, ErrorBody),
     errors=GENERATING,
 )
 

@@ -30,10 +30,13 @@ class Operation:
     reply: Any
     """What msgspec knows a schema of, or the media type of a text."""
     body: type[BaseModel] | None = None
+    body_type: str = "application/json"
     query: type[BaseModel] | None = None
     """What reads the parameters behind the path."""
-    event: Any = None
-    """The same of one event, where the answer may be a stream of them."""
+    events: tuple[Any, ...] = ()
+    """What each event is one of, where the answer may be a stream of them."""
+    names_events: bool = False
+    """Whether each event of a stream has its type as its name; where none has, `[DONE]` is the last one."""
     errors: tuple[int, ...] = LOOKING
     error: Any = ErrorBody
 

@@ -30,6 +30,8 @@ _KEYS: Json = {
     "x-api-key": {"type": "apiKey", "in": "header", "name": "x-api-key"},
 }
 """Where a request may have its key: in one of these."""
+_IN_BRACKETS: Json = {"style": "deepObject", "explode": True}
+"""How a form has the fields of an object: `name[field]`."""
 _PHRASES = {529: "Overloaded"}
 """Of statuses that only one API has."""
 _PARAMETER = re.compile(r"\{(\w+)(?::\w+)?\}")
@@ -57,7 +59,7 @@ def document_routes(routes: Iterable[APIRoute], *, with_keys: bool) -> APIRouter
 
 
 def document(routes: Iterable[APIRoute], *, with_keys: bool) -> Json:
-    """OpenAPI 3.1 of those routes that say what they are."""
+    """OpenAPI 3.2, the first that can tell of streams of events, of those routes that say what they are."""
     operations = [(route, operation) for route in routes if (operation := operation_of(route)) is not None]
     schemas = _Schemas([operation for _, operation in operations])
     paths: dict[str, Json] = {}
@@ -70,7 +72,7 @@ def document(routes: Iterable[APIRoute], *, with_keys: bool) -> Json:
     if with_keys:
         components["securitySchemes"] = _KEYS
     return {
-        "openapi": "3.1.0",
+        "openapi": "3.2.0",
         "info": {"title": "DashInfer-VLM", "version": dashinfer_vlm.__version__},
         "paths": paths,
         "components": components,
@@ -85,7 +87,7 @@ class _Schemas:
         asked: list[tuple[type[BaseModel], Literal["validation"]]] = [(body, "validation") for body in bodies]
         by_body, definitions = models_json_schema(asked, ref_template=_REF.format("{model}"))
         self._bodies = {body: by_body[body, "validation"] for body in bodies}
-        replies = list(dict.fromkeys(r for o in operations for r in (o.reply, o.event, o.error) if not _is_text(r)))
+        replies = list(dict.fromkeys(r for o in operations for r in (o.reply, *o.events, o.error) if not _is_text(r)))
         told, components = msgspec.json.schema_components(replies, ref_template=_REF.format("{name}"))
         self._replies: dict[Any, Json] = dict(zip(replies, told, strict=True))
         self.components = {**definitions.get("$defs", {}), **components}
@@ -111,10 +113,18 @@ def _operation(route: APIRoute, method: str, operation: Operation, schemas: _Sch
     if parameters := [*_path_parameters(route.path), *_query_parameters(operation.query)]:
         told["parameters"] = parameters
     if operation.body is not None:
-        content = {"application/json": {"schema": schemas.of_body(operation.body)}}
-        told["requestBody"] = {"required": True, "content": content}
+        told["requestBody"] = {"required": True, "content": {operation.body_type: _body(operation, schemas)}}
     if with_keys:
         told["security"] = [{name: []} for name in _KEYS]
+    return told
+
+
+def _body(operation: Operation, schemas: _Schemas) -> Json:
+    assert operation.body is not None, operation
+    told: Json = {"schema": schemas.of_body(operation.body)}
+    if operation.body_type == "multipart/form-data":
+        fields = operation.body.model_json_schema()["properties"]
+        told["encoding"] = {name: _IN_BRACKETS for name, field in fields.items() if "$ref" in field}
     return told
 
 
@@ -150,12 +160,25 @@ def _responses(
         if isinstance(reply, str)
         else {"application/json": {"schema": schemas.of_reply(reply)}}
     )
-    if operation.event is not None:
-        event = schemas.of_reply(operation.event)
-        content["text/event-stream"] = {"schema": {"type": "string", "contentSchema": event}}
+    if operation.events:
+        content["text/event-stream"] = {"itemSchema": _event(operation, schemas)}
     yield "200", {"description": "OK", **({"content": content} if has_content else {})}
     error: Json = (
         {"content": {"application/json": {"schema": schemas.of_reply(operation.error)}}} if has_content else {}
     )
     for status in sorted({*operation.errors, *((401,) if with_keys else ())}):
         yield str(status), {"description": _PHRASES.get(status) or HTTPStatus(status).phrase, **error}
+
+
+def _event(operation: Operation, schemas: _Schemas) -> Json:
+    """The fields of one event of a stream, as OpenAPI has them: the data is a text, of which is told what it holds."""
+    kinds = [schemas.of_reply(event) for event in operation.events]
+    holds = kinds[0] if len(kinds) == 1 else {"anyOf": kinds}
+    data: Json = {"type": "string", "contentMediaType": "application/json", "contentSchema": holds}
+    if operation.names_events:
+        return {
+            "type": "object",
+            "properties": {"event": {"type": "string"}, "data": data},
+            "required": ["event", "data"],
+        }
+    return {"type": "object", "properties": {"data": {"anyOf": [{"const": "[DONE]"}, data]}}, "required": ["data"]}

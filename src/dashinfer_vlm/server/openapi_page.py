@@ -59,10 +59,13 @@ def _query(parameters: list[Json]) -> str:
 
 def _contents(contents: Json) -> str:
     """Media types, each with the schema of what it holds."""
-    return ", ".join(
-        f"<code>{escape(kind)}</code> {_type(content['schema'].get('contentSchema', content['schema']))}"
-        for kind, content in contents.items()
-    )
+    return ", ".join(f"<code>{escape(kind)}</code> {_type(_held(content))}" for kind, content in contents.items())
+
+
+def _held(content: Json) -> Json:
+    """The schema of a body, or of the data of one event."""
+    schema: Json = content["schema"] if "schema" in content else content["itemSchema"]["properties"]["data"]
+    return schema
 
 
 def _schema(name: str, schema: Json) -> str:
@@ -83,6 +86,8 @@ def _type(schema: Json) -> str:
     if "$ref" in schema:
         name = escape(schema["$ref"].rpartition("/")[2])
         return f'<a href="#{name}"><code>{name}</code></a>'
+    if "contentSchema" in schema:
+        return _type(schema["contentSchema"])
     for key in ("anyOf", "oneOf"):
         if key in schema:
             return " or ".join(dict.fromkeys(map(_type, schema[key])))

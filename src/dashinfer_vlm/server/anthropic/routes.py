@@ -19,7 +19,8 @@ MESSAGES = Operation(
     summary="Answer a conversation with images, as Anthropic's API does.",
     body=MessagesBody,
     reply=MessageReply,
-    event=Event,
+    events=(Event, AnthropicError),
+    names_events=True,
     error=AnthropicError,
     errors=(*(status for status in GENERATING if status != 422), 529),
 )

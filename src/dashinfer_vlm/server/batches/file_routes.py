@@ -10,7 +10,16 @@ from starlette.responses import FileResponse, Response
 
 from dashinfer_vlm.frontend.tenants import current_tenant
 from dashinfer_vlm.server.batches.form import FormReader
-from dashinfer_vlm.server.batches.protocol import FileDeleted, FileQuery, FileReply, Page, page, read_fields, read_form
+from dashinfer_vlm.server.batches.protocol import (
+    FileDeleted,
+    FileQuery,
+    FileReply,
+    Page,
+    UploadForm,
+    page,
+    read_fields,
+    read_form,
+)
 from dashinfer_vlm.server.batches.store import Store, StoredFile
 from dashinfer_vlm.server.context import Context
 from dashinfer_vlm.server.described import LOOKING, Operation
@@ -19,7 +28,13 @@ from dashinfer_vlm.server.status import json_response
 _FORM_BYTES = 1 << 16
 """What a form may have beside its file."""
 
-UPLOAD = Operation(summary="Take a file.", reply=FileReply, errors=(400, 408, 413, *LOOKING))
+UPLOAD = Operation(
+    summary="Take a file.",
+    body=UploadForm,
+    body_type="multipart/form-data",
+    reply=FileReply,
+    errors=(400, 408, 413, *LOOKING),
+)
 LIST_FILES = Operation(summary="The files of this key.", query=FileQuery, reply=Page[FileReply], errors=(400, *LOOKING))
 FILE = Operation(summary="What is known of a file.", reply=FileReply, errors=(404, *LOOKING))
 CONTENT = Operation(summary="What is in a file.", reply="application/octet-stream", errors=(404, *LOOKING))

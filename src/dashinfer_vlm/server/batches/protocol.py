@@ -6,7 +6,8 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, Any, Generic, Literal, TypeVar
 
 import msgspec
-from pydantic import Field, ValidationError
+from pydantic import ConfigDict, Field, ValidationError
+from pydantic.json_schema import SkipJsonSchema
 
 from dashinfer_vlm.errors import InvalidRequestError
 from dashinfer_vlm.frontend.schema import Body, explain
@@ -23,11 +24,21 @@ class ExpiryBody(Body):
     seconds: Annotated[int, Field(ge=_HOUR_S, le=_MONTH_S)]
 
 
+def _with_file(schema: dict[str, Any]) -> None:
+    schema["properties"] = {"file": {"type": "string", "contentMediaType": "application/octet-stream"}} | {
+        name: {key: value for key, value in told.items() if key != "default"}
+        for name, told in schema["properties"].items()
+    }
+    schema["required"] = ["file", *schema["required"]]
+
+
 class UploadForm(Body):
-    """The fields of `POST /v1/files` beside the file."""
+    """The form of `POST /v1/files`: the fields beside the file, which its description has too."""
+
+    model_config = ConfigDict(json_schema_extra=_with_file)
 
     purpose: Literal["batch"]
-    expires_after: ExpiryBody | None = None
+    expires_after: ExpiryBody | SkipJsonSchema[None] = None
 
 
 class BatchBody(Body):

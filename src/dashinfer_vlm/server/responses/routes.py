@@ -61,7 +61,8 @@ CREATE = Operation(
     summary="Answer a conversation, and keep the answer for the next turn.",
     body=ResponseBody,
     reply=ResponseReply,
-    event=Event,
+    events=(Event,),
+    names_events=True,
     errors=GENERATING,
 )
 COUNT = Operation(summary="Count the tokens of an input.", body=CountBody, reply=InputTokens, errors=GENERATING)
