@@ -20,16 +20,18 @@ ADD = '<tool_call>\n{"name": "add", "arguments": {"a": [1, {"b": "}\\"]"}]}}\n</
 TRICKY = '<tool_call>\n{"name": "look", "arguments": {"at": "</tool_call> \\\\"}}\n</tool_call>'
 
 
-def read(text: str, form: AnswerForm, cuts: list[int] | None = None) -> list[Piece]:
+def read(text: str, form: AnswerForm, cuts: list[int] | None = None, *, cut: bool = False) -> list[Piece]:
     parser, news = AnswerParser(form), []
     edges = [0, *sorted(cut % (len(text) + 1) for cut in cuts or []), len(text)]
     for begin, end in pairwise(edges):
         news += parser.push(text[begin:end])
-    return news + parser.flush()
+    return news + parser.flush(cut=cut)
 
 
-def said(text: str, form: AnswerForm, cuts: list[int] | None = None) -> tuple[str, str, list[tuple[str, str]]]:
-    told: Said = join(read(text, form, cuts))
+def said(
+    text: str, form: AnswerForm, cuts: list[int] | None = None, *, cut: bool = False
+) -> tuple[str, str, list[tuple[str, str]]]:
+    told: Said = join(read(text, form, cuts, cut=cut))
     return told.reasoning, told.text, [(call.name, call.arguments) for call in told.calls]
 
 
@@ -79,6 +81,25 @@ def test_what_is_no_call_stays_text(text: str, before: str) -> None:
     assert said(before + text, TOOLS) == ("", before + text, [])
 
 
+@pytest.mark.parametrize("num_chars", range(len(LOOK)))
+@pytest.mark.parametrize("sure", [False, True])
+def test_no_markup_of_a_call_that_was_cut_is_text(num_chars: int, sure: bool) -> None:
+    form = AnswerForm(names=TOOLS.names, sure=sure)
+    _, text, calls = said("well, 1 > 0\n" + LOOK[:num_chars], form, cut=True)
+    assert text.rstrip("\n") == "well, 1 > 0"
+    arguments = LOOK[LOOK.index('{"at') : min(num_chars, LOOK.index("}}") + 1)]
+    assert calls == ([("look", arguments)] if arguments else [])
+
+
+def test_a_call_that_was_cut_is_known_as_one() -> None:
+    cut, whole = AnswerParser(TOOLS), AnswerParser(TOOLS)
+    cut.push(LOOK[:-20])
+    whole.push(LOOK)
+    cut.flush(cut=True)
+    whole.flush(cut=True)
+    assert (cut.ends_in_call, whole.ends_in_call) == (True, False)
+
+
 def test_a_call_behind_one_that_is_none_is_found() -> None:
     _, text, calls = said(MALFORMED[0] + "\n" + LOOK, TOOLS)
     assert (text, calls) == (MALFORMED[0], [("look", '{"at": "sky"}')])
@@ -112,11 +133,16 @@ forms = st.builds(
 )
 
 
-@given(parts=st.lists(fragments, max_size=6), form=forms, cuts=st.lists(st.integers(0, 999), max_size=12))
-def test_every_way_of_cutting_reads_the_same(parts: list[str], form: AnswerForm, cuts: list[int]) -> None:
+@given(
+    parts=st.lists(fragments, max_size=6),
+    form=forms,
+    cuts=st.lists(st.integers(0, 999), max_size=12),
+    cut=st.booleans(),
+)
+def test_every_way_of_cutting_reads_the_same(parts: list[str], form: AnswerForm, cuts: list[int], cut: bool) -> None:
     text = "".join(parts)
-    assert said(text, form, cuts) == said(text, form)
-    assert said(text, form, list(range(len(text)))) == said(text, form)
+    assert said(text, form, cuts, cut=cut) == said(text, form, cut=cut)
+    assert said(text, form, list(range(len(text))), cut=cut) == said(text, form, cut=cut)
 
 
 @given(parts=st.lists(fragments, max_size=6), cuts=st.lists(st.integers(0, 999), max_size=12))

@@ -98,6 +98,22 @@ async def test_a_malformed_call_is_text(serve: Serve, openai_client: Client) -> 
     assert (choice.finish_reason, choice.message.content, choice.message.tool_calls) == ("stop", text, None)
 
 
+@pytest.mark.parametrize(("end", "arguments"), [("Paris", '{"city": "'), ("weather", None)])
+@pytest.mark.parametrize("stop", [False, True])
+async def test_a_call_that_is_cut_is_told_as_far_as_it_came_and_never_as_text(
+    serve: Serve, openai_client: Client, tokenizer: Tokenizer, end: str, arguments: str | None, stop: bool
+) -> None:
+    text = f"I ask.\n{CALL}"
+    client = openai_client(await serve(text))
+    limit: Any = {"stop": end} if stop else {"max_tokens": len(tokenizer.encode_text(text[: text.index(end)]))}
+    choice = (await client.chat.completions.create(model="model", messages=ASK, tools=TOOLS, **limit)).choices[0]
+    calls: Any = choice.message.tool_calls or []
+    assert choice.finish_reason == ("stop" if stop else "length")
+    assert choice.message.content == "I ask."
+    assert [call.function.name for call in calls] == ([] if arguments is None else ["weather"])
+    assert all(call.function.arguments == arguments for call in calls)
+
+
 @pytest.mark.parametrize("options", [{}, {"tools": TOOLS, "tool_choice": "none"}, {"tools": []}])
 async def test_without_tools_to_call_everything_is_text(
     serve: Serve, openai_client: Client, tokenizer: Tokenizer, options: Any

@@ -67,6 +67,8 @@ class AnswerParser:
         self._in_thought = form.begins_in_thought
         self._scanner = _ObjectScanner()
         self.num_calls = 0
+        self.ends_in_call = False
+        """It is flushed, and its last call was not whole."""
 
     @property
     def in_thought(self) -> bool:
@@ -87,10 +89,16 @@ class AnswerParser:
             pass
         return self._take()
 
-    def flush(self) -> list[Piece]:
-        """What was held back: a call that is whole but for its end tag is one, one that is not is text."""
+    def flush(self, *, cut: bool = False) -> list[Piece]:
+        """What was held back: a call that is whole but for its end tag is one, one that is not is text.
+
+        `cut`: the model had more to say. A call that has been begun is then told as far as it came, and not as text.
+        """
         if self._read == self._after_object:
             self._finish_call(len(self._held))
+        elif cut:
+            self._cut_call()
+        self.ends_in_call = self._read == self._arguments
         held, self._held = self._held, ""
         if self._read in (self._thought, self._thought_begins):
             self._tell_thought(held.rstrip("\n"))
@@ -203,6 +211,19 @@ class AnswerParser:
         self._start_call(call.name)
         self._news.append(CallArguments(self.num_calls - 1, bytes(call.arguments).decode()))
         return self._end_call(end)
+
+    def _cut_call(self) -> None:
+        """No more comes of what may be a call. Where it names a tool it is told, as is what there is of its
+        arguments."""
+        if self._read == self._text:
+            self._held = self._held.partition(CALL[0])[0]
+        elif self._read == self._call:
+            header = _HEADER.match(self._held, self._body)
+            if header is None:
+                self._held = ""
+            elif header[1] in self._form.names:
+                self._begin_arguments(header)
+                self._arguments()
 
     def _give_up(self) -> bool:
         """It is no call: its tag is text, and so is what follows up to the next one."""

@@ -86,8 +86,9 @@ class Choice:
             text += self._last_text(output.finish.stop_token)
             end_ids = () if output.finish.stop_token is None else (output.finish.stop_token,)
         if reason is not None:
-            self._pieces += self._parser.flush()
-        if reason == "stop" and self._parser.num_calls:
+            is_cut = reason == "length" or self._text.stopped is not None
+            self._pieces += self._parser.flush(cut=is_cut)
+        if reason == "stop" and self._parser.num_calls and not self._parser.ends_in_call:
             reason = "tool_calls"
         self.end_reason = reason
         if not text and reason is None and not output.token_ids:

@@ -40,6 +40,12 @@ class ToolCall:
     arguments: str
     id: str | None = None
 
+    def read_arguments(self) -> object:
+        """What `arguments` say; None for what is no JSON."""
+        with suppress(ValueError, RecursionError):  # the latter for thousands of brackets
+            return json.loads(self.arguments)
+        return None
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Message:
@@ -150,12 +156,11 @@ def validate_messages(messages: Sequence[Message]) -> None:
 
 
 def _template_call(call: ToolCall) -> dict[str, Any]:
-    arguments: object = None
-    with suppress(ValueError, RecursionError):  # the latter for thousands of brackets
-        arguments = json.loads(call.arguments)
+    arguments = call.read_arguments()
     if not isinstance(arguments, dict) or _is_deeper(arguments, MAX_DEPTH):
         raise InvalidRequestError(
-            f"the arguments of the tool call {call.name!r} are not a JSON object of at most {MAX_DEPTH} levels",
+            f"the arguments of the tool call {call.name!r} are not a JSON object of at most {MAX_DEPTH} levels; "
+            "a call that a limit of tokens has cut cannot be gone on with",
             param="messages.tool_calls",
         )
     function = {"name": call.name, "arguments": arguments}

@@ -87,6 +87,21 @@ async def test_an_answer_that_the_limit_cuts_is_incomplete(serve: Serve, openai_
     assert response.output[0].status == "incomplete"  # type: ignore[union-attr]
 
 
+async def test_a_call_that_the_limit_cuts_is_incomplete_and_cannot_be_gone_on_with(
+    serve: Serve, openai_client: Client, tokenizer: Tokenizer
+) -> None:
+    client = openai_client(await serve(CALL))
+    limit = len(tokenizer.encode_text(CALL[: CALL.index("Paris")]))
+    first = await client.responses.create(model="model", input="look", tools=[WEATHER], max_output_tokens=limit)
+    assert (first.status, first.output_text) == ("incomplete", "")
+    call: Any = first.output[0]
+    assert (call.type, call.name, call.status) == ("function_call", "weather", "incomplete")
+    result: Any = {"type": "function_call_output", "call_id": call.call_id, "output": "Sunny."}
+    with pytest.raises(openai.BadRequestError, match="max_output_tokens has cut") as caught:
+        await client.responses.create(model="model", previous_response_id=first.id, input=[result], tools=[WEATHER])
+    assert caught.value.param == "previous_response_id"
+
+
 async def test_an_answer_without_a_word_is_an_empty_text(serve: Serve, openai_client: Client) -> None:
     response = await openai_client(await serve("")).responses.create(model="model", input="say nothing")
     assert [item.type for item in response.output] == ["message"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from dashinfer_vlm.errors import InvalidRequestError
 from dashinfer_vlm.frontend.conversation import ContentReader, ProcessorBody
 from dashinfer_vlm.frontend.messages import Message, Part, TextPart, ToolCall
 from dashinfer_vlm.frontend.parts import PartBody
@@ -75,6 +76,17 @@ def _turn(placed: Placed, reader: ContentReader) -> Message:
     return message
 
 
+def _call(item: CallItemBody, where: str) -> ToolCall:
+    call = ToolCall(id=item.call_id, name=item.name, arguments=item.arguments)
+    if item.status == "incomplete" and call.read_arguments() is None:
+        raise InvalidRequestError(
+            f"{where}: the call of {item.name!r} is incomplete, since max_output_tokens has cut the answer that makes "
+            "it; ask again with a larger limit",
+            param=where,
+        )
+    return call
+
+
 @dataclass(slots=True)
 class _Answer:
     """A turn of the assistant's on its way."""
@@ -99,7 +111,7 @@ class _Answer:
             case MessageItemBody() as item:
                 self.content = _read(reader, item.content, f"{placed.where}.content")
             case CallItemBody() as item:
-                self.calls.append(ToolCall(id=item.call_id, name=item.name, arguments=item.arguments))
+                self.calls.append(_call(item, placed.where))
 
     def turns(self) -> list[Message]:
         """The turn, unless it is empty."""
