@@ -20,6 +20,7 @@ VisionEngineName = Literal["native", "transformers", "onnxruntime", "tensorrt"]
 KVCacheDTypeName = Literal["auto", "int8"]
 QuantTypeName = Literal["none", "gptq", "gptq_weight_only", "a8w8", "a16w4", "a16w8", "fp8"]
 VisionQuantTypeName = Literal["none", "a8w8", "a16w8"]
+ScheduleName = Literal["latency", "balanced", "throughput"]
 
 _MOST_SPECULATIVE = 32
 """Beyond this no guess is right often enough to pay."""
@@ -147,6 +148,11 @@ class EngineConfig:
         None,
         "Tokens of one step: decode and prefill chunks together; 512 on processors and 2048 on cards when absent.",
         least=1,
+    )
+    schedule: ScheduleName = option(
+        "balanced",
+        "Who waits while prompts and images arrive beside streams: latency keeps the streams' gaps flat whoever waits, "
+        "balanced lets a crowd catch up, throughput lets everybody catch up before streams go on.",
     )
     block_size: int = option(16, "Tokens in one page of the KV cache.", least=1)
     kv_cache_gib: float | None = option(

@@ -4,14 +4,26 @@ from __future__ import annotations
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from dashinfer_vlm.encoders.cache import EmbeddingCache
 from dashinfer_vlm.encoders.in_step import InStepEncoder
 from dashinfer_vlm.encoders.queue import ItemQueue
 from dashinfer_vlm.engine.blocks import BlockPool
 from dashinfer_vlm.engine.cost import CardCost, StepCost
-from dashinfer_vlm.engine.scheduler import CROWDED_SLACK, DECODE_SLACK, IDLE_STEP_S, Scheduler, extra_share
+from dashinfer_vlm.engine.scheduler import IDLE_STEP_S, Scheduler
 from dashinfer_vlm.engine.sequence import Sequence
+from dashinfer_vlm.engine.share import (
+    BURST_SLACK,
+    CROWDED_SLACK,
+    DECODE_SLACK,
+    SHARES,
+    Share,
+    burst_share,
+    fair_share,
+    flat_share,
+)
 from dashinfer_vlm.engine.steps import Plan
 from dashinfer_vlm.request import Item, Request, SamplingParams
 from tests.engine.scripted_model import ScriptedEncoder
@@ -19,10 +31,12 @@ from tests.engine.scripted_model import ScriptedEncoder
 FIXED_S, TOKEN_S = 0.1, 0.01
 
 
-def make_scheduler(**options: int) -> Scheduler:
+def make_scheduler(share: Share = fair_share, **options: int) -> Scheduler:
     stage = InStepEncoder(ScriptedEncoder(), ItemQueue(EmbeddingCache(1 << 20)), torch.device("cpu"), 1024)
     limits = {"max_num_seqs": 16, "max_num_batched_tokens": 64} | options
-    return Scheduler(pool=BlockPool(100), block_size=4, stage=stage, cost=StepCost(FIXED_S, TOKEN_S), **limits)
+    return Scheduler(
+        pool=BlockPool(100), block_size=4, stage=stage, cost=StepCost(FIXED_S, TOKEN_S), share=share, **limits
+    )
 
 
 def arrive(scheduler: Scheduler, name: str, num_prompt: int, items: tuple[Item, ...] = ()) -> Sequence:
@@ -109,24 +123,46 @@ def test_prefill_and_encoder_take_turns_with_the_extra_time_and_no_step_pays_for
 
 
 def test_the_share_is_small_beside_many_streams_and_rises_steeply_when_as_many_are_far() -> None:
-    assert extra_share(0, 0, 4) == extra_share(1, 0, 4) == DECODE_SLACK
-    assert extra_share(2, 0, 4) == 0.5
-    assert extra_share(4, 0, 4) == 4.0
-    assert extra_share(8, 0, 4) == CROWDED_SLACK
-    assert extra_share(7, 0, 1) == 7.0
-    shares = [extra_share(far, 0, 8) for far in range(64)]
+    assert fair_share(0, 0, 4) == fair_share(1, 0, 4) == DECODE_SLACK
+    assert fair_share(2, 0, 4) == 0.5
+    assert fair_share(4, 0, 4) == 4.0
+    assert fair_share(8, 0, 4) == CROWDED_SLACK
+    assert fair_share(7, 0, 1) == 7.0
+    shares = [fair_share(far, 0, 8) for far in range(64)]
     assert shares == sorted(shares)
 
 
 def test_requests_that_are_near_get_an_equal_share_and_make_no_crowd_of_the_far_ones() -> None:
-    assert extra_share(0, 7, 1) == 7.0
-    assert extra_share(0, 3, 3) == 1.0
-    assert extra_share(2, 0, 4) == extra_share(2, 1, 3) == 0.5
+    assert fair_share(0, 7, 1) == 7.0
+    assert fair_share(0, 3, 3) == 1.0
+    assert fair_share(2, 0, 4) == fair_share(2, 1, 3) == 0.5
 
 
-def extra_of_prompts(num_streams: int, *lengths: int) -> float:
+def test_for_latency_the_share_is_small_whoever_waits() -> None:
+    assert flat_share(0, 0, 4) == flat_share(64, 0, 1) == flat_share(0, 64, 1) == DECODE_SLACK
+    assert extra_of_prompts(1, *[20] * 7, share=flat_share) <= DECODE_SLACK
+
+
+def test_for_throughput_whoever_waits_catches_up() -> None:
+    assert burst_share(0, 0, 4) == DECODE_SLACK
+    assert burst_share(1, 0, 8) == burst_share(0, 0.5, 8) == BURST_SLACK
+    assert 7 < extra_of_prompts(1, *[40] * 7, share=burst_share) <= BURST_SLACK
+
+
+@given(st.floats(0, 100), st.floats(0, 100), st.integers(1, 100))
+def test_throughput_never_gives_less_than_balanced_up_to_its_own_bound_and_latency_never_more(
+    num_far: float, num_near: float, num_decoding: int
+) -> None:
+    latency, balanced, throughput = (
+        SHARES[name](num_far, num_near, num_decoding) for name in ("latency", "balanced", "throughput")
+    )
+    assert latency <= balanced
+    assert throughput >= min(balanced, BURST_SLACK)
+
+
+def extra_of_prompts(num_streams: int, *lengths: int, share: Share = fair_share) -> float:
     """Share of a step's decode that prompts of these lengths get beside streams."""
-    scheduler = make_scheduler(max_num_batched_tokens=512)
+    scheduler = make_scheduler(share, max_num_batched_tokens=512)
     for i in range(num_streams):
         stream(scheduler, f"s{i}")
     for i, length in enumerate(lengths):

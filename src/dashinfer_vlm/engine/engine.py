@@ -25,6 +25,7 @@ from dashinfer_vlm.engine.memory import max_item_patches, max_pinned_tokens
 from dashinfer_vlm.engine.sampler import Sampled
 from dashinfer_vlm.engine.scheduler import Scheduler
 from dashinfer_vlm.engine.sequence import Sequence
+from dashinfer_vlm.engine.share import SHARES
 from dashinfer_vlm.engine.stats import EngineStats
 from dashinfer_vlm.engine.steps import Chunk, Flight, Plan, StepRunner
 from dashinfer_vlm.engine.times import StepTimes
@@ -65,6 +66,7 @@ class Engine:
             cost=first_cost(model.device),
             max_num_seqs=config.max_num_seqs,
             max_num_batched_tokens=max_batched_tokens(config, model.device),
+            share=SHARES[config.schedule],
             max_pinned_tokens=max_pinned_tokens(model, config),
         )
         self._speculation = config.speculation

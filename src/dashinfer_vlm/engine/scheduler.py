@@ -12,9 +12,8 @@ Order of side effects in `schedule()`:
    extra time does: no step pays for both, and neither waits for the end of the other's queue.
 
 While anything decodes, the extra work of a step is limited to a share of what the decode itself costs: every stream's
-gap between tokens grows by that share at most. The share grows with the requests that wait for each stream
-(`extra_share`), so that a burst of arrivals does not crawl in behind one stream. Guesses are not part of that share:
-each is expected to shorten the time per token of all streams together.
+gap between tokens grows by that share at most (`share.py` has a rule for each `--schedule`). Guesses are not part of
+that share: each is expected to shorten the time per token of all streams together.
 """
 
 from __future__ import annotations
@@ -25,15 +24,11 @@ from dashinfer_vlm.encoders.stage import EncoderStage
 from dashinfer_vlm.engine.blocks import BlockPool
 from dashinfer_vlm.engine.cost import StepCost
 from dashinfer_vlm.engine.sequence import Sequence
+from dashinfer_vlm.engine.share import Share
 from dashinfer_vlm.engine.steps import Chunk, Plan
 from dashinfer_vlm.engine.waiting import WaitingLine
 from dashinfer_vlm.request import Item
 
-DECODE_SLACK = 0.4
-"""Extra work of a step, as a share of its decode, when few requests wait. Keeps the 99th percentile gap between
-tokens below 1.5 times its undisturbed value, with room for error in the estimates."""
-CROWDED_SLACK = 5.0
-"""The same when about as many wait as decode, or more: a step is six times as long as its decode then."""
 FAR_S = 1.0
 """Prefill of this many seconds, or an item to be encoded, makes a request a far one; less makes it partly a near one.
 """
@@ -41,19 +36,6 @@ MAX_SCORED_ROWS = 128
 """Of one step: rows of prompts whose log probabilities are wanted. Each has a logit for every word."""
 IDLE_STEP_S = 0.5
 """Encoder time of a step in which nothing decodes: long enough to be efficient, short enough to notice arrivals."""
-
-
-def extra_share(num_far: float, num_near: float, num_decoding: int) -> float:
-    """Extra work of a step, as a share of its decode, when this many requests are far from decoding, or near.
-
-    Each has an equal claim on the machine: that is the ratio of those who wait to those who decode. Near ones are as
-    good as decoding for the far ones: they come and go all the time, and the streams' gaps would jump with each of
-    them. Where far ones are about as many as others, the machine spends its time on reading weights for few streams at
-    once, and everybody is done sooner if the far ones catch up first (docs/log.md has what was measured): the share
-    then rises steeply, up to CROWDED_SLACK. Below one half it does not.
-    """
-    crowd = num_far / (num_decoding + num_near)
-    return max(DECODE_SLACK, num_near / num_decoding, crowd, min(4 * crowd**3, CROWDED_SLACK))
 
 
 class Scheduler:
@@ -68,6 +50,7 @@ class Scheduler:
         cost: StepCost,
         max_num_seqs: int,
         max_num_batched_tokens: int,
+        share: Share,
         max_pinned_tokens: int = 1 << 62,
     ) -> None:
         """`max_pinned_tokens` bounds the visual tokens that running sequences wait for or have yet to compute."""
@@ -77,6 +60,7 @@ class Scheduler:
         self.cost = cost
         self.max_num_seqs = max_num_seqs
         self.max_num_batched_tokens = max_num_batched_tokens
+        self.share = share
         self.max_pinned_tokens = max_pinned_tokens
         self.waiting = WaitingLine()
         self.running: list[Sequence] = []  # by rank
@@ -290,7 +274,7 @@ class Scheduler:
             return None
         distances = [self._distance(sequence) for sequence in self.running if not sequence.is_decoding]
         num_far = sum(distances) + len(self.waiting)
-        return extra_share(num_far, len(distances) - sum(distances), num_decoding) * self.cost.of(num_decoding)
+        return self.share(num_far, len(distances) - sum(distances), num_decoding) * self.cost.of(num_decoding)
 
     def _distance(self, sequence: Sequence) -> float:
         """How far a running sequence is from decoding: from 0, near, to 1."""
