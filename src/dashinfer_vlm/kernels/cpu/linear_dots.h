@@ -3,6 +3,7 @@
 // panels: registers hold its sums, and every load of activations serves both panels.
 
 constexpr int kPieceRows = 128;  // 8 KiB of each of two panels stay in L1 while all rows of a block pass
+constexpr int64_t kFewBytes = 12 * 1024;  // of activations: they stay in L1, however often they are read
 
 // Memory that is needed later: `step` bytes of it are fetched per 64 bytes of weights.
 struct Later {
@@ -57,10 +58,26 @@ struct DotPiece {
   }
 };
 
+// c[R][16] of each panel, in registers as far as there are enough: through memory each group would wait for the one before.
+template <int R, int P>
+struct RowSums {
+  F16 sums[P][R];
+
+  DI_INLINE_MEMBER RowSums(const DotPiece& piece, const float* c) {
+    DI_UNROLL for (int p = 0; p < P; ++p) DI_UNROLL for (int r = 0; r < R; ++r)
+      sums[p][r] = piece.first > 0 ? load_row<F16>(c + p * piece.sums_size + r * kPanel) : F16{};
+  }
+  DI_INLINE_MEMBER void store(const DotPiece& piece, float* c) const {
+    DI_UNROLL for (int p = 0; p < P; ++p)
+      DI_UNROLL for (int r = 0; r < R; ++r) store_row(c + p * piece.sums_size + r * kPanel, sums[p][r]);
+  }
+};
+
 // c[R][16] of each panel += every group's exact sum, scaled.
 template <class Kind, int R, int P>
 static void group_rows(const DotPiece& piece, int row, float* c, const Later (&later)[P]) {
   const int rows_per_group = piece.args.group / Kind::kDepth;
+  RowSums<R, P> all(piece, c);
   for (int i = 0; i < piece.count; i += rows_per_group) {
     const int g = (piece.first + i) / rows_per_group;
     const int64_t index = (int64_t)row * piece.a.groups + g;
@@ -77,13 +94,13 @@ static void group_rows(const DotPiece& piece, int row, float* c, const Later (&l
     DI_UNROLL for (int p = 0; p < P; ++p) {
       const F16 scale = column_scales(piece.panel + p * piece.args.panel_bytes, g);
       DI_UNROLL for (int r = 0; r < R; ++r) {
-        float* total = c + p * piece.sums_size + r * kPanel;
         const I16 exact = (sums[p][r].high << 8) + sums[p][r].low;
-        const F16 product = __builtin_convertvector(exact, F16) * (scale * piece.a.scales[index + r * piece.a.groups]);
-        store_row(total, g > 0 ? load_row<F16>(total) + product : product);
+        all.sums[p][r] +=
+            __builtin_convertvector(exact, F16) * (scale * piece.a.scales[index + r * piece.a.groups]);
       }
     }
   }
+  all.store(piece, c);
 }
 
 // c[R][16] of each panel += every group's sum: exact within a block, scaled as floats.
@@ -93,6 +110,7 @@ static void block_rows(const DotPiece& piece, int row, float* c, const Later (&l
   const DotActivations& a = piece.a;
   const int rows_per_group = piece.args.group / Kind::kDepth;
   const float* scales = a.scales + (int64_t)row * a.blocks + piece.first / kRowsPerBlock;
+  RowSums<R, P> all(piece, c);
   for (int i = 0; i < piece.count; i += rows_per_group) {
     const int g = (piece.first + i) / rows_per_group;
     F16 totals[P][R];
@@ -115,12 +133,10 @@ static void block_rows(const DotPiece& piece, int row, float* c, const Later (&l
     }
     DI_UNROLL for (int p = 0; p < P; ++p) {
       const F16 scale = column_scales(piece.panel + p * piece.args.panel_bytes, g);
-      DI_UNROLL for (int r = 0; r < R; ++r) {
-        float* sum = c + p * piece.sums_size + r * kPanel;
-        store_row(sum, g > 0 ? load_row<F16>(sum) + totals[p][r] * scale : totals[p][r] * scale);
-      }
+      DI_UNROLL for (int r = 0; r < R; ++r) all.sums[p][r] += totals[p][r] * scale;
     }
   }
+  all.store(piece, c);
 }
 
 // c[R][16] of each panel holds exact 32-bit sums until finish_bytes.
@@ -168,36 +184,55 @@ DI_INLINE void finish_bytes(const DotActivations& a, int row0, int rows, const c
   }
 }
 
-// All rows of a block through one piece. One tile streams the weights, and fetches a page ahead; of several, each fetches
-// its share of the next piece.
+// One tile of rows streams whole panels and fetches kStreamAhead ahead. What follows the end of a panel is not the panel
+// behind it where two are read at once, but the one after that.
+template <class Kind, int P>
+static void stream_panels(const DotPiece& whole, int row0, int rows, float* c) {
+  constexpr int kAhead = kStreamAhead / 64;
+  const int before_end = whole.count > kAhead ? whole.count - kAhead : 0;
+  for (const bool at_end : {false, true}) {
+    DotPiece piece = whole;
+    piece.first = at_end ? before_end : 0;
+    piece.count = at_end ? whole.count - before_end : before_end;
+    if (piece.count == 0) continue;
+    Later later[P];
+    for (int p = 0; p < P; ++p)
+      later[p] = {piece.weights(p) + kStreamAhead + (at_end ? (P - 1) * whole.args.panel_bytes : 0), 64};
+    run_piece<Kind>(rows, piece, row0, c, later, std::make_integer_sequence<int, Kind::kRows>{});
+  }
+}
+
+// All rows of a block through one piece; each tile of several fetches its share of the next piece.
 template <class Kind, int P>
 static void dot_piece(const DotPiece& piece, const char* next, int row0, int rows, float* c) {
   const int tiles = (rows + Kind::kRows - 1) / Kind::kRows;
+  if (tiles == 1) return stream_panels<Kind, P>(piece, row0, rows, c);
   const int64_t step = (64 + tiles - 1) / tiles;
   for (int t = 0, row = 0; t < tiles; ++t) {
     const int height = (rows - row + tiles - t - 1) / (tiles - t);
     Later later[P];
-    for (int p = 0; p < P; ++p)
-      later[p] = tiles == 1 ? Later{piece.weights(p) + kStreamAhead, 64}
-                            : Later{next + p * piece.args.panel_bytes + t * step * piece.count, step};
+    for (int p = 0; p < P; ++p) later[p] = {next + p * piece.args.panel_bytes + t * step * piece.count, step};
     run_piece<Kind>(height, piece, row0 + row, c + row * kPanel, later,
                     std::make_integer_sequence<int, Kind::kRows>{});
     row += height;
   }
 }
 
+// Panels are multiplied in pairs, so that every load of activations serves two; few rows read them one by one, since
+// memory gives one stream sooner than two.
 template <class Kind>
 static void dot_block(const LinearArgs& args, const DotActivations& a, int row0, int rows, int panel0, int panels,
                       int weight_rows, float* c) {
   const char* first_panel = static_cast<const char*>(args.panels) + panel0 * args.panel_bytes;
   const int step = rows <= Kind::kRows ? weight_rows : kPieceRows;
+  const int together = rows == 1 || rows * a.row_bytes <= kFewBytes ? 1 : 2;
   for (int i = 0; i < weight_rows; i += step)
-    for (int p = 0; p < panels; p += 2) {
+    for (int p = 0; p < panels; p += together) {
       const int count = weight_rows - i < step ? weight_rows - i : step;
       const DotPiece piece{args, a, first_panel + p * args.panel_bytes, i, count, (int64_t)rows * kPanel};
       const char* next = p + 2 < panels ? piece.weights(2) : first_panel + args.header_bytes + (int64_t)(i + step) * 64;
       float* sums = c + p * piece.sums_size;
-      if (p + 1 < panels)
+      if (together == 2 && p + 1 < panels)
         dot_piece<Kind, 2>(piece, next, row0, rows, sums);
       else
         dot_piece<Kind, 1>(piece, next, row0, rows, sums);
