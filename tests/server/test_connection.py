@@ -15,17 +15,40 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+import h11
 import httpx
 import pytest
 
 from dashinfer_vlm.frontend import generation
-from dashinfer_vlm.server.connection import Connection, raise_file_limit
+from dashinfer_vlm.server.connection import Chunks, Connection, raise_file_limit
 from tests.media.site import until
 from tests.server.conftest import Running, Serve
 
 CHAT = "/v1/chat/completions"
 ASK: Any = [{"role": "user", "content": "say it"}]
 HEALTH = b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n"
+
+
+@pytest.mark.parametrize("version", ["1.1", "1.0"])
+@pytest.mark.parametrize("headers", [[], [("Content-Length", "8")]])
+def test_parts_of_an_answer_are_framed_as_h11_frames_them(version: str, headers: list[tuple[str, str]]) -> None:
+    """In chunks where the client knows them and no length was told; a second answer of the connection anew."""
+
+    def sent(connection: h11.Connection) -> list[bytes | None]:
+        found: list[bytes | None] = []
+        for framing in (headers, [("Content-Length", "8")]):
+            connection.receive_data(f"GET / HTTP/{version}\r\nHost: x\r\nConnection: keep-alive\r\n\r\n".encode())
+            assert isinstance(connection.next_event(), h11.Request)
+            assert isinstance(connection.next_event(), h11.EndOfMessage)
+            found.append(connection.send(h11.Response(status_code=200, headers=framing)))
+            found += [connection.send(h11.Data(data=part)) for part in (b"part", b"", b"more")]
+            found.append(connection.send(h11.EndOfMessage()))
+            if connection.our_state is h11.MUST_CLOSE:
+                break
+            connection.start_next_cycle()
+        return found
+
+    assert sent(Chunks(h11.SERVER)) == sent(h11.Connection(h11.SERVER))
 
 
 Connect = Callable[[Running], Awaitable[tuple[asyncio.StreamReader, asyncio.StreamWriter]]]

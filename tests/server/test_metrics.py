@@ -8,11 +8,13 @@ from typing import Any
 
 import httpx
 import pytest
+from prometheus_client import CollectorRegistry, Histogram
 from prometheus_client.parser import text_string_to_metric_families
 
 from dashinfer_vlm.engine.stats import EngineStats
 from dashinfer_vlm.media.loader import MediaCounters
 from dashinfer_vlm.server.metrics import HELP, Metrics
+from dashinfer_vlm.server.token_metrics import TokenMetrics
 from dashinfer_vlm.stages import STAGES, Span
 from tests.server.conftest import Running, Serve
 
@@ -238,3 +240,16 @@ async def test_the_process_itself_is_told(serve: Serve) -> None:
     found = await scrape(await serve())
     assert found["process_resident_memory_bytes"] > 2**20
     assert found["process_open_fds"] > 0
+
+
+def test_gaps_are_counted_as_prometheus_client_would() -> None:
+    registry, bounds = CollectorRegistry(), (0.01, 0.1, 1)
+    theirs, ours = Histogram("theirs", "Theirs.", buckets=bounds, registry=registry), TokenMetrics("", bounds)
+    for num_tokens, seconds in ((1, 0.01), (1, 0.5), (4, 0.2), (1, 7.0), (2, 0.0)):
+        ours.waited(num_tokens, seconds)
+        for _ in range(num_tokens):
+            theirs.observe(seconds / num_tokens)
+    (metric,) = theirs.collect()
+    counted = {sample.labels["le"]: sample.value for sample in metric.samples if sample.name == "theirs_bucket"}
+    assert dict(ours.buckets()) == counted
+    assert ours.seconds == pytest.approx(registry.get_sample_value("theirs_sum"))

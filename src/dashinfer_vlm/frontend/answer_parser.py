@@ -64,16 +64,13 @@ class AnswerParser:
         self._news: list[Piece] = []
         self._read: Callable[[], bool] | None = self._first_state()
         """The state: takes what it can from the front of the held text, and says whether there may be more to take."""
-        self._in_thought = form.begins_in_thought
+        self.in_thought = form.begins_in_thought
+        """What comes now is reasoning."""
+        self._is_plain = form.is_plain
         self._scanner = _ObjectScanner()
         self.num_calls = 0
         self.ends_in_call = False
         """It is flushed, and its last call was not whole."""
-
-    @property
-    def in_thought(self) -> bool:
-        """What comes now is reasoning."""
-        return self._in_thought
 
     @property
     def is_over(self) -> bool:
@@ -82,7 +79,7 @@ class AnswerParser:
 
     def push(self, text: str) -> list[Piece]:
         """What has become certain."""
-        if self._form.is_plain:
+        if self._is_plain:
             return [TextPiece(text)] if text else []
         self._held += text
         while self._read is not None and self._held and self._read():
@@ -128,7 +125,7 @@ class AnswerParser:
         """Reasoning, if there is any, comes first."""
         text = self._held.lstrip()
         if text.startswith(THINK):
-            self._held, self._in_thought, self._read = text[len(THINK) :], True, self._thought_begins
+            self._held, self.in_thought, self._read = text[len(THINK) :], True, self._thought_begins
             return True
         if THINK.startswith(text):
             return False
@@ -148,7 +145,7 @@ class AnswerParser:
             return False
         self._tell_thought(self._held[:at].rstrip("\n"))
         self._held = self._held[at + len(THINK_END) :]
-        self._in_thought, self._read = False, self._text_begins
+        self.in_thought, self._read = False, self._text_begins
         return True
 
     def _text_begins(self) -> bool:

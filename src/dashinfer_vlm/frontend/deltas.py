@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+import msgspec
+
 from dashinfer_vlm.frontend.pieces import Piece
 from dashinfer_vlm.request import TokenLogprob
 
@@ -16,8 +18,7 @@ _DELTA_BYTES, _ROW_BYTES, _TOP_BYTES = 350, 160, 120
 EndReason = Literal["stop", "length", "tool_calls"]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Delta:
+class Delta(msgspec.Struct, frozen=True, kw_only=True, gc=False):  # quick to make: there is one for every token
     """What is new in one choice; the one with `finish_reason` is the choice's last."""
 
     index: int
@@ -39,8 +40,10 @@ class Delta:
     @property
     def num_bytes(self) -> int:
         """Memory that it takes, about."""
-        rows = sum(_ROW_BYTES + _TOP_BYTES * len(row.top) for row in self.logprobs)
-        return _DELTA_BYTES + len(self.text) + rows
+        size = _DELTA_BYTES + len(self.text)
+        for row in self.logprobs:
+            size += _ROW_BYTES + _TOP_BYTES * len(row.top)
+        return size
 
     def merge(self, later: Delta) -> Delta:
         """Both as one; `later` is the next delta of the same choice."""

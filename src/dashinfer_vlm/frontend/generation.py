@@ -56,8 +56,8 @@ class Generation:
         self._booking = booking
         self._news: deque[Delta | BaseException] = deque()
         self._num_unread_bytes = 0
-        self._arrived = asyncio.Event()
-        """Set while there is something to read: news, or the end."""
+        self._reader: asyncio.Future[None] | None = None
+        """Who iterates, while it waits for news or the end."""
         self._num_choices = params.n
         self.choices = [Choice(i, prompts[i // params.n], params, tokenizer) for i in range(len(prompts) * params.n)]
         self._id = secrets.token_hex(8)
@@ -90,15 +90,15 @@ class Generation:
         return self
 
     async def __anext__(self) -> Delta:
-        await self._arrived.wait()
-        if not self._news:
-            raise StopAsyncIteration
+        while not self._news:
+            if self._ended.is_set():
+                raise StopAsyncIteration
+            self._reader = asyncio.get_running_loop().create_future()
+            await self._reader
         news = self._next()
         while (following := self._mergeable(news)) is not None:
             news = news.merge(following)  # a reader that is slower than the engine gets longer pieces
             self._next()
-        if not self._news and not self._ended.is_set():
-            self._arrived.clear()
         return news
 
     def _next(self) -> Delta:
@@ -178,11 +178,15 @@ class Generation:
 
     def _tell(self, news: Delta | BaseException) -> None:
         self._news.append(news)
-        self._arrived.set()
+        self._wake()
         if isinstance(news, Delta):
             self._num_unread_bytes += news.num_bytes
             if self._num_unread_bytes > MAX_UNREAD_BYTES:
                 self._forget_reader()
+
+    def _wake(self) -> None:
+        if self._reader is not None and not self._reader.done():
+            self._reader.set_result(None)
 
     def _forget_reader(self) -> None:
         self._news.clear()
@@ -207,7 +211,7 @@ class Generation:
         self._engine.leave(self._request_id(choice))
         if not self._running:
             self._ended.set()
-            self._arrived.set()
+            self._wake()
             if self._timer is not None:
                 self._timer.cancel()
             self._booking.end()

@@ -5,27 +5,26 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+import msgspec
+
 from dashinfer_vlm.frontend.messages import ToolCall
 
 __all__ = ["CallArguments", "CallStart", "Piece", "ReasoningPiece", "Said", "TextPiece", "join"]
 
 
-@dataclass(frozen=True, slots=True)
-class TextPiece:
+class TextPiece(msgspec.Struct, frozen=True, gc=False):
     """What people read."""
 
     text: str
 
 
-@dataclass(frozen=True, slots=True)
-class ReasoningPiece:
+class ReasoningPiece(msgspec.Struct, frozen=True, gc=False):
     """What the model thought before it answered."""
 
     text: str
 
 
-@dataclass(frozen=True, slots=True)
-class CallStart:
+class CallStart(msgspec.Struct, frozen=True, gc=False):
     """The beginning of the answer's call `index`, counted from 0; its arguments follow, and no other call's between."""
 
     index: int
@@ -34,8 +33,7 @@ class CallStart:
     name: str
 
 
-@dataclass(frozen=True, slots=True)
-class CallArguments:
+class CallArguments(msgspec.Struct, frozen=True, gc=False):
     """More of the JSON text of a call's arguments."""
 
     index: int

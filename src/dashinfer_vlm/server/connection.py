@@ -10,6 +10,7 @@ import asyncio
 import resource
 from typing import Any
 
+import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 HEADERS_S = 20.0
@@ -18,6 +19,21 @@ WRITE_S = 60.0
 """How long a client may leave what was sent to it unread, once the buffers are full."""
 _RESERVED_FILES = 256
 """Descriptors that are not for connections: models, media, shared memory, processes."""
+
+
+class Chunks(h11.Connection):
+    """Frames each part of an answer that comes in chunks by itself: it changes no state, and h11 asks about states for
+    longer than the rest of a token takes."""
+
+    _is_chunked = False
+
+    def send(self, event: h11.Event) -> Any:
+        if self._is_chunked and type(event) is h11.Data and self.our_state is h11.SEND_BODY:
+            return b"%x\r\n%b\r\n" % (len(event.data), event.data) if event.data else b""
+        sent = super().send(event)
+        if type(event) is h11.Response and sent is not None:
+            self._is_chunked = b"\r\ntransfer-encoding: chunked\r\n" in sent.lower()
+        return sent
 
 
 class Connection(H11Protocol):
@@ -29,6 +45,7 @@ class Connection(H11Protocol):
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
+        self.conn = Chunks(h11.SERVER)
         self.idle_since_s = 0.0
         """When it was opened or its latest answer was complete, on the loop's clock."""
         self._headers_timer: asyncio.TimerHandle | None = None

@@ -30,6 +30,7 @@ from dashinfer_vlm.frontend.service import Service
 from dashinfer_vlm.frontend.tenants import Tenant
 from dashinfer_vlm.media.loader import MediaCounters
 from dashinfer_vlm.server.described import Operation
+from dashinfer_vlm.server.token_metrics import TokenMetrics
 from dashinfer_vlm.server.vllm_metrics import VllmMetrics
 from dashinfer_vlm.stages import STAGES
 
@@ -119,12 +120,12 @@ class Metrics:
         )
         self._prompt = counter("prompt_tokens", "Tokens of the prompts of requests that are over.")
         self._cached = counter("cached_tokens", "Those of dashinfer_prompt_tokens that were found in the prefix cache.")
-        self._output = counter("output_tokens", "Tokens that were sent to clients.")
+        self._tokens = TokenMetrics(_PREFIX, _SECONDS)
+        registry.register(self._tokens)
         self._first = histogram(
             "time_to_first_token_seconds",
             "Seconds from the arrival of a request to the first token of each of its answers.",
         )
-        self._gap = histogram("inter_token_seconds", "Seconds between two tokens of an answer.")
         self._whole = histogram(
             "request_seconds", "Seconds from the arrival of a request to the last token of its answers."
         )
@@ -136,7 +137,7 @@ class Metrics:
         Info(f"{_PREFIX}engine", "What the engine runs.", registry=registry).info(
             {name: getattr(info, name) for name in facts}
         )
-        self._vllm = VllmMetrics(registry, model_name or info.model, info, self._gap)
+        self._vllm = VllmMetrics(registry, model_name or info.model, info, self._tokens)
         ProcessCollector(registry=registry)
 
     def _add_gauges(self, service: Service) -> None:
@@ -161,13 +162,12 @@ class Metrics:
             Gauge(_PREFIX + name, words, registry=self.registry).set_function(read)
 
     def tokens(self, num_tokens: int, seconds: float, *, first: bool) -> None:
-        self._output.inc(num_tokens)
+        self._tokens.sent(num_tokens)
         if first:
             self._first.observe(seconds)
             self._vllm.first_token(seconds)
-            return
-        for _ in range(num_tokens):
-            self._gap.observe(seconds / num_tokens)
+        else:
+            self._tokens.waited(num_tokens, seconds)
 
     def ended(self, report: CallReport) -> None:
         self._prompt.inc(report.num_prompt_tokens)

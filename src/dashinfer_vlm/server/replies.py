@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import secrets
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
@@ -133,9 +133,11 @@ class DeltaMessage(msgspec.Struct, frozen=True, omit_defaults=True):
     tool_calls: list[ToolCallDelta] | None = None
 
     @classmethod
-    def of(cls, pieces: Iterable[Piece], *, reasoning: bool) -> DeltaMessage:
+    def of(cls, pieces: Sequence[Piece], *, reasoning: bool) -> DeltaMessage:
         """All that is new in an answer; the content is empty where that is no text. A call has one entry: clients take
         the entries of one event for as many calls."""
+        if len(pieces) == 1 and isinstance(pieces[0], TextPiece):  # nearly all are
+            return cls(content=pieces[0].text)
         texts: list[str] = []
         thoughts: list[str] = []
         calls: dict[int, ToolCallDelta] = {}

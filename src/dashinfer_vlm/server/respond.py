@@ -20,8 +20,8 @@ from dashinfer_vlm.server.stream import EventStream, until_done
 _SHORT_TOKENS = 64
 """Their log probabilities are written in about 5 ms; those of longer answers are written in a thread."""
 
-Lines = Callable[[AsyncIterator[Any]], AsyncIterator[bytes]]
-"""Writes events."""
+Lines = Callable[[AsyncIterator[list[Any]]], AsyncIterator[bytes]]
+"""Writes events, which come in lists."""
 
 
 class Writer(Protocol):
@@ -89,14 +89,11 @@ async def opened(begin: Coroutine[Any, Any, Generation]) -> tuple[Generation, De
         raise
 
 
-async def _events(generation: Generation, first: Delta, writer: Writer) -> AsyncIterator[msgspec.Struct]:
+async def _events(generation: Generation, first: Delta, writer: Writer) -> AsyncIterator[list[msgspec.Struct]]:
     def usage() -> Usage:
         return generation.usage
 
-    for event in writer.news(first, usage):
-        yield event
+    yield writer.news(first, usage)
     async for delta in generation:
-        for event in writer.news(delta, usage):
-            yield event
-    for event in writer.last(generation.usage):
-        yield event
+        yield writer.news(delta, usage)
+    yield writer.last(generation.usage)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import signal
 import socket
@@ -35,6 +36,8 @@ _ACCEPTED_AT_ONCE = 16
 them holds a file."""
 _BACKLOG = 2048
 """Connections that the kernel holds until they are taken."""
+_GARBAGE = 50_000
+"""Objects more than before until their cycles are looked for; they take some megabytes."""
 _LOOK_S = 0.1
 """How often a second Ctrl-C is looked for."""
 
@@ -115,6 +118,14 @@ class HttpServer(uvicorn.Server):
             self._captured_signals.clear()
 
 
+def _collect_seldom() -> None:
+    """A thousand streams make and drop thousands of objects at once, which the collector would take for many that stay:
+    it would go through all that the server holds in the middle of a step's tokens, again and again."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(_GARBAGE)
+
+
 @contextmanager
 def _reading_again(*held: Keyring | Certificate | None) -> Iterator[None]:
     """While the block runs, SIGHUP has the files of keys and of the certificate read again, and ends nothing."""
@@ -145,6 +156,7 @@ async def serve(
     started the server then starts another one.
     """
     Connection.max_connections = raise_file_limit()
+    _collect_seldom()
     tracer = Tracer.to(config.otlp_traces_endpoint) if config.otlp_traces_endpoint else None
     keyring = Keyring(config)
     app = create_app(service, config, keyring=keyring, tellers=(tracer.tell,) if tracer else ())

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Protocol
 
 import msgspec
@@ -22,7 +22,7 @@ class NamedEvent(Protocol):
 
 
 class EventStream(StreamingResponse):
-    """Sends `lines`, which are whole events (`until_done`, `by_type`).
+    """Sends `lines`, each of which is one or more whole events (`until_done`, `by_type`).
 
     `close` is called when the response is over, however it ended and also if it never began.
     """
@@ -40,21 +40,25 @@ class EventStream(StreamingResponse):
             self._close()
 
 
-async def until_done(events: AsyncIterator[msgspec.Struct]) -> AsyncIterator[bytes]:
-    """Events without names, then `[DONE]`; an error on the way is an event too and ends the stream without it."""
+async def until_done(news: AsyncIterator[Sequence[msgspec.Struct]]) -> AsyncIterator[bytes]:
+    """Events without names, those that come together in one piece, then `[DONE]`; an error on the way is an event too
+    and ends the stream without it."""
     try:
-        async for event in events:
-            yield _data(event)
+        async for events in news:
+            if events:
+                yield b"".join(map(_data, events))
     except Exception as error:  # noqa: BLE001  the status is sent already, so the stream itself must tell
         yield b"data: " + reply_to(error).body + b"\n\n"
         return
     yield DONE
 
 
-async def by_type(events: AsyncIterator[NamedEvent]) -> AsyncIterator[bytes]:
-    """Events named after their `type`. They tell their errors themselves, and the last one that it is the last."""
-    async for event in events:
-        yield b"event: " + event.type.encode() + b"\n" + _data(event)
+async def by_type(news: AsyncIterator[Sequence[NamedEvent]]) -> AsyncIterator[bytes]:
+    """Events named after their `type`, those that come together in one piece. They tell their errors themselves, and
+    the last one that it is the last."""
+    async for events in news:
+        if events:
+            yield b"".join(b"event: " + event.type.encode() + b"\n" + _data(event) for event in events)
 
 
 def _data(event: object) -> bytes:

@@ -12,6 +12,7 @@ from dashinfer_vlm.engine.info import EngineInfo
 from dashinfer_vlm.engine.stats import EngineStats
 from dashinfer_vlm.frontend.observer import AnswerReport, CallReport
 from dashinfer_vlm.media.loader import MediaCounters
+from dashinfer_vlm.server.token_metrics import TokenMetrics
 
 _LABELS = ("model_name", "engine")
 _FIRST_TOKEN_S = (
@@ -55,8 +56,8 @@ _COUNTERS: tuple[tuple[str, str, Callable[[EngineStats], float]], ...] = (
 class VllmMetrics:
     """Told of calls and of states; a collector of what follows from states."""
 
-    def __init__(self, registry: CollectorRegistry, model_name: str, info: EngineInfo, gaps: Histogram) -> None:
-        """`gaps` are the seconds between tokens, with all of vLLM's buckets and maybe more."""
+    def __init__(self, registry: CollectorRegistry, model_name: str, info: EngineInfo, gaps: TokenMetrics) -> None:
+        """`gaps` know the seconds between tokens, with all of vLLM's buckets and maybe more."""
         self._registry = registry
         self._values = (model_name, "0")
         self._info = info
@@ -144,12 +145,10 @@ class VllmMetrics:
 
     def _between_tokens(self) -> HistogramMetricFamily:
         """Ours, which every token is counted in, by vLLM's name and buckets."""
-        samples = next(iter(self._gaps.collect())).samples
-        counts = {s.labels["le"]: s.value for s in samples if s.name.endswith("_bucket")}
-        (total,) = (s.value for s in samples if s.name.endswith("_sum"))
+        counts = dict(self._gaps.buckets())
         bounds = [*map(str, _BETWEEN_TOKENS_S), "+Inf"]
         family = HistogramMetricFamily("vllm:inter_token_latency_seconds", "Between two tokens.", labels=_LABELS)
-        family.add_metric(self._values, [(bound, counts[bound]) for bound in bounds], total)
+        family.add_metric(self._values, [(bound, counts[bound]) for bound in bounds], self._gaps.seconds)
         return family
 
     def _sources(self, stats: EngineStats) -> Iterator[CounterMetricFamily]:

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import AsyncGenerator
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,7 @@ import torch
 from dashinfer_vlm.config import EngineConfig
 from dashinfer_vlm.engine.host.process import ProcessEngine
 from dashinfer_vlm.errors import CheckpointError, EngineDeadError, EngineError
+from dashinfer_vlm.fault import Fault
 from dashinfer_vlm.request import Item, Output, Request, SamplingParams
 from dashinfer_vlm.shared_array import shared_root
 from tests.conftest import CheckpointMaker
@@ -215,3 +217,20 @@ async def test_a_folder_without_a_model_is_a_checkpoint_error(monkeypatch: pytes
     monkeypatch.setattr(ProcessEngine, "command", (sys.executable, "-m", "dashinfer_vlm.engine.host.child"))
     with pytest.raises(CheckpointError, match=r"config\.json"):
         await ProcessEngine.start(EngineConfig(model=str(tmp_path)))
+
+
+async def test_a_step_of_very_many_outputs_is_heard_in_parts_between_which_others_run() -> None:
+    engine = await ProcessEngine.start(EngineConfig())
+    num_heard, turns = 0, [0]
+
+    def hear(news: Output | Fault) -> None:
+        nonlocal num_heard
+        num_heard += 1
+
+    for number in range(300):
+        engine.ask(ask(f"r{number}", Script.ENDLESS), hear)
+    while num_heard < 3000:
+        await asyncio.sleep(0)
+        turns.append(num_heard)
+    assert max(after - before for before, after in pairwise(turns)) <= 64
+    await engine.close()

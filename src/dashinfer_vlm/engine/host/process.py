@@ -7,6 +7,7 @@ import contextlib
 import logging
 import signal
 import sys
+from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
@@ -20,7 +21,9 @@ from dashinfer_vlm.engine.host.streams import CLOSED, Listeners, silent, stats_o
 from dashinfer_vlm.engine.host.wire import (
     Abort,
     Close,
+    Event,
     Failed,
+    Outputs,
     Progress,
     Ready,
     Start,
@@ -44,6 +47,7 @@ logger = logging.getLogger(__name__)
 
 _LOOK_S = 1.0
 """How often the engine is asked whether it still turns."""
+_OUTPUTS_AT_ONCE = 64
 _LAST_WORDS_S = 0.2
 """How long messages may still be in the socket after the process that sent them has ended."""
 
@@ -205,7 +209,9 @@ class ProcessEngine:
             while True:
                 event = await self._next_event()
                 assert not isinstance(event, Progress | Ready), event
-                self._listeners.dispatch(event)
+                for part in _parts(event):
+                    self._listeners.dispatch(part)
+                    await asyncio.sleep(0)
                 self._remove_arrays()
         except EngineDeadError as error:
             if self._closing:
@@ -241,6 +247,16 @@ class ProcessEngine:
         # the reader tells all who listen that the child is gone.
         sent = asyncio.ensure_future(self._socket.send(msgspec.msgpack.encode(command), flags=zmq.NOBLOCK))
         sent.add_done_callback(_forgive)
+
+
+def _parts(event: Event) -> Iterator[Event]:
+    """The news of a step that has very many a few at a time: whoever hears the first writes them before the last are
+    heard, and nobody else waits for all of them."""
+    if isinstance(event, Outputs) and len(event.outputs) > _OUTPUTS_AT_ONCE:
+        for start in range(0, len(event.outputs), _OUTPUTS_AT_ONCE):
+            yield Outputs(event.outputs[start : start + _OUTPUTS_AT_ONCE])
+    else:
+        yield event
 
 
 def _how_it_ended(status: int) -> str:

@@ -144,19 +144,19 @@ class MessageWriter:
         return ("end_turn", None) if stop is None else ("stop_sequence", stop)
 
 
-async def lines(events: AsyncIterator[Any]) -> AsyncIterator[bytes]:
+async def lines(news: AsyncIterator[list[Any]]) -> AsyncIterator[bytes]:
     """The events of a stream; an error on the way is one too and ends it."""
-    async for line in by_type(_with_error(events)):
+    async for line in by_type(_with_error(news)):
         yield line
 
 
-async def _with_error(events: AsyncIterator[Any]) -> AsyncIterator[Any]:
+async def _with_error(news: AsyncIterator[list[Any]]) -> AsyncIterator[list[Any]]:
     try:
-        async for event in events:
-            yield event
+        async for events in news:
+            yield events
     except Exception as error:  # noqa: BLE001  the status is sent already, so the stream itself must tell
         _, told = reply_to(error).anthropic()
-        yield told
+        yield [told]
 
 
 def _is_whole(call: ToolCall) -> bool:

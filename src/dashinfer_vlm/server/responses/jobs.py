@@ -32,23 +32,20 @@ async def write(generation: Generation, writer: ResponseWriter) -> None:
     writer.end(generation.usage)
 
 
-async def tell(generation: Generation, first: Delta, writer: ResponseWriter, keep: Keep) -> AsyncIterator[Event]:
-    """The events of a response, `first` being what was read of it; errors are told by the last one.
+async def tell(generation: Generation, first: Delta, writer: ResponseWriter, keep: Keep) -> AsyncIterator[list[Event]]:
+    """The events of a response, as they come, `first` being what was read of it; errors are told by the last one.
 
     It is stored before its end is told, so that it can be gone on with at once.
     """
-    for event in writer.begin() + writer.news(first):
-        yield event
+    yield writer.begin() + writer.news(first)
     try:
         async for delta in generation:
-            for event in writer.news(delta):
-                yield event
+            yield writer.news(delta)
         last = writer.end(generation.usage)
         await keep(writer.reply)
     except Exception as error:  # noqa: BLE001  the status is sent already, so the stream itself must tell
         last = writer.fail(error)
-    for event in last:
-        yield event
+    yield last
 
 
 @dataclass(slots=True)
