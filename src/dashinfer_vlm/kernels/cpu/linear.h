@@ -176,9 +176,10 @@ static void linear_block(const LinearArgs& args, const Activations& a, int row0,
   finish_block(args, row0, rows, panel0, panels, sums, padded(rows, row_unit(a)));
 }
 
-// Enough groups for every thread to take several (they run at different speeds), each a long stretch of memory.
-DI_INLINE int panels_per_group(const LinearArgs& args) {
-  int wanted = args.num_panels / (num_threads() * 8);
+// Enough groups for every thread to take several blocks of them (they run at different speeds), each a long stretch of
+// memory.
+DI_INLINE int panels_per_group(const LinearArgs& args, int row_blocks) {
+  int wanted = (int)((int64_t)args.num_panels * row_blocks / (num_threads() * 8));
 #ifdef DI_AVX512
   wanted += wanted % 2;  // products take panels in pairs
 #endif
@@ -189,7 +190,7 @@ static void linear(const LinearArgs& args) {
   const Activations a = prepare_activations(args);
   const int unit = row_unit(a), units = (args.rows + unit - 1) / unit;
   const int row_blocks = (args.rows + kBlockRows - 1) / kBlockRows;
-  const int group = row_blocks > 2 ? kBlockPanels : panels_per_group(args);
+  const int group = panels_per_group(args, row_blocks);
   const int groups = (args.num_panels + group - 1) / group;
   // Row blocks are the inner index: threads that run side by side share a group's weights in L3.
   parallel(row_blocks * groups, [&](int task, int thread) {
