@@ -267,10 +267,11 @@ class Engine:
         if (is_end or sampled.token in sequence.stop_token_ids) and sequence.num_known_output >= params.min_tokens:
             return Finish("stop", stop_token=sampled.token)
         sequence.append(sampled.token)
+        num_output = sequence.num_known_output
         is_complete = sequence.matcher is not None and sequence.matcher.is_complete
-        if is_complete or (sequence.num_known_output >= params.min_tokens and sequence.ends_with_a_stop_sequence):
+        if is_complete or (num_output >= params.min_tokens and sequence.ends_with_a_stop_sequence):
             return Finish("stop")
-        return Finish("length") if sequence.num_known_output >= sequence.max_tokens else None
+        return Finish("length") if num_output >= sequence.max_tokens else None
 
     def _count(self, plan: Plan, seconds: float, sampling_s: float) -> None:
         self._times.add(plan, seconds, sampling_s, self.scheduler.cost)

@@ -140,14 +140,13 @@ def write_rows(chunk: Chunk, block_size: int, ids: np.ndarray, slots: np.ndarray
         ids[chunk.num_tokens :] = chunk.draft
         slots[:] = blocks[indices // block_size - first] * block_size + indices % block_size
     if start >= sequence.num_prompt:
-        positions[:] = np.arange(start, start + num_rows) + sequence.position_offset
+        positions[:] = start + sequence.position_offset if num_rows == 1 else indices + sequence.position_offset
     else:
         positions[:] = sequence.positions_of(start, start + num_rows).numpy()
 
 
 def _block_tables(chunks: tuple[Chunk, ...]) -> np.ndarray:
     """int32 [S, most blocks], filled up with 0."""
-    tables = np.zeros((len(chunks), max(len(chunk.sequence.blocks) for chunk in chunks)), np.int32)
-    for table, chunk in zip(tables, chunks, strict=True):
-        table[: len(chunk.sequence.blocks)] = chunk.sequence.blocks
-    return tables
+    tables = [chunk.sequence.blocks for chunk in chunks]
+    most = max(map(len, tables))
+    return np.array([blocks + [0] * (most - len(blocks)) for blocks in tables], np.int32)

@@ -10,8 +10,8 @@ guessed or not; the engine takes them as far as the guesses did come true.
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
 
+import msgspec
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -39,16 +39,14 @@ PROBLEMS = {
 FAILED = "no token could be chosen with these sampling parameters; the server's log says more"
 
 
-@dataclass(frozen=True, slots=True)
-class Sampled:
+class Sampled(msgspec.Struct, frozen=True, gc=False):
     token: int
     logprob: TokenLogprob | None
     problem: str | None = None
     """Why there is no token, fit for the client's eyes; `token` is -1 then."""
 
 
-@dataclass(frozen=True, slots=True)
-class Row:
+class Row(msgspec.Struct, frozen=True, gc=False):
     """What one row asks for."""
 
     params: SamplingParams

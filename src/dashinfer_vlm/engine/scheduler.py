@@ -109,9 +109,10 @@ class Scheduler:
     def publish(self, sequence: Sequence) -> None:
         """Let others find the full blocks whose tokens are all known."""
         num_full = min(sequence.num_computed, sequence.num_known) // self.block_size
-        for index in range(sequence.num_published, num_full):
+        while sequence.num_published < num_full:
+            index = sequence.num_published
             self.pool.register(sequence.blocks[index], sequence.block_hash(index, self.block_size))
-        sequence.num_published = max(sequence.num_published, num_full)
+            sequence.num_published += 1
 
     def needs_tokens(self) -> bool:
         """Whether the next plan depends on the values of tokens that are still owed: who must be preempted computes
@@ -139,12 +140,15 @@ class Scheduler:
 
     def _make_room_for_decode(self) -> list[Sequence]:
         decoding = [s for s in self.running if s.is_decoding and s.num_output < s.max_tokens]
+        num_running = len(self.running)
         for sequence in decoding:
-            while sequence in self.running and len(sequence.blocks) * self.block_size < len(sequence.tokens):
+            while len(sequence.blocks) * self.block_size < len(sequence.tokens) and sequence in self.running:
                 if self.pool.num_free:
                     sequence.blocks += self.pool.allocate(1)
                 else:
                     self._preempt(self.running[-1])
+        if len(self.running) == num_running:
+            return decoding
         return [sequence for sequence in decoding if sequence in self.running]
 
     def _decode_chunks(self, decoding: list[Sequence]) -> list[Chunk]:

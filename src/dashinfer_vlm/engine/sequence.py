@@ -171,6 +171,8 @@ class Sequence:
     @property
     def ends_with_a_stop_sequence(self) -> bool:
         """Whether the output does, whatever `min_tokens` says."""
+        if not self._stops:
+            return False
         end = self.num_known
         stops = self._stops.get(self.tokens[end - 1], ())
         return any(

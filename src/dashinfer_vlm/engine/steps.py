@@ -16,14 +16,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Protocol
 
+import msgspec
+
 from dashinfer_vlm.engine.sampler import Sampled
 from dashinfer_vlm.engine.sequence import Sequence
 from dashinfer_vlm.models.base import KVCache
 from dashinfer_vlm.request import TokenLogprob
 
 
-@dataclass(frozen=True, slots=True)
-class Chunk:
+class Chunk(msgspec.Struct, frozen=True):  # quick to make: every stream has one in every step
     """The next `num_tokens` tokens of a sequence, from `start` on, and guesses of what follows them."""
 
     sequence: Sequence
@@ -32,6 +33,8 @@ class Chunk:
     num_tokens: int
     num_logits: int
     """Rows whose logits are wanted, the last ones: of the newest token, and of each guess. 0 inside a prompt."""
+    num_rows: int
+    """Rows of the model call, guesses included."""
     draft: tuple[int, ...] = ()
     scored: range = range(0)
     """Tokens of the prompt whose log probabilities are wanted; the row before each one gives them."""
@@ -41,12 +44,8 @@ class Chunk:
         """Cut it now: the mark of the sequence moves on as soon as the step is started."""
         wanted = 1 + len(draft) if num_tokens == sequence.num_uncomputed else 0
         start = sequence.num_computed
-        return cls(sequence, start, num_tokens, wanted, draft, sequence.unscored(start + 1, start + num_tokens + 1))
-
-    @property
-    def num_rows(self) -> int:
-        """Rows of the model call."""
-        return self.num_tokens + len(self.draft)
+        scored = sequence.unscored(start + 1, start + num_tokens + 1)
+        return cls(sequence, start, num_tokens, wanted, num_tokens + len(draft), draft, scored)
 
     @property
     def is_decode(self) -> bool:
