@@ -8,8 +8,9 @@ come twice. Their steps are computed at once all the same; only the choice waits
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
+import msgspec
 import numpy as np
 import torch
 from torch import Tensor
@@ -224,7 +225,7 @@ def _is_shaped(choices: Choices) -> bool:
 
 
 def _without_seen(row: Row) -> Row:
-    return row if row is FAILED_ROW else replace(row, seen_ids=_NO_IDS, seen_counts=_NO_IDS)
+    return row if row is FAILED_ROW else msgspec.structs.replace(row, seen_ids=_NO_IDS, seen_counts=_NO_IDS)
 
 
 def _logprobs_of(chunks: list[Chunk]) -> list[int | None]:
