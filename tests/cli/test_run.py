@@ -9,6 +9,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -16,9 +17,20 @@ from typing import Any
 import pytest
 from PIL import Image
 
+from dashinfer_vlm.cli.command import execute
+from dashinfer_vlm.cli.run import run
 from tests.conftest import CheckpointMaker
+from tests.engine.host.test_client import SCRIPTED_PROCESS
 
 COMMAND = [sys.executable, "-c", "from dashinfer_vlm.cli.tool import main; main()", "run"]
+_SCRIPT = f"""
+from dashinfer_vlm.cli.tool import main
+from dashinfer_vlm.engine.host.process import ProcessEngine
+ProcessEngine.command = {SCRIPTED_PROCESS}
+main()
+"""
+SCRIPTED = [sys.executable, "-c", _SCRIPT, "run"]
+"""The same command over an engine that loads no model: for what pipes and signals do."""
 NUM_LINES = 16
 
 
@@ -49,7 +61,9 @@ def records(tmp_path: Path) -> dict[str, dict[str, Any]]:
     return {line["custom_id"]: line for line in lines}
 
 
-def test_a_file_of_requests_is_answered_with_errors_in_their_lines(arguments: list[str], tmp_path: Path) -> None:
+def test_a_file_of_requests_is_answered_with_errors_in_their_lines(
+    arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     image = {"type": "image_url", "image_url": {"url": picture()}}
     lines = [
         chat("text", text("Hello")),
@@ -68,9 +82,8 @@ def test_a_file_of_requests_is_answered_with_errors_in_their_lines(arguments: li
     assert statuses == {"text": 200, "image": 200, "broken image": 422, "wrong": 400, "long": 400, None: None}
     assert found["image"]["response"]["body"]["usage"]["completion_tokens"] == 5
     assert found["long"]["response"]["body"]["error"]["code"] == "context_length_exceeded"
-    again = subprocess.run([*COMMAND, *arguments], capture_output=True, text=True, check=False)
-    assert again.returncode == 0
-    assert "all 6 lines are answered" in again.stderr
+    assert execute(run, arguments) == 0
+    assert "all 6 lines are answered" in capsys.readouterr().err
 
 
 def test_a_killed_run_goes_on_without_losing_or_repeating_a_line(arguments: list[str], tmp_path: Path) -> None:
@@ -80,7 +93,8 @@ def test_a_killed_run_goes_on_without_losing_or_repeating_a_line(arguments: list
     slow = [*arguments, "--max-batch", "1"]
     with subprocess.Popen([*COMMAND, *slow], stderr=subprocess.DEVNULL) as first:
         while not (output.exists() and output.stat().st_size):
-            os.sched_yield()
+            assert first.poll() is None
+            time.sleep(0.002)
         first.send_signal(signal.SIGKILL)
     before = output.read_bytes().count(b"\n")
     assert 0 < before < NUM_LINES
@@ -95,7 +109,7 @@ def test_a_killed_run_goes_on_without_losing_or_repeating_a_line(arguments: list
 def test_requests_come_from_a_pipe_and_answers_go_to_one(arguments: list[str]) -> None:
     flags = ["-", "-o", "-", *arguments[3:]]
     lines = [chat("a", text("Hello")), chat("b", text("Hello"))]
-    done = subprocess.run([*COMMAND, *flags], input="\n".join(lines), capture_output=True, text=True, check=False)
+    done = subprocess.run([*SCRIPTED, *flags], input="\n".join(lines), capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     found = [json.loads(line) for line in done.stdout.splitlines()]
     assert sorted(record["custom_id"] for record in found) == ["a", "b"]
@@ -106,7 +120,7 @@ def test_requests_come_from_a_pipe_and_answers_go_to_one(arguments: list[str]) -
 def test_ctrl_c_ends_a_run_whose_pipe_is_silent(arguments: list[str]) -> None:
     flags = ["-", "-o", "-", *arguments[3:]]
     pipes: Any = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    with subprocess.Popen([*COMMAND, *flags], **pipes) as running:
+    with subprocess.Popen([*SCRIPTED, *flags], **pipes) as running:
         assert running.stdin is not None
         assert running.stdout is not None
         assert running.stderr is not None
@@ -123,13 +137,15 @@ def test_answers_that_nobody_reads_end_the_run(arguments: list[str]) -> None:
     read, write = os.pipe()
     os.close(read)
     lines = chat("a", text("Hello"))
-    done = subprocess.run([*COMMAND, *flags], input=lines, stdout=write, stderr=subprocess.PIPE, text=True, check=False)
+    command = [*SCRIPTED, *flags]
+    done = subprocess.run(command, input=lines, stdout=write, stderr=subprocess.PIPE, text=True, check=False)
     os.close(write)
     assert done.returncode == 2
     assert done.stderr.splitlines()[-1] == "dashinfer-vlm: standard output cannot be written: Broken pipe"
 
 
-def test_what_is_wrong_is_said_before_the_model_is_loaded(arguments: list[str], tmp_path: Path) -> None:
-    done = subprocess.run([*COMMAND, *arguments], capture_output=True, text=True, check=False)
-    assert done.returncode == 2
-    assert "in.jsonl cannot be read" in done.stderr
+def test_what_is_wrong_is_said_before_the_model_is_loaded(
+    arguments: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert execute(run, arguments) == 2
+    assert "in.jsonl cannot be read" in capsys.readouterr().err

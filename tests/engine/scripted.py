@@ -1,6 +1,7 @@
 """An engine without a model, for the tests of everything around engines.
 
-A request with the prompt [n, ...] gets the tokens 1..n, one per step. Special prompts misbehave, see `Script`.
+A request with the prompt [n, ...] gets the tokens 1..n, one per step, as far as it asks for them. Special prompts
+misbehave, see `Script`.
 """
 
 from __future__ import annotations
@@ -115,7 +116,7 @@ class ScriptedEngine:
             return Output(request.id, token_ids=_sums(request), finish=Finish("stop"))
         self._produced[request.id] += 1
         token = self._produced[request.id]
-        last = token == request.prompt_ids[0]
+        last = token in (request.prompt_ids[0], request.params.max_tokens)
         if last:
             del self.requests[request.id]
         return Output(request.id, token_ids=(token,), finish=Finish("length") if last else None)

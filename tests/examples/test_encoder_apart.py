@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import runpy
 import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
+import pytest
 from PIL import Image
 
 from dashinfer_vlm import VLM, SamplingParams
@@ -16,7 +18,12 @@ EXAMPLE = ROOT / "examples" / "encoder_apart"
 QUESTION = "What is this?"
 
 
-def test_an_encoder_in_another_process_gives_the_same_answer(checkpoint: CheckpointMaker, tmp_path: Path) -> None:
+def test_an_encoder_in_another_process_gives_the_same_answer(
+    checkpoint: CheckpointMaker,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     folder, picture = checkpoint("qwen2_5_vl"), tmp_path / "picture.png"
     Image.fromarray(np.random.default_rng(5).integers(0, 256, (84, 112, 3), np.uint8)).save(picture)
     with VLM(folder, dtype="float32", device="cpu", max_length=512, kv_cache_gib=0.1, progress=False) as vlm:
@@ -29,8 +36,11 @@ def test_an_encoder_in_another_process_gives_the_same_answer(checkpoint: Checkpo
     with subprocess.Popen([*model, *limits], stdout=subprocess.PIPE, text=True) as language_model:
         assert language_model.stdout is not None
         port = language_model.stdout.readline().split()[-1]
-        encoder = [sys.executable, str(EXAMPLE / "encoder.py"), str(folder), "127.0.0.1", port, str(picture), QUESTION]
-        answer = subprocess.run([*encoder, "--dtype", "float32"], capture_output=True, text=True, check=True)
+        monkeypatch.syspath_prepend(EXAMPLE)
+        encoder = ["encoder.py", str(folder), "127.0.0.1", port, str(picture), QUESTION, "--dtype", "float32"]
+        monkeypatch.setattr(sys, "argv", encoder)
+        capsys.readouterr()  # of what was printed before
+        runpy.run_path(str(EXAMPLE / "encoder.py"), run_name="__main__")
         assert language_model.wait() == 0
-    assert answer.stdout == expected + "\n"
+    assert capsys.readouterr().out == expected + "\n"
     assert expected
