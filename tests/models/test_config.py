@@ -13,7 +13,7 @@ import torch
 from dashinfer_vlm.config import EngineConfig
 from dashinfer_vlm.errors import CheckpointError, ConfigError
 from dashinfer_vlm.models.config import read_config
-from dashinfer_vlm.models.loading import load_model
+from dashinfer_vlm.models.loading import load_encoder, load_model
 from dashinfer_vlm.models.registry import FAMILIES, family_of
 from tests.conftest import CheckpointMaker
 
@@ -191,3 +191,14 @@ def test_a_missing_card_is_said_before_anything_is_loaded(folder: Path, monkeypa
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(ConfigError, match="torch sees no CUDA device"):
         load_model(EngineConfig(model=str(folder), device="cuda"))
+
+
+def test_a_worker_on_the_second_card_stays_there(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its events would be those of the first card otherwise, where nothing happens."""
+    chosen: list[torch.device] = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    with pytest.raises(CheckpointError, match="safetensors"):
+        load_encoder(EngineConfig(model=str(folder), vision_workers=1, vision_device="cuda:1"))
+    assert chosen == [torch.device("cuda:1")]

@@ -8,6 +8,7 @@ import logging
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache, partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -115,6 +116,20 @@ class Backend:
     def linear(self, weight: Matrix, bias: Tensor | None = None, *, epilogue: Epilogue = "none") -> Linear:
         """Linear layer of `weight` [N, K] and `bias` [N]."""
         return self.make_linear(weight, None if bias is None else self.vector(bias), epilogue)
+
+    def norm_before(self, layer: Linear, weight: Tensor, eps: float) -> Callable[[Tensor], Any]:
+        """RMSNorm of rows that only `layer` takes, from them to what it takes."""
+        gains = self.vector(weight)
+        if isinstance(layer, Fp8Linear):
+            return lambda x: layer.normed(x, gains, eps)
+        return lambda x: self.ops.rms_norm(x, gains, eps)
+
+    def before(self, layer: Linear, then: Linear) -> Callable[[Any], Any]:
+        """`layer`, whose epilogue is `silu_mul` and whose result only `then` takes, to what that takes."""
+        last = then.part if isinstance(then, SummedLinear) else then
+        if isinstance(layer, Fp8Linear) and isinstance(last, Fp8Linear):
+            return lambda x: layer.into(x, last)
+        return layer
 
     def summed(self, weight: Matrix) -> Linear:
         """Linear layer whose columns are dealt out among the ranks."""

@@ -36,7 +36,7 @@ _EPILOGUES = {**EPILOGUES, "silu_mul": rows.silu_mul, "quick_gelu": rows.quick_g
 """One launch each: torch's GELU is one already."""
 
 
-FP8_OPS = Fp8Ops(fp8.quantise, fp8.block_product, _EPILOGUES)
+FP8_OPS = Fp8Ops(fp8.quantise, fp8.block_product, fp8.rms_norm, fp8.silu_mul, _EPILOGUES)
 
 
 class CudaLinear:

@@ -13,10 +13,22 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from dashinfer_vlm.layers import activation, norm
 from dashinfer_vlm.layers.activation import EPILOGUES, Epilogue
 from dashinfer_vlm.layers.linear import Floats
 
-__all__ = ["BLOCK", "REFERENCE", "Fp8Linear", "Fp8Ops", "block_product", "quantise", "rounded"]
+__all__ = [
+    "BLOCK",
+    "REFERENCE",
+    "Fp8Linear",
+    "Fp8Ops",
+    "RoundedRows",
+    "block_product",
+    "quantise",
+    "rms_norm",
+    "rounded",
+    "silu_mul",
+]
 
 BLOCK = 128
 TOP = 448.0
@@ -42,16 +54,28 @@ def block_product(x: Tensor, scales: Tensor, weight: Tensor, weight_scales: Tens
     return (wide @ (weight.float() * per_number[:, : weight.shape[1]]).t()).to(dtype)
 
 
+def rms_norm(x: Tensor, weight: Tensor, eps: float, group: int = 0) -> tuple[Tensor, Tensor]:
+    """`quantise` of rows that are normed first."""
+    return quantise(norm.rms_norm(x, weight, eps), group)
+
+
+def silu_mul(x: Tensor, group: int = 0) -> tuple[Tensor, Tensor]:
+    """`quantise` of what `layers.activation.silu_mul` makes of [T, 2 K]."""
+    return quantise(activation.silu_mul(x), group)
+
+
 @dataclass(frozen=True, slots=True)
 class Fp8Ops:
     """The functions that have more than one implementation."""
 
     quantise: Callable[[Tensor, int], tuple[Tensor, Tensor]]
     block_product: Callable[[Tensor, Tensor, Tensor, Tensor, torch.dtype], Tensor]
+    rms_norm: Callable[[Tensor, Tensor, float, int], tuple[Tensor, Tensor]]
+    silu_mul: Callable[[Tensor, int], tuple[Tensor, Tensor]]
     epilogues: Mapping[Epilogue, Callable[[Tensor], Tensor]]
 
 
-REFERENCE = Fp8Ops(quantise, block_product, EPILOGUES)
+REFERENCE = Fp8Ops(quantise, block_product, rms_norm, silu_mul, EPILOGUES)
 
 
 def rounded(weight: Tensor, ops: Fp8Ops) -> Floats:
@@ -59,36 +83,63 @@ def rounded(weight: Tensor, ops: Fp8Ops) -> Floats:
     return Floats(*ops.quantise(weight, 0), is_in_blocks=False)
 
 
+@dataclass(frozen=True, slots=True)
+class RoundedRows:
+    """What an `Fp8Linear` multiplies, made by whoever had the rows in hand."""
+
+    numbers: Tensor
+    """float8_e4m3fn [T, K]."""
+    scales: Tensor
+    """float32, as `quantise` gives them."""
+    dtype: torch.dtype
+    """Of the rows before, and of the result."""
+
+
 class Fp8Linear:
-    """See `layers.linear.Linear`. x is bfloat16 on a card, which torch's product asks for."""
+    """See `layers.linear.Linear`. x is bfloat16 on a card, which torch's product asks for; or it is rounded already."""
 
     def __init__(self, weight: Floats, bias: Tensor | None, epilogue: Epilogue, ops: Fp8Ops) -> None:
         self.weight = weight
         self.bias = bias
-        self.epilogue = ops.epilogues[epilogue]
+        self.epilogue = epilogue
         self.ops = ops
+        self.group = BLOCK if weight.is_in_blocks else 0
+        """Columns of a row that share a scale; 0: all."""
 
-    def __call__(self, x: Tensor, *, residual: Tensor | None = None, out: Tensor | None = None) -> Tensor:
-        y = self.epilogue(self._in_blocks(x) if self.weight.is_in_blocks else self._by_rows(x))
+    def __call__(self, x: Tensor | RoundedRows, *, residual: Tensor | None = None, out: Tensor | None = None) -> Tensor:
+        y = self.ops.epilogues[self.epilogue](self._product(x))
         if residual is not None:
             return torch.add(y, residual, out=out)
         return y if out is None else out.copy_(y)
 
-    def _by_rows(self, x: Tensor) -> Tensor:
-        if not len(x):  # of a step that wants no logits; torch's product takes no empty scales
-            return x.new_empty(0, len(self.weight.numbers))
-        numbers, scales = self.ops.quantise(x, 0)
+    def normed(self, x: Tensor, weight: Tensor, eps: float) -> RoundedRows:
+        """RMSNorm of the rows, as this layer takes them, in one launch."""
+        return RoundedRows(*self.ops.rms_norm(x, weight, eps, self.group), x.dtype)
+
+    def into(self, x: Tensor | RoundedRows, then: Fp8Linear) -> RoundedRows:
+        """This layer, whose epilogue is `silu_mul`, to what `then` takes."""
+        assert self.epilogue == "silu_mul", self.epilogue
+        y = self._product(x)
+        return RoundedRows(*self.ops.silu_mul(y, then.group), y.dtype)
+
+    def _product(self, x: Tensor | RoundedRows) -> Tensor:
+        if isinstance(x, Tensor):
+            x = RoundedRows(*self.ops.quantise(x, self.group), x.dtype)
+        return self._in_blocks(x) if self.weight.is_in_blocks else self._by_rows(x)
+
+    def _by_rows(self, x: RoundedRows) -> Tensor:
+        if not len(x.numbers):  # of a step that wants no logits; torch's product takes no empty scales
+            return x.scales.new_empty(0, len(self.weight.numbers), dtype=x.dtype)
         return torch._scaled_mm(
-            numbers,
+            x.numbers,
             self.weight.numbers.t(),
-            scale_a=scales,
+            scale_a=x.scales,
             scale_b=self.weight.scales.view(1, -1),
             bias=self.bias,
             out_dtype=x.dtype,
             use_fast_accum=True,
         )
 
-    def _in_blocks(self, x: Tensor) -> Tensor:
-        numbers, scales = self.ops.quantise(x, BLOCK)
-        y = self.ops.block_product(numbers, scales, self.weight.numbers, self.weight.scales, x.dtype)
+    def _in_blocks(self, x: RoundedRows) -> Tensor:
+        y = self.ops.block_product(x.numbers, x.scales, self.weight.numbers, self.weight.scales, x.dtype)
         return y if self.bias is None else y.add_(self.bias)

@@ -6,7 +6,7 @@ A family chooses the modules: `Decoder(config.text, weights, backend, attention=
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
@@ -30,7 +30,14 @@ Table = tuple[torch.Tensor, torch.Tensor]
 class Mlp(Protocol):
     """[T, hidden] -> [T, hidden]; `residual` is added."""
 
-    def __call__(self, x: torch.Tensor, *, residual: torch.Tensor) -> torch.Tensor: ...
+    @property
+    def first(self) -> Linear:
+        """The one layer that takes x."""
+        ...
+
+    def __call__(self, x: Any, *, residual: torch.Tensor) -> torch.Tensor:
+        """x is what `Backend.norm_before` makes of rows for the first layer."""
+        ...
 
 
 MakeMlp = Callable[[str, TextConfig, Weights, Backend], Mlp]
@@ -66,11 +73,12 @@ class Attention:
             for x in ("qk" if qk_norm else "")
         ]
 
-    def attend(self, x: torch.Tensor, table: Table, batch: StepBatch, cache: Cache) -> torch.Tensor:
-        """[T, hidden] -> [T, heads * head_dim], which `out` projects; K and V go to `batch.slots` of the cache. Heads
-        are those of this rank."""
+    def attend(self, x: Any, table: Table, batch: StepBatch, cache: Cache) -> torch.Tensor:
+        """[T, hidden], as `Backend.norm_before` makes it for `qkv`, -> [T, heads * head_dim], which `out` projects; K
+        and V go to `batch.slots` of the cache. Heads are those of this rank."""
         c = self.config
-        heads = self.qkv(x).view(len(x), -1, c.head_dim)
+        joined = self.qkv(x)
+        heads = joined.view(len(joined), -1, c.head_dim)
         q, k, v = heads.split_with_sizes([self.num_heads, self.num_kv_heads, self.num_kv_heads], dim=1)
         if self.norms:
             q, k = (self._norm(part, weight) for part, weight in zip((q, k), self.norms, strict=True))
@@ -115,10 +123,11 @@ class GatedMlp:
         rows = {f"{prefix}.gate_proj.weight": inner, f"{prefix}.up_proj.weight": inner}
         part = backend.ranks.share(inner, "channels of the MLP")
         gate_up = weights.matrix(rows, hidden, Cut(rows=dict.fromkeys(rows, part)))
-        self.gate_up = backend.linear(gate_up, epilogue="silu_mul")
+        self.first = backend.linear(gate_up, epilogue="silu_mul")
         self.down = backend.summed(weights.matrix({f"{prefix}.down_proj.weight": hidden}, inner, Cut(columns=part)))
+        self.gate_up = backend.before(self.first, self.down)
 
-    def __call__(self, x: torch.Tensor, *, residual: torch.Tensor) -> torch.Tensor:
+    def __call__(self, x: Any, *, residual: torch.Tensor) -> torch.Tensor:
         return self.down(self.gate_up(x), residual=residual)
 
 
@@ -228,18 +237,19 @@ class Decoder:
 
 class _Layer:
     def __init__(self, prefix: str, attention: Attention, mlp: Mlp, weights: Weights, backend: Backend) -> None:
-        self.ops = backend.ops
         self.attention, self.mlp = attention, mlp
-        self.eps, hidden = attention.config.rms_norm_eps, attention.config.hidden_size
-        self.norm1 = backend.vector(weights.take(f"{prefix}.input_layernorm.weight", hidden))
-        self.norm2 = backend.vector(weights.take(f"{prefix}.post_attention_layernorm.weight", hidden))
+        eps, hidden = attention.config.rms_norm_eps, attention.config.hidden_size
+        names = (f"{prefix}.{x}_layernorm.weight" for x in ("input", "post_attention"))
+        gains1, gains2 = (weights.take(name, hidden) for name in names)
+        self.norm1 = backend.norm_before(attention.qkv, gains1, eps)
+        self.norm2 = backend.norm_before(mlp.first, gains2, eps)
 
     def forward(
         self, x: torch.Tensor, table: Table, batch: StepBatch, cache: Cache, rows: torch.Tensor | None = None
     ) -> torch.Tensor:
         """[T, hidden] -> [T, hidden], or [L, hidden] of `rows` alone."""
-        attended = self.attention.attend(self.ops.rms_norm(x, self.norm1, self.eps), table, batch, cache)
+        attended = self.attention.attend(self.norm1(x), table, batch, cache)
         if rows is not None:
             x, attended = x[rows], attended[rows]
         x = self.attention.out(attended, residual=x)
-        return self.mlp(self.ops.rms_norm(x, self.norm2, self.eps), residual=x)
+        return self.mlp(self.norm2(x), residual=x)

@@ -38,8 +38,7 @@ def load_model(config: EngineConfig, *, progress: Progress | None = None, ranks:
     checkpoint = read_config(Path(config.model))
     dtype = DTYPES[checkpoint.dtype if config.dtype == "auto" else config.dtype]
     device = device_of(config, ranks)
-    if device.index is not None:
-        torch.cuda.set_device(device)
+    _stay_on(device)
     weights = Weights(checkpoint.folder, checkpoint.family.names, checkpoint.stored, progress=progress)
     with ExitStack() as stores:  # none of them keeps anything of a checkpoint that turns out to be wrong
         if checkpoint.vision is None:
@@ -65,6 +64,7 @@ def load_encoder(config: EngineConfig, *, progress: Progress | None = None) -> V
     if checkpoint.vision is None:
         raise CheckpointError(f"{checkpoint.folder} is a text model ({checkpoint.architecture}); it has no encoder")
     device = _device(config.vision_device or config.device, "--vision-device")
+    _stay_on(device)
     weights = Weights(checkpoint.folder, checkpoint.family.names, checkpoint.stored, progress=progress)
     with open_store(config, weights, "vision", dtype) as store:
         backend = choose_backend(device, dtype, config.vision_quant_type, store)
@@ -127,6 +127,12 @@ def device_of(config: EngineConfig, ranks: Ranks) -> torch.device:
     if ranks.count > torch.cuda.device_count():
         raise ConfigError(f"--parallel-size is {ranks.count}; torch sees {torch.cuda.device_count()} CUDA devices")
     return torch.device("cuda", ranks.index)
+
+
+def _stay_on(device: torch.device) -> None:
+    """Events and streams are those of the current device."""
+    if device.index is not None:
+        torch.cuda.set_device(device)
 
 
 def _device(name: str, flag: str = "--device") -> torch.device:

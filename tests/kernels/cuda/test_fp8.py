@@ -8,8 +8,9 @@ from torch.nn import functional as F
 
 pytest.importorskip("triton")
 
-from dashinfer_vlm.kernels.cuda import fp8
+from dashinfer_vlm.kernels.cuda import fp8, rows
 from dashinfer_vlm.layers import fp8 as reference
+from dashinfer_vlm.layers import norm
 from dashinfer_vlm.layers.activation import EPILOGUES, Epilogue
 from dashinfer_vlm.layers.cuda import FP8_OPS
 from dashinfer_vlm.layers.fp8 import REFERENCE, Fp8Linear, Fp8Ops, rounded
@@ -42,6 +43,37 @@ def test_rows_are_rounded_as_the_reference_rounds_them(
     assert error(scales, wanted_scales) < 1e-6
     assert error(numbers.float(), wanted.float()) < 1e-2  # a tie may fall to either side
     assert not numbers[0].float().any()
+
+
+@pytest.mark.parametrize("group", [0, 128])
+@pytest.mark.parametrize(("num_rows", "depth"), [(1, 16), (5, 300), (3, 256)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rows_are_rounded_where_they_are_made_as_they_are_afterwards(
+    num_rows: int, depth: int, group: int, dtype: torch.dtype
+) -> None:
+    x, wide = ((torch.randn(num_rows, size + 3, device=DEVICE) * 8).to(dtype)[:, :size] for size in (depth, 2 * depth))
+    gains = torch.randn(depth, device=DEVICE).to(dtype)
+    for found, made in (
+        (fp8.rms_norm(x, gains, 1e-6, group), rows.rms_norm(x, gains, 1e-6)),
+        (fp8.silu_mul(wide, group), rows.silu_mul(wide)),
+    ):
+        for ours, apart in zip(found, fp8.quantise(made, group), strict=True):
+            assert torch.equal(ours.float(), apart.float())
+
+
+@OPS
+@pytest.mark.parametrize("is_in_blocks", [False, True])
+def test_layers_hand_over_rows_that_are_rounded(ops: Fp8Ops, is_in_blocks: bool) -> None:
+    dtype = torch.float32 if DEVICE.type == "cpu" else torch.bfloat16
+    x, gains, *weights = (
+        torch.randn(*shape, device=DEVICE).to(dtype) for shape in ((3, 144), (144,), (320, 144), (144, 160))
+    )
+    up, down = (in_blocks(w.float()) if is_in_blocks else rounded(w, REFERENCE) for w in weights)
+    first, last = Fp8Linear(up, None, "silu_mul", ops), Fp8Linear(down, None, "none", ops)
+    handed = last(first.into(first.normed(x, gains, 1e-6), last), residual=x)
+    apart = last(first(norm.rms_norm(x, gains, 1e-6)), residual=x)
+    assert handed.dtype == dtype
+    assert error(handed, apart) < (1e-6 if ops is REFERENCE else 5e-3)  # a tie may fall to either side
 
 
 def test_rounding_keeps_three_bits_behind_the_first() -> None:

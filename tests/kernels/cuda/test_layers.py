@@ -6,6 +6,7 @@ import logging
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -112,6 +113,21 @@ def test_compiled_kernels_are_kept_for_the_next_start(monkeypatch: pytest.Monkey
     cuda.why_unavailable.cache_clear()
     choose_backend(CARD, torch.bfloat16)
     assert triton.knobs.cache.dir == "/elsewhere"
+
+
+def test_a_card_whose_machine_cannot_build_the_starter_computes_with_torch_and_says_why(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Driver:
+        @property
+        def active(self) -> Any:
+            raise RuntimeError("Failed to find C compiler")
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(triton.runtime, "driver", Driver())
+    with caplog.at_level(logging.WARNING):
+        assert choose_backend(CARD, torch.bfloat16).ops is REFERENCE
+    assert "triton cannot build what starts them (Failed to find C compiler); it needs gcc" in caplog.text
 
 
 @pytest.mark.parametrize("missing", ["triton", "triton.knobs"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from itertools import accumulate
+from typing import Any
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
-from dashinfer_vlm.kernels.cuda.paged import num_splits, paged_attention
+from dashinfer_vlm.kernels.cuda.paged import FEW_ROWS, num_splits, paged_attention
 from dashinfer_vlm.layers import attention
 from tests.kernels.cuda.numbers import DEVICE, TYPES, allowed, error
 
@@ -130,6 +131,21 @@ def test_splits_fill_a_card_and_no_more() -> None:
     assert num_splits(64 * 4, 1024, 64) == 1
     assert num_splits(8 * 4, 1024, 64) == 8
     assert num_splits(4, 64, 64) == 1
+
+
+def test_splits_take_memory_for_sequences_of_few_rows_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A long prompt beside one stream is not split, and its rows would be many times the memory."""
+    batch, taken, empty = make([1, 200], [40, 200]), [], torch.empty
+
+    def measured(*size: Any, **options: Any) -> Tensor:
+        tensor = empty(*size, **options)
+        taken.append(tensor.nbytes)
+        return tensor
+
+    monkeypatch.setattr(torch, "empty", measured)
+    got = batch.run(4)
+    assert error(got, batch.expected()) < 1e-5
+    assert sum(taken) - got.nbytes <= 4 * 2 * FEW_ROWS * 6 * (32 + 1) * 4
 
 
 def test_what_does_not_fit_is_refused() -> None:

@@ -8,6 +8,9 @@ from __future__ import annotations
 
 import functools
 import importlib
+import subprocess
+
+import torch
 
 from dashinfer_vlm import envs
 
@@ -25,4 +28,13 @@ def why_unavailable() -> str | None:
             importlib.import_module(module)
     except ImportError as error:
         return f"triton cannot be imported ({error}); CUDA wheels of torch 2.8 and later bring one that can be used"
+    return _why_nothing_starts() if torch.cuda.is_available() else None
+
+
+def _why_nothing_starts() -> str | None:
+    """What starts kernels is C, which triton builds the first time; an image for servers often has no compiler."""
+    try:
+        importlib.import_module("triton.runtime").driver.active.utils  # noqa: B018 - asking for it builds it
+    except (RuntimeError, AssertionError, OSError, subprocess.CalledProcessError) as error:
+        return f"triton cannot build what starts them ({error}); it needs gcc or clang, and the headers of Python"
     return None

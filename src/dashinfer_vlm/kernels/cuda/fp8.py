@@ -1,17 +1,20 @@
-"""8-bit floats (e4m3): activations rounded row by row or in groups of columns, and products with weights whose scales
-belong to blocks. Products with a scale per row are torch's.
+"""8-bit floats (e4m3): activations rounded row by row or in groups of columns, as they are or as a norm or SiLU makes
+them, and products with weights whose scales belong to blocks. Products with a scale per row are torch's.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from dashinfer_vlm.kernels.cuda.launch import INTERPRETED, check, launch, power_of_two
+from dashinfer_vlm.kernels.cuda.launch import INTERPRETED, check, follow, launch, power_of_two
+from dashinfer_vlm.kernels.cuda.rows import normed, silu_times_up
 
-__all__ = ["BLOCK", "block_product", "quantise"]
+__all__ = ["BLOCK", "block_product", "quantise", "rms_norm", "silu_mul"]
 
 BLOCK = 128
 """Rows and columns that share a scale of a weight, and columns that share one of a row of activations."""
@@ -29,28 +32,76 @@ def _nearest(x):
 
 
 @triton.jit
+def _rounded(x, largest, TOP: tl.constexpr, CUTS: tl.constexpr):
+    """8-bit floats as float32, and their scale; `largest` is of x's shape, or of what broadcasts to it."""
+    scale = tl.maximum(largest, 1e-12) / TOP
+    q = tl.minimum(tl.maximum(tl.div_rn(x, tl.zeros(x.shape, tl.float32) + scale), -TOP), TOP)
+    if CUTS:
+        q = _nearest(q)
+    return q, scale
+
+
+@triton.jit
 def _quantise(
-    x_rows, out, scales, x_t, o_t, s_t, K, WIDTH: tl.constexpr, B: tl.constexpr, TOP: tl.constexpr, CUTS: tl.constexpr
+    x_rows, out, scales, x_t, o_t, s_t, K, WIDTH: tl.constexpr, B: tl.constexpr, TOP: tl.constexpr, CUTS: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
+    follow(PDL)
     row = tl.program_id(0).to(tl.int64)
     group = tl.program_id(1)
     i = tl.arange(0, B)
     column = group * WIDTH + i
     inside = (i < WIDTH) & (column < K)
     x = tl.load(x_rows + row * x_t + column, mask=inside, other=0.0).to(tl.float32)
-    scale = tl.maximum(tl.max(tl.abs(x), 0), 1e-12) / TOP
-    q = tl.minimum(tl.maximum(tl.div_rn(x, tl.full([B], 0.0, tl.float32) + scale), -TOP), TOP)
-    if CUTS:
-        q = _nearest(q)
+    q, scale = _rounded(x, tl.max(tl.abs(x), 0), TOP, CUTS)
     tl.store(out + row * o_t + column, q.to(out.dtype.element_ty), mask=inside)
     tl.store(scales + row * s_t + group, scale)
+
+
+@triton.jit
+def _silu_mul(
+    x_rows, out, scales, x_t, o_t, s_t, K, WIDTH: tl.constexpr, B: tl.constexpr, TOP: tl.constexpr, CUTS: tl.constexpr,
+    PDL: tl.constexpr,
+):  # fmt: skip
+    follow(PDL)
+    row = tl.program_id(0).to(tl.int64)
+    group = tl.program_id(1)
+    i = tl.arange(0, B)
+    column = group * WIDTH + i
+    inside = (i < WIDTH) & (column < K)
+    x = silu_times_up(x_rows + row * x_t + column, K, inside)
+    q, scale = _rounded(x, tl.max(tl.abs(x), 0), TOP, CUTS)
+    tl.store(out + row * o_t + column, q.to(out.dtype.element_ty), mask=inside)
+    tl.store(scales + row * s_t + group, scale)
+
+
+@triton.jit
+def _rms_norm(
+    x_rows, weight, out, scales, eps, x_t, o_t, s_t, K: tl.constexpr, WIDTH: tl.constexpr, B: tl.constexpr,
+    TOP: tl.constexpr, CUTS: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    follow(PDL)
+    row = tl.program_id(0).to(tl.int64)
+    i = tl.arange(0, B)
+    x = normed(x_rows + row * x_t + i, weight + i, eps, i < K, K)
+    if WIDTH == K:
+        q, scale = _rounded(x, tl.max(tl.abs(x), 0), TOP, CUTS)
+        tl.store(scales + row * s_t, scale)
+    else:
+        groups = tl.reshape(x, [B // WIDTH, WIDTH])
+        q, scale = _rounded(groups, tl.max(tl.abs(groups), 1, keep_dims=True), TOP, CUTS)
+        q = tl.reshape(q, [B])
+        group = tl.arange(0, B // WIDTH)[:, None]
+        tl.store(scales + row * s_t + group, scale, mask=group * WIDTH < K)
+    tl.store(out + row * o_t + i, q.to(out.dtype.element_ty), mask=i < K)
 
 
 @triton.jit(do_not_specialize=["T"])
 def _multiply(
     x, x_scales, w, w_scales, out, T, x_t, xs_t, w_n, ws_n, o_t, N: tl.constexpr, K: tl.constexpr, BM: tl.constexpr,
-    BN: tl.constexpr, BK: tl.constexpr, BLOCK_ROWS: tl.constexpr, WIDEN: tl.constexpr,
+    BN: tl.constexpr, BK: tl.constexpr, BLOCK_ROWS: tl.constexpr, WIDEN: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
+    follow(PDL)
     m = tl.program_id(1) * BM + tl.arange(0, BM)
     n = tl.program_id(0) * BN + tl.arange(0, BN)
     k = tl.arange(0, BK)
@@ -76,17 +127,47 @@ def _multiply(
 def quantise(x: Tensor, group: int = 0) -> tuple[Tensor, Tensor]:
     """`layers.fp8.quantise` of [T, K], rows may be strided."""
     check(x.ndim == 2 and x.stride(1) == 1, "rows must be dense", x)
-    num_rows, depth = x.shape
-    width = group or depth
-    num_groups = -(-depth // width)
-    out = torch.empty(num_rows, depth, dtype=torch.float8_e4m3fn, device=x.device)
-    scales = torch.empty(num_rows, num_groups, dtype=torch.float32, device=x.device)
-    block = power_of_two(width)
+    return _by_groups(_quantise, x, x.shape[1], group)
+
+
+def silu_mul(x: Tensor, group: int = 0) -> tuple[Tensor, Tensor]:
+    """`quantise` of what `rows.silu_mul` makes of [T, 2 K], in one launch; rows may be strided."""
+    check(x.ndim == 2 and x.stride(1) == 1, "rows must be dense", x)
+    return _by_groups(_silu_mul, x, x.shape[1] // 2, group)
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float, group: int = 0) -> tuple[Tensor, Tensor]:
+    """`quantise` of what `rows.rms_norm` makes of [T, K], in one launch; rows may be strided. `group` is a power of
+    two."""
+    check(x.ndim == 2 and x.stride(1) == 1 and weight.shape == x.shape[1:], "rows must be dense", x, weight)
+    depth = x.shape[1]
+    width, block = group or depth, power_of_two(depth, group)
+    out, scales = _empty(len(x), depth, -(-depth // width), x.device)
     launch(
-        _quantise, (num_rows, num_groups), x, out, scales, x.stride(0), depth, num_groups, depth, width, block, TOP,
-        INTERPRETED, num_warps=min(max(block // 512, 1), 16),
+        _rms_norm, (len(x),), x, weight, out, scales, eps, x.stride(0), depth, scales.stride(0), depth, width, block,
+        TOP, INTERPRETED, num_warps=_warps(block),
     )  # fmt: skip
     return out, scales
+
+
+def _by_groups(kernel: Any, x: Tensor, depth: int, group: int) -> tuple[Tensor, Tensor]:
+    width = group or depth
+    num_groups, block = -(-depth // width), power_of_two(width)
+    out, scales = _empty(len(x), depth, num_groups, x.device)
+    launch(
+        kernel, (len(x), num_groups), x, out, scales, x.stride(0), depth, num_groups, depth, width, block, TOP,
+        INTERPRETED, num_warps=_warps(block),
+    )  # fmt: skip
+    return out, scales
+
+
+def _empty(num_rows: int, depth: int, num_groups: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    out = torch.empty(num_rows, depth, dtype=torch.float8_e4m3fn, device=device)
+    return out, torch.empty(num_rows, num_groups, dtype=torch.float32, device=device)
+
+
+def _warps(block: int) -> int:
+    return min(max(block // 512, 1), 16)
 
 
 def block_product(x: Tensor, scales: Tensor, weight: Tensor, weight_scales: Tensor, dtype: torch.dtype) -> Tensor:

@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from dashinfer_vlm.kernels.cuda.hadamard import mixed_queries
-from dashinfer_vlm.kernels.cuda.launch import check, compute_type, launch, power_of_two, unit_of
+from dashinfer_vlm.kernels.cuda.launch import check, compute_type, follow, launch, power_of_two, unit_of
 
 __all__ = ["FEW_ROWS", "paged_attention"]
 
@@ -69,13 +69,14 @@ def _keys(
     return highest, total, acc
 
 
-@triton.jit(do_not_specialize=["num_sequences", "table_stride"])
+@triton.jit(do_not_specialize=["num_sequences", "table_stride", "l_split"])
 def _attend(
     q_rows, k_cache, v_cache, tables, starts, contexts, out, lse, scale, num_sequences, table_stride, q_t, q_h,
     block_stride, slot_stride, head_stride, o_t, o_h, o_split, l_t, l_split, G: tl.constexpr, D: tl.constexpr,
     DP: tl.constexpr, BS: tl.constexpr, BM: tl.constexpr, BQ: tl.constexpr, BN: tl.constexpr, SPLITS: tl.constexpr,
-    FEW: tl.constexpr, MANY: tl.constexpr, INT8: tl.constexpr, UNIT: tl.constexpr, C: tl.constexpr,
+    FEW: tl.constexpr, MANY: tl.constexpr, INT8: tl.constexpr, UNIT: tl.constexpr, C: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
+    follow(PDL)
     block_stride *= UNIT
     slot_stride *= UNIT
     head_stride *= UNIT
@@ -123,19 +124,21 @@ def _attend(
                                 acc, D, DP, BS, BN, INT8, True, C)  # fmt: skip
     some = tl.where(total > 0, total, 1.0)  # a split may find no key that a row sees
     result = acc / some[:, None]
-    place = out + split * o_split + at[:, None] * o_t + query_head[:, None] * o_h + d[None, :]
-    tl.store(place, result.to(out.dtype.element_ty), mask=inside)
-    if SPLITS > 1:
+    if SPLITS > 1:  # as many rows as sequences of few rows may have
+        at = (s * FEW + row).to(tl.int64)
         tl.store(lse + split * l_split + at * l_t + query_head,
                  tl.where(total > 0, top + tl.log2(some), -1e30), mask=mine)  # fmt: skip
+    place = out + split * o_split + at[:, None] * o_t + query_head[:, None] * o_h + d[None, :]
+    tl.store(place, result.to(out.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["l_split"])
 def _combine(
     parts, lse, starts, out, p_split, p_t, p_h, l_split, l_t, o_t, o_h, D: tl.constexpr, DP: tl.constexpr,
-    SPLITS: tl.constexpr, FEW: tl.constexpr,
+    SPLITS: tl.constexpr, FEW: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Join the splits of one row and head by their shares of the softmax's sum."""
+    follow(PDL)
     s = tl.program_id(0) // FEW
     row = tl.program_id(0) % FEW
     head = tl.program_id(1)
@@ -143,7 +146,7 @@ def _combine(
     n = tl.load(starts + s + 1) - first
     if row >= n or n > FEW:
         return
-    at = (first + row).to(tl.int64)
+    at = tl.program_id(0).to(tl.int64)
     i = tl.arange(0, SPLITS)
     d = tl.arange(0, DP)
     sums = tl.load(lse + i * l_split + at * l_t + head)
@@ -151,7 +154,7 @@ def _combine(
     weights = weights / tl.sum(weights, 0)
     x = tl.load(parts + i[:, None] * p_split + at * p_t + head * p_h + d[None, :], mask=(d < D)[None, :], other=0.0)
     joined = tl.sum(x * weights[:, None], 0)
-    tl.store(out + at * o_t + head * o_h + d, joined.to(out.dtype.element_ty), mask=d < D)
+    tl.store(out + (first + row).to(tl.int64) * o_t + head * o_h + d, joined.to(out.dtype.element_ty), mask=d < D)
 
 
 @dataclass(frozen=True, slots=True)
@@ -240,8 +243,8 @@ def _few(
     if splits == 1:
         _start(grid, q, k_cache, v_cache, tables, starts, contexts, out[None], None, scale, tile, few, many=False)
         return
-    parts = torch.empty((splits, *q.shape), dtype=torch.float32, device=q.device)
-    lse = torch.empty((splits, *q.shape[:2]), dtype=torch.float32, device=q.device)
+    parts = torch.empty(splits, num_sequences * few, *q.shape[1:], dtype=torch.float32, device=q.device)
+    lse = torch.empty(splits, num_sequences * few, num_heads, dtype=torch.float32, device=q.device)
     _start(grid, q, k_cache, v_cache, tables, starts, contexts, parts, lse, scale, tile, few, many=False)
     launch(
         _combine, (num_sequences * few, num_heads), parts, lse, starts, out, *parts.stride()[:3], *lse.stride()[:2],
@@ -281,7 +284,7 @@ def _start(
     *,
     many: bool,
 ) -> None:
-    """`out` is [splits, T, H, D], `lse` float32 [splits, T, H] where there are several."""
+    """`out` is [1, T, H, D], or for several splits [splits, S * few, H, D], and `lse` float32 [splits, S * few, H]."""
     dim, int8 = q.shape[2], k_cache.dtype == torch.int8
     group = q.shape[1] // k_cache.shape[2]
     strides = k_cache.stride()[:3]

@@ -7,20 +7,39 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dashinfer_vlm.kernels.cuda.launch import check, launch, power_of_two
+from dashinfer_vlm.kernels.cuda.launch import check, follow, launch, power_of_two
 
-__all__ = ["embed", "layer_norm", "quick_gelu", "rms_norm", "silu_mul"]
+__all__ = ["embed", "layer_norm", "normed", "quick_gelu", "rms_norm", "silu_mul", "silu_times_up"]
 
 
 @triton.jit
-def _rms_norm(x_rows, weight, out, eps, x_t, o_t, N: tl.constexpr, B: tl.constexpr):
+def normed(x_places, w_places, eps, inside, N: tl.constexpr):
+    """RMSNorm of a row, rounded to its type as the reference rounds it, as float32."""
+    kind = x_places.dtype.element_ty
+    x = tl.load(x_places, mask=inside, other=0.0).to(tl.float32)
+    scale = tl.rsqrt(tl.sum(x * x, 0) / N + eps)
+    rounded = (x * scale).to(kind).to(tl.float32)  # as the reference, which multiplies in x's type
+    w = tl.load(w_places, mask=inside, other=0.0).to(tl.float32)
+    return (rounded * w).to(kind).to(tl.float32)
+
+
+@triton.jit
+def silu_times_up(x_places, N, inside):
+    """SiLU of gates times ups, which stand N columns behind, rounded as the reference does it, as float32."""
+    kind = x_places.dtype.element_ty
+    gate = tl.load(x_places, mask=inside, other=0.0).to(tl.float32)
+    up = tl.load(x_places + N, mask=inside, other=0.0).to(tl.float32)
+    silu = (gate / (1 + tl.exp(-gate))).to(kind).to(tl.float32)
+    return (silu * up).to(kind).to(tl.float32)
+
+
+@triton.jit
+def _rms_norm(x_rows, weight, out, eps, x_t, o_t, N: tl.constexpr, B: tl.constexpr, PDL: tl.constexpr):
+    follow(PDL)
     row = tl.program_id(0).to(tl.int64)
     i = tl.arange(0, B)
-    x = tl.load(x_rows + row * x_t + i, mask=i < N, other=0.0).to(tl.float32)
-    scale = tl.rsqrt(tl.sum(x * x, 0) / N + eps)
-    rounded = (x * scale).to(out.dtype.element_ty).to(tl.float32)  # as the reference, which multiplies in x's type
-    w = tl.load(weight + i, mask=i < N, other=0.0).to(tl.float32)
-    tl.store(out + row * o_t + i, (rounded * w).to(out.dtype.element_ty), mask=i < N)
+    y = normed(x_rows + row * x_t + i, weight + i, eps, i < N, N)
+    tl.store(out + row * o_t + i, y.to(out.dtype.element_ty), mask=i < N)
 
 
 @triton.jit
@@ -36,13 +55,12 @@ def _layer_norm(x_rows, weight, bias, out, eps, x_t, o_t, N: tl.constexpr, B: tl
 
 
 @triton.jit
-def _silu_mul(x_rows, out, x_t, o_t, N: tl.constexpr, B: tl.constexpr):
+def _silu_mul(x_rows, out, x_t, o_t, N: tl.constexpr, B: tl.constexpr, PDL: tl.constexpr):
+    follow(PDL)
     row = tl.program_id(0).to(tl.int64)
     i = tl.program_id(1) * B + tl.arange(0, B)
-    gate = tl.load(x_rows + row * x_t + i, mask=i < N, other=0.0).to(tl.float32)
-    up = tl.load(x_rows + row * x_t + N + i, mask=i < N, other=0.0).to(tl.float32)
-    silu = (gate / (1 + tl.exp(-gate))).to(out.dtype.element_ty).to(tl.float32)  # rounded as the reference's is
-    tl.store(out + row * o_t + i, (silu * up).to(out.dtype.element_ty), mask=i < N)
+    y = silu_times_up(x_rows + row * x_t + i, N, i < N)
+    tl.store(out + row * o_t + i, y.to(out.dtype.element_ty), mask=i < N)
 
 
 @triton.jit
@@ -54,7 +72,20 @@ def _quick_gelu(x_rows, out, x_t, o_t, N: tl.constexpr, B: tl.constexpr):
 
 
 @triton.jit
-def _embed(ids, table, staged, is_item, out, e_n, s_t, N: tl.constexpr, B: tl.constexpr, STAGED: tl.constexpr):
+def _embed(
+    ids,
+    table,
+    staged,
+    is_item,
+    out,
+    e_n,
+    s_t,
+    N: tl.constexpr,
+    B: tl.constexpr,
+    STAGED: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    follow(PDL)
     row = tl.program_id(0).to(tl.int64)
     i = tl.program_id(1) * B + tl.arange(0, B)
     inside = i < N

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dashinfer_vlm.kernels.cuda.launch import check, compute_type, launch, power_of_two
+from dashinfer_vlm.kernels.cuda.launch import check, compute_type, follow, launch, power_of_two
 from dashinfer_vlm.kernels.grouped import GROUP, GroupedWeight
 
 __all__ = ["MOST_ROWS", "Norm", "expand", "num_splits", "product"]
@@ -92,8 +92,9 @@ def _surrounded(
 def _multiply(
     x_rows, w, scales, norm, bias, residual, out, sums, eps, T, x_t, w_n, s_n, r_t, o_t, o_split, N: tl.constexpr,
     K: tl.constexpr, SPLITS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BITS: tl.constexpr, NORM: tl.constexpr,
-    BIAS: tl.constexpr, GATED: tl.constexpr, RESIDUAL: tl.constexpr, C: tl.constexpr,
+    BIAS: tl.constexpr, GATED: tl.constexpr, RESIDUAL: tl.constexpr, C: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
+    follow(PDL)
     n = tl.program_id(0) * BN + tl.arange(0, BN)
     m = tl.program_id(1) * BM + tl.arange(0, BM)
     split = tl.program_id(2)
@@ -135,8 +136,9 @@ def _multiply(
 def _finish(
     parts, sums, bias, residual, out, eps, T, p_split, p_t, r_t, o_t, N: tl.constexpr, K: tl.constexpr,
     SPLITS: tl.constexpr, B: tl.constexpr, NORM: tl.constexpr, BIAS: tl.constexpr, GATED: tl.constexpr,
-    RESIDUAL: tl.constexpr,
+    RESIDUAL: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
+    follow(PDL)
     m = tl.program_id(1) + tl.arange(0, 1)
     n = tl.program_id(0) * B + tl.arange(0, B)
     inside = (n < N)[None, :]

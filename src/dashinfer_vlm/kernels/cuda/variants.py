@@ -135,6 +135,10 @@ def _floats(s: Sizes, dtype: torch.dtype, device: torch.device) -> Iterator[Vari
     yield Variant("fp8 rows", lambda: fp8.quantise(x))
     yield Variant("fp8 rows of an MLP", lambda: fp8.quantise(torch.empty(16, s.inner, dtype=dtype, device=device)))
     yield Variant("fp8 groups", lambda: fp8.quantise(x, fp8.BLOCK))
+    gains, wide = (torch.empty(*n, dtype=dtype, device=device) for n in ((s.hidden,), (16, 2 * s.inner)))
+    for group, told in ((0, "rows"), (fp8.BLOCK, "groups")):
+        yield Variant(f"fp8 {told} of a norm", partial(fp8.rms_norm, x, gains, 1e-6, group))
+        yield Variant(f"fp8 {told} of silu_mul", partial(fp8.silu_mul, wide, group))
     yield Variant("fp8 product, few rows", lambda: product(16))
     yield Variant("fp8 product", lambda: product(1024))
 
