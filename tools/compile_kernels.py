@@ -1,11 +1,12 @@
 #!/usr/bin/env python3
 """Compile every kernel for a card that is not there, and tell what the compiler made of it.
 
-    compile_kernels.py [--target 90] [--model Qwen2-VL-7B]... [--only ViT] [--first 5]
+    compile_kernels.py [--target 90] [--model Qwen2-VL-7B]... [--checks] [--only ViT] [--first 5]
 
 Prints one JSON object a line: model, variant, kernel, registers, bytes of stack, spills, bytes of shared memory, and
 how often the instructions occur that decide the speed: `HGMMA` (products of a warp group), `HMMA` (of a warp), `QGMMA`
-(of a warp group, 8-bit floats), and asynchronous copies, those of 128 bits apart; sines that are only approximate.
+(of a warp group, 8-bit floats), and asynchronous copies, those of 128 bits apart; sines that are only approximate;
+waits for the kernel before, of those that are started early.
 """
 
 from __future__ import annotations
@@ -15,9 +16,10 @@ import json
 import re
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
-from itertools import islice
+from functools import partial
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +48,14 @@ class Compiled:
     copies: int
     wide_copies: int
     fast_sines: int
+    waits: int
+
+
+@dataclass(frozen=True, slots=True)
+class Failed:
+    model: str
+    variant: str
+    failed: str
 
 
 class AbsentCard:
@@ -71,7 +81,7 @@ class Recorder:
         self.seen: dict[int, tuple[str, Any]] = {}
 
     def __call__(self, kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) -> None:
-        compiled = kernel.warmup(*arguments, grid=grid, **options)
+        compiled = kernel.warmup(*arguments, grid=grid, **options, **launching.chaining(kernel))
         self.seen.setdefault(id(compiled), (kernel.__name__, compiled))
 
     def take(self) -> list[tuple[str, Any]]:
@@ -80,22 +90,58 @@ class Recorder:
         return found
 
 
-def compile_all(
-    models: list[str], capability: int, first: int | None = None, only: str = "", part: int = 0, num_parts: int = 1
-) -> Iterator[Compiled]:
-    """Every variant, or the `first` ones, whose name has `only` in it, of the published `models` in bfloat16, for cards
-    of compute capability `capability` / 10; of `num_parts` equal parts of them, one."""
+@dataclass(frozen=True, slots=True)
+class Work:
+    model: str
+    variant: str
+    call: Callable[[], object]
+
+
+def compile_all(work: Iterable[Work], recorder: Recorder, *, goes_on: bool = False) -> Iterator[Compiled | Failed]:
+    """What each piece of work asks for. With `goes_on` a piece that fails is told, and the next one begins."""
+    for piece in work:
+        try:
+            piece.call()
+        except Exception as error:
+            if not goes_on:
+                raise
+            yield Failed(piece.model, piece.variant, f"{type(error).__name__}: {str(error)[:300]}")
+        for kernel, compiled in recorder.take():
+            yield _read(piece.model, piece.variant, kernel, compiled)
+
+
+def record(capability: int) -> Recorder:
+    """Has kernels compiled for cards of compute capability `capability` / 10 in place of being started; to be called
+    before their modules are imported."""
     triton.runtime.driver.set_active(AbsentCard(capability))
     recorder = Recorder()
-    launching.launch = recorder  # before the kernels' modules take it
+    launching.launch = recorder
+    return recorder
+
+
+def of_models(models: list[str]) -> Iterator[Work]:
+    """Every variant of published models in bfloat16."""
     from dashinfer_vlm.kernels.cuda.variants import PUBLISHED, variants
 
     for model in models or PUBLISHED:
-        found = (x for x in variants(PUBLISHED[model], torch.bfloat16) if only in x.name)
-        for variant in islice(found, part, first, num_parts):
-            variant.call()
-            for kernel, compiled in recorder.take():
-                yield _read(model, variant.name, kernel, compiled)
+        for variant in variants(PUBLISHED[model], torch.bfloat16):
+            yield Work(model, variant.name, variant.call)
+
+
+def of_checks() -> Iterator[Work]:
+    """What `gpu_check.py` asks for beside that, on tensors without memory."""
+    from card_checks import kernels, models, products
+    from card_checks.results import Setting
+
+    setting = Setting(torch.device("meta"), tiny=False)
+    for dtype, small in ((torch.bfloat16, True), (torch.float32, True), (torch.float16, True), (torch.bfloat16, False)):
+        for case in kernels.cases(setting, dtype, small=small):
+            yield Work("check", f"{case.name} {dtype}", case.run)
+    for name, way in products.every_way(setting):
+        yield Work("check", name, way)
+    for arch in models.RECIPES:
+        for dtype in (torch.float32, torch.bfloat16):
+            yield Work("check", f"tiny {arch} {dtype}", partial(models.call_everything, setting, arch, dtype))
 
 
 def _read(model: str, variant: str, kernel: str, compiled: Any) -> Compiled:
@@ -119,6 +165,7 @@ def _read(model: str, variant: str, kernel: str, compiled: Any) -> Compiled:
         len(re.findall(r"\bLDGSTS\b", code)),
         len(re.findall(r"\bLDGSTS\S*\.128", code)),
         len(re.findall(r"\bMUFU\.(?:SIN|COS)\b", code)),
+        len(re.findall(r"\bACQBULK\b", code)),
     )
 
 
@@ -130,13 +177,21 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--target", type=int, default=90, help="compute capability times ten")
     parser.add_argument("--model", action="append", default=[], help="a published model; all when none is named")
-    parser.add_argument("--first", type=int, help="variants of each model; all when absent")
+    parser.add_argument("--checks", action="store_true", help="also what gpu_check.py asks for")
+    parser.add_argument("--first", type=int, help="variants; all when absent")
     parser.add_argument("--only", default="", help="what the variant's name has in it")
     parser.add_argument("--part", default="0/1", help="1/4: the second quarter of all, for processes side by side")
+    parser.add_argument("--programmatic", action="store_true", help="as they are when they are started early")
+    parser.add_argument("--goes-on", action="store_true", help="tell what fails, and go on")
     options = parser.parse_args()
     part, num_parts = map(int, options.part.split("/"))
-    for compiled in compile_all(options.model, options.target, options.first, options.only, part, num_parts):
-        print(json.dumps(asdict(compiled)), flush=True)
+    recorder = record(options.target)
+    launching.is_programmatic = lambda: options.programmatic  # asks a card otherwise
+    work = chain(of_models(options.model), of_checks() if options.checks else ())
+    without = "fp8" if options.target < 89 else None  # such cards multiply no 8-bit floats
+    chosen = (x for x in work if options.only in x.variant and not (without and without in x.variant))
+    for found in compile_all(islice(chosen, part, options.first, num_parts), recorder, goes_on=options.goes_on):
+        print(json.dumps(asdict(found)), flush=True)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import os
 import platform
@@ -9,57 +10,78 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import torch
 
-from card_checks.results import Row, Setting
+from card_checks.results import Check, Setting
+from card_checks.rows import Row
+from dashinfer_vlm.envs import keep_compiled_kernels
 
 TOOLS = Path(__file__).resolve().parents[1]
 
 
-def ceilings(setting: Setting) -> Iterator[Row]:
+def ceilings(setting: Setting) -> Iterator[Check]:
     """Copy bandwidth and a large product; all ratios of the other phases are to these."""
+    yield "copy", partial(_copy, setting)
+    yield "product", partial(_product, setting)
+
+
+def _copy(setting: Setting) -> Row:
     size = 1 << (20 if setting.tiny else 31)
     source = torch.ones(size, dtype=torch.uint8, device=setting.device)
     target = torch.empty_like(source)
     seconds = setting.time(lambda: target.copy_(source))
     setting.ceilings.bytes_per_s = 2 * size / seconds
-    yield Row("copy", seconds, note=f"{setting.ceilings.bytes_per_s / 1e12:.3f} TB/s; {_versions(setting)}")
+    return Row(seconds=seconds, note=f"{setting.ceilings.bytes_per_s / 1e12:.3f} TB/s; {_versions(setting)}")
+
+
+def _product(setting: Setting) -> Row:
     side = 256 if setting.tiny else 8192
     dtype = torch.float32 if setting.device.type == "cpu" else torch.bfloat16
     a, b = (torch.randn(side, side, device=setting.device).to(dtype) for _ in range(2))
     seconds = setting.time(lambda: a @ b)
     setting.ceilings.flops_per_s = 2 * side**3 / seconds
-    yield Row(f"product {side}^3", seconds, note=f"{setting.ceilings.flops_per_s / 1e12:.1f} TFLOP/s")
+    return Row(seconds=seconds, note=f"{side}^3: {setting.ceilings.flops_per_s / 1e12:.1f} TFLOP/s")
 
 
 def _versions(setting: Setting) -> str:
     name = platform.processor() or platform.machine()
     if setting.device.type == "cuda":
         name = torch.cuda.get_device_name(setting.device)
-    return f"{name}, torch {torch.__version__}, CUDA {torch.version.cuda}, Python {platform.python_version()}"
+    triton = importlib.metadata.version("triton")
+    versions = f"torch {torch.__version__}, triton {triton}, CUDA {torch.version.cuda}"
+    return f"{name}, {versions}, Python {platform.python_version()}"
 
 
-def compile_all(setting: Setting) -> Iterator[Row]:
-    """Every variant of the published models, the models side by side; the kernels' cache has them afterwards."""
-    begin = time.perf_counter()
+def compile_all(setting: Setting) -> Iterator[Check]:
+    """Every variant of the published models, and what the checks themselves ask for, by as many processes as there are
+    cores; the kernels' cache has them afterwards."""
+    yield "compile", partial(_compile, setting)
+
+
+def _compile(setting: Setting) -> Row:
+    keep_compiled_kernels()
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, str(TOOLS / "compile_kernels.py")]
-    models = ["Qwen2-VL-2B"] if setting.tiny else ["Qwen2-VL-2B", "Qwen2-VL-7B", "Qwen2.5-VL-7B", "Qwen3-VL-8B"]
-    few = ["--first", "2"] if setting.tiny else []
+    num_parts = 1 if setting.tiny else len(os.sched_getaffinity(0))
+    command = [sys.executable, str(TOOLS / "compile_kernels.py"), "--goes-on"]
+    command += ["--model", "Qwen2-VL-2B", "--first", "2"] if setting.tiny else ["--checks"]
     if setting.device.type == "cuda":
         major, minor = torch.cuda.get_device_capability(setting.device)
-        few += ["--target", str(10 * major + minor)]
+        command += ["--target", str(10 * major + minor)]
+    begin = time.perf_counter()
     started = [
-        subprocess.Popen([*command, "--model", model, *few], stdout=subprocess.PIPE, text=True, env=environment)
-        for model in models
+        subprocess.Popen([*command, "--part", f"{i}/{num_parts}"], stdout=subprocess.PIPE, text=True, env=environment)
+        for i in range(num_parts)
     ]
-    for model, process in zip(models, started, strict=True):
-        lines = [json.loads(line) for line in process.communicate()[0].splitlines()]
-        # exact sines of angles beyond 100,000 reduce them in local memory, which counts as spilt here
-        spilt = [x["variant"] for x in lines if x["spills"] and x["kernel"] != "_tables"]
-        wrong = 0.0 if process.returncode == 0 and not spilt else float("nan")
-        seconds = time.perf_counter() - begin
-        note = f"{len(lines)} variants; spills: {', '.join(spilt) or 'none'}"
-        yield Row(f"compile {model}", seconds, error=wrong, allowed=0, note=note)
+    lines = [json.loads(line) for process in started for line in process.communicate()[0].splitlines()]
+    # exact sines of angles beyond 100,000 reduce them in local memory, which counts as spilt here
+    spilt = [f"{x['model']}: {x['variant']}" for x in lines if x.get("spills") and x["kernel"] != "_tables"]
+    failed = [f"{x['model']}: {x['variant']}: {x['failed']}" for x in lines if "failed" in x]
+    ended = sorted({process.returncode for process in started})
+    note = f"{len(lines)} kernels, {num_parts} processes; spills: {', '.join(spilt) or 'none'}"
+    wrong = 0.0 if ended == [0] and not spilt and not failed else float("nan")
+    if failed or ended != [0]:
+        note += f"; exit {ended}; failed: {'; '.join(failed)}"
+    return Row(seconds=time.perf_counter() - begin, error=wrong, allowed=0, note=note)

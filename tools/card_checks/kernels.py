@@ -12,7 +12,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from card_checks.models import checked_backend
-from card_checks.results import Row, Setting, error
+from card_checks.results import Check, Setting, error
+from card_checks.rows import Row
 from dashinfer_vlm.layers import activation, attention, fp8, norm, rotary
 from dashinfer_vlm.layers.backend import Ops
 
@@ -39,30 +40,35 @@ class Heads:
     dim: int
 
 
-def check(setting: Setting) -> Iterator[Row]:
+def check(setting: Setting) -> Iterator[Check]:
     """Small and odd sizes, every type, against float64; `measure` rehearses with bfloat16."""
-    for dtype in (torch.float32,) if setting.tiny else (torch.float32, torch.bfloat16, torch.float16):
-        allowed = 1e-5 if dtype == torch.float32 else 1e-2
-        for case in _cases(setting, dtype, small=True):
-            yield Row(f"{case.name} {_short(dtype)}", error=error(case.run(), case.want()), allowed=allowed)
+    for dtype in (torch.float32,) if setting.tiny else (torch.bfloat16, torch.float32, torch.float16):
+        for case in cases(setting, dtype, small=True):
+            yield f"{case.name} {_short(dtype)}", partial(_right, case, 1e-5 if dtype == torch.float32 else 1e-2)
 
 
-def measure(setting: Setting) -> Iterator[Row]:
+def _right(case: Case, allowed: float) -> Row:
+    return Row(error=error(case.run(), case.want()), allowed=allowed)
+
+
+def measure(setting: Setting) -> Iterator[Check]:
     """Sizes of service in bfloat16."""
-    dtype = torch.bfloat16
-    for case in _cases(setting, dtype, small=setting.tiny):
-        seconds = setting.time(case.run)
-        floor = setting.ceilings.seconds(num_bytes=case.num_bytes, attention_flops=case.flops)
-        yield Row(f"{case.name} {_short(dtype)}", seconds, floor, case.bar)
+    for case in cases(setting, torch.bfloat16, small=setting.tiny):
+        yield case.name, partial(_timed, setting, case)
     if not setting.tiny:
         yield from _yardsticks(setting)
+
+
+def _timed(setting: Setting, case: Case) -> Row:
+    floor = setting.ceilings.seconds(num_bytes=case.num_bytes, attention_flops=case.flops)
+    return Row(seconds=setting.time(case.run, as_graph=True), floor=floor, bar=case.bar)
 
 
 def _short(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _cases(setting: Setting, dtype: torch.dtype, *, small: bool) -> Iterator[Case]:
+def cases(setting: Setting, dtype: torch.dtype, *, small: bool) -> Iterator[Case]:
     torch.manual_seed(0)
     ops = checked_backend(setting, dtype).ops
     yield from _rows(setting, ops, dtype, 5 if small else 8192, 33 if small else 3584)
@@ -83,6 +89,8 @@ def _cases(setting: Setting, dtype: torch.dtype, *, small: bool) -> Iterator[Cas
 
 def _floats(setting: Setting, dtype: torch.dtype, *, small: bool) -> Iterator[Case]:
     """Products in 8-bit floats with a scale per block; those of few rows are bound by reading the weight."""
+    if not setting.multiplies_floats_of_8_bits:
+        return
     from dashinfer_vlm.kernels.cuda import fp8 as kernels  # triton reads the environment when it is imported
 
     size, depth = (130, 200) if small else (3584, 18944)
@@ -211,11 +219,15 @@ def _segments(
     )
 
 
-def _yardsticks(setting: Setting) -> Iterator[Row]:
+def _yardsticks(setting: Setting) -> Iterator[Check]:
     """torch's own attention over one picture of 1024^2, as cuDNN and FlashAttention 2 do it: what is to be beaten."""
     q, k, v = torch.randn(3, 16, 16, 5476, 80, device=setting.device, dtype=torch.bfloat16)
     floor = setting.ceilings.seconds(attention_flops=16 * 4.0 * 5476**2 * 16 * 80)
-    for backend in (torch.nn.attention.SDPBackend.CUDNN_ATTENTION, torch.nn.attention.SDPBackend.FLASH_ATTENTION):
+
+    def attend(backend: torch.nn.attention.SDPBackend) -> Row:
         with torch.nn.attention.sdpa_kernel(backend):
             seconds = setting.time(lambda: F.scaled_dot_product_attention(q, k, v), rounds=5)
-        yield Row(f"torch, {backend.name.lower()}, 16 of 1024^2", seconds, floor)
+        return Row(seconds=seconds, floor=floor)
+
+    for backend in (torch.nn.attention.SDPBackend.CUDNN_ATTENTION, torch.nn.attention.SDPBackend.FLASH_ATTENTION):
+        yield f"torch, {backend.name.lower()}, 16 of 1024^2", partial(attend, backend)

@@ -7,7 +7,8 @@ import json
 import math
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -16,15 +17,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from card_checks.results import Row, Setting, error
+from card_checks.results import Check, Setting, error
+from card_checks.rows import Row
 from dashinfer_vlm.bench.spans import replaced
 from dashinfer_vlm.config import EngineConfig
 from dashinfer_vlm.engine import engine as engine_module
 from dashinfer_vlm.engine.devices import make_card_runner, num_spare_blocks
 from dashinfer_vlm.engine.engine import Engine
-from dashinfer_vlm.layers.backend import Backend, choose_backend, in_floats, on_card
+from dashinfer_vlm.layers.backend import Backend, choose_backend, in_floats, in_groups, on_card
 from dashinfer_vlm.layers.fp8 import Fp8Linear
-from dashinfer_vlm.layers.linear import Matrix
+from dashinfer_vlm.layers.grouped import GroupedLinear
+from dashinfer_vlm.layers.linear import Linear, Matrix
 from dashinfer_vlm.layers.ranks import WHOLE, Cut
 from dashinfer_vlm.models.base import KVCache, StepBatch
 from dashinfer_vlm.models.config import CheckpointConfig, read_config
@@ -35,8 +38,24 @@ from dashinfer_vlm.request import Grid, Item, Request, SamplingParams
 from make_checkpoint import RECIPES, generation_config, processor_configs
 
 BLOCK_SIZE = 16
-WAYS = {"kernel by kernel": (False, 0), "as graphs": (True, 0), "as graphs, one ahead": (True, 1)}
+USUAL, EARLY = "as graphs, one ahead", "started early"
+WAYS = {USUAL: (True, 1), "as graphs": (True, 0), "kernel by kernel": (False, 0), EARLY: (True, 1)}
 """How steps are started: whether model calls are graphs, and how many steps are under way while one is planned."""
+
+
+def ways(setting: Setting) -> list[str]:
+    """Those that the device knows, the usual one first."""
+    can_early = setting.device.type == "cuda" and torch.cuda.get_device_capability(setting.device) >= (9, 0)
+    return [way for way in WAYS if way != EARLY or can_early]
+
+
+@contextmanager
+def started(way: str) -> Iterator[None]:
+    """Kernels are started as the way says while graphs are captured and steps are done."""
+    from dashinfer_vlm.kernels.cuda import launch  # triton reads the environment when it is imported
+
+    with replaced(launch, "is_programmatic", lambda: way == EARLY):
+        yield
 
 
 class RandomWeights(Weights):
@@ -51,6 +70,8 @@ class RandomWeights(Weights):
         return False
 
     def take(self, name: str, *shape: int) -> Tensor:
+        if self._maker.type == "meta":
+            return torch.empty(shape, device=self._maker)
         generator = torch.Generator(self._maker)
         generator.manual_seed(int.from_bytes(hashlib.sha256(name.encode()).digest()[:7]))
         values = torch.randn(shape, generator=generator, device=self._maker).to(self._device)
@@ -156,36 +177,60 @@ def tokens_of(engine: Engine, requests: list[Request]) -> dict[str, list[int]]:
     return found
 
 
-def families(setting: Setting) -> Iterator[Row]:
+def families(setting: Setting) -> Iterator[Check]:
     """Greedy tokens of a tiny model of each family in float32: the device's are the CPU's; logits in bfloat16
     nearly."""
-    cpu = torch.device("cpu")
-    for arch, (_, _, processor) in RECIPES.items():
-        config = published_config(arch, "tiny")
-        grids: list[Grid] = [(1, 4, 6), (1, 8, 4)] if processor else []
-        count, fewest, answer = (2, 1, 2) if setting.tiny else (4, 20, 12)
-        requests = [request(config, str(i), grids[: i % 3], fewest + 9 * i, answer, i) for i in range(1, 1 + count)]
-        cpus = make_model(config, choose_backend(cpu, torch.float32), small=True)
-        theirs = tokens_of(make_engine(cpus, 4096, 512), requests)
-        model = make_model(config, checked_backend(setting, torch.float32), small=True)
-        engines = {"": make_engine(model, 4096, 512)}
-        if not setting.tiny:  # the usual way of a card is the last of them
-            engines |= {f" {way}": engine_for(model, way, 4096, max_model_len=512) for way in list(WAYS)[:-1]}
-        for way, engine in engines.items():
-            ours, total = tokens_of(engine, requests), sum(map(len, theirs.values()))
-            apart = sum(a != b for name in ours for a, b in zip(ours[name], theirs[name], strict=True))
-            yield Row(f"tokens of a tiny {arch}{way}", error=apart / total, allowed=0, note=f"{total} tokens")
-        yield _rounding(setting, config)
+    for arch in RECIPES:
+        yield f"logits of a tiny {arch} in bfloat16", partial(_rounding, setting, arch)
+        for way in [USUAL] if setting.tiny else ways(setting):
+            yield f"tokens of a tiny {arch}, {way}", partial(_tokens, setting, arch, way)
 
 
-def _rounding(setting: Setting, config: CheckpointConfig) -> Row:
+def _tokens(setting: Setting, arch: str, way: str) -> Row:
+    """In a rehearsal as a processor does its steps."""
+    config = published_config(arch, "tiny")
+    grids: list[Grid] = [(1, 4, 6), (1, 8, 4)] if RECIPES[arch][2] else []
+    count, fewest, answer = (2, 1, 2) if setting.tiny else (4, 20, 12)
+    requests = [request(config, str(i), grids[: i % 3], fewest + 9 * i, answer, i) for i in range(1, 1 + count)]
+    theirs = tokens_of(make_engine(_tiny(config, torch.device("cpu")), 4096, 512), requests)
+    model = make_model(config, checked_backend(setting, torch.float32), small=True)
+    with started(way):
+        is_usual = way == USUAL
+        engine = make_engine(model, 4096, 512) if is_usual else engine_for(model, way, 4096, max_model_len=512)
+        ours, total = tokens_of(engine, requests), sum(map(len, theirs.values()))
+    apart = sum(a != b for name in ours for a, b in zip(ours[name], theirs[name], strict=True))
+    return Row(error=apart / total, allowed=0, note=f"{total} tokens")
+
+
+def _tiny(config: CheckpointConfig, device: torch.device) -> LoadedModel:
+    return make_model(config, choose_backend(device, torch.float32), small=True)
+
+
+def _rounding(setting: Setting, arch: str) -> Row:
     """Logits of a text in bfloat16 beside those in float32; torch's own kernels lose about a hundredth here."""
-    logits, num_tokens = [], 17 if setting.tiny else 40
+    config, num_tokens, logits = published_config(arch, "tiny"), 17 if setting.tiny else 40, []
     for dtype in (torch.float32, torch.bfloat16):
         model = make_model(config, checked_backend(setting, dtype), small=True)
         kv = allocate_kv(model, 8, BLOCK_SIZE)
         logits.append(model.forward(text_batch(setting.device, [num_tokens], [num_tokens]), kv))
-    return Row(f"logits of a tiny {config.architecture} in bfloat16", error=error(logits[1], logits[0]), allowed=0.05)
+    return Row(error=error(logits[1], logits[0]), allowed=0.05)
+
+
+def call_everything(setting: Setting, arch: str, dtype: torch.dtype) -> None:
+    """What a tiny model of a family does with words and pictures, in either kind of cache."""
+    config = published_config(arch, "tiny")
+    model = make_model(config, checked_backend(setting, dtype), small=False)
+    for cache in (None, torch.int8):
+        kv = allocate_kv(model, 8, BLOCK_SIZE, cache)
+        for rows in ([40, 1], [1, 1]):
+            model.forward(text_batch(setting.device, rows, [40, 30]), kv)
+    if model.encoder is not None and config.vision is not None:
+        grids: list[Grid] = [(1, 4, 6), (2, 8, 4)]
+        shapes = [(math.prod(grid), config.vision.patch_dim) for grid in grids]
+        state = model.encoder.begin([torch.empty(x, dtype=torch.uint8, device=setting.device) for x in shapes], grids)
+        while not state.done:
+            model.encoder.run(state, 1)
+        model.encoder.finish(state)
 
 
 def text_batch(device: torch.device, rows: list[int], contexts: list[int]) -> StepBatch:
@@ -212,51 +257,69 @@ def text_batch(device: torch.device, rows: list[int], contexts: list[int]) -> St
     )
 
 
-def shapes(setting: Setting) -> Iterator[Row]:
-    """Decode, prefill and the ViT of the published sizes, next to their floors."""
-    sizes = ("tiny",) if setting.tiny else ("2b", "7b")
+def shapes(setting: Setting) -> Iterator[Check]:
+    """Decode, prefill and the ViT of the published sizes, next to their floors; decode is timed as a graph."""
     dtype = torch.float32 if setting.device.type == "cpu" else torch.bfloat16
-    for size in sizes:
+    for size in ("tiny",) if setting.tiny else ("2b", "7b"):
         bars = {"2b": (1.4, 1.35, 1.5), "7b": (1.15, 1.2, 1.3)}.get(size, (1.0, 1.0, 1.0))
         config = published_config("qwen2_vl", size)
         backend = checked_backend(setting, dtype)
         model = make_model(config, backend, small=setting.tiny)
         yield from _decoding(setting, model, f"{size} decode", bars)
-        of_fp8 = _decoding(setting, in_8_bits(setting, config, dtype), f"{size} fp8 decode", (1.7, 1.5, 1.5))
-        yield from islice(of_fp8, 1 if setting.tiny else None)
-        yield _encoding(setting, model, f"Qwen2-VL ViT for {size}")
+        yield f"Qwen2-VL ViT for {size}", partial(_encoding, setting, model)
+        model.encoder = None
+        for name, make in _precisions(setting, dtype):
+            quantised = text_alone(setting, config, make())
+            yield from islice(_decoding(setting, quantised, f"{size} {name} decode", (1.7, 1.5, 1.5)), _few(setting))
+            del quantised
+        del model
         if size != "2b":
             config = published_config("qwen2_5_vl", size)
-            yield _encoding(setting, make_model(config, backend, small=setting.tiny), "Qwen2.5-VL ViT")
-        del model
-        if setting.device.type == "cuda":
-            torch.cuda.empty_cache()
+            model = make_model(config, backend, small=setting.tiny)
+            yield "Qwen2.5-VL ViT", partial(_encoding, setting, model)
 
 
-def in_8_bits(setting: Setting, config: CheckpointConfig, dtype: torch.dtype) -> LoadedModel:
-    """The text model alone, its layers rounded to 8-bit floats."""
-    backend = in_floats(setting.device, dtype)
+def _few(setting: Setting) -> int | None:
+    return 1 if setting.tiny else None
+
+
+def _precisions(setting: Setting, dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], Backend]]]:
+    if setting.multiplies_floats_of_8_bits:
+        yield "fp8", partial(in_floats, setting.device, dtype)
+    for kind in () if setting.tiny else ("a16w8", "a16w4"):
+        yield kind, partial(in_groups, setting.device, dtype, kind)
+
+
+def text_alone(setting: Setting, config: CheckpointConfig, backend: Backend) -> LoadedModel:
+    """The text model without its ViT."""
     weights = RandomWeights(config, setting.device, same_everywhere=setting.tiny)
     return LoadedModel(config, config.family.decoder(config, weights, backend), None, backend)
 
 
-def _decoding(setting: Setting, model: LoadedModel, name: str, bars: tuple[float, float, float]) -> Iterator[Row]:
+def _decoding(setting: Setting, model: LoadedModel, name: str, bars: tuple[float, float, float]) -> Iterator[Check]:
     context, long = (17, 20) if setting.tiny else (1024, 8192)
     streams = (1, 2) if setting.tiny else (1, 8, 64)
     kv = allocate_kv(model, max(streams[-1] * -(-context // BLOCK_SIZE), -(-long // BLOCK_SIZE)), BLOCK_SIZE)
     for count in streams:
-        batch = text_batch(setting.device, [1] * count, [context] * count)
-        seconds = setting.time(lambda batch=batch: model.forward(batch, kv))
-        moved = weight_bytes(model) + count * context * kv_bytes(kv)
-        floor = setting.ceilings.seconds(moved, 2 * (layer_numbers(model) + head_numbers(model)) * count)
         bar = bars[1] if count == streams[-1] else bars[0]
-        yield Row(f"{name} {count} of {context}", seconds, floor, bar, note=_host(setting, model, batch, kv))
-    batch = text_batch(setting.device, [long], [long])
+        yield f"{name} {count} of {context}", partial(_decode, setting, model, kv, count, context, bar)
+    yield f"{name} {long}".replace("decode", "prefill"), partial(_prefill, setting, model, kv, long, bars[2])
+
+
+def _decode(setting: Setting, model: LoadedModel, kv: KVCache, count: int, context: int, bar: float) -> Row:
+    batch = text_batch(setting.device, [1] * count, [context] * count)
+    seconds = setting.time(lambda: model.forward(batch, kv), as_graph=True)
+    moved = weight_bytes(model) + count * context * kv_bytes(kv)
+    floor = setting.ceilings.seconds(moved, 2 * (layer_numbers(model) + head_numbers(model)) * count)
+    return Row(seconds=seconds, floor=floor, bar=bar, note=_host(setting, model, batch, kv))
+
+
+def _prefill(setting: Setting, model: LoadedModel, kv: KVCache, length: int, bar: float) -> Row:
+    batch = text_batch(setting.device, [length], [length])
     text = model.config.text
-    attention = 2 * text.num_heads * text.head_dim * text.num_layers * long**2
-    floor = setting.ceilings.seconds(0, 2 * layer_numbers(model) * long, attention)
-    yield Row(f"{name} {long}".replace("decode", "prefill"), setting.time(lambda: model.forward(batch, kv), rounds=5),
-              floor, bars[2])  # fmt: skip
+    attention = 2 * text.num_heads * text.head_dim * text.num_layers * length**2
+    floor = setting.ceilings.seconds(0, 2 * layer_numbers(model) * length, attention)
+    return Row(seconds=setting.time(lambda: model.forward(batch, kv), rounds=5), floor=floor, bar=bar)
 
 
 def _host(setting: Setting, model: LoadedModel, batch: StepBatch, kv: KVCache) -> str:
@@ -267,7 +330,7 @@ def _host(setting: Setting, model: LoadedModel, batch: StepBatch, kv: KVCache) -
     return f"host {1e3 * (time.perf_counter() - begin):.2f} ms"
 
 
-def _encoding(setting: Setting, model: LoadedModel, name: str) -> Row:
+def _encoding(setting: Setting, model: LoadedModel) -> Row:
     grids: list[Grid] = [(1, 4, 6)] * 2 if setting.tiny else [(1, 74, 74)] * 16
     encoder, vision = model.encoder, model.config.vision
     assert encoder is not None
@@ -283,7 +346,8 @@ def _encoding(setting: Setting, model: LoadedModel, name: str) -> Row:
         return encoder.finish(state)
 
     floor = setting.ceilings.seconds(0, *vit_flops(model.config, grids))
-    return Row(f"{name}, {len(grids)} of {grids[0][1]}x{grids[0][2]}", setting.time(run, rounds=5), floor, 1.5)
+    note = f"{len(grids)} of {grids[0][1]}x{grids[0][2]}"
+    return Row(seconds=setting.time(run, rounds=5), floor=floor, bar=1.5, note=note)
 
 
 def layer_numbers(model: LoadedModel) -> int:
@@ -298,10 +362,17 @@ def head_numbers(model: LoadedModel) -> int:
 
 
 def weight_bytes(model: LoadedModel) -> int:
-    """What a step reads of them."""
-    qkv = model.decoder.layers[0].attention.qkv
-    of_layers = 1 if isinstance(qkv, Fp8Linear) else model.kv_dtype.itemsize
-    return layer_numbers(model) * of_layers + head_numbers(model) * model.kv_dtype.itemsize
+    """What a step reads of them, scales left out."""
+    size = model.kv_dtype.itemsize
+    of_layers, of_head = map(_bits, (model.decoder.layers[0].attention.qkv, model.decoder.head))
+    return (layer_numbers(model) * (of_layers or 8 * size) + head_numbers(model) * (of_head or 8 * size)) // 8
+
+
+def _bits(layer: Linear) -> int | None:
+    """Of a quantised weight."""
+    if isinstance(layer, GroupedLinear):
+        return layer.weight.bits
+    return 8 if isinstance(layer, Fp8Linear) else None
 
 
 def kv_bytes(kv: KVCache) -> float:

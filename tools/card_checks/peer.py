@@ -4,20 +4,26 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Iterator
+from functools import partial
 
 import torch
 
 from card_checks.models import checked_backend, make_model, published_config, weight_bytes
-from card_checks.results import Row, Setting
+from card_checks.results import Check, Setting
+from card_checks.rows import Row
 from dashinfer_vlm.models.config import CheckpointConfig
 
 
-def peer(setting: Setting) -> Iterator[Row]:
+def peer(setting: Setting) -> Iterator[Check]:
     """A token of one stream, next to the floor that ours has in `shapes`; where it is not installed, a row says so."""
     if importlib.util.find_spec("transformers") is None:
-        yield Row("transformers", note="not installed here")
+        yield "transformers", lambda: Row(note="not installed here")
         return
     size, context, more = ("tiny", 20, 2) if setting.tiny else ("2b", 1024, 32)
+    yield f"transformers, {size} decode 1 of {context}", partial(_peer, setting, size, context, more)
+
+
+def _peer(setting: Setting, size: str, context: int, more: int) -> Row:
     dtype = torch.float32 if setting.device.type == "cpu" else torch.bfloat16
     config = published_config("qwen2_vl", size)
     model = make_model(config, checked_backend(setting, dtype), small=setting.tiny)
@@ -25,9 +31,7 @@ def peer(setting: Setting) -> Iterator[Row]:
     per_token = 2 * text.num_layers * text.num_kv_heads * text.head_dim * dtype.itemsize
     floor = setting.ceilings.seconds(weight_bytes(model) + context * per_token)
     del model
-    yield Row(
-        f"transformers, {size} decode 1 of {context}", _token_seconds(setting, config, dtype, context, more), floor
-    )
+    return Row(seconds=_token_seconds(setting, config, dtype, context, more), floor=floor)
 
 
 def _token_seconds(setting: Setting, config: CheckpointConfig, dtype: torch.dtype, context: int, more: int) -> float:

@@ -1,4 +1,4 @@
-"""What a check finds out, and how fast things are on this device."""
+"""How checks run, and how fast things are on this device."""
 
 from __future__ import annotations
 
@@ -8,34 +8,10 @@ from dataclasses import dataclass, field
 
 import torch
 
+from card_checks.rows import Row
 
-@dataclass(frozen=True, slots=True)
-class Row:
-    """One line of the table."""
-
-    name: str
-    seconds: float | None = None
-    """Median."""
-    floor: float | None = None
-    """Seconds that the device's own ceilings allow."""
-    bar: float | None = None
-    """Largest ratio of seconds to floor that is good enough."""
-    error: float | None = None
-    """Norm of the difference to the reference over the norm of the reference."""
-    allowed: float | None = None
-    note: str = ""
-
-    @property
-    def ratio(self) -> float | None:
-        return None if self.seconds is None or not self.floor else self.seconds / self.floor
-
-    @property
-    def verdict(self) -> str:
-        if self.error is not None and not self.error <= (self.allowed or 0):  # NaN too
-            return "WRONG"
-        if self.ratio is None or self.bar is None:
-            return "ok" if self.error is not None else ""
-        return "ok" if self.ratio <= self.bar else "slow"
+Check = tuple[str, Callable[[], Row]]
+"""A name, and what is done for it; what a phase is made of."""
 
 
 @dataclass(slots=True)
@@ -55,25 +31,31 @@ class Ceilings:
 
 @dataclass(slots=True)
 class Setting:
-    """How the checks run."""
+    """Where the checks run."""
 
     device: torch.device
     tiny: bool
     """Sizes that a CPU does in seconds: a rehearsal, not a measurement."""
     ceilings: Ceilings = field(default_factory=Ceilings)
 
+    @property
+    def multiplies_floats_of_8_bits(self) -> bool:
+        return self.device.type != "cuda" or torch.cuda.get_device_capability(self.device) >= (8, 9)
+
     def wait(self) -> None:
         if self.device.type == "cuda":
             torch.cuda.synchronize()
 
-    def time(self, call: Callable[[], object], *, rounds: int = 20) -> float:
-        """Median seconds of `call` on the device, after two calls that warm up; between them the cache is
-        overwritten."""
+    def time(self, call: Callable[[], object], *, rounds: int = 20, as_graph: bool = False) -> float:
+        """Median seconds of `call` on the device, after two calls that warm up; between them the cache is overwritten.
+        With `as_graph` what it starts is captured and replayed: the host's part is left out."""
         rounds = 1 if self.tiny else rounds
         for _ in range(0 if self.tiny else 2):
             call()
         if self.device.type != "cuda":
             return _median([_host_seconds(call) for _ in range(rounds)])
+        if as_graph:
+            call = self._captured(call)
         flush = torch.empty(1 << 28, dtype=torch.uint8, device=self.device)
         events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(rounds)]
         for begin, end in events:
@@ -83,6 +65,13 @@ class Setting:
             end.record()
         self.wait()
         return _median([begin.elapsed_time(end) / 1e3 for begin, end in events])
+
+    def _captured(self, call: Callable[[], object]) -> Callable[[], object]:
+        self.wait()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            call()
+        return graph.replay
 
 
 def _host_seconds(call: Callable[[], object]) -> float:
@@ -98,17 +87,3 @@ def _median(values: list[float]) -> float:
 def error(got: torch.Tensor, want: torch.Tensor) -> float:
     got, want = got.double(), want.double()
     return float((got - want).norm() / want.norm().clamp(min=1e-30))
-
-
-def table(rows: list[Row]) -> str:
-    """For people."""
-
-    def number(value: float | None, scale: float = 1, form: str = ".3f") -> str:
-        return "" if value is None else f"{value * scale:{form}}"
-
-    lines = [f"{'name':<44} {'ms':>10} {'floor':>10} {'ratio':>7} {'bar':>5} {'error':>9}  verdict"]
-    for row in rows:
-        numbers = f"{number(row.seconds, 1e3):>10} {number(row.floor, 1e3):>10} {number(row.ratio, 1, '.2f'):>7}"
-        wrong = f"{number(row.bar, 1, '.2f'):>5} {number(row.error, 1, '.1e'):>9}"
-        lines.append(f"{row.name:<44} {numbers} {wrong}  {row.verdict} {row.note}".rstrip())
-    return "\n".join(lines)

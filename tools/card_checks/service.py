@@ -6,6 +6,7 @@ import math
 import time
 from collections import defaultdict
 from collections.abc import Iterator
+from functools import partial
 from itertools import pairwise
 
 import torch
@@ -21,7 +22,8 @@ from card_checks.models import (
     vit_flops,
     weight_bytes,
 )
-from card_checks.results import Row, Setting
+from card_checks.results import Check, Setting
+from card_checks.rows import Row
 from dashinfer_vlm.engine.engine import Engine
 from dashinfer_vlm.models.model import LoadedModel
 from dashinfer_vlm.request import Grid
@@ -31,29 +33,33 @@ PUBLISHED_TEXT, PUBLISHED_TOKENS, CLIENTS = 52, 120, 32
 """Words of the prompt beside its pictures, tokens of an answer, and requests that run at a time."""
 
 
-def published(setting: Setting) -> Iterator[Row]:
+def published(setting: Setting) -> Iterator[Check]:
     """Seconds per request; the floor takes the ViT, the prefill and a share of the decode one after the other."""
     for size, bar in (("tiny", 1.0),) if setting.tiny else (("2b", 1 / 0.65), ("7b", 1 / 0.70)):
-        model = _model(setting, size)
-        grids, text, answer = PUBLISHED_PICTURES, PUBLISHED_TEXT, PUBLISHED_TOKENS
-        if setting.tiny:
-            grids, text, answer = [(1, 4, 4)], 10, 2
-        clients = 2 if setting.tiny else CLIENTS
-        length = text + len(grids) + sum(map(math.prod, grids)) // model.config.merge_size**2
-        engine = make_engine(
-            model, (clients + 1) * (length + answer + 16), length + answer, max_num_seqs=clients,
-            max_num_batched_tokens=2048, prefix_cache=False, vision_cache_gib=0.0,
-        )  # fmt: skip
-        tokens_of(engine, [request(model.config, "first", grids, text, answer, 999)])
-        count = clients * (1 if setting.tiny else 3)
-        requests = [request(model.config, str(i), grids, text, answer, i) for i in range(count)]
-        setting.wait()
-        begin = time.perf_counter()
-        tokens_of(engine, requests)
-        seconds = (time.perf_counter() - begin) / count
-        floor = _floor(setting, model, grids, length, answer, clients)
-        yield Row(f"{size} published work, s per request", seconds, floor, bar, note=f"{1 / seconds:.2f} requests/s")
-        engine.close()
+        yield f"{size} published work, s per request", partial(_published, setting, size, bar)
+
+
+def _published(setting: Setting, size: str, bar: float) -> Row:
+    model = _model(setting, size)
+    grids, text, answer = PUBLISHED_PICTURES, PUBLISHED_TEXT, PUBLISHED_TOKENS
+    if setting.tiny:
+        grids, text, answer = [(1, 4, 4)], 10, 2
+    clients = 2 if setting.tiny else CLIENTS
+    length = text + len(grids) + sum(map(math.prod, grids)) // model.config.merge_size**2
+    engine = make_engine(
+        model, (clients + 1) * (length + answer + 16), length + answer, max_num_seqs=clients,
+        max_num_batched_tokens=2048, prefix_cache=False, vision_cache_gib=0.0,
+    )  # fmt: skip
+    tokens_of(engine, [request(model.config, "first", grids, text, answer, 999)])
+    count = clients * (1 if setting.tiny else 3)
+    requests = [request(model.config, str(i), grids, text, answer, i) for i in range(count)]
+    setting.wait()
+    begin = time.perf_counter()
+    tokens_of(engine, requests)
+    seconds = (time.perf_counter() - begin) / count
+    floor = _floor(setting, model, grids, length, answer, clients)
+    engine.close()
+    return Row(seconds=seconds, floor=floor, bar=bar, note=f"{1 / seconds:.2f} requests/s")
 
 
 def _floor(setting: Setting, model: LoadedModel, grids: list[Grid], length: int, answer: int, clients: int) -> float:
@@ -65,18 +71,22 @@ def _floor(setting: Setting, model: LoadedModel, grids: list[Grid], length: int,
     return c.seconds(0, *vit_flops(model.config, grids)) + prefill + answer * step / clients
 
 
-def beside(setting: Setting) -> Iterator[Row]:
+def beside(setting: Setting) -> Iterator[Check]:
     """99th percentile of the gaps of streams while pictures arrive; the floor is that without pictures."""
-    size = "tiny" if setting.tiny else "2b"
+    size, streams = ("tiny", 2) if setting.tiny else ("2b", 16)
+    yield f"{size}, P99 gap of {streams} streams with pictures", partial(_beside, setting, size, streams)
+
+
+def _beside(setting: Setting, size: str, streams: int) -> Row:
     model = _model(setting, size)
-    streams, answer, every_s = (2, 4, 0.0) if setting.tiny else (16, 400, 0.25)
+    answer, every_s = (4, 0.0) if setting.tiny else (1000, 0.25)
     grid = (1, 4, 6) if setting.tiny else (1, 74, 74)
     p99 = []
     for with_pictures in (False, True):
         engine = make_engine(model, 200_000 if not setting.tiny else 4096, 2048 if not setting.tiny else 256)
         p99.append(_gaps(engine, model, streams, answer, grid if with_pictures else None, every_s))
         engine.close()
-    yield Row(f"{size}, P99 gap of {streams} streams with pictures", p99[1], p99[0], 1.2)
+    return Row(seconds=p99[1], floor=p99[0], bar=1.2)
 
 
 def _gaps(engine: Engine, model: LoadedModel, streams: int, answer: int, grid: Grid | None, every_s: float) -> float:

@@ -4,41 +4,46 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from functools import partial
 
 import torch
 
 from card_checks.models import (
-    WAYS,
+    USUAL,
     checked_backend,
     engine_for,
     kv_bytes,
     make_model,
     published_config,
     request,
+    started,
+    ways,
     weight_bytes,
 )
-from card_checks.results import Row, Setting
+from card_checks.results import Check, Setting
+from card_checks.rows import Row
 from dashinfer_vlm.models.model import LoadedModel
 
 
-def steps(setting: Setting) -> Iterator[Row]:
+def steps(setting: Setting) -> Iterator[Check]:
     """Seconds from one step's tokens to the next one's, through the whole engine; how long the device idles between."""
     dtype = torch.float32 if setting.device.type == "cpu" else torch.bfloat16
     size = "tiny" if setting.tiny else "2b"
     model = make_model(published_config("qwen2_vl", size), checked_backend(setting, dtype), small=setting.tiny)
-    context, rounds = (20, 3) if setting.tiny else (1024, 64)
+    context = 20 if setting.tiny else 1024
     for streams, bar in ((1, 1.4), (2 if setting.tiny else 64, 1.35)):
-        for way in WAYS:
-            per_step, idle, kv = _decode(model, way, streams, context, rounds, tiny=setting.tiny)
-            moved = weight_bytes(model) + streams * context * kv
-            floor = setting.ceilings.seconds(moved, 2 * weight_bytes(model) / model.kv_dtype.itemsize * streams)
-            yield Row(
-                f"{size} {streams} of {context}, {way}",
-                per_step,
-                floor,
-                bar if way == "as graphs, one ahead" else None,
-                note=f"idle {100 * idle:.0f} %",
-            )
+        for way in ways(setting):
+            name = f"{size} {streams} of {context}, {way}"
+            yield name, partial(_steps, setting, model, way, streams, context, bar if way == USUAL else None)
+
+
+def _steps(setting: Setting, model: LoadedModel, way: str, streams: int, context: int, bar: float | None) -> Row:
+    rounds = 3 if setting.tiny else 64
+    with started(way):
+        per_step, idle, kv = _decode(model, way, streams, context, rounds, tiny=setting.tiny)
+    moved = weight_bytes(model) + streams * context * kv
+    floor = setting.ceilings.seconds(moved, 2 * weight_bytes(model) / model.kv_dtype.itemsize * streams)
+    return Row(seconds=per_step, floor=floor, bar=bar, note=f"idle {100 * idle:.0f} %")
 
 
 def _decode(

@@ -114,6 +114,27 @@ def test_a_program_that_chooses_a_token_keeps_its_block_in_registers(found: Foun
 
 def test_rows_take_few_registers(found: Found) -> None:
     for kernel in ("_rms_norm", "_layer_norm", "_silu_mul", "_quick_gelu", "_combine", "_allowed", "_shape", "_embed"):
-        rows = found.of(kernel)
+        rows = [x for x in found.of(kernel) if not x["variant"].startswith("fp8")]  # those keep a whole row
         assert rows, kernel
         assert all(x["registers"] <= 64 for x in rows), rows
+
+
+def test_kernels_that_are_started_early_wait_for_the_one_before() -> None:
+    """As the first of a chain would otherwise be overtaken; told apart by the variant's name, to compile few."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["TRITON_CACHE_DIR"] = str(ROOT / "build" / "triton")
+    command = [sys.executable, str(ROOT / "tools" / "compile_kernels.py"), "--programmatic", "--model", "Qwen2-VL-2B"]
+    seen = set()
+    for only in (
+        "decode in 8 splits int8",
+        "rope_write_kv int8",
+        "rms_norm",
+        "silu_mul",
+        "4 bits, qkv of few",
+        "fp8 rows",
+    ):
+        done = subprocess.run([*command, "--only", only], capture_output=True, text=True, env=environment, check=True)
+        for x in map(json.loads, done.stdout.splitlines()):
+            assert x["waits"] == 1, x
+            seen.add(x["kernel"])
+    assert seen >= {"_mix", "_attend", "_combine", "_rope_write_kv", "_rms_norm", "_silu_mul", "_multiply", "_finish"}

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,61 +17,134 @@ pytest.importorskip("triton")
 ROOT = Path(__file__).resolve().parents[3]
 
 import gpu_check
-from card_checks.results import Row, Setting, table
+from card_checks import worker
+from card_checks.results import Check, Setting
+from card_checks.rows import Row, table
+from gpu_check import Watch
 
 TINY = Setting(torch.device("cpu"), tiny=True)
 
 
 @pytest.fixture(scope="module")
-def told(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, object]]]:
+def told(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
+    """Rows by their names, by phases."""
     out = tmp_path_factory.mktemp("check") / "out.jsonl"
     command = [sys.executable, str(ROOT / "tools" / "gpu_check.py"), "--device", "cpu", "--tiny", "--out", str(out)]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
-    lines = [json.loads(line) for line in out.read_text().splitlines()]
-    return {line["phase"]: line["rows"] for line in lines}
+    found: dict[str, dict[str, Any]] = {}
+    for line in map(json.loads, out.read_text().splitlines()):
+        found.setdefault(line["phase"], {})[line["row"]["name"]] = line["row"]
+    return found
 
 
 @pytest.mark.timeout(600)
-def test_a_rehearsal_runs_every_phase_and_finds_nothing_wrong(told: dict[str, list[dict[str, object]]]) -> None:
+def test_a_rehearsal_runs_every_phase_and_finds_nothing_wrong(told: dict[str, dict[str, Any]]) -> None:
     assert list(told) == list(gpu_check.PHASES)
-    assert all(told.values())
 
 
-def test_every_family_answers_with_the_tokens_of_the_cpu(told: dict[str, list[dict[str, object]]]) -> None:
+def test_every_family_answers_with_the_tokens_of_the_cpu(told: dict[str, dict[str, Any]]) -> None:
+    from card_checks.models import USUAL
     from make_checkpoint import RECIPES
 
-    equal = {row["name"]: row["error"] for row in told["families"]}
-    assert all(equal[f"tokens of a tiny {arch}"] == 0 for arch in RECIPES)
+    assert all(told["families"][f"tokens of a tiny {arch}, {USUAL}"]["error"] == 0 for arch in RECIPES)
 
 
-def test_what_is_measured_has_a_floor(told: dict[str, list[dict[str, object]]]) -> None:
-    for phase in ("timed", "shapes", "steps", "published", "beside"):
-        assert all(row["ratio"] > 0 for row in told[phase]), phase  # type: ignore[operator]
+def test_what_is_measured_has_a_floor(told: dict[str, dict[str, Any]]) -> None:
+    for phase in ("timed", "products", "shapes", "steps", "published", "beside"):
+        assert all(row["ratio"] > 0 for row in told[phase].values()), phase
 
 
-def test_a_phase_that_fails_is_a_wrong_row_and_the_others_go_on(monkeypatch: pytest.MonkeyPatch) -> None:
-    def fails(setting: Setting) -> Iterator[Row]:
-        yield Row("first", error=0.0, allowed=0.1)
-        raise ZeroDivisionError("no card")
-
-    monkeypatch.setitem(gpu_check.PHASES, "ceilings", (fails, 10))
-    monkeypatch.setitem(gpu_check.PHASES, "beside", (lambda _: iter([Row("last")]), 10))
-    assert gpu_check.main(["--device", "cpu", "--tiny", "--only", "beside"]) == 1
-    rows = gpu_check.run_phase("ceilings", TINY, 0)
-    assert [(row.name, row.verdict) for row in rows] == [("first", "ok"), ("ceilings: ZeroDivisionError", "WRONG")]
+def test_products_are_timed_in_every_precision(told: dict[str, dict[str, Any]]) -> None:
+    for row in told["products"].values():
+        assert row["others"].keys() == {"bare", "16 bits", "a16w8", "a16w4", "fp8"}
 
 
-def test_a_phase_ends_when_its_time_is_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(gpu_check.PHASES, "beside", (lambda _: iter([Row("a"), Row("b")]), -1))
-    rows = gpu_check.run_phase("beside", Setting(torch.device("cpu"), tiny=False), 0)
-    assert [row.name for row in rows] == ["a", "beside: out of time"]
+def run(checks: Iterator[Check], stop: float = float("inf"), done: frozenset[str] = frozenset()) -> list[Any]:
+    messages: list[dict[str, Any]] = []
+    worker.run_phase(checks, TINY, messages.append, stop, done)
+    return [message["begins"] if "begins" in message else Row(**message["row"]) for message in messages]
+
+
+def right() -> Row:
+    return Row(error=0.0, allowed=0.1)
+
+
+def wrong() -> Row:
+    raise ZeroDivisionError("no card")
+
+
+def test_a_check_that_fails_is_a_wrong_row_and_the_others_go_on() -> None:
+    begins, failed, *others = run(iter([("first", wrong), ("last", right)]))
+    assert (begins, failed.verdict) == ("first", "WRONG")
+    assert "ZeroDivisionError: no card" in failed.note
+    assert 'raise ZeroDivisionError("no card")' in failed.note  # the whole traceback
+    assert others == ["last", Row(name="last", error=0.0, allowed=0.1)]
+
+
+def test_a_phase_that_cannot_prepare_a_check_says_so() -> None:
+    def checks() -> Iterator[Check]:
+        yield "first", right
+        wrong()
+
+    assert [row.verdict for row in run(checks())[1:]] == ["ok", "WRONG"]
+
+
+def test_what_is_done_is_not_done_again() -> None:
+    assert run(iter([("first", wrong), ("last", right)]), done=frozenset({"first"}))[0] == "last"
+
+
+def test_a_phase_ends_when_its_time_is_up() -> None:
+    (row,) = run(iter([("first", right), ("last", right)]), stop=-1)
+    assert (row.name, row.note) == ("out of time", "left out from 'first' on")
+
+
+def test_a_card_that_is_lost_ends_the_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    def wait(_: Setting) -> None:
+        raise RuntimeError("an illegal memory access was encountered")
+
+    monkeypatch.setattr(Setting, "wait", wait)
+    with pytest.raises(worker.CardLostError):
+        run(iter([("first", right)]))
+
+
+DIES = """
+import json, os, sys, time
+def tell(phase, **message):
+    print(json.dumps({"phase": phase} | message), flush=True)
+for phase, _, _, done in json.loads(sys.argv[1]):
+    for name in ("a", "b", "c"):
+        if name in done:
+            continue
+        tell(phase, begins=name)
+        if (phase, name) == ("kernels", "b"):
+            os.abort()
+        if (phase, name) == ("steps", "a"):
+            time.sleep(100)
+        tell(phase, row={"name": name, "error": 0.0})
+    tell(phase, ends=True)
+"""
+"""In place of a worker: dies in one check, hangs in another."""
+
+
+def test_another_process_goes_on_behind_a_check_that_kills_or_hangs(tmp_path: Path) -> None:
+    def command(phases: object, _: float) -> list[str]:
+        return [sys.executable, "-S", "-c", DIES, json.dumps(phases)]
+
+    with (tmp_path / "out").open("w+") as out:
+        watch = Watch(command, ["ceilings", "kernels", "steps"], out, hang_s=1.5)
+        watch.run()
+        found = {f"{phase} {name}": row for (phase, name), row in watch.found.items()}
+        out.seek(0)
+        assert len(out.readlines()) == len(found) == 9
+    assert {name for name, row in found.items() if row.verdict == "WRONG"} == {"kernels b", "steps a"}
+    assert "status -6" in found["kernels b"].note
 
 
 def test_verdicts() -> None:
-    assert Row("", 1.4, 1.0, 1.5).verdict == "ok"
-    assert Row("", 1.6, 1.0, 1.5).verdict == "slow"
-    assert Row("", error=float("nan"), allowed=1).verdict == "WRONG"
-    assert Row("", error=0.2, allowed=0.1).verdict == "WRONG"
-    assert Row("", 1.0).verdict == ""
-    assert "1.60" in table([Row("slow one", 1.6, 1.0, 1.5)])
+    assert Row(seconds=1.4, floor=1.0, bar=1.5).verdict == "ok"
+    assert Row(seconds=1.6, floor=1.0, bar=1.5).verdict == "slow"
+    assert Row(error=float("nan"), allowed=1).verdict == "WRONG"
+    assert Row(error=0.2, allowed=0.1).verdict == "WRONG"
+    assert Row(seconds=1.0).verdict == ""
+    assert "1.60" in table([Row(name="slow one", seconds=1.6, floor=1.0, bar=1.5, others={"torch": 0.001})])
