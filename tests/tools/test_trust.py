@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 
 import pytest
 
 from tests.conftest import ROOT
 from trust.answers import Answer
-from trust.crowd import Stream
+from trust.crowd import Row, Stream
 from trust.server import Metrics
 from trust.soak import CHOICES, Soaked, Tally
 from trust.stage import Seen, told
@@ -97,6 +98,12 @@ def test_a_token_is_late_by_the_time_since_its_step_and_only_the_window_counts()
     )
     after_a_round = heard((62.5, "a"), (63.5, "b"))
     assert after_a_round.delays(stamps, 0.0, 100.0) == [0.5, 0.5]
+
+
+def test_http_adds_to_a_gap_what_its_second_token_is_later_by_than_its_first() -> None:
+    late = [[0.5 + 0.001 * (number % 2) for number in range(100)], [0.2] * 100]
+    row = Row(1.0, 2, late, Counter(), 0.0, 0.0)
+    assert row.added_s == pytest.approx(0.001)
 
 
 def test_a_stream_of_a_crowd_is_whole_or_says_what_it_lacks() -> None:
