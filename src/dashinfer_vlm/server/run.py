@@ -36,8 +36,8 @@ _ACCEPTED_AT_ONCE = 16
 them holds a file."""
 _BACKLOG = 2048
 """Connections that the kernel holds until they are taken."""
-_GARBAGE = 50_000
-"""Objects more than before until their cycles are looked for; they take some megabytes."""
+_GARBAGE = 10_000
+"""Objects more than before until their cycles are looked for; they take a few megabytes."""
 _LOOK_S = 0.1
 """How often a second Ctrl-C is looked for."""
 
