@@ -217,6 +217,20 @@ async def test_whoever_comes_while_the_server_drains_is_told_to_come_back(serve:
     assert (await asking).json()["choices"][0]["message"]["content"] == "hello"
 
 
+async def test_what_is_written_to_a_client_that_has_gone_is_dropped_without_a_word(
+    serve: Serve, connect: Connect, caplog: pytest.LogCaptureFixture
+) -> None:
+    running = await serve()
+    await connect(running)
+    connections = running.server.server_state.connections
+    await until(lambda: bool(connections))
+    (connection,) = connections
+    connection.transport.abort()
+    for _ in range(10):
+        connection.transport.write(b"data: more\n\n")
+    assert not [record for record in caplog.records if record.name == "asyncio"]
+
+
 async def test_a_second_ctrl_c_ends_streams_with_the_true_reason(serve: Serve) -> None:
     running = await serve("hello", engine={"pauses_after": 1})
     asking = asyncio.create_task(running.post(CHAT, {"messages": ASK, "stream": True}))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import logging
+from contextlib import ExitStack
 from typing import Any
 
 import httpx
@@ -255,6 +257,20 @@ async def test_engine_errors_have_their_statuses(serve: Serve, error: Exception,
     assert (reply.status_code, told["code"]) == (status, code)
     assert "secret" not in reply.text
     assert reply.headers.get("retry-after") == ("7" if code in ("overloaded", "rate_limit_exceeded") else None)
+
+
+async def test_what_nobody_foresaw_is_logged_once_and_answered_as_all_requests_are(
+    serve: Serve, caplog: pytest.LogCaptureFixture
+) -> None:
+    running = await serve(engine={"error": OSError(2, "no such file")})
+    loggers = [logging.getLogger(name) for name in ("uvicorn", "uvicorn.error")]
+    with ExitStack() as stack:
+        for logger in loggers:
+            logger.addHandler(caplog.handler)
+            stack.callback(logger.removeHandler, caplog.handler)
+        reply = await running.post(CHAT, {"messages": ASK}, headers={"x-request-id": "mine"})
+    assert (reply.status_code, reply.headers["x-request-id"]) == (500, "mine")
+    assert len([record for record in caplog.records if record.exc_info]) == 1
 
 
 async def test_too_many_requests_are_429_with_retry_after(serve: Serve) -> None:

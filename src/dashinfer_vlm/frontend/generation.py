@@ -137,7 +137,7 @@ class Generation:
             prompt_ids=choice.prompt.ids,
             params=choice.sampling,
             items=choice.prompt.items,
-            priority=choice.priority,
+            priority=self._booking.tenant.priority(choice.priority),
             cache_salt=self._booking.tenant.salted(choice.cache_salt),
             tenant=self._booking.tenant.id,
             weight=self._booking.tenant.weight,

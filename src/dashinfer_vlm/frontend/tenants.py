@@ -77,8 +77,10 @@ class Tenant:
         """What people call it, in metrics and logs."""
         self.has_neighbours = False
         """Whether this server has other tenants, who must not see by the time what this one sends."""
+        self.gives_way = False
+        """Whether its requests have no priority as good as that of others' which ask for none."""
         self.num_requests = 0
-        """Those that are being answered."""
+        """Those that are being answered, also in the background."""
         self.num_choices = 0
         """Their answers, of which a request may want several."""
         self.num_requests_total = self.num_refusals_total = self.num_tokens_total = 0
@@ -99,6 +101,10 @@ class Tenant:
         """`own`, the salt of a request, within this tenant; ids hold no zero, so that nobody can write another's."""
         return f"{self.salt}\0{own}" if self.salt else own
 
+    def priority(self, asked: int) -> int:
+        """Of a request that asks for `asked`; lower goes first."""
+        return max(asked, 1) if self.gives_way else asked
+
     def change(self, limits: TenantLimits) -> None:
         """Other limits from now on; what has been used stays used."""
         if limits != self._limits:
@@ -116,6 +122,13 @@ class Tenant:
             raise
         self._requests.take(1)
         self.num_requests_total += 1
+        with self.task():
+            yield
+
+    @contextmanager
+    def task(self) -> Iterator[None]:
+        """What goes on while the block runs, after the request that has begun it or as one: it counts as a request at a
+        time."""
         self.num_requests += 1
         try:
             yield

@@ -62,7 +62,7 @@ class Connection(H11Protocol):
         return self.is_idle and not self.transport.is_closing()
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        super().connection_made(transport)
+        super().connection_made(_Quiet(transport))  # type: ignore[arg-type]  # a transport in all that is used of it
         self.idle_since_s = self.loop.time()
         self._headers_timer = self.loop.call_later(self.headers_s, transport.abort)
         if len(self.connections) > self.max_connections:
@@ -115,6 +115,21 @@ class Connection(H11Protocol):
         idle = (other for other in self.connections if isinstance(other, Connection) and other.may_go)
         oldest = min(idle, key=lambda other: other.idle_since_s, default=self)
         oldest.transport.abort()
+
+
+class _Quiet:
+    """A transport that is not written to once it closes. Whoever streams learns a turn of the event loop later that the
+    client is gone; until then asyncio would log a warning for what it drops."""
+
+    def __init__(self, transport: asyncio.Transport) -> None:
+        self._transport = transport
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._transport, name)
+
+    def write(self, data: bytes) -> None:
+        if not self._transport.is_closing():
+            self._transport.write(data)
 
 
 def raise_file_limit() -> int:

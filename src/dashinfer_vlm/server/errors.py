@@ -14,6 +14,7 @@ from fastapi import FastAPI, Request
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.responses import Response
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from dashinfer_vlm import errors
 
@@ -166,11 +167,35 @@ def install_error_handlers(app: FastAPI, refused: Callable[[str], None]) -> None
     async def answer_nobody(_: Request, error: Exception) -> Response:
         return Response(status_code=_CLIENT_GONE)
 
+    app.add_middleware(Unforeseen)
     for kind in (errors.DashInferError, HttpError):
         app.add_exception_handler(kind, answer)
     app.add_exception_handler(HTTPException, answer_http)
     app.add_exception_handler(ClientDisconnect, answer_nobody)
     app.add_exception_handler(Exception, answer)
+
+
+class Unforeseen:
+    """ASGI middleware. Answers what no handler is for; Starlette's own last resort answers too, but has the server log
+    the same error again. Where the answer has begun, the server logs the error and ends the connection."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        begun = False
+
+        async def watched(message: Message) -> None:
+            nonlocal begun
+            begun = True
+            await send(message)
+
+        try:
+            await self._app(scope, receive, watched)
+        except Exception as error:
+            if begun or scope["type"] != "http":
+                raise
+            await reply_to(error).response(scope["path"])(scope, receive, send)
 
 
 def _unforeseen(error: Exception) -> ErrorReply:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,8 +14,11 @@ import pytest
 from openai import AsyncOpenAI
 
 from dashinfer_vlm.errors import OverloadedError
+from dashinfer_vlm.frontend.deltas import Usage
 from dashinfer_vlm.server.batches import batch_routes
+from dashinfer_vlm.server.batches.lines import line_number
 from dashinfer_vlm.server.batches.store import Batch
+from dashinfer_vlm.server.batches.usage import plus, usage_of
 from tests.server.batches.conftest import CHAT, Keep, jsonl, line, records
 from tests.server.conftest import Running
 
@@ -78,10 +82,32 @@ async def test_every_line_is_answered(keep: Keep, openai_client: Client) -> None
     errors = records((await client.files.content(batch.error_file_id)).content)
     assert errors["c"]["response"]["body"]["error"]["param"] == "n"
     assert "the batch's endpoint" in errors["d"]["error"]["message"]
-    assert errors[None]["id"] == "batch_req_5"
+    assert line_number(errors[None]["id"]) == 5
+    told = [answer["response"]["body"]["usage"] for answer in answers.values()]
+    assert batch.usage.total_tokens == sum(usage["total_tokens"] for usage in told) > 0
+    assert batch.usage.output_tokens == sum(usage["completion_tokens"] for usage in told)
+    assert batch.model == (await client.models.list()).data[0].id
     kept = await client.files.retrieve(batch.output_file_id)
     assert (kept.purpose, kept.filename) == ("batch_output", f"{batch.id}_output.jsonl")
     assert [each.id async for each in client.batches.list(limit=1)] == [batch.id]
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        {"prompt_tokens": 5, "completion_tokens": 3, "prompt_tokens_details": {"cached_tokens": 2}},
+        {
+            "input_tokens": 5,
+            "input_tokens_details": {"cached_tokens": 2},
+            "output_tokens": 3,
+            "output_tokens_details": {"reasoning_tokens": 0},
+        },
+    ],
+)
+def test_what_answers_cost_is_added_up_in_either_form(answer: dict[str, Any]) -> None:
+    usage = usage_of(json.dumps({"usage": answer}).encode())
+    assert plus(usage, usage_of(b'{"error": {}}')) == Usage(5, 3, 2)
+    assert plus(usage, usage) == Usage(10, 6, 4)
 
 
 async def test_text_completions_can_be_asked_too(keep: Keep, openai_client: Client) -> None:
@@ -108,6 +134,9 @@ async def test_the_next_server_goes_on_where_the_one_before_was_ended(keep: Keep
     assert batch.request_counts.to_dict() == {"total": 6, "completed": 6, "failed": 0}
     answers = records((await client.files.content(batch.output_file_id)).content)
     assert set(answers) == {f"r{i}" for i in range(6)}
+    told = [answer["response"]["body"]["usage"]["total_tokens"] for answer in answers.values()]
+    assert batch.usage.total_tokens == sum(told)
+    assert {request.priority for request in after.engine.requests} == {1}
     assert len(after.engine.requests) == 4
 
 

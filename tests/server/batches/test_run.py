@@ -18,9 +18,10 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from dashinfer_vlm.errors import ConfigError, EngineDeadError
 from dashinfer_vlm.offline.pipes import PipedInput
+from dashinfer_vlm.server.access import Access
 from dashinfer_vlm.server.batches import run
 from dashinfer_vlm.server.batches.ends import BatchInput, BatchOutput
-from dashinfer_vlm.server.batches.lines import BatchRecord, Line, numbered_lines
+from dashinfer_vlm.server.batches.lines import BatchRecord, Line, line_number, numbered_lines, record_id
 from dashinfer_vlm.server.batches.run import BatchRun
 
 
@@ -67,6 +68,7 @@ class Echo(FastAPI):
         self.crowd, self.crowded = crowd, asyncio.Event()
         self.asked: Counter[str] = Counter()
         self.num_running = self.most_running = 0
+        self.add_middleware(Access)
         self.add_api_route("/v1/completions", self.complete, methods=["POST"], response_model=None)
 
     async def complete(self, request: Request) -> JSONResponse:
@@ -89,9 +91,9 @@ async def test_every_line_gets_its_answer(files: Files) -> None:
     app = Echo()
     heard = await files.run(app)
     records = {record["custom_id"]: record for record in files.records()}
-    assert records["a"]["id"] == "batch_req_1"
-    assert records["ü"]["id"] == "batch_req_4"
-    assert records["a"]["response"] == {"status_code": 200, "request_id": "req_1", "body": {"text": "a"}}
+    assert [line_number(records[name]["id"]) for name in ("a", "bad", "ü")] == [1, 3, 4]
+    assert (records["a"]["response"]["status_code"], records["a"]["response"]["body"]) == (200, {"text": "a"})
+    assert len({record["response"]["request_id"] for record in records.values()}) == 3
     assert records["bad"]["response"]["status_code"] == 400
     assert records["bad"]["error"] is None
     assert sorted(record.is_good for record in heard) == [False, True, True]
@@ -115,11 +117,17 @@ async def test_every_line_gets_its_answer(files: Files) -> None:
 async def test_a_line_that_is_no_request_spares_the_others(wrong: str, reason: str, files: Files) -> None:
     files.write(line("a"), wrong, line("b"))
     await files.run(Echo())
-    records = {record["id"]: record for record in files.records()}
+    records = {line_number(record["id"]): record for record in files.records()}
     assert len(records) == 3
-    assert records["batch_req_2"]["response"] is None
-    assert records["batch_req_2"]["error"]["code"] == "invalid_request"
-    assert reason in records["batch_req_2"]["error"]["message"]
+    assert records[2]["response"] is None
+    assert records[2]["error"]["code"] == "invalid_request"
+    assert reason in records[2]["error"]["message"]
+
+
+def test_no_two_records_have_the_same_id() -> None:
+    ids = [record_id(7) for _ in range(100)]
+    assert (len(set(ids)), {line_number(id) for id in ids}) == (100, {7})
+    assert [line_number(id) for id in ("batch_req_7", "batch_req_x", f"{ids[0]}.")] == [None] * 3
 
 
 async def test_a_second_run_asks_only_what_is_open(files: Files) -> None:

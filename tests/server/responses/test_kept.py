@@ -141,6 +141,19 @@ async def test_a_response_in_the_background_is_polled(serve: Serve, openai_clien
     assert await client.responses.cancel(begun.id) == response
 
 
+async def test_a_response_in_the_background_counts_as_a_request_of_its_key(serve: Serve, openai_client: Client) -> None:
+    limits = {"api_keys": ("mine",), "key_max_concurrent": 1}
+    running = await serve("one two", engine={"pauses_after": 1}, config=limits)
+    client = openai_client(running, api_key="mine")
+    begun = await client.responses.create(model="model", input="x", background=True)
+    await running.engine.paused.wait()
+    with pytest.raises(openai.RateLimitError):
+        await client.responses.create(model="model", input="y")
+    running.engine.resume.set()
+    assert (await polled(client, begun.id)).status == "completed"
+    await client.responses.create(model="model", input="y")
+
+
 async def test_a_response_in_the_background_is_cancelled(serve: Serve, openai_client: Client) -> None:
     running = await serve("one two", engine={"pauses_after": 1})
     client = openai_client(running)

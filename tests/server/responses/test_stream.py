@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import sqlite3
 from collections.abc import Callable
 from typing import Any
 
+import pytest
 from openai import AsyncOpenAI
 from openai.types.responses import ResponseStreamEvent
 from pydantic import TypeAdapter
 
+from dashinfer_vlm.server.responses.store import ResponseStore
 from tests.server.conftest import Parts, Running, Serve
 from tests.server.responses.conftest import events
 from tests.server.responses.test_create import CALL, WEATHER, Sight
@@ -85,6 +88,22 @@ async def test_a_stream_that_breaks_ends_failed(serve: Serve) -> None:
     response = found[-1]["response"]
     assert (response["status"], response["error"]) == ("failed", {"code": "server_error", "message": "no memory"})
     assert response["output"][0]["status"] == "incomplete"
+
+
+async def test_a_response_that_has_failed_is_kept(serve: Serve) -> None:
+    running = await serve("one two three", engine={"failure": "no memory", "fails_after": 2})
+    response = (await told(running))[-1]["response"]
+    assert (response["status"], response["store"]) == ("failed", True)
+    assert (await running.get(f"/v1/responses/{response['id']}")).json() == response
+
+
+async def test_a_response_that_could_not_be_kept_says_so(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def full(*_: Any) -> None:
+        raise sqlite3.OperationalError("database or disk is full")
+
+    monkeypatch.setattr(ResponseStore, "put", full)
+    response = (await events(await serve("one"), {"input": "x"}))[-1]["response"]
+    assert (response["status"], response["store"]) == ("failed", False)
 
 
 async def test_what_fails_before_the_first_token_is_told_by_the_status(serve: Serve) -> None:

@@ -1,14 +1,13 @@
 """The two ends of a batch on disk: the file of requests, and the one to which their answers are appended.
 
-A response stands in the output as soon as it is there, in any order; the number of its input line is in its `id`
-("batch_req_17"). What stands there is not asked again, so that a run which was killed goes on where it was.
+A response stands in the output as soon as it is there, in any order; the number of its input line ends its `id`. What
+stands there is not asked again, so that a run which was killed goes on where it was.
 """
 
 from __future__ import annotations
 
 import fcntl
 import os
-import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO, Protocol
@@ -16,11 +15,11 @@ from typing import BinaryIO, Protocol
 import msgspec
 
 from dashinfer_vlm.errors import ConfigError
-from dashinfer_vlm.server.batches.lines import BatchRecord, Line, encoded, numbered_lines
+from dashinfer_vlm.server.batches.lines import BatchRecord, Line, encoded, line_number, numbered_lines
+from dashinfer_vlm.server.batches.usage import NOTHING, plus, usage_of
 
 __all__ = ["BatchInput", "BatchOutput", "BatchSink", "BatchSource"]
 
-_RECORD_ID = re.compile(r"batch_req_([0-9]+)")
 _HINT = "name another output, or delete this one"
 
 
@@ -62,9 +61,14 @@ class BatchSink(Protocol):
     def close(self) -> None: ...
 
 
+class _DoneResponse(msgspec.Struct, frozen=True):
+    body: msgspec.Raw
+
+
 class _Done(msgspec.Struct, frozen=True):
     id: str
     custom_id: str | None
+    response: _DoneResponse | None = None
 
 
 class BatchOutput:
@@ -78,6 +82,8 @@ class BatchOutput:
         self._file = _open_locked(path)
         self.done: dict[int, str | None] = {}
         """Custom ids of the records that are there, by the number of their input line."""
+        self.usage = NOTHING
+        """Of the answers that were there."""
         try:
             self._read()
         except ConfigError:
@@ -105,19 +111,21 @@ class BatchOutput:
                 if not line.endswith(b"\n"):
                     break
                 end += len(line)
-                number, custom_id = self._record_of(line)
-                self.done[number] = custom_id
+                number, record = self._record_of(line)
+                self.done[number] = record.custom_id
+                if record.response is not None:
+                    self.usage = plus(self.usage, usage_of(record.response.body))
         self._file.truncate(end)
 
-    def _record_of(self, line: bytes) -> tuple[int, str | None]:
+    def _record_of(self, line: bytes) -> tuple[int, _Done]:
         try:
             record = msgspec.json.decode(line, type=_Done)
         except msgspec.DecodeError as error:
             raise ConfigError(f"{self.path} holds something else than answers of a batch: {error}") from error
-        match = _RECORD_ID.fullmatch(record.id)
-        if match is None:
+        number = line_number(record.id)
+        if number is None:
             raise ConfigError(f"{self.path} holds the record {record.id!r}, which no batch of ours has written")
-        return int(match[1]), record.custom_id
+        return number, record
 
 
 def _open_locked(path: Path) -> BinaryIO:

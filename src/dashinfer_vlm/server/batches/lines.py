@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import secrets
 from collections.abc import Iterable, Iterator
 
 import msgspec
@@ -13,9 +15,13 @@ __all__ = [
     "BatchResponse",
     "Line",
     "encoded",
+    "line_number",
     "numbered_lines",
     "record_id",
 ]
+
+
+_RECORD_ID = re.compile(r"batch_req_[0-9a-f]{24}([0-9a-f]{8,})")
 
 
 class BatchRequest(msgspec.Struct, frozen=True):
@@ -100,5 +106,11 @@ def _refused(number: int, custom_id: str | None, message: str) -> BatchRecord:
 
 
 def record_id(number: int) -> str:
-    """Of the answer to a line of the input."""
-    return f"batch_req_{number}"
+    """Of the answer to a line of the input: no other has it, and `line_number` finds the line."""
+    return f"batch_req_{secrets.token_hex(12)}{number:08x}"
+
+
+def line_number(id: str) -> int | None:
+    """The line that a record answers; None for an id that is no `record_id`."""
+    match = _RECORD_ID.fullmatch(id)
+    return int(match[1], 16) if match else None

@@ -12,6 +12,7 @@ from pydantic.json_schema import SkipJsonSchema
 from dashinfer_vlm.errors import InvalidRequestError
 from dashinfer_vlm.frontend.schema import Body, explain
 from dashinfer_vlm.server.batches.store import Batch, Fault, Kept, Status, StoredFile
+from dashinfer_vlm.server.responses.replies import ResponseUsage
 
 Form = TypeVar("Form", bound=Body)
 T = TypeVar("T", bound=msgspec.Struct)
@@ -124,11 +125,15 @@ class BatchReply(msgspec.Struct, frozen=True, kw_only=True):
     cancelled_at: int | None
     request_counts: Counts
     metadata: dict[str, str] | None
+    model: str
+    usage: ResponseUsage
+    """Of all answers so far."""
     object: str = "batch"
 
     @classmethod
     def of(cls, batch: Batch) -> BatchReply:
         same = {name: getattr(batch, name) for name in cls.__struct_fields__ if hasattr(batch, name)}
+        same["usage"] = ResponseUsage.of(batch.usage)
         if batch.is_open:  # the ids are known before the files are there
             same |= {"output_file_id": None, "error_file_id": None}
         return cls(

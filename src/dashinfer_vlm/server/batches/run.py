@@ -89,7 +89,7 @@ class BatchRun:
         while self._is_alive() and (wait_s := _seconds_to_wait(reply)) is not None:
             await asyncio.sleep(wait_s)
             reply = await self._ask(line)
-        response = BatchResponse(reply.status_code, f"req_{number}", msgspec.Raw(reply.content))
+        response = BatchResponse(reply.status_code, reply.headers.get("x-request-id", ""), msgspec.Raw(reply.content))
         return BatchRecord(id=record_id(number), custom_id=line.custom_id, response=response)
 
     async def _ask(self, line: BatchRequest) -> httpx.Response:

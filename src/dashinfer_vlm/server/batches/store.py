@@ -24,6 +24,8 @@ from typing import Any, BinaryIO, Literal, TypeVar
 import msgspec
 
 from dashinfer_vlm.errors import ConfigError
+from dashinfer_vlm.frontend.deltas import Usage
+from dashinfer_vlm.server.batches.usage import NOTHING
 from dashinfer_vlm.server.errors import HttpError
 
 Clock = Callable[[], float]
@@ -91,6 +93,7 @@ class Batch(msgspec.Struct, frozen=True, kw_only=True):
     num_requests: int = 0
     num_completed: int = 0
     num_failed: int = 0
+    usage: Usage = NOTHING
     fault: Fault | None = None
     outcome: Outcome | None = None
     """What it becomes once its files are in place; the ids of these are set with it."""
@@ -197,10 +200,11 @@ class Store:
         """The batch as it is by now, with changes."""
         return self.save(msgspec.structs.replace(self._batches[batch.id], **changes))
 
-    def count(self, batch: Batch, *, num_completed: int, num_failed: int) -> None:
-        """In memory alone: on disk, the records themselves say how many there are."""
-        counts = {"num_completed": num_completed, "num_failed": num_failed}
-        self._batches[batch.id] = msgspec.structs.replace(self._batches[batch.id], **counts)
+    def count(self, batch: Batch, *, num_completed: int, num_failed: int, usage: Usage) -> None:
+        """In memory alone: on disk, the records themselves say how many there are, and what they have cost."""
+        self._batches[batch.id] = msgspec.structs.replace(
+            self._batches[batch.id], num_completed=num_completed, num_failed=num_failed, usage=usage
+        )
 
     def batch(self, id: str, owner: str) -> Batch:
         """Raises HttpError 404 for one that is not there, or not the owner's."""

@@ -27,6 +27,7 @@ from dashinfer_vlm.server.batches.ends import BatchInput, BatchOutput
 from dashinfer_vlm.server.batches.lines import BatchError, BatchRecord, encoded, record_id
 from dashinfer_vlm.server.batches.run import BatchRun
 from dashinfer_vlm.server.batches.store import Batch, Fault, Outcome, Store
+from dashinfer_vlm.server.batches.usage import plus, usage_of
 from dashinfer_vlm.server.errors import HttpError
 
 logger = logging.getLogger(__name__)
@@ -59,6 +60,8 @@ class Records:
         self.done = self._good.done | self._bad.done
         self.num_good, self.num_bad = len(self._good.done), len(self._bad.done)
         """Also those of the servers before."""
+        self.usage = self._good.usage
+        """Likewise."""
 
     def write(self, record: BatchRecord) -> None:
         """Raises BatchFailedError when there is no room."""
@@ -70,6 +73,8 @@ class Records:
         (self._good if record.is_good else self._bad).append(line)
         self.num_good += record.is_good
         self.num_bad += not record.is_good
+        if record.response is not None:
+            self.usage = plus(self.usage, usage_of(record.response.body))
 
     def close(self) -> None:
         self._good.close()
@@ -156,6 +161,7 @@ class BatchWorker:
     async def _run(self, batch: Batch, source: BatchInput, records: Records, app: ASGIApp) -> Outcome:
         tenant = Tenant(_LIMITS, id=f"{batch.owner}:batch")
         tenant.has_neighbours = bool(batch.owner)
+        tenant.gives_way = True
         run = BatchRun(
             _asked_by(tenant, app),
             records,
@@ -179,7 +185,7 @@ class BatchWorker:
         return 1 if is_busy else self._concurrency
 
     def _count(self, batch: Batch, records: Records) -> None:
-        self._store.count(batch, num_completed=records.num_good, num_failed=records.num_bad)
+        self._store.count(batch, num_completed=records.num_good, num_failed=records.num_bad, usage=records.usage)
 
     async def _write_late(self, batch: Batch, source: BatchInput, records: Records) -> None:
         """An error for each line that has no answer."""

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 
 from dashinfer_vlm.frontend.deltas import Delta
 from dashinfer_vlm.frontend.generation import Generation
+from dashinfer_vlm.frontend.tenants import current_tenant
 from dashinfer_vlm.server.responses.replies import Event, ResponseReply
 from dashinfer_vlm.server.responses.writer import ResponseWriter
 
@@ -42,9 +43,12 @@ async def tell(generation: Generation, first: Delta, writer: ResponseWriter, kee
         async for delta in generation:
             yield writer.news(delta)
         last = writer.end(generation.usage)
-        await keep(writer.reply)
     except Exception as error:  # noqa: BLE001  the status is sent already, so the stream itself must tell
         last = writer.fail(error)
+    try:
+        await keep(writer.reply)
+    except Exception as error:  # noqa: BLE001  likewise
+        last = writer.fail(error, stored=False)
     yield last
 
 
@@ -103,10 +107,11 @@ class Jobs:
 
 
 async def _run(writer: ResponseWriter, generation: Generation, keep: Keep) -> None:
-    try:
-        await write(generation, writer)
-    except asyncio.CancelledError:
-        writer.cancel()
-    except Exception as error:  # noqa: BLE001  nobody waits, so the response itself must tell
-        writer.fail(error)
-    await keep(writer.reply)
+    with current_tenant.get().task():
+        try:
+            await write(generation, writer)
+        except asyncio.CancelledError:
+            writer.cancel()
+        except Exception as error:  # noqa: BLE001  nobody waits, so the response itself must tell
+            writer.fail(error)
+        await keep(writer.reply)

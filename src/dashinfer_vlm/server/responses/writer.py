@@ -72,9 +72,11 @@ class ResponseWriter:
         events += self._over("completed", usage=told, completed_at=int(time.time()))
         return [*events, Completed(next(self._numbers), self.reply)]
 
-    def fail(self, error: Exception) -> list[Event]:
+    def fail(self, error: Exception, *, stored: bool = True) -> list[Event]:
+        """`stored`: the response will be found again, if it was to be."""
         code = "invalid_prompt" if isinstance(error, InvalidRequestError) else "server_error"
-        events = self._over("failed", error=ErrorInfo(code, reply_to(error).error.message))
+        info = ErrorInfo(code, reply_to(error).error.message)
+        events = self._over("failed", error=info, store=self.reply.store and stored)
         return [*events, Failed(next(self._numbers), self.reply)]
 
     def cancel(self) -> None:
