@@ -179,7 +179,7 @@ def main() -> None:
     parser.add_argument("--model", action="append", default=[], help="a published model; all when none is named")
     parser.add_argument("--checks", action="store_true", help="also what gpu_check.py asks for")
     parser.add_argument("--first", type=int, help="variants; all when absent")
-    parser.add_argument("--only", default="", help="what the variant's name has in it")
+    parser.add_argument("--only", default="", help="a regular expression for the variant's name")
     parser.add_argument("--part", default="0/1", help="1/4: the second quarter of all, for processes side by side")
     parser.add_argument("--programmatic", action="store_true", help="as they are when they are started early")
     parser.add_argument("--goes-on", action="store_true", help="tell what fails, and go on")
@@ -189,7 +189,7 @@ def main() -> None:
     launching.is_programmatic = lambda: options.programmatic  # asks a card otherwise
     work = chain(of_models(options.model), of_checks() if options.checks else ())
     without = "fp8" if options.target < 89 else None  # such cards multiply no 8-bit floats
-    chosen = (x for x in work if options.only in x.variant and not (without and without in x.variant))
+    chosen = (x for x in work if re.search(options.only, x.variant) and not (without and without in x.variant))
     for found in compile_all(islice(chosen, part, options.first, num_parts), recorder, goes_on=options.goes_on):
         print(json.dumps(asdict(found)), flush=True)
 

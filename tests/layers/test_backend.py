@@ -11,9 +11,9 @@ from torch.nn import functional as F
 from dashinfer_vlm.errors import ConfigError
 from dashinfer_vlm.kernels import cpu_ops, cuda
 from dashinfer_vlm.layers import backend as backends
-from dashinfer_vlm.layers import onednn
+from dashinfer_vlm.layers import fp8, onednn
 from dashinfer_vlm.layers.activation import EPILOGUES, Epilogue
-from dashinfer_vlm.layers.backend import TensorLinear, choose_backend
+from dashinfer_vlm.layers.backend import TensorLinear, choose_backend, float_linears
 from dashinfer_vlm.layers.linear import ExpandingLinear, Linear, Matrix, NativeLinear, OneDnnLinear, TorchLinear
 
 CPU = torch.device("cpu")
@@ -164,3 +164,15 @@ def test_8_bit_floats_need_a_card_with_its_kernels_and_bfloat16(monkeypatch: pyt
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
     with pytest.raises(ConfigError, match=r"compute capability 8\.9"):
         choose_backend(card, torch.bfloat16, "fp8")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 9))
+    monkeypatch.setattr(torch, "__version__", "2.11.0+cu130")
+    with pytest.raises(ConfigError, match=r"on an Ada card needs torch 2\.12 or later, not 2\.11\.0\+cu130"):
+        choose_backend(card, torch.bfloat16, "fp8")
+
+
+@pytest.mark.parametrize("shape", [(24, 32), (32, 24)])
+def test_a_matrix_that_torch_does_not_multiply_in_8_bit_floats_is_named(shape: tuple[int, int]) -> None:
+    make = float_linears(CPU, torch.float32, fp8.REFERENCE)
+    found = f"weight is {shape[0]} x {shape[1]}; products of 8-bit floats need multiples of 16"
+    with pytest.raises(ConfigError, match=found):
+        make(matrix(torch.randn(shape)), None, "none")

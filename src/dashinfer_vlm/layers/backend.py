@@ -230,8 +230,11 @@ def _quantised_on_card(device: torch.device, dtype: torch.dtype, quant_type: str
         raise ConfigError(f"--quant-type {quant_type} computes on processors; on cards take fp8, a16w8 or a16w4")
     if dtype != torch.bfloat16:
         raise ConfigError(f"--quant-type fp8 computes with activations in bfloat16, not {_name(dtype)}")
-    if torch.cuda.get_device_capability(device) < (8, 9):
+    capability = torch.cuda.get_device_capability(device)
+    if capability < (8, 9):
         raise ConfigError("--quant-type fp8 needs a card of compute capability 8.9 (Ada, Hopper) or later")
+    if capability == (8, 9) and _torch_version() < (2, 12):  # its product runs on no stream of ours: pytorch#177651
+        raise ConfigError(f"--quant-type fp8 on an Ada card needs torch 2.12 or later, not {torch.__version__}")
     return in_floats(device, dtype)
 
 
@@ -271,12 +274,26 @@ def float_linears(device: torch.device, dtype: torch.dtype, ops: Fp8Ops) -> Line
 
     def make(weight: Matrix, bias: Tensor | None, epilogue: Epilogue) -> Linear:
         if weight.read_floats is None:
+            _check_sides(weight)
             return Fp8Linear(rounded(_own_copy(weight.read(), device, dtype), ops), bias, epilogue, ops)
         stored = weight.read_floats()
+        if not stored.is_in_blocks:
+            _check_sides(weight)
         numbers, scales = (_own_copy(x, device, x.dtype) for x in (stored.numbers, stored.scales))
         return Fp8Linear(Floats(numbers, scales, stored.is_in_blocks), bias, epilogue, ops)
 
     return make
+
+
+def _check_sides(weight: Matrix) -> None:
+    """What torch's product of 8-bit floats asks for."""
+    if weight.num_rows % 16 or weight.depth % 16:
+        found = f"{weight.name} is {weight.num_rows} x {weight.depth}"
+        raise ConfigError(f"--quant-type fp8: {found}; products of 8-bit floats need multiples of 16")
+
+
+def _torch_version() -> tuple[int, ...]:
+    return tuple(map(int, torch.__version__.split(".")[:2]))
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -20,6 +20,9 @@ BLOCK = 128
 """Rows and columns that share a scale of a weight, and columns that share one of a row of activations."""
 TOP = 448.0
 """The largest number that there is."""
+SCALE_ROWS = 256
+"""Scales are followed by memory up to a multiple of so many: torch's product reads it, though it uses nothing of it
+(pytorch/pytorch#133334)."""
 
 
 @triton.jit
@@ -163,7 +166,8 @@ def _by_groups(kernel: Any, x: Tensor, depth: int, group: int) -> tuple[Tensor, 
 
 def _empty(num_rows: int, depth: int, num_groups: int, device: torch.device) -> tuple[Tensor, Tensor]:
     out = torch.empty(num_rows, depth, dtype=torch.float8_e4m3fn, device=device)
-    return out, torch.empty(num_rows, num_groups, dtype=torch.float32, device=device)
+    scales = torch.empty(-(-num_rows // SCALE_ROWS) * SCALE_ROWS, num_groups, dtype=torch.float32, device=device)
+    return out, scales[:num_rows]
 
 
 def _warps(block: int) -> int:
