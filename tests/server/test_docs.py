@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from dashinfer_vlm.server.errors import reply_to
 from dashinfer_vlm.server.protocol import ChatBody, CompletionBody, GenerationBody
 
 PAGES = Path(__file__).resolve().parents[2] / "docs"
+CLIENTS = Path(__file__).resolve().parents[1] / "clients"
 PAGE = (PAGES / "api.md").read_text(encoding="utf-8")
 
 
@@ -35,6 +37,15 @@ def test_every_reason_of_a_refusal_is_among_the_limits() -> None:
         re.findall(r'_check\(.*"(queued_\w+)"', "".join(sources))
     ):
         assert f"`{reason}`" in text, reason
+
+
+def test_clients_are_told_in_the_versions_that_are_pinned() -> None:
+    told = re.findall(r"^\| `([a-z-]+)`(?: of npm)?.* \| ([0-9.]+) \|", PAGE, re.MULTILINE)
+    pinned = "".join(path.read_text(encoding="utf-8") for path in sorted(CLIENTS.glob("requirements/*.txt")))
+    npm = json.loads((CLIENTS / "npm" / "package.json").read_text(encoding="utf-8"))["dependencies"]
+    known = set(re.findall(r"^([a-z-]+)==([0-9.]+)$", pinned, re.MULTILINE)) | set(npm.items())
+    assert len(told) > 10
+    assert set(told) <= known
 
 
 def test_every_sampling_field_is_on_the_page() -> None:
