@@ -11,14 +11,19 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from fastapi import FastAPI
 from PIL import Image
 
 from dashinfer_vlm.cli.command import execute
 from dashinfer_vlm.cli.run import run
+from dashinfer_vlm.server.access import Access
 from tests.conftest import CheckpointMaker
 from tests.engine.host.test_client import SCRIPTED_PROCESS
 
@@ -149,3 +154,27 @@ def test_what_is_wrong_is_said_before_the_model_is_loaded(
 ) -> None:
     assert execute(run, arguments) == 2
     assert "in.jsonl cannot be read" in capsys.readouterr().err
+
+
+def test_what_the_application_has_opened_is_closed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    states: list[str] = []
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        states.append("open")
+        yield
+        states.append("closed")
+
+    @asynccontextmanager
+    async def opened(*_: Any, **__: Any) -> AsyncIterator[Any]:
+        yield SimpleNamespace(engine=SimpleNamespace(alive=lambda: True))
+
+    app = FastAPI(lifespan=lifespan)
+    app.add_middleware(Access)
+    monkeypatch.setattr("dashinfer_vlm.cli.run.resolve_model", lambda _: "model")
+    monkeypatch.setattr("dashinfer_vlm.frontend.opening.open_service", opened)
+    monkeypatch.setattr("dashinfer_vlm.server.app.create_app", lambda *_: app)
+    (tmp_path / "in.jsonl").write_text(chat("a", text("hello")))
+    assert execute(run, [str(tmp_path / "in.jsonl"), "-o", str(tmp_path / "out.jsonl")]) == 1
+    assert records(tmp_path)["a"]["response"]["status_code"] == 404
+    assert states == ["open", "closed"]

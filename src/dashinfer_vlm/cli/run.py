@@ -83,17 +83,18 @@ async def _run(
 
     config = dataclasses.replace(engine_config, model=str(resolve_model(engine_config)))
     async with open_service(config, media, chat_template=chat_template) as service:
-        names = ServerConfig(served_model_name=(engine_config.model or DEMO_NAME,))
+        app = create_app(service, ServerConfig(served_model_name=(engine_config.model or DEMO_NAME,)))
         most = config.max_num_seqs + _LOOKAHEAD
         with _Progress(source.num_lines, len(output.done)) as progress:
             batch = BatchRun(
-                create_app(service, names),
+                app,
                 output,
                 window=lambda: most,
                 is_alive=service.engine.alive,
                 on_record=progress.advance,
             )
-            await batch.run(source)
+            async with app.router.lifespan_context(app):
+                await batch.run(source)
     return progress.conclude(output.name)
 
 
