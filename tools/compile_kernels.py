@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Compile every kernel for a card that is not there, and tell what the compiler made of it.
 
-    compile_kernels.py [--target 90] [--model Qwen2-VL-7B]... [--checks] [--only ViT] [--first 5]
+    compile_kernels.py [--target 90] [--model Qwen2-VL-7B]... | [--checks] [--only ViT] [--first 5]
 
 Prints one JSON object a line: model, variant, kernel, registers, bytes of stack, spills, bytes of shared memory, and
 how often the instructions occur that decide the speed: `HGMMA` (products of a warp group), `HMMA` (of a warp), `QGMMA`
@@ -19,7 +19,7 @@ import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
-from itertools import chain, islice
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -177,7 +177,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--target", type=int, default=90, help="compute capability times ten")
     parser.add_argument("--model", action="append", default=[], help="a published model; all when none is named")
-    parser.add_argument("--checks", action="store_true", help="also what gpu_check.py asks for")
+    parser.add_argument("--checks", action="store_true", help="what gpu_check.py asks for beside the models")
     parser.add_argument("--first", type=int, help="variants; all when absent")
     parser.add_argument("--only", default="", help="a regular expression for the variant's name")
     parser.add_argument("--part", default="0/1", help="1/4: the second quarter of all, for processes side by side")
@@ -187,7 +187,7 @@ def main() -> None:
     part, num_parts = map(int, options.part.split("/"))
     recorder = record(options.target)
     launching.is_programmatic = lambda: options.programmatic  # asks a card otherwise
-    work = chain(of_models(options.model), of_checks() if options.checks else ())
+    work = of_checks() if options.checks else of_models(options.model)
     without = "fp8" if options.target < 89 else None  # such cards multiply no 8-bit floats
     chosen = (x for x in work if re.search(options.only, x.variant) and not (without and without in x.variant))
     for found in compile_all(islice(chosen, part, options.first, num_parts), recorder, goes_on=options.goes_on):

@@ -56,17 +56,19 @@ def _versions(setting: Setting) -> str:
 
 
 def compile_all(setting: Setting) -> Iterator[Check]:
-    """Every variant of the published models, and what the checks themselves ask for, by as many processes as there are
+    """Every variant of the published models, then what the checks themselves ask for, by as many processes as there are
     cores; the kernels' cache has them afterwards."""
-    yield "compile", partial(_compile, setting)
+    few = ("--model", "Qwen2-VL-2B", "--first", "2")
+    yield "compile models", partial(_compile, setting, *(few if setting.tiny else ()))
+    if not setting.tiny:
+        yield "compile checks", partial(_compile, setting, "--checks")
 
 
-def _compile(setting: Setting) -> Row:
+def _compile(setting: Setting, *what: str) -> Row:
     keep_compiled_kernels()
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     num_parts = 1 if setting.tiny else len(os.sched_getaffinity(0))
-    command = [sys.executable, str(TOOLS / "compile_kernels.py"), "--goes-on"]
-    command += ["--model", "Qwen2-VL-2B", "--first", "2"] if setting.tiny else ["--checks"]
+    command = [sys.executable, str(TOOLS / "compile_kernels.py"), "--goes-on", *what]
     if setting.device.type == "cuda":
         major, minor = torch.cuda.get_device_capability(setting.device)
         command += ["--target", str(10 * major + minor)]

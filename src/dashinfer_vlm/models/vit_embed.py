@@ -28,7 +28,8 @@ class PatchEmbedding:
         processor = c.processor
         shape = (c.width, c.in_channels, c.temporal_patch_size, c.patch_size, c.patch_size)
         weight = weights.take("visual.patch_embed.proj.weight", *shape).double().flatten(2)
-        mean, std = (torch.tensor(x, dtype=torch.float64) for x in (processor.image_mean, processor.image_std))
+        constants = (processor.image_mean, processor.image_std)
+        mean, std = (torch.tensor(x, dtype=torch.float64, device=weight.device) for x in constants)
         bias = -(weight * (mean / std)[:, None]).sum(dim=(1, 2))
         if has_bias:
             bias += weights.take("visual.patch_embed.proj.bias", c.width).double()
