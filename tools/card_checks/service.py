@@ -79,19 +79,21 @@ def beside(setting: Setting) -> Iterator[Check]:
 
 def _beside(setting: Setting, size: str, streams: int) -> Row:
     model = _model(setting, size)
-    answer, every_s = (4, 0.0) if setting.tiny else (1000, 0.25)
+    words, answer, every_s = (10, 4, 0.0) if setting.tiny else (100, 1000, 0.25)
     grid = (1, 4, 6) if setting.tiny else (1, 74, 74)
     p99 = []
     for with_pictures in (False, True):
         engine = make_engine(model, 200_000 if not setting.tiny else 4096, 2048 if not setting.tiny else 256)
-        p99.append(_gaps(engine, model, streams, answer, grid if with_pictures else None, every_s))
+        p99.append(_gaps(engine, model, streams, words, answer, grid if with_pictures else None, every_s))
         engine.close()
     return Row(seconds=p99[1], floor=p99[0], bar=1.2)
 
 
-def _gaps(engine: Engine, model: LoadedModel, streams: int, answer: int, grid: Grid | None, every_s: float) -> float:
+def _gaps(
+    engine: Engine, model: LoadedModel, streams: int, words: int, answer: int, grid: Grid | None, every_s: float
+) -> float:
     for i in range(streams):
-        engine.add(request(model.config, f"stream {i}", [], 100, answer, i))
+        engine.add(request(model.config, f"stream {i}", [], words, answer, i))
     seen: dict[str, list[float]] = defaultdict(list)
     pictures, last = 0, time.perf_counter()
     while engine.has_work():
@@ -101,7 +103,7 @@ def _gaps(engine: Engine, model: LoadedModel, streams: int, answer: int, grid: G
         if all(len(seen[f"stream {i}"]) == answer for i in range(streams)):
             break
         if grid is not None and now - last >= every_s:
-            engine.add(request(model.config, f"picture {pictures}", [grid], 20, 1, 5000 + pictures))
+            engine.add(request(model.config, f"picture {pictures}", [grid], words // 5, 1, 5000 + pictures))
             pictures, last = pictures + 1, now
     gaps = sorted(b - a for i in range(streams) for a, b in pairwise(seen[f"stream {i}"]))
     return gaps[int(0.99 * (len(gaps) - 1))]

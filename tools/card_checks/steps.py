@@ -51,11 +51,12 @@ def _decode(
 ) -> tuple[float, float, float]:
     """Seconds per step of decode alone, the share in which nothing was under way, and bytes of K and V of a token."""
     limits = {"max_model_len": 2 * context, "max_num_seqs": streams}
+    words = 4 if tiny else context
     if tiny:
-        limits["max_num_batched_tokens"] = 32
+        limits["max_num_batched_tokens"] = 8
     engine = engine_for(model, way, streams * 2 * context, **limits)
     for i in range(streams):
-        engine.add(request(model.config, str(i), [], context, context, i))
+        engine.add(request(model.config, str(i), [], words, context, i))
     waiting = {str(i) for i in range(streams)}
     while waiting:
         waiting -= {output.request_id for output in engine.step()}
