@@ -225,8 +225,11 @@ def _yardsticks(setting: Setting) -> Iterator[Check]:
     floor = setting.ceilings.seconds(attention_flops=16 * 4.0 * 5476**2 * 16 * 80)
 
     def attend(backend: torch.nn.attention.SDPBackend) -> Row:
-        with torch.nn.attention.sdpa_kernel(backend):
-            seconds = setting.time(lambda: F.scaled_dot_product_attention(q, k, v), rounds=5)
+        try:
+            with torch.nn.attention.sdpa_kernel(backend):
+                seconds = setting.time(lambda: F.scaled_dot_product_attention(q, k, v), rounds=5)
+        except RuntimeError as error:  # nothing of ours is wrong
+            return Row(note=f"not to be had: {error}")
         return Row(seconds=seconds, floor=floor)
 
     for backend in (torch.nn.attention.SDPBackend.CUDNN_ATTENTION, torch.nn.attention.SDPBackend.FLASH_ATTENTION):
