@@ -18,7 +18,6 @@ import pytest
 from tests.media.film_maker import film
 from tests.media.test_media_images import TABLE
 
-from dashinfer_vlm.bench.processes import ProcessTree
 from dashinfer_vlm.errors import MediaError
 from dashinfer_vlm.media.wire import DecodeJob, Terms
 from dashinfer_vlm.media.workers import WorkerPool
@@ -34,7 +33,8 @@ NUM_WORKERS = 2
 TIMEOUT_S = 60.0
 """Of one decode: they take milliseconds, on a busy machine a few tens of them."""
 MOST_GROWTH = 1.1
-"""Memory of the processes at the end over what they have once the first fifth is done: allocators settle slowly."""
+"""Memory of the processes at the end over what they have once two fifths are done: allocators settle slowly, by 8 MiB
+at a time."""
 FILMS = {
     f"{container} {codec}": (container, codec)
     for container, codec in [
@@ -125,7 +125,9 @@ class Fuzzing:
             self.slowest_s = max(self.slowest_s, time.perf_counter() - start_s)
 
     def memory_bytes(self) -> int:
-        return sum(ProcessTree(pid).memory_bytes() for pid in self.pool.pids)
+        """What the processes hold of their own: how libraries are shared out depends on who else has them open."""
+        statuses = [Path(f"/proc/{pid}/status").read_text() for pid in self.pool.pids]
+        return sum(int(status.partition("RssAnon:")[2].split()[0]) << 10 for status in statuses)
 
     def _keep(self, kind: ItemKind, data: bytes) -> None:
         CRASHES.mkdir(parents=True, exist_ok=True)
@@ -152,5 +154,5 @@ async def test_damaged_media_neither_kill_nor_stop_nor_fill_the_decoding_process
     assert fuzzing.outcomes.total() == NUM_DECODES // 5 * 5
     assert not [outcome for outcome in fuzzing.outcomes if "killed" in outcome], f"kept in {CRASHES}: {told}"
     assert pool.num_restarts == 0
-    assert sizes[-1] < sizes[0] * MOST_GROWTH, told
+    assert sizes[-1] < max(sizes[:2]) * MOST_GROWTH, told
     assert os.listdir(tmp_path) == []
