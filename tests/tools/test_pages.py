@@ -51,7 +51,11 @@ def test_a_row_tells_rates_with_their_spread_and_the_ratio_over_the_last_target(
 
 
 def test_a_breakdown_is_a_table_with_bars_under_the_rates() -> None:
-    parts = (TimePart("prompts", 6.0, None, 3.0), TimePart("decode", 4.0, 8, 1.0, (TimePart("2", 4.0, 8),)))
+    parts = (
+        TimePart("prompts", 6.0, None, 3.0),
+        TimePart("host", 0.01),
+        TimePart("decode", 4.0, 8, 1.0, (TimePart("2", 4.0, 8),)),
+    )
     floor = Floor(0.0, 3.0, 1.0, Rates(30.0, {"int8": 800.0}))
     found = Breakdown(10.0, 2, parts, {"prefill": Wait(2, 1.25)}, floor)
     ours = Measured(OURS, [Batch((Reply(0.0, (0.5, 0.6), 0.7, 7, 2),), 10.0)], breakdown=found)
@@ -65,6 +69,7 @@ def test_a_breakdown_is_a_table_with_bars_under_the_rates() -> None:
     ) in section
     assert f"| prompts | 3.000 | 60.0% | `{'█' * 24}` |  |  | 1.500 |" in section
     assert f"| … of 2 streams | 2.000 | 40.0% | `{' ' * 24}{'█' * 16}` | 8 | 500.0 |  |" in section
+    assert f"| host | 0.005 | 0.1% | `{' ' * 24}▏` |  |  |  |" in section
     assert "Stages of an item or an answer, mean: prefill 1.250 s." in section
 
 

@@ -70,7 +70,11 @@ def _breakdown(settings: Mapping[str, Any], one: Mapping[str, Any]) -> list[str]
         return []
     found = msgspec.convert(one["breakdown"], Breakdown)
     name = f"`{settings['workload']}`, {settings['clients']} clients, {one['name']}"
-    rows = (_row(f"`{cell}`" if "█" in cell else cell for cell in row) for row in breakdown_rows(found))
+    bar = BREAKDOWN_HEADS.index("of the whole time")
+    rows = (
+        _row(f"`{cell}`" if i == bar and cell.strip() else cell for i, cell in enumerate(row))
+        for row in breakdown_rows(found)
+    )
     return [
         breakdown_title(name, found),
         "",
