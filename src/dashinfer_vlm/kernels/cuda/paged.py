@@ -123,13 +123,12 @@ def _attend(
         top, total, acc = _keys(q, k_cache, v_cache, table, j, end, last, base2, block_stride, slot_stride, top, total,
                                 acc, D, DP, BS, BN, INT8, True, C)  # fmt: skip
     some = tl.where(total > 0, total, 1.0)  # a split may find no key that a row sees
-    result = acc / some[:, None]
     if SPLITS > 1:  # as many rows as sequences of few rows may have
-        at = (s * FEW + row).to(tl.int64)
+        at = s * FEW + row
         tl.store(lse + split * l_split + at * l_t + query_head,
                  tl.where(total > 0, top + tl.log2(some), -1e30), mask=mine)  # fmt: skip
     place = out + split * o_split + at[:, None] * o_t + query_head[:, None] * o_h + d[None, :]
-    tl.store(place, result.to(out.dtype.element_ty), mask=inside)
+    tl.store(place, (acc / some[:, None]).to(out.dtype.element_ty), mask=inside)
 
 
 @triton.jit(do_not_specialize=["l_split"])
