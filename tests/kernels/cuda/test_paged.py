@@ -136,6 +136,7 @@ def test_splits_fill_a_card_and_no_more() -> None:
 def test_splits_take_memory_for_sequences_of_few_rows_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     """A long prompt beside one stream is not split, and its rows would be many times the memory."""
     batch, taken, empty = make([1, 200], [40, 200]), [], torch.empty
+    expected = batch.expected()
 
     def measured(*size: Any, **options: Any) -> Tensor:
         tensor = empty(*size, **options)
@@ -144,7 +145,7 @@ def test_splits_take_memory_for_sequences_of_few_rows_alone(monkeypatch: pytest.
 
     monkeypatch.setattr(torch, "empty", measured)
     got = batch.run(4)
-    assert error(got, batch.expected()) < 1e-5
+    assert error(got, expected) < 1e-5
     assert sum(taken) - got.nbytes <= 4 * 2 * FEW_ROWS * 6 * (32 + 1) * 4
 
 
