@@ -13,6 +13,7 @@ import time
 from collections import Counter
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -125,7 +126,9 @@ def test_requests_come_from_a_pipe_and_answers_go_to_one(arguments: list[str]) -
 def test_ctrl_c_ends_a_run_whose_pipe_is_silent(arguments: list[str]) -> None:
     flags = ["-", "-o", "-", *arguments[3:]]
     pipes: Any = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    with subprocess.Popen([*SCRIPTED, *flags], **pipes) as running:
+    # a shell lets what it starts in the background ignore Ctrl-C, these tests too
+    heard = partial(signal.signal, signal.SIGINT, signal.default_int_handler)
+    with subprocess.Popen([*SCRIPTED, *flags], preexec_fn=heard, **pipes) as running:
         assert running.stdin is not None
         assert running.stdout is not None
         assert running.stderr is not None
