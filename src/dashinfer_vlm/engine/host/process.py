@@ -246,7 +246,7 @@ class ProcessEngine:
         # NOBLOCK: without a peer this would wait forever. Nothing is lost: who sent it listens for the answer, and
         # the reader tells all who listen that the child is gone.
         sent = asyncio.ensure_future(self._socket.send(msgspec.msgpack.encode(command), flags=zmq.NOBLOCK))
-        sent.add_done_callback(_forgive)
+        sent.add_done_callback(_note_failure)
 
 
 def _parts(event: Event) -> Iterator[Event]:
@@ -263,10 +263,10 @@ def _how_it_ended(status: int) -> str:
     return f"was killed by signal {signal.Signals(-status).name}" if status < 0 else f"ended with status {status}"
 
 
-def _forgive(sent: asyncio.Future[Any]) -> None:
-    """Take what went wrong, or asyncio would say that nobody has."""
-    if not sent.cancelled():
-        sent.exception()
+def _note_failure(sent: asyncio.Future[Any]) -> None:
+    """That the child is gone is told by the reader; nothing else is expected to go wrong."""
+    if not sent.cancelled() and (error := sent.exception()) and not isinstance(error, zmq.Again):
+        logger.error("a message to the engine process was not sent", exc_info=error)
 
 
 def _resolve(answer: asyncio.Future[EngineStats | Fault], stats: EngineStats | Fault) -> None:

@@ -123,7 +123,7 @@ def _attend(
         top, total, acc = _keys(q, k_cache, v_cache, table, j, end, last, base2, block_stride, slot_stride, top, total,
                                 acc, D, DP, BS, BN, INT8, True, C)  # fmt: skip
     some = tl.where(total > 0, total, 1.0)  # a split may find no key that a row sees
-    if SPLITS > 1:  # as many rows as sequences of few rows may have
+    if SPLITS > 1:  # as many rows as sequences of few rows may have: 32 bits hold their places, and save registers
         at = s * FEW + row
         tl.store(lse + split * l_split + at * l_t + query_head,
                  tl.where(total > 0, top + tl.log2(some), -1e30), mask=mine)  # fmt: skip
