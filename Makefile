@@ -7,7 +7,7 @@
 #   make dist         wheel and sdist in dist/      make test-dist     ... installed in empty environments, and asked
 #   make precision    what quantised weights cost       make test-browser  the page at / in Chromium
 #   make soak     half an hour of mixed load        make faults   processes killed, disks full: what clients see
-#   make crowd    1,000 streams at once             make fuzz     100,000 damaged pictures and films
+#   make crowd    1,000 streams at once             make fuzz     300,000 damaged pictures and films
 #   make test-slow    long searches, all variants       make test-torch    the oldest and the newest torch
 #   make test-clients other people's clients
 PYTHON ?= $(shell python3.11 -c '' 2>/dev/null && echo python3.11 || echo python3)

@@ -1,4 +1,4 @@
-"""A hundred thousand pictures and films that somebody has damaged, in the decoding processes: no process dies, hangs,
+"""Three hundred thousand pictures and films that somebody has damaged, in the decoding processes: no process dies, hangs,
 grows or leaves a file. `make fuzz` runs this alone, and FUZZ_DECODES says how many.
 """
 
@@ -25,7 +25,7 @@ from dashinfer_vlm.processors.qwen import ProcessorConfig
 from dashinfer_vlm.processors.videos import Qwen2Video
 from dashinfer_vlm.request import ItemKind
 
-NUM_DECODES = int(os.environ.get("FUZZ_DECODES", "100_000"))
+NUM_DECODES = int(os.environ.get("FUZZ_DECODES", "300_000"))
 FILM_SHARE = 0.1
 CRASHES = Path("build/fuzz")
 """Where media are kept that have killed a process."""
@@ -33,8 +33,8 @@ NUM_WORKERS = 2
 TIMEOUT_S = 60.0
 """Of one decode: they take milliseconds, on a busy machine a few tens of them."""
 MOST_GROWTH = 1.1
-"""Memory of the processes at the end over what they have once two fifths are done: allocators settle slowly, by 8 MiB
-at a time."""
+"""Memory of the processes at the end over what they have once three fifths are done: until then it grows by their
+largest media, of which each meets its own. Over the rest a hundred bytes lost by each decode would be seen."""
 FILMS = {
     f"{container} {codec}": (container, codec)
     for container, codec in [
@@ -154,5 +154,5 @@ async def test_damaged_media_neither_kill_nor_stop_nor_fill_the_decoding_process
     assert fuzzing.outcomes.total() == NUM_DECODES // 5 * 5
     assert not [outcome for outcome in fuzzing.outcomes if "killed" in outcome], f"kept in {CRASHES}: {told}"
     assert pool.num_restarts == 0
-    assert sizes[-1] < max(sizes[:2]) * MOST_GROWTH, told
+    assert sizes[-1] < max(sizes[:3]) * MOST_GROWTH, told
     assert os.listdir(tmp_path) == []

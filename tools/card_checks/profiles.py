@@ -1,0 +1,108 @@
+"""Where the time of a model call goes, kernel by kernel, as the profiler of the card sees it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from functools import partial
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from card_checks.models import (
+    BLOCK_SIZE,
+    checked_backend,
+    make_engine,
+    make_model,
+    published_config,
+    request,
+    text_batch,
+    tokens_of,
+)
+from card_checks.results import Check, Setting
+from card_checks.rows import Row
+from dashinfer_vlm.models.loading import allocate_kv
+from dashinfer_vlm.models.model import LoadedModel
+from dashinfer_vlm.request import Grid
+
+MOST_KERNELS = 12
+"""That a row names; the others are added up."""
+
+
+def profiles(setting: Setting) -> Iterator[Check]:
+    """Decode of 1 and 64 streams, a prompt and the ViT: the sum of all kernels, and the longest with their counts."""
+    dtype = torch.float32 if setting.device.type == "cpu" else torch.bfloat16
+    for size in ("tiny",) if setting.tiny else ("2b", "7b"):
+        config = published_config("qwen2_vl", size)
+        model = make_model(config, checked_backend(setting, dtype), small=setting.tiny)
+        context, prompt = (17, 20) if setting.tiny else (1024, 8192)
+        for streams in (2,) if setting.tiny else (1, 64):
+            rows, contexts = [1] * streams, [context] * streams
+            yield f"{size} kernels of decode {streams}", partial(_of_text, setting, model, rows, contexts)
+        yield f"{size} kernels of prefill {prompt}", partial(_of_text, setting, model, [prompt], [prompt])
+        yield f"{size} kernels of the ViT", partial(_of_pictures, setting, model)
+
+
+def _of_text(setting: Setting, model: LoadedModel, rows: list[int], contexts: list[int]) -> Row:
+    kv = allocate_kv(model, sum(-(-n // BLOCK_SIZE) for n in contexts), BLOCK_SIZE)
+    batch = text_batch(setting.device, rows, contexts)
+    return _profiled(setting, lambda: model.forward(batch, kv))
+
+
+def _of_pictures(setting: Setting, model: LoadedModel) -> Row:
+    grids: list[Grid] = [(1, 4, 6)] if setting.tiny else [(1, 74, 74)] * 4
+    encoder, vision = model.encoder, model.config.vision
+    assert encoder is not None
+    assert vision is not None
+    shapes = [(math.prod(grid), vision.patch_dim) for grid in grids]
+    patches = [torch.randint(0, 256, shape, dtype=torch.uint8, device=setting.device) for shape in shapes]
+
+    def run() -> None:
+        state = encoder.begin(patches, grids)
+        while not state.done:
+            encoder.run(state, 1 << 20)
+        encoder.finish(state)
+
+    return _profiled(setting, run)
+
+
+def _profiled(setting: Setting, call: Callable[[], object]) -> Row:
+    """The second call's."""
+    call()
+    setting.wait()
+    of_card = setting.device.type == "cuda"
+    with profile(activities=[ProfilerActivity.CUDA if of_card else ProfilerActivity.CPU]) as found:
+        call()
+        setting.wait()
+    name = "self_device_time_total" if of_card else "self_cpu_time_total"
+    times = sorted(((getattr(x, name) / 1e6, x.count, x.key) for x in found.key_averages()), reverse=True)
+    longest = {f"{count} {key[:60]}": seconds for seconds, count, key in times[:MOST_KERNELS] if seconds}
+    rest = sum(seconds for seconds, _, _ in times[MOST_KERNELS:])
+    return Row(
+        seconds=sum(seconds for seconds, _, _ in times),
+        others=longest | {"others": rest},
+        note=f"{sum(count for seconds, count, _ in times if seconds)} kernels",
+    )
+
+
+def memory(setting: Setting) -> Iterator[Check]:
+    """What torch's allocator has lent after many requests beside what it had after the first of them."""
+    yield "memory after 1,000 requests", partial(_memory, setting)
+
+
+def _memory(setting: Setting) -> Row:
+    size, first, count = ("tiny", 2, 4) if setting.tiny else ("2b", 200, 1000)
+    dtype = torch.float32 if setting.device.type == "cpu" else torch.bfloat16
+    model = make_model(published_config("qwen2_vl", size), checked_backend(setting, dtype), small=setting.tiny)
+    engine = make_engine(model, 8192, 512, max_num_seqs=8 if setting.tiny else 32, vision_cache_gib=0.01)
+    lent = []
+    for begin, end in ((0, first), (first, count)):
+        some = [
+            request(model.config, str(i), [(1, 4, 6 + 2 * (i % 5))] * (i % 3 == 0), 5 + i % 60, 2 + i % 9, i)
+            for i in range(begin, end)
+        ]
+        tokens_of(engine, some)
+        setting.wait()
+        lent.append(torch.cuda.memory_allocated(setting.device) if setting.device.type == "cuda" else 0)
+    engine.close()
+    return Row(error=float(lent[1] - lent[0]), allowed=2**24, note=f"{lent[1] / 2**20:.1f} MiB, growth in bytes")
