@@ -40,16 +40,17 @@ def steps(setting: Setting) -> Iterator[Check]:
 def _steps(setting: Setting, model: LoadedModel, way: str, streams: int, context: int, bar: float | None) -> Row:
     rounds = 3 if setting.tiny else 64
     with started(way):
-        per_step, idle, kv = _decode(model, way, streams, context, rounds, tiny=setting.tiny)
+        per_step, idle, kv, told = _decode(model, way, streams, context, rounds, tiny=setting.tiny)
     moved = weight_bytes(model) + streams * context * kv
     floor = setting.ceilings.seconds(moved, 2 * weight_bytes(model) / model.kv_dtype.itemsize * streams)
-    return Row(seconds=per_step, floor=floor, bar=bar, note=f"idle {100 * idle:.0f} %")
+    return Row(seconds=per_step, floor=floor, bar=bar, note=f"idle {100 * idle:.0f} %; {told}")
 
 
 def _decode(
     model: LoadedModel, way: str, streams: int, context: int, rounds: int, *, tiny: bool
-) -> tuple[float, float, float]:
-    """Seconds per step of decode alone, the share in which nothing was under way, and bytes of K and V of a token."""
+) -> tuple[float, float, float, str]:
+    """Seconds per step of decode alone, the share in which nothing was under way, bytes of K and V of a token, and how
+    the prompts went."""
     limits = {"max_model_len": 2 * context, "max_num_seqs": streams}
     words = 4 if tiny else context
     if tiny:
@@ -57,13 +58,15 @@ def _decode(
     engine = engine_for(model, way, streams * 2 * context, **limits)
     for i in range(streams):
         engine.add(request(model.config, str(i), [], words, context, i))
-    waiting = {str(i) for i in range(streams)}
+    waiting, num_steps, begin = {str(i) for i in range(streams)}, 0, time.perf_counter()
     while waiting:
         waiting -= {output.request_id for output in engine.step()}
+        num_steps += 1
+    told = f"prompts in {time.perf_counter() - begin:.2f} s, {num_steps} steps"
     begin, before = time.perf_counter(), engine.stats()
     for _ in range(rounds):
         engine.step()
     seconds, after = time.perf_counter() - begin, engine.stats()
-    assert after.num_running == streams, "some stream has ended"
+    assert after.num_running == streams, f"some stream has ended; {told}"
     busy = after.step_seconds_total - before.step_seconds_total
-    return seconds / rounds, max(0.0, 1 - busy / seconds), kv_bytes(engine.runner.kv)
+    return seconds / rounds, max(0.0, 1 - busy / seconds), kv_bytes(engine.runner.kv), told

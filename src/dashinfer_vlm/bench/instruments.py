@@ -146,7 +146,7 @@ def _paged_cost(
 
 
 def _varlen_cost(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, starts: torch.Tensor, scale: float, first: int
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, starts: torch.Tensor, scale: float, first: int, *_: object
 ) -> tuple[float, float]:
     last = first + len(q)
     pairs = sum(

@@ -142,17 +142,23 @@ def _grouped_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale:
 
 
 def varlen_attention(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, starts: torch.Tensor, scale: float, first_query: int = 0
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    starts: torch.Tensor,
+    scale: float,
+    first_query: int = 0,
+    out: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Full attention inside each packed segment; [Q, H, D] of q's dtype.
+    """Full attention inside each packed segment; [Q, H, D] of q's dtype, in `out` where one is given.
 
     k and v are [P, H, D], q is the part [Q, H, D] of the P rows that begins at `first_query`; all may be strided views.
     Segment n owns rows `starts[n] .. starts[n + 1]` (int32 [N + 1], from 0 to P). With all queries at once, segments of
     equal length are computed together.
     """
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device) if out is None else out
     if len(q) < len(k):
-        return _part_of_attention(q, k, v, starts, scale, first_query)
-    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+        return _part_of_attention(q, k, v, starts, scale, first_query, out)
     lengths = starts.diff()
     for length in sorted(set(lengths.tolist())):
         first = starts[:-1][lengths == length].long()
@@ -165,9 +171,14 @@ def varlen_attention(
 
 
 def _part_of_attention(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, starts: torch.Tensor, scale: float, first_query: int
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    starts: torch.Tensor,
+    scale: float,
+    first_query: int,
+    out: torch.Tensor,
 ) -> torch.Tensor:
-    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     bounds = starts.tolist()
     for start, stop in pairwise(bounds):
         rows = slice(max(start - first_query, 0), max(min(stop - first_query, len(q)), 0))

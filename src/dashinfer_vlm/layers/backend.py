@@ -56,7 +56,7 @@ class Ops:
     rope: Callable[[Tensor, Tensor, Tensor], None]
     rope_write_kv: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], None]
     paged_attention: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, float], Tensor]
-    varlen_attention: Callable[[Tensor, Tensor, Tensor, Tensor, float, int], Tensor]
+    varlen_attention: Callable[[Tensor, Tensor, Tensor, Tensor, float, int, Tensor | None], Tensor]
 
 
 REFERENCE = Ops(

@@ -28,7 +28,7 @@ Table = tuple[torch.Tensor, torch.Tensor]
 
 
 class Mlp(Protocol):
-    """[T, hidden] -> [T, hidden]; `residual` is added."""
+    """[T, hidden] -> [T, hidden]; `residual` is added, and may be overwritten."""
 
     @property
     def first(self) -> Linear:
@@ -128,7 +128,7 @@ class GatedMlp:
         self.gate_up = backend.before(self.first, self.down)
 
     def __call__(self, x: Any, *, residual: torch.Tensor) -> torch.Tensor:
-        return self.down(self.gate_up(x), residual=residual)
+        return self.down(self.gate_up(x), residual=residual, out=residual)
 
 
 class Rotary:
@@ -251,5 +251,5 @@ class _Layer:
         attended = self.attention.attend(self.norm1(x), table, batch, cache)
         if rows is not None:
             x, attended = x[rows], attended[rows]
-        x = self.attention.out(attended, residual=x)
+        x = self.attention.out(attended, residual=x, out=x)  # nobody needs the rows from before
         return self.mlp(self.norm2(x), residual=x)

@@ -174,8 +174,14 @@ class VitBlock:
         attended = torch.empty_like(q, memory_format=torch.contiguous_format)
         pairs = state.layout.pairs[self.starts_index]
         for rows, part in self._attention_pieces(pairs, num_rows, state.slice_flops):
-            attended[rows, part] = self.ops.varlen_attention(
-                q[rows, part], k[:, part], v[:, part], starts, self.head_dim**-0.5, rows.start
+            self.ops.varlen_attention(
+                q[rows, part],
+                k[:, part],
+                v[:, part],
+                starts,
+                self.head_dim**-0.5,
+                rows.start,
+                attended[rows, part],
             )
             yield
         flat = attended.flatten(1)

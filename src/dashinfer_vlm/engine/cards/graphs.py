@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any, Protocol
@@ -98,10 +100,11 @@ class Graphs:
     def capture(self, shapes: Iterable[Shape], prepare: Run) -> None:
         """`prepare` leaves arrays of a shape in the static buffers that a call can run over."""
         pool = torch.cuda.graph_pool_handle() if self._device.type == "cuda" else None
-        for shape in shapes:
-            prepare(shape)
-            self._run(shape)  # compiles what is not compiled, which a capture cannot
-            self._graphs[shape] = self._captured(shape, pool)
+        with _nothing_is_collected():
+            for shape in shapes:
+                prepare(shape)
+                self._run(shape)  # compiles what is not compiled, which a capture cannot
+                self._graphs[shape] = self._captured(shape, pool)
         log.info("%d graphs of steps are captured", len(self._graphs))
 
     def _captured(self, shape: Shape, pool: Any) -> Graph:
@@ -109,6 +112,21 @@ class Graphs:
             return Again(self._run, shape)
         torch.cuda.synchronize(self._device)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=pool):
+        # what other threads ask of the card meanwhile is none of the capture's business
+        with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
             self._run(shape)
         return graph
+
+
+@contextmanager
+def _nothing_is_collected() -> Iterator[None]:
+    """Memory of a card that is freed while a graph is captured ends the capture, so what is in cycles is freed before
+    and after."""
+    was_enabled = gc.isenabled()
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()

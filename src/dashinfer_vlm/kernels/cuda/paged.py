@@ -40,6 +40,17 @@ def _sequence_of(starts, tile, num_sequences, BQ: tl.constexpr):
 
 
 @triton.jit
+def _load(places, live, d, D: tl.constexpr, DP: tl.constexpr, MASKED: tl.constexpr):
+    """Rows of the cache at `places`, whose `live` and whose channels `d` have the places' shape; masks that are always
+    true are not seen through by the compiler."""
+    if MASKED:
+        return tl.load(places, mask=live & (d < D), other=0)
+    if D == DP:
+        return tl.load(places)
+    return tl.load(places, mask=d < D, other=0)
+
+
+@triton.jit
 def _keys(
     q, k_cache, v_cache, table, j, stop, last, scale, block_stride, slot_stride, top, total, acc, D: tl.constexpr,
     DP: tl.constexpr, BS: tl.constexpr, BN: tl.constexpr, INT8: tl.constexpr, MASKED: tl.constexpr, C: tl.constexpr,
@@ -47,10 +58,10 @@ def _keys(
     """The running softmax over `BN` keys from j on: largest score (base 2), sum of weights, weighted values."""
     d = tl.arange(0, DP)
     t = j + tl.arange(0, BN)
-    live = t < stop if MASKED else t >= 0
-    block = tl.load(table + t // BS, mask=live, other=0).to(tl.int64)
+    live = t < stop
+    block = (tl.load(table + t // BS, mask=live, other=0) if MASKED else tl.load(table + t // BS)).to(tl.int64)
     at = block * block_stride + (t % BS) * slot_stride
-    k = tl.load(k_cache + at[None, :] + d[:, None], mask=live[None, :] & (d < D)[:, None], other=0)
+    k = _load(k_cache + at[None, :] + d[:, None], live[None, :], d[:, None], D, DP, MASKED)
     x = tl.dot(q, k.to(C), input_precision="ieee") * scale
     if INT8:
         x *= tl.load((k_cache + at + D).to(tl.pointer_type(tl.float32)), mask=live, other=0.0)[None, :]
@@ -62,7 +73,7 @@ def _keys(
         p = tl.where(x > -1e29, p, 0.0)
     fade = tl.exp2(top - highest)
     total = total * fade + tl.sum(p, 1)
-    v = tl.load(v_cache + at[:, None] + d[None, :], mask=live[:, None] & (d < D)[None, :], other=0)
+    v = _load(v_cache + at[:, None] + d[None, :], live[:, None], d[None, :], D, DP, MASKED)
     if INT8:
         p *= tl.load((v_cache + at + D).to(tl.pointer_type(tl.float32)), mask=live, other=0.0)[None, :]
     acc = tl.dot(p.to(C), v.to(C), acc * fade[:, None], input_precision="ieee")

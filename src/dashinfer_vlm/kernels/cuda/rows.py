@@ -9,7 +9,7 @@ from torch import Tensor
 
 from dashinfer_vlm.kernels.cuda.launch import check, follow, launch, power_of_two
 
-__all__ = ["embed", "layer_norm", "normed", "quick_gelu", "rms_norm", "silu_mul", "silu_times_up"]
+__all__ = ["add_to_rows", "embed", "layer_norm", "normed", "quick_gelu", "rms_norm", "silu_mul", "silu_times_up"]
 
 
 @triton.jit
@@ -69,6 +69,15 @@ def _quick_gelu(x_rows, out, x_t, o_t, N: tl.constexpr, B: tl.constexpr):
     i = tl.program_id(1) * B + tl.arange(0, B)
     x = tl.load(x_rows + row * x_t + i, mask=i < N, other=0.0).to(tl.float32)
     tl.store(out + row * o_t + i, (x / (1 + tl.exp(-1.702 * x))).to(out.dtype.element_ty), mask=i < N)
+
+
+@triton.jit
+def _add_to_rows(x_rows, bias, out, x_t, o_t, N: tl.constexpr, B: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    i = tl.program_id(1) * B + tl.arange(0, B)
+    x = tl.load(x_rows + row * x_t + i, mask=i < N, other=0.0).to(tl.float32)
+    b = tl.load(bias + i, mask=i < N, other=0.0).to(tl.float32)
+    tl.store(out + row * o_t + i, (x + b).to(out.dtype.element_ty), mask=i < N)
 
 
 @triton.jit
@@ -156,6 +165,18 @@ def quick_gelu(x: Tensor) -> Tensor:
     _check_rows(x)
     _elementwise(_quick_gelu, x, x)
     return x
+
+
+def add_to_rows(x: Tensor, bias: Tensor, out: Tensor | None = None) -> Tensor:
+    """[T, N] and a bias [N]; rows may be strided, `out` may be x."""
+    _check_rows(x, bias)
+    out = torch.empty(x.shape, dtype=x.dtype, device=x.device) if out is None else out
+    size = x.shape[1]
+    block = min(power_of_two(size, 128), 1024)
+    launch(
+        _add_to_rows, (len(x), -(-size // block)), x, bias, out, x.stride(0), out.stride(0), size, block, num_warps=4
+    )
+    return out
 
 
 def _elementwise(kernel: triton.JITFunction, x: Tensor, out: Tensor) -> None:

@@ -150,14 +150,23 @@ def parts_of(dim: int) -> tuple[int, int]:
     return first, power_of_two(dim - first, 16) if dim > first else 0
 
 
-def varlen_attention(q: Tensor, k: Tensor, v: Tensor, starts: Tensor, scale: float, first_query: int = 0) -> Tensor:
+def varlen_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    starts: Tensor,
+    scale: float,
+    first_query: int = 0,
+    out: Tensor | None = None,
+) -> Tensor:
     """`layers.attention.varlen_attention`: [Q, H, D] of q's dtype. Waits for nothing and reads nothing back.
 
     Tiles are kept as long as `starts`, which must not change."""
     num_queries, num_heads, dim = q.shape
     check(k.shape == v.shape and k.shape[1:] == q.shape[1:], "q, k and v must agree in heads and channels", q, k, v)
     check(q.stride(2) == k.stride(2) == v.stride(2) == 1, "channels must be dense", q, k, v)
-    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device) if out is None else out
+    check(out.stride(2) == 1, "channels must be dense", out)
     if not num_queries or len(starts) < 2:
         return out
     is_short = len(k) < TALL * (len(starts) - 1)

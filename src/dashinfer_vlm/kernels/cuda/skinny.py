@@ -181,6 +181,21 @@ def expand(weight: GroupedWeight, dtype: torch.dtype) -> Tensor:
     return out
 
 
+@dataclass(frozen=True, slots=True)
+class Tile:
+    """How a launch cuts its work."""
+
+    rows: int
+    columns: int
+    warps: int
+    stages: int
+
+
+def tile_for(num_rows: int, bits: int, *, is_gated: bool) -> Tile:
+    """Two tiles of a gated product at once fill the registers."""
+    return Tile(16, 32, 4, 4) if num_rows <= 16 else Tile(64, 32 if is_gated else 64, 4, 4)
+
+
 def num_splits(num_programs: int, num_groups: int) -> int:
     """A power of two, so that `num_programs` times it fill a card, and every split has some groups of columns."""
     wanted = min(WANTED_PROGRAMS // max(num_programs, 1), num_groups // LEAST_GROUPS, 16)
@@ -196,6 +211,7 @@ def product(
     silu_mul: bool = False,
     residual: Tensor | None = None,
     dtype: torch.dtype | None = None,
+    out: Tensor | None = None,
     splits: int | None = None,
 ) -> Tensor:
     """[T, N] of `dtype`, else of x's (N / 2 with `silu_mul`): the norm of x [T, K], times the weight, transposed, plus
@@ -211,11 +227,12 @@ def product(
     check(x.stride(1) == weight.numbers.stride(1) == 1, "rows must be dense", x, weight.numbers)
     check(residual is None or residual.shape == (num_rows, size), "the residual must fit the result", x, *(
         () if residual is None else (residual,)))  # fmt: skip
-    height, width = (16, 32) if num_rows <= 16 else (64, 32 if silu_mul else 64)  # two tiles at once fill the registers
-    grid = (-(-size // width), -(-num_rows // height))
+    tile = tile_for(num_rows, weight.bits, is_gated=silu_mul)
+    grid = (-(-size // tile.columns), -(-num_rows // tile.rows))
     if splits is None:
         splits = num_splits(grid[0] * grid[1], -(-depth // GROUP))
-    out = torch.empty(num_rows, size, dtype=dtype or x.dtype, device=x.device)
+    if out is None:
+        out = torch.empty(num_rows, size, dtype=dtype or x.dtype, device=x.device)
     parts, sums = out[None], out
     if splits > 1:
         parts = torch.empty(splits, num_rows, rows_of_weight, dtype=torch.float32, device=x.device)
@@ -229,8 +246,8 @@ def product(
     launch(
         _multiply, (*grid, splits), x, weight.numbers, scales, absent if norm is None else norm.weight, *around, parts,
         sums, eps, num_rows, x.stride(0), weight.numbers.stride(0), scales.stride(0), r_t, parts.stride(1),
-        parts.stride(0), size, depth, splits, height, width, weight.bits, *kinds, compute_type(x.dtype), num_warps=4,
-        num_stages=4,
+        parts.stride(0), size, depth, splits, tile.rows, tile.columns, weight.bits, *kinds, compute_type(x.dtype),
+        num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
     if splits > 1:
         launch(
