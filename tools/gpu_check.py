@@ -42,6 +42,7 @@ PHASES: dict[str, tuple[str, float]] = {
     "families": ("models.families", 60),
     "steps": ("steps.steps", 60),
     "profile": ("profiles.profiles", 30),
+    "serving": ("profiles.serving", 20),
     "memory": ("profiles.memory", 20),
     "shapes": ("models.shapes", 100),
     "published": ("service.published", 60),

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -21,6 +23,7 @@ from card_checks.models import (
 )
 from card_checks.results import Check, Setting
 from card_checks.rows import Row
+from card_checks.service import card_model, published_engine
 from dashinfer_vlm.models.loading import allocate_kv
 from dashinfer_vlm.models.model import LoadedModel
 from dashinfer_vlm.request import Grid
@@ -66,15 +69,46 @@ def _of_pictures(setting: Setting, model: LoadedModel) -> Row:
     return _profiled(setting, run)
 
 
+def serving(setting: Setting) -> Iterator[Check]:
+    """Some steps of the published workload: what the card did, and how long it had nothing to do."""
+    yield "published work, kernels", partial(_serving, setting)
+
+
+def _serving(setting: Setting) -> Row:
+    clients, first, count = (2, 1, 2) if setting.tiny else (32, 150, 120)
+    engine, requests = published_engine(setting, card_model(setting, "tiny" if setting.tiny else "2b"), clients)
+    for one in requests:
+        engine.add(one)
+    for _ in range(first):
+        engine.step()
+    setting.wait()
+    begin = time.perf_counter()
+    with profile(activities=_activities(setting)) as found:
+        for _ in range(count):
+            engine.step()
+        setting.wait()
+    seconds = time.perf_counter() - begin
+    engine.close()
+    row = _row(setting, found)
+    return replace(row, seconds=seconds, note=f"{count} steps, kernels {row.seconds or 0:.3f} s of it")
+
+
 def _profiled(setting: Setting, call: Callable[[], object]) -> Row:
     """The second call's."""
     call()
     setting.wait()
-    of_card = setting.device.type == "cuda"
-    with profile(activities=[ProfilerActivity.CUDA if of_card else ProfilerActivity.CPU]) as found:
+    with profile(activities=_activities(setting)) as found:
         call()
         setting.wait()
-    name = "self_device_time_total" if of_card else "self_cpu_time_total"
+    return _row(setting, found)
+
+
+def _activities(setting: Setting) -> list[ProfilerActivity]:
+    return [ProfilerActivity.CUDA if setting.device.type == "cuda" else ProfilerActivity.CPU]
+
+
+def _row(setting: Setting, found: profile) -> Row:
+    name = "self_device_time_total" if setting.device.type == "cuda" else "self_cpu_time_total"
     times = sorted(((getattr(x, name) / 1e6, x.count, x.key) for x in found.key_averages()), reverse=True)
     longest = {f"{count} {key[:60]}": seconds for seconds, count, key in times[:MOST_KERNELS] if seconds}
     rest = sum(seconds for seconds, _, _ in times[MOST_KERNELS:])

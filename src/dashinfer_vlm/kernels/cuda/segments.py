@@ -103,8 +103,9 @@ def _attend(
     for j in tl.range(start, whole, BN):
         top, total, acc_a, acc_b = _keys(qa, qb, k, v, j, stop, base2, k_t, v_t, top, total, acc_a, acc_b,
                                          D, DA, DB, BN, False, C)  # fmt: skip
-    if whole < stop:
-        top, total, acc_a, acc_b = _keys(qa, qb, k, v, whole, stop, base2, k_t, v_t, top, total, acc_a, acc_b,
+    # a loop of one round at most: ptxas 12.8 takes the wrong addresses for the products behind an `if`, see docs/log.md
+    for j in tl.range(whole, stop, BN):
+        top, total, acc_a, acc_b = _keys(qa, qb, k, v, j, stop, base2, k_t, v_t, top, total, acc_a, acc_b,
                                          D, DA, DB, BN, True, C)  # fmt: skip
     place = out + at[:, None] * o_t + head * o_h
     inside = mine[:, None] if DA <= D else mine[:, None] & (a < D)[None, :]

@@ -16,7 +16,7 @@ from torch import Tensor
 from dashinfer_vlm.kernels.cuda.launch import check, compute_type, follow, launch, power_of_two
 from dashinfer_vlm.kernels.grouped import GROUP, GroupedWeight
 
-__all__ = ["MOST_ROWS", "Norm", "expand", "num_splits", "product"]
+__all__ = ["MOST_ROWS", "Norm", "expand", "most_rows_of_16_bits", "num_splits", "product"]
 
 MOST_ROWS = 128
 """Beyond them arithmetic counts, and a weight is better expanded once."""
@@ -194,6 +194,11 @@ class Tile:
 def tile_for(num_rows: int, bits: int, *, is_gated: bool) -> Tile:
     """Two tiles of a gated product at once fill the registers."""
     return Tile(16, 32, 4, 4) if num_rows <= 16 else Tile(64, 32 if is_gated else 64, 4, 4)
+
+
+def most_rows_of_16_bits(size: int, depth: int) -> int:
+    """Up to how many rows a weight [size, depth] of 16 bits is better multiplied here than by cuBLAS."""
+    return 0
 
 
 def num_splits(num_programs: int, num_groups: int) -> int:
