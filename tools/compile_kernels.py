@@ -6,7 +6,7 @@
 Prints one JSON object a line: model, variant, kernel, registers, bytes of stack, spills, bytes of shared memory, and
 how often the instructions occur that decide the speed: `HGMMA` (products of a warp group), `HMMA` (of a warp), `QGMMA`
 (of a warp group, 8-bit floats), and asynchronous copies, those of 128 bits apart; sines that are only approximate;
-waits for the kernel before, of those that are started early.
+waits for the kernel before, of those that are started early; products that read from a wrong address (see sass.py).
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 
 from dashinfer_vlm.kernels.cuda import launch as launching
+from sass import raw_descriptors
 
 TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 
@@ -49,6 +50,7 @@ class Compiled:
     wide_copies: int
     fast_sines: int
     waits: int
+    raw_descriptors: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,6 +168,7 @@ def _read(model: str, variant: str, kernel: str, compiled: Any) -> Compiled:
         len(re.findall(r"\bLDGSTS\S*\.128", code)),
         len(re.findall(r"\bMUFU\.(?:SIN|COS)\b", code)),
         len(re.findall(r"\bACQBULK\b", code)),
+        len(raw_descriptors(code)),
     )
 
 

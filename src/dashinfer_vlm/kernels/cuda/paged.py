@@ -21,8 +21,8 @@ __all__ = ["FEW_ROWS", "paged_attention"]
 
 FEW_ROWS = 8
 """Rows up to which a sequence belongs to the launch with splits."""
-WANTED_PROGRAMS = 400
-"""About three for each multiprocessor of a large card."""
+WANTED_PROGRAMS = 800
+"""About six for each multiprocessor of a large card."""
 
 
 @triton.jit
@@ -178,18 +178,21 @@ class Tile:
 
 
 def few_tile(dtype: torch.dtype, cache: torch.dtype, group: int, dim: int) -> Tile:
-    """For at most `FEW_ROWS` rows of a sequence; `group` query heads share a key head of `dim` channels."""
+    """For at most `FEW_ROWS` rows of a sequence; `group` query heads share a key head of `dim` channels. That of 16 bits
+    is the fastest on an H200 (docs/log.md)."""
     rows = power_of_two(group, 16)
     if dtype == torch.float32 or dim > 128:
         return Tile(rows, 32, 4, 2)
-    return Tile(rows, 32, 4, 3) if cache == torch.int8 else Tile(rows, 64, 4, 3)
+    return Tile(rows, 32, 4, 3) if cache == torch.int8 else Tile(rows, 64, 2, 3)
 
 
-def many_tile(dtype: torch.dtype, group: int, dim: int) -> Tile:
-    """For more rows."""
+def many_tile(dtype: torch.dtype, cache: torch.dtype, group: int, dim: int) -> Tile:
+    """For more rows. The last one is the fastest on an H200 (docs/log.md)."""
     if dtype == torch.float32:
         return Tile(power_of_two(group, 32), 32, 4, 1)
-    return Tile(power_of_two(group, 128), 64, 8, 2 if dim > 128 else 3)
+    if dim > 128 or cache == torch.int8:
+        return Tile(power_of_two(group, 128), 64, 8, 2 if dim > 128 else 3)
+    return Tile(power_of_two(group, 64), 64, 4, 2)
 
 
 def num_splits(num_programs: int, max_context: int, keys: int) -> int:
@@ -273,7 +276,7 @@ def _many(
     scale: float,
 ) -> None:
     group = q.shape[1] // k_cache.shape[2]
-    tile = many_tile(q.dtype, group, q.shape[2])
+    tile = many_tile(q.dtype, k_cache.dtype, group, q.shape[2])
     grid = (len(q) // (tile.rows // group) + len(contexts), k_cache.shape[2], 1)
     _start(grid, q, k_cache, v_cache, tables, starts, contexts, out[None], None, scale, tile, FEW_ROWS, many=True)
 

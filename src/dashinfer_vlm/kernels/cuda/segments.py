@@ -5,6 +5,8 @@ A head whose channels are not a power of two is cut in two parts, 80 = 64 + 16: 
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 import triton
 import triton.language as tl
@@ -170,21 +172,38 @@ def varlen_attention(
     check(out.stride(2) == 1, "channels must be dense", out)
     if not num_queries or len(starts) < 2:
         return out
-    is_short = len(k) < TALL * (len(starts) - 1)
-    height, width, warps, stages = tile_shape(q.dtype, is_short=is_short)
-    tiles = _tiles(starts, first_query, first_query + num_queries, height)
+    tile = tile_for(q.dtype, dim, is_short=len(k) < TALL * (len(starts) - 1))
+    tiles = _tiles(starts, first_query, first_query + num_queries, tile.rows)
     strides = [*q.stride()[:2], *k.stride()[:2], *v.stride()[:2]]
     unit = unit_of(*strides)
     launch(
         _attend, (num_heads, len(tiles)), q, k, v, tiles, out, scale, first_query, *(x // unit for x in strides),
-        *out.stride()[:2], dim, *parts_of(dim), height, width, unit, compute_type(q.dtype), num_warps=warps,
-        num_stages=stages,
+        *out.stride()[:2], dim, *parts_of(dim), tile.rows, tile.keys, unit, compute_type(q.dtype),
+        num_warps=tile.warps, num_stages=tile.stages, maxnreg=tile.registers,
     )  # fmt: skip
     return out
 
 
-def tile_shape(dtype: torch.dtype, *, is_short: bool) -> tuple[int, int, int, int]:
-    """Rows, keys, warps and stages; `is_short` for windows, whose segments are shorter than a tall tile."""
+@dataclass(frozen=True, slots=True)
+class Tile:
+    """How a launch cuts its work."""
+
+    rows: int
+    keys: int
+    warps: int
+    stages: int
+    registers: int | None = None
+    """Of a thread at the most; None: as many as the compiler wants."""
+
+
+def tile_for(dtype: torch.dtype, dim: int, *, is_short: bool) -> Tile:
+    """`is_short` for windows, whose segments are shorter than a tall tile. The fastest on an H200 (docs/log.md): with
+    128 registers two programs share a multiprocessor, and one multiplies while the other does its softmax; parts of a
+    vector that are masked, as in heads of 72, want more of them."""
     if dtype == torch.float32:
-        return 32, 32, 4, 1
-    return (64, 64, 4, 2) if is_short else (TALL, 64, 8, 3)
+        return Tile(32, 32, 4, 1)
+    if is_short:
+        return Tile(64, 32, 4, 2)
+    if dim <= 80 and sum(parts_of(dim)) == dim:
+        return Tile(TALL, 64, 8, 3, registers=128)
+    return Tile(TALL, 64, 4, 3)

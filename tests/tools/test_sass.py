@@ -1,0 +1,48 @@
+"""What is read off machine code: descriptors of products, as ptxas 12.8 made them."""
+
+from __future__ import annotations
+
+import pytest
+
+from sass import raw_descriptors
+
+BASE = """
+        /*0100*/                   S2UR UR4, SR_CgaCtaId ;
+        /*0110*/                   UMOV UR12, 0x400 ;
+        /*0120*/                   ULEA UR12, UR4, UR12, 0x18 ;
+"""
+RIGHT = """
+        /*0200*/                   USHF.R.U32.HI UR6, URZ, 0x4, UR12 ;
+        /*0210*/                   USGXT.U32 UR6, UR6, 0xe ;
+        /*0220*/                   UMOV UR7, 0x40000040 ;
+        /*0230*/                   HGMMA.64x16x16.F32.BF16 R88, R24, gdesc[UR4].tnspB, R88 ;
+        /*0240*/                   UIADD3.64 UR6, UR6, 0x20, URZ ;
+        /*0250*/                   HGMMA.64x16x16.F32.BF16 R88, R28, gdesc[UR4].tnspB, R88 ;
+"""
+WRONG = """
+        /*0300*/                   UIADD3 UR4, UP0, UR12, 0x20, URZ ;
+        /*0310*/                   UIADD3.X UR5, UR12, -0x3ffffff0, URZ, UP0, !UPT ;
+        /*0320*/                   UMOV UR6, UR4 ;
+        /*0330*/                   UMOV UR7, UR5 ;
+        /*0340*/                   HGMMA.64x16x16.F32.BF16 R88, R28, gdesc[UR4].tnspB, R88 ;
+"""
+BOTH_SHARED = """
+        /*0400*/                   UIADD3 UR8, UR12, 0x8000, URZ ;
+        /*0410*/                   HGMMA.64x64x16.F32.BF16 R24, gdesc[UR8], RZ, !UPT ;
+"""
+
+
+def test_descriptors_of_cut_addresses_are_right() -> None:
+    assert raw_descriptors(BASE + RIGHT) == []
+
+
+@pytest.mark.parametrize("code", [WRONG, BOTH_SHARED])
+def test_a_descriptor_of_an_address_as_it_is_is_found(code: str) -> None:
+    (found,) = raw_descriptors(BASE + RIGHT + code)
+    assert "HGMMA" in found
+
+
+def test_the_first_pair_of_a_factor_in_registers_is_nobodys() -> None:
+    """Whatever it holds: the product reads the second pair."""
+    moved = RIGHT.replace("/*0230*/", "/*0228*/                   UMOV UR4, UR12 ;\n        /*0230*/")
+    assert raw_descriptors(BASE + moved) == []

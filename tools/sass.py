@@ -1,0 +1,77 @@
+"""What can be read off a kernel's machine code."""
+
+from __future__ import annotations
+
+import re
+
+__all__ = ["raw_descriptors"]
+
+_INSTRUCTION = re.compile(r"^\s+/\*([0-9a-f]{4,})\*/\s+(?:@!?\w+\s+)?([A-Z0-9_.]+)\s*(.*?)\s*;", re.MULTILINE)
+_NUMBER = re.compile(r"-?(?:0x[0-9a-f]+|\d+)")
+_REGISTER = re.compile(r"UR(\d+)")
+_START = "0x400"
+"""Of a program's shared memory in its window, behind what the system keeps."""
+_UNKNOWN, _RAW, _CUT = "unknown", "raw", "cut"
+_CUTTING = ("USHF", "USGXT", "ULOP3", "UBFE", "UPRMT")
+_ADDING = ("UIADD3", "ULEA", "USEL", "UIMAD")
+
+
+def raw_descriptors(code: str) -> list[str]:
+    """Products of warp groups whose descriptor holds the address of shared memory as it is; where one is, the kernel
+    multiplies what lies elsewhere, or faults.
+
+    A descriptor holds an address without its last four bits. ptxas 12.8, which triton 3.6 and 3.7 bring along, forgets
+    to cut them off for some products behind an `if` (seen on an H200, docs/log.md). `code` is what cuobjdump prints;
+    uniform registers are followed in the order of the listing, whatever jumps there are.
+    """
+    held: dict[str, frozenset[str]] = {}
+    found = []
+    for place, operation, operands in _INSTRUCTION.findall(code):
+        words = [word.strip().removesuffix(".reuse") for word in operands.split(",")]
+        if operation.startswith(("HGMMA", "QGMMA")):
+            if any(_RAW in held.get(name, ()) for name in _descriptor_registers(words, operands)):
+                found.append(f"{place}: {operation} {operands}")
+        elif _REGISTER.fullmatch(words[0]):
+            _follow(operation, words, held)
+    return found
+
+
+def _descriptor_registers(words: list[str], operands: str) -> list[str]:
+    """Two for each factor; where the first factor is in registers, only the second pair is looked at."""
+    first = re.search(r"gdesc\[UR(\d+)\]", operands)
+    if first is None:
+        return []
+    both = "gdesc" in words[1]
+    return [f"UR{int(first[1]) + i}" for i in (range(4) if both else (2, 3))]
+
+
+def _follow(operation: str, words: list[str], held: dict[str, frozenset[str]]) -> None:
+    """What the instruction leaves in its uniform register, or its pair of them."""
+
+    def value(word: str) -> frozenset[str]:
+        if word in ("URZ", "RZ") or _NUMBER.fullmatch(word):
+            return frozenset()
+        return held.get(word, frozenset({_UNKNOWN}))
+
+    target, base = words[0], operation.split(".")[0]
+    sources = [word for word in words[1:] if not word.startswith(("UP", "!UP"))]
+    joined = frozenset[str]().union(*map(value, sources))
+    if base == "UMOV":
+        held[target] = frozenset({_START}) if sources[0] == _START else value(sources[0])
+    elif base == "ULEA" and _START in joined:  # with the number of the program in its cluster above
+        held[target] = frozenset({_RAW})
+    elif base in _CUTTING:
+        held[target] = frozenset({_CUT}) if joined & {_RAW, _CUT} else joined
+    elif base in _ADDING:
+        held[target] = joined
+        if ".64" in operation:
+            upper = [f"UR{int(match[1]) + 1}" for word in sources if (match := _REGISTER.fullmatch(word))]
+            held[_next(target)] = frozenset[str]().union(*map(value, upper))
+    else:
+        held[target] = frozenset({_UNKNOWN})
+        if ".64" in operation:
+            held[_next(target)] = frozenset({_UNKNOWN})
+
+
+def _next(register: str) -> str:
+    return f"UR{int(register[2:]) + 1}"
