@@ -207,34 +207,73 @@ def test_the_cost_estimate_follows_what_steps_really_take() -> None:
     cost = StepCost(fixed_s=1.0, token_s=1.0)
     for _ in range(300):
         for num_tokens in (1, 4, 64, 512):
-            cost.observe(num_tokens, FIXED_S + TOKEN_S * num_tokens)
+            cost.observe(0, num_tokens, FIXED_S + TOKEN_S * num_tokens)
     assert cost.fixed_s == pytest.approx(FIXED_S, rel=0.1)
     assert cost.token_s == pytest.approx(TOKEN_S, rel=0.1)
 
 
 def test_one_slow_step_hardly_moves_the_estimate() -> None:
     cost = StepCost(FIXED_S, TOKEN_S)
-    cost.observe(1, 1.0)
+    cost.observe(1, 0, 1.0)
     assert cost.of(1) < 2 * (FIXED_S + TOKEN_S)
 
 
 KNEE = 300
 """Rows for which a card's arithmetic takes as long as its reading."""
+DECODE_SIZES, MIXED_SIZES = (1, 2, 4, 8, 16, 32, 64), (256, 512, 1024, 2048)
+
+
+def card_cost(fixed_s: float, token_s: float) -> CardCost:
+    return CardCost(fixed_s, token_s, decode_sizes=DECODE_SIZES, mixed_sizes=MIXED_SIZES)
+
+
+def card_seconds(num_tokens: int, fixed_s: float = FIXED_S) -> float:
+    """What a card really takes for as many rows."""
+    return fixed_s * max(1, num_tokens / KNEE)
 
 
 @pytest.mark.parametrize(("fixed_s", "token_s"), [(0.02, 0.001), (0.005, 2e-5), (0.0001, 1e-9), (1e-6, 1e-2)])
-def test_the_cost_of_a_card_has_its_knee_where_the_card_has_it(fixed_s: float, token_s: float) -> None:
-    cost = CardCost(fixed_s, token_s)
-    for _ in range(300):
-        for num_tokens in (1, 64, 200, 2048):
-            cost.observe(num_tokens, FIXED_S * max(1, num_tokens / KNEE))
-    assert cost.of(64) == pytest.approx(FIXED_S, rel=0.1)
-    assert cost.of(2048) == pytest.approx(FIXED_S * 2048 / KNEE, rel=0.1)
+def test_the_cost_of_a_card_is_what_its_sizes_took(fixed_s: float, token_s: float) -> None:
+    cost = card_cost(fixed_s, token_s)
+    for size in MIXED_SIZES:
+        cost.observe(4, size - 4, card_seconds(size))
+    cost.observe(4, 0, FIXED_S)
+    assert cost.of(3) == FIXED_S
+    for num_tokens, size in ((200, 256), (500, 512), (2000, 2048)):
+        assert cost.more(4, num_tokens - 4) == pytest.approx(card_seconds(size) - FIXED_S)
+    assert cost.token_s == pytest.approx(card_seconds(2048) / 2048)
 
 
-def test_rows_are_free_on_a_card_up_to_the_knee() -> None:
-    cost = CardCost(FIXED_S, FIXED_S / KNEE)
-    assert cost.more(64, KNEE - 65) == 0
-    assert cost.joining_in(0.0, 64) == pytest.approx(KNEE - 64, abs=1)
-    assert cost.more(64, cost.joining_in(0.4 * FIXED_S, 64)) == pytest.approx(0.4 * FIXED_S, rel=0.01)
-    assert cost.joining_in(0.0, 2 * KNEE) == pytest.approx(0, abs=1)
+def test_what_joins_a_step_of_a_card_fills_what_it_is_padded_up_to() -> None:
+    cost = card_cost(FIXED_S, FIXED_S / KNEE)
+    assert cost.joining_in(0.0, 64) == 256 - 64
+    assert cost.joining_in(1.001 * card_seconds(1024) - FIXED_S, 64) == 1024 - 64
+    cost.observe(64, 256 - 64, 3 * FIXED_S)
+    assert cost.joining_in(0.0, 64) == 256 - 64, "one token would cost as much"
+    assert cost.joining_in(1.0, 2048) == 0
+
+
+def test_a_size_that_was_not_seen_costs_what_lies_between_its_neighbours() -> None:
+    cost = card_cost(0.005, 2e-5)
+    cost.observe(8, 0, 0.016)
+    assert cost.more(8, 248) == 0, "no less than decode alone"
+    cost.observe(0, 2048, 0.018)
+    assert cost.of(8) + cost.more(8, 1016) <= 0.018, "no more than all rows"
+
+
+def test_decode_that_was_not_seen_costs_what_the_smallest_mixed_call_does() -> None:
+    cost = card_cost(0.005, 2e-5)
+    cost.observe(8, 200, 0.016)
+    assert cost.of(8) == 0.016
+
+
+@pytest.mark.parametrize("fixed_s", [0.0002, 0.002, 0.016, 0.2])
+def test_prompts_do_not_starve_whatever_a_step_of_a_card_takes(fixed_s: float) -> None:
+    """One that starts every kernel by itself takes as long for two rows as for two thousand."""
+    cost, left, steps = card_cost(0.005, 2e-5), 62 * 1024, 1
+    cost.observe(0, 2048, fixed_s)  # before anybody decodes
+    while left:
+        joining = min(left, cost.joining_in(DECODE_SLACK * cost.of(8), 8))
+        cost.observe(8, joining, fixed_s)
+        left, steps = left - joining, steps + 1
+    assert steps <= 64 * 1024 // 2040 + 2

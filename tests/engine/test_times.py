@@ -45,7 +45,9 @@ def test_prompts_alone_are_no_decode() -> None:
     assert (found.prefill_s, dict(found.decode_s), dict(found.decode_steps)) == (1.5, {}, {})
 
 
-@pytest.mark.parametrize("cost", [StepCost(0.0, 0.0), CardCost(1.0, 0.01), StepCost(1.0, 0.1)])
+@pytest.mark.parametrize(
+    "cost", [StepCost(0.0, 0.0), CardCost(1.0, 0.01, decode_sizes=(8,), mixed_sizes=(16, 64)), StepCost(1.0, 0.1)]
+)
 @pytest.mark.parametrize(("rows", "joining"), [(0, 7), (3, 0), (3, 7)])
 def test_no_second_is_lost_or_counted_twice(cost: StepCost, rows: int, joining: int) -> None:
     decode_s, prefill_s = cost.split(2.0, rows, joining)

@@ -1,5 +1,5 @@
-"""Three hundred thousand pictures and films that somebody has damaged, in the decoding processes: no process dies, hangs,
-grows or leaves a file. `make fuzz` runs this alone, and FUZZ_DECODES says how many.
+"""Three hundred thousand pictures and films that somebody has damaged, in the decoding processes: no process dies,
+hangs, grows or leaves a file. `make fuzz` runs this alone, and FUZZ_DECODES says how many.
 """
 
 from __future__ import annotations

@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
-FEW_TOKENS = 16
-"""A card has always done its arithmetic over so few tokens before it has read the weights."""
-SLOW, MANY_TOKENS = 2.0, 128
-"""A call over a number of tokens that takes many times what the fixed part says is not below the knee, whatever the
-estimate says."""
+from bisect import bisect_left
+from dataclasses import dataclass, field
+from math import inf
 
 
 @dataclass(slots=True)
@@ -42,8 +38,10 @@ class StepCost:
         share = own / (own + more) if own + more else float(joining == 0)
         return seconds * share, seconds * (1 - share)
 
-    def observe(self, num_tokens: int, seconds: float) -> None:
-        """Learn from one model call. Small calls teach the fixed part, large ones the marginal part."""
+    def observe(self, num_rows: int, joining: int, seconds: float) -> None:
+        """Learn from a model call over rows of streams and what joined them. Small calls teach the fixed part, large
+        ones the marginal part."""
+        num_tokens = num_rows + joining
         if num_tokens * self.token_s < self.fixed_s:
             self._learn_fixed(max(0.0, seconds - self.token_s * num_tokens))
         else:
@@ -58,27 +56,52 @@ class StepCost:
 
 @dataclass(slots=True)
 class CardCost(StepCost):
-    """Seconds of a model call over T tokens on a card: `max(fixed_s, token_s * T)`.
+    """Seconds of a model call on a card, by the rows that it is padded up to: those of `decode_sizes` where each row is
+    a stream's, of `mixed_sizes` where anything joins them.
 
-    A card reads weights while it multiplies, so rows are free up to the knee where arithmetic takes as long as reading.
+    A size costs what calls of it took, whatever decides: reading, arithmetic, or the host that starts the kernels. Of
+    one that has not been seen, `fixed_s` and `token_s` are a first guess, `max(fixed_s, token_s * T)`, kept between
+    what smaller and larger ones take; decode is taken to cost what the smallest mixed call does, which reads as much.
     """
 
+    decode_sizes: tuple[int, ...] = ()
+    mixed_sizes: tuple[int, ...] = ()
+    _seen: dict[tuple[bool, int], float] = field(default_factory=dict)
+
     def of(self, num_tokens: int) -> float:
-        return max(self.fixed_s, self.token_s * num_tokens) if num_tokens else 0.0
+        return self._padded(num_tokens, is_mixed=False) if num_tokens else 0.0
 
     def more(self, num_tokens: int, joining: int) -> float:
-        return self.of(num_tokens + joining) - self.of(num_tokens)
+        return max(0.0, self._padded(num_tokens + joining, is_mixed=True) - self.of(num_tokens)) if joining else 0.0
 
     def joining_in(self, seconds: float, num_tokens: int) -> int:
-        if self.token_s <= 0:
-            return 1 << 30
-        return int((self.of(num_tokens) + seconds) / self.token_s) - num_tokens
+        """As many as fill the largest size that takes no longer; but those of the smallest size, which one token would
+        cost as well."""
+        sizes = [size for size in self.mixed_sizes if size > num_tokens]
+        if not sizes:
+            return 0
+        most_s = self.of(num_tokens) + seconds
+        fitting = [size for size in sizes if self._padded(size, is_mixed=True) <= most_s]
+        return max(fitting, default=sizes[0]) - num_tokens
 
-    def observe(self, num_tokens: int, seconds: float) -> None:
-        """Learn from one model call. Calls below the knee teach the fixed part, those above it the marginal part; so do
-        large ones that are slow, or an estimate with its knee too far out would never come back."""
-        is_slow = num_tokens >= MANY_TOKENS and seconds > SLOW * self.fixed_s
-        if num_tokens <= FEW_TOKENS or (num_tokens * self.token_s < self.fixed_s and not is_slow):
-            self._learn_fixed(seconds)
-        else:
-            self._learn_token(seconds / num_tokens)
+    def observe(self, num_rows: int, joining: int, seconds: float) -> None:
+        key = joining > 0, self._size(num_rows + joining, is_mixed=joining > 0)
+        before = self._seen.get(key, seconds)
+        self._seen[key] = before + self.rate * (seconds - before)
+        if key[0] and key[1] == self.mixed_sizes[-1]:
+            self.token_s = self._seen[key] / key[1]
+
+    def _size(self, num_tokens: int, *, is_mixed: bool) -> int:
+        sizes = self.mixed_sizes if is_mixed else self.decode_sizes
+        place = bisect_left(sizes, num_tokens)
+        return sizes[place] if place < len(sizes) else num_tokens
+
+    def _padded(self, num_tokens: int, *, is_mixed: bool) -> float:
+        size = self._size(num_tokens, is_mixed=is_mixed)
+        if (seconds := self._seen.get((is_mixed, size))) is not None:
+            return seconds
+        if not is_mixed and (seconds := self._seen.get((True, self.mixed_sizes[0]))) is not None:
+            return seconds
+        at_least = max((s for (_, other), s in self._seen.items() if other < size), default=0.0)
+        at_most = min((s for (_, other), s in self._seen.items() if other > size), default=inf)
+        return max(at_least, min(at_most, max(self.fixed_s, self.token_s * size)))

@@ -63,7 +63,7 @@ class Engine:
             pool=BlockPool(kv.num_blocks, prefix_cache=config.prefix_cache),
             block_size=kv.block_size,
             stage=self.stage,
-            cost=first_cost(model.device),
+            cost=first_cost(model, config),
             max_num_seqs=config.max_num_seqs,
             max_num_batched_tokens=max_batched_tokens(config, model.device),
             share=SHARES[config.schedule],
@@ -275,7 +275,7 @@ class Engine:
 
     def _count(self, plan: Plan, seconds: float, sampling_s: float) -> None:
         self._times.add(plan, seconds, sampling_s, self.scheduler.cost)
-        self.scheduler.cost.observe(plan.num_tokens, seconds)
+        self.scheduler.cost.observe(plan.num_decode_rows, plan.num_tokens - plan.num_decode_rows, seconds)
         self._counted.step_seconds_total += seconds
         self._counted.num_steps_total += 1
         self._counted.num_computed_tokens_total += plan.num_tokens

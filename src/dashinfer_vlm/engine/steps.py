@@ -66,6 +66,11 @@ class Plan:
         return sum(chunk.num_rows for chunk in self.chunks)
 
     @property
+    def num_decode_rows(self) -> int:
+        """Of the streams, their guesses among them."""
+        return sum(chunk.num_rows for chunk in self.chunks if chunk.is_decode)
+
+    @property
     def sampled_chunks(self) -> list[Chunk]:
         """Those that end in a row whose logits are wanted."""
         return [chunk for chunk in self.chunks if chunk.num_logits]

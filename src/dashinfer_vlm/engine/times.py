@@ -40,7 +40,7 @@ class StepTimes:
         """Divide a step of `seconds` between its streams and its prompts, as `cost` says that they take time; the
         choice of tokens comes off first."""
         streams = [chunk for chunk in plan.chunks if chunk.is_decode]
-        num_rows = sum(chunk.num_rows for chunk in streams)
+        num_rows = plan.num_decode_rows
         decode_s, prefill_s = cost.split(seconds - sampling_s, num_rows, plan.num_tokens - num_rows)
         self.sampling_s += sampling_s
         self.prefill_s += prefill_s

@@ -178,8 +178,8 @@ class Tile:
 
 
 def few_tile(dtype: torch.dtype, cache: torch.dtype, group: int, dim: int) -> Tile:
-    """For at most `FEW_ROWS` rows of a sequence; `group` query heads share a key head of `dim` channels. That of 16 bits
-    is the fastest on an H200 (docs/log.md)."""
+    """For at most `FEW_ROWS` rows of a sequence; `group` query heads share a key head of `dim` channels. The one of 16
+    bits is the fastest on an H200 (docs/log.md)."""
     rows = power_of_two(group, 16)
     if dtype == torch.float32 or dim > 128:
         return Tile(rows, 32, 4, 2)
