@@ -45,7 +45,7 @@ PHASES: dict[str, tuple[str, float]] = {
     "serving": ("profiles.serving", 20),
     "memory": ("profiles.memory", 20),
     "shapes": ("models.shapes", 100),
-    "published": ("service.published", 60),
+    "published": ("service.published", 70),
     "products": ("products.products", 30),
     "timed": ("kernels.measure", 45),
     "beside": ("service.beside", 40),

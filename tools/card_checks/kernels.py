@@ -31,6 +31,8 @@ class Case:
     flops: float = 0
     """Of products in attention."""
     bar: float = 1.5
+    allowed: float = 0
+    """Error beyond which it is wrong, where the type's own is less."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +50,7 @@ def check(setting: Setting) -> Iterator[Check]:
 
 
 def _right(case: Case, allowed: float) -> Row:
-    return Row(error=error(case.run(), case.want()), allowed=allowed)
+    return Row(error=error(case.run(), case.want()), allowed=max(allowed, case.allowed))
 
 
 def measure(setting: Setting) -> Iterator[Check]:
@@ -103,6 +105,7 @@ def _floats(setting: Setting, dtype: torch.dtype, *, small: bool) -> Iterator[Ca
             partial(kernels.block_product, x, scales, weight, of_blocks, dtype),
             partial(fp8.block_product, x, scales, weight, of_blocks, torch.float64),
             weight.nbytes + x.nbytes,
+            allowed=1e-3,  # a card adds products of 8-bit floats with fewer bits than float32 has: 1.2e-4 on an H200
         )
 
 

@@ -21,8 +21,8 @@ __all__ = ["FEW_ROWS", "paged_attention"]
 
 FEW_ROWS = 8
 """Rows up to which a sequence belongs to the launch with splits."""
-WANTED_PROGRAMS = 800
-"""About six for each multiprocessor of a large card."""
+WANTED_PROGRAMS = 400
+"""About three for each multiprocessor of a large card."""
 
 
 @triton.jit
