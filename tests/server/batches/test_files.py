@@ -103,7 +103,8 @@ async def test_a_file_may_be_kept_for_a_shorter_time(keep: Keep, openai_client: 
         ({}, {"file": ("a", b"x")}, "purpose is missing"),
         ({"purpose": "batch"}, {"data": ("a", b"x")}, "file is missing"),
         ({"purpose": "batch", "nonsense": "1"}, {"file": ("a", b"x")}, "nonsense is not a field"),
-        ({"purpose": "batch", "expires_after[seconds]": "5"}, {"file": ("a", b"x")}, "expires_after"),
+        ({"purpose": "batch", "expires_after[seconds]": "5"}, {"file": ("a", b"x")}, "expires_after.anchor is"),
+        ({"purpose": "batch", "expires_after": "5"}, {"file": ("a", b"x")}, "expires_after: input should be an object"),
         ({"purpose": "x" * 5000}, {"file": ("a", b"x")}, "purpose has more than 1024 bytes"),
         ({str(i): "x" for i in range(17)}, {"file": ("a", b"x")}, "more than 16 fields"),
     ],
@@ -125,13 +126,17 @@ async def test_a_form_that_cannot_be_meant_is_refused(keep: Keep, fields: Any, f
             b'--b\r\nContent-Disposition: form-data; name="file"\r\n\r\nx',
             "breaks off",
         ),
+        ("multipart/form-data; boundary=b", b"--b\r\nContent[Disposition: x\r\n\r\nx", "cannot be read"),
     ],
 )
-async def test_what_is_no_form_is_refused(keep: Keep, kind: str, body: bytes, told: str, tmp_path: Path) -> None:
+async def test_what_is_no_form_is_refused_and_not_logged(
+    keep: Keep, kind: str, body: bytes, told: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     running = await keep()
     reply = await running.post("/v1/files", content=body, headers={"content-type": kind})
     assert (reply.status_code, told in reply.json()["error"]["message"]) == (400, True), reply.text
     assert not list((tmp_path / "kept" / "files").iterdir())
+    assert not [record for record in caplog.records if record.levelname != "INFO"]
 
 
 async def test_the_description_of_the_api_has_them(keep: Keep) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+
 from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import MultipartParser, parse_options_header
 
@@ -9,6 +11,9 @@ from dashinfer_vlm.errors import InvalidRequestError
 
 _MOST_FIELDS = 16
 _FIELD_BYTES = 1024
+
+# What is wrong with a form is told to whoever has sent it; the log is not theirs to fill.
+logging.getLogger("python_multipart").setLevel(logging.CRITICAL)
 
 
 class FormReader:

@@ -7,7 +7,6 @@ from typing import Annotated, Any, Generic, Literal, TypeVar
 
 import msgspec
 from pydantic import ConfigDict, Field, ValidationError
-from pydantic.json_schema import SkipJsonSchema
 
 from dashinfer_vlm.errors import InvalidRequestError
 from dashinfer_vlm.frontend.schema import Body, explain
@@ -25,10 +24,16 @@ class ExpiryBody(Body):
     seconds: Annotated[int, Field(ge=_HOUR_S, le=_MONTH_S)]
 
 
+def _of_form(field: dict[str, Any]) -> dict[str, Any]:
+    """A form has no null, and no default that says it."""
+    options = [option for option in field.get("anyOf", ()) if option != {"type": "null"}]
+    told = options[0] if len(options) == 1 else field
+    return {key: value for key, value in told.items() if key != "default"}
+
+
 def _with_file(schema: dict[str, Any]) -> None:
     schema["properties"] = {"file": {"type": "string", "contentMediaType": "application/octet-stream"}} | {
-        name: {key: value for key, value in told.items() if key != "default"}
-        for name, told in schema["properties"].items()
+        name: _of_form(told) for name, told in schema["properties"].items()
     }
     schema["required"] = ["file", *schema["required"]]
 
@@ -39,7 +44,7 @@ class UploadForm(Body):
     model_config = ConfigDict(json_schema_extra=_with_file)
 
     purpose: Literal["batch"]
-    expires_after: ExpiryBody | SkipJsonSchema[None] = None
+    expires_after: ExpiryBody | None = None
 
 
 class BatchBody(Body):
