@@ -112,6 +112,21 @@ def test_answers_have_the_form_that_is_told(
     jsonschema.validate(reply.json(), answer(document, path, method, reply))
 
 
+def test_each_body_but_those_that_name_a_file_has_an_example_that_is_answered(
+    shared: httpx.Client, document: dict[str, Any]
+) -> None:
+    bodies = {
+        path: methods["post"]["requestBody"]["content"]["application/json"]
+        for path, methods in document["paths"].items()
+        if "requestBody" in methods.get("post", {})
+    }
+    assert len(bodies) == 8
+    for path, told in bodies.items():
+        reply = shared.post(path, json=told["example"])
+        assert reply.status_code == 200, (path, reply.text)
+        jsonschema.validate(reply.json(), answer(document, path, "post", reply))
+
+
 @pytest.mark.parametrize(
     ("path", "body"),
     [

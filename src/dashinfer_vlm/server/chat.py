@@ -37,6 +37,7 @@ from dashinfer_vlm.server.respond import respond
 CHAT = Operation(
     summary="Answer a conversation with images and videos.",
     body=ChatBody,
+    example={"messages": [{"role": "user", "content": "What is a heron?"}], "max_tokens": 16},
     reply=ChatReply,
     events=(ChatChunk, ErrorBody),
     errors=GENERATING,

@@ -34,6 +34,7 @@ from dashinfer_vlm.server.respond import respond
 COMPLETIONS = Operation(
     summary="Continue text or ids; no chat template, no images.",
     body=CompletionBody,
+    example={"prompt": "A heron is", "max_tokens": 16},
     reply=TextReply,
     events=(TextChunk, ErrorBody),
     errors=GENERATING,

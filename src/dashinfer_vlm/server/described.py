@@ -31,6 +31,8 @@ class Operation:
     """What msgspec knows a schema of, or the media type of a text."""
     body: type[BaseModel] | None = None
     body_type: str = "application/json"
+    example: Any = None
+    """A body that is answered."""
     query: type[BaseModel] | None = None
     """What reads the parameters behind the path."""
     events: tuple[Any, ...] = ()

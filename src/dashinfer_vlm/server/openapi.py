@@ -122,6 +122,8 @@ def _operation(route: APIRoute, method: str, operation: Operation, schemas: _Sch
 def _body(operation: Operation, schemas: _Schemas) -> Json:
     assert operation.body is not None, operation
     told: Json = {"schema": schemas.of_body(operation.body)}
+    if operation.example is not None:
+        told["example"] = operation.example
     if operation.body_type == "multipart/form-data":
         fields = operation.body.model_json_schema()["properties"]
         told["encoding"] = {name: _IN_BRACKETS for name, field in fields.items() if "$ref" in field}

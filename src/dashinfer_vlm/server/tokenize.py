@@ -57,9 +57,15 @@ class Text(msgspec.Struct, frozen=True):
 
 
 TOKENIZE = Operation(
-    summary="What a prompt costs, images included.", body=TokenizeBody, reply=Tokens, errors=GENERATING
+    summary="What a prompt costs, images included.",
+    body=TokenizeBody,
+    example={"messages": [{"role": "user", "content": "What is a heron?"}]},
+    reply=Tokens,
+    errors=GENERATING,
 )
-DETOKENIZE = Operation(summary="What ids say.", body=DetokenizeBody, reply=Text, errors=READING)
+DETOKENIZE = Operation(
+    summary="What ids say.", body=DetokenizeBody, example={"tokens": [32, 33]}, reply=Text, errors=READING
+)
 
 
 def tokenize_routes(context: Context) -> APIRouter:

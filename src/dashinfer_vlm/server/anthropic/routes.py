@@ -18,6 +18,7 @@ from dashinfer_vlm.server.status import json_response
 MESSAGES = Operation(
     summary="Answer a conversation with images, as Anthropic's API does.",
     body=MessagesBody,
+    example={"messages": [{"role": "user", "content": "What is a heron?"}], "max_tokens": 16},
     reply=MessageReply,
     events=(Event, AnthropicError),
     names_events=True,
@@ -27,6 +28,7 @@ MESSAGES = Operation(
 COUNT_TOKENS = Operation(
     summary="What a prompt costs, images included.",
     body=CountTokensBody,
+    example={"messages": [{"role": "user", "content": "What is a heron?"}]},
     reply=TokenCount,
     error=AnthropicError,
     errors=MESSAGES.errors,

@@ -60,12 +60,19 @@ class InputTokens(msgspec.Struct, frozen=True):
 CREATE = Operation(
     summary="Answer a conversation, and keep the answer for the next turn.",
     body=ResponseBody,
+    example={"input": "What is a heron?", "max_output_tokens": 16},
     reply=ResponseReply,
     events=(Event,),
     names_events=True,
     errors=GENERATING,
 )
-COUNT = Operation(summary="Count the tokens of an input.", body=CountBody, reply=InputTokens, errors=GENERATING)
+COUNT = Operation(
+    summary="Count the tokens of an input.",
+    body=CountBody,
+    example={"input": "What is a heron?"},
+    reply=InputTokens,
+    errors=GENERATING,
+)
 RETRIEVE = Operation(
     summary="A response that is kept.", query=RetrieveQuery, reply=ResponseReply, errors=(400, 404, *LOOKING)
 )
