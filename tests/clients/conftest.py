@@ -17,6 +17,13 @@ MODEL = "model"
 collect_ignore_glob = [] if URL else ["test_*.py"]
 
 
+def pytest_exception_interact(node: pytest.Item, report: pytest.TestReport) -> None:
+    """A failure is told when it is found, too: a run that is ended from outside never comes to its summary."""
+    writer = node.config.get_terminal_writer()
+    writer.line()
+    writer.line(report.longreprtext)
+
+
 class Seen(BaseModel):
     """An answer to a question about a picture, in words that end: random weights write no others."""
 
