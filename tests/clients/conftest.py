@@ -9,7 +9,7 @@ import os
 from typing import Literal
 
 import pytest
-from pydantic import BaseModel
+from pydantic import BaseModel, ConfigDict
 
 URL = os.environ.get("DASHINFER_URL", "")
 MODEL = "model"
@@ -25,14 +25,19 @@ def pytest_exception_interact(node: pytest.Item, report: pytest.TestReport) -> N
 
 
 class Seen(BaseModel):
-    """An answer to a question about a picture, in words that end: random weights write no others."""
+    """An answer to a question about a picture, in words that end and without fields of the model's own: random weights
+    come to no end of others."""
+
+    model_config = ConfigDict(extra="forbid")
 
     shape: Literal["circle", "square", "triangle"]
     colour: Literal["red", "white", "blue"]
 
 
 class Place(BaseModel):
-    """Arguments of a tool, in words that end."""
+    """Arguments of a tool, of the same kind."""
+
+    model_config = ConfigDict(extra="forbid")
 
     city: Literal["Paris", "Rome"]
 
