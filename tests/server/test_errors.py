@@ -44,7 +44,7 @@ BAD_BODIES: list[tuple[dict[str, Any], str, str]] = [
     ({"messages": [{"role": "user"}]}, "messages[0].content", "missing"),
     ({"messages": [{"role": "user", "content": 5}]}, "messages[0].content", "wrong type, number"),
     ({"messages": [{"role": "user", "content": [5]}]}, "messages[0].content[0]", "wrong type, number"),
-    ({"messages": [{"role": "user", "content": [{"type": "file"}]}]}, "messages[0].content[0].type", "supported are"),
+    ({"messages": [{"role": "user", "content": [{"type": "file"}]}]}, "messages[0].content[0].type", "as pictures"),
     ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "messages[0].content[0].image", "missing"),
     ({"messages": [{"role": "user", "content": [{"type": ["text"]}]}]}, "messages[0].content[0].type", "supported are"),
     (

@@ -244,10 +244,29 @@ async def test_the_model_is_shown_tools_calls_and_results_with_pictures(serve: S
 
 
 @pytest.mark.parametrize(
+    "fields",
+    [
+        {"tools": [{"type": "web_search"}]},
+        {"tools": [{"type": "custom", "custom": {"name": "x"}}]},
+        {"tools": TOOLS, "tool_choice": {"type": "custom", "custom": {"name": "x"}}},
+        {
+            "tools": TOOLS,
+            "tool_choice": {"type": "allowed_tools", "allowed_tools": {"mode": "auto", "tools": [{"type": "mcp"}]}},
+        },
+    ],
+)
+async def test_tools_that_others_run_are_not_served(serve: Serve, openai_client: Client, fields: Any) -> None:
+    with pytest.raises(openai.BadRequestError, match="this server has function tools only") as refusal:
+        await openai_client(await serve("x")).chat.completions.create(model="model", messages=ASK, extra_body=fields)
+    assert refusal.value.code == "unsupported"
+
+
+@pytest.mark.parametrize(
     ("fields", "param"),
     [
         ({"tools": [{"type": "function", "function": {"name": "a b"}}]}, "tools[0].function.name"),
         ({"tools": [{"type": "web_search"}]}, "tools[0].type"),
+        ({"tools": TOOLS, "tool_choice": {"type": "custom", "custom": {"name": "x"}}}, "tool_choice.type"),
         ({"tools": [TOOLS[0], TOOLS[0]]}, "tools"),
         ({"tools": [{"type": "function", "function": {"name": f"f{i}"}} for i in range(129)]}, "tools"),
         ({"tool_choice": "required"}, "tool_choice"),

@@ -189,6 +189,14 @@ class ImageEmbedsBody(PartBody):
     """Accepted; identity here is the content itself."""
 
 
+_DOCUMENTS = ("document", "file", "input_file")
+
+
+def instead_of(kind: object) -> str:
+    """What to send instead of a part that other servers take; the end of a sentence."""
+    return "; send a document's text, or its pages as pictures" if kind in _DOCUMENTS else ""
+
+
 def one_of(forms: Mapping[str, str]) -> BeforeValidator:
     """Parts that say by their type which of `forms` they have; a text may stand for its part."""
 
@@ -200,7 +208,8 @@ def one_of(forms: Mapping[str, str]) -> BeforeValidator:
         if "type" not in value:
             raise meant(f"has no type; a part is {' or '.join(forms.values())}", field="type")
         if not isinstance(value["type"], str) or value["type"] not in forms:
-            raise unsupported(f"has type {str(value['type'])[:80]!r}; supported are {', '.join(forms)}", field="type")
+            told = f"has type {str(value['type'])[:80]!r}; supported are {', '.join(forms)}"
+            raise unsupported(told + instead_of(value["type"]), field="type")
         return value
 
     return BeforeValidator(checked)

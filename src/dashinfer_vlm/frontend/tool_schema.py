@@ -4,11 +4,27 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, Tag, ValidationError
+from pydantic import BeforeValidator, Field, Tag, ValidationError
 
 from dashinfer_vlm.errors import InvalidRequestError
-from dashinfer_vlm.frontend.schema import Body, by_shape, explain
+from dashinfer_vlm.frontend.schema import Body, by_shape, explain, unsupported
 from dashinfer_vlm.frontend.tools import Tool, ToolChoice, check_tool_name, offer
+
+
+def _only(*types: str) -> BeforeValidator:
+    """Tools that others run for their models are known, and not served."""
+
+    def check(value: Any) -> Any:
+        if isinstance(value, dict) and isinstance(value.get("type"), str) and value["type"] not in types:
+            raise unsupported(f"has type {value['type'][:80]!r}; this server has function tools only", field="type")
+        return value
+
+    return BeforeValidator(check)
+
+
+function_only = _only("function")
+functions_only = _only("function", "allowed_tools")
+"""Of a choice among tools."""
 
 
 class FunctionToolBody(Body):
@@ -41,7 +57,7 @@ class NamedToolBody(Body):
 
 class AllowedToolsBody(Body):
     mode: Literal["auto", "required"]
-    tools: list[NamedToolBody] = Field(min_length=1)
+    tools: list[Annotated[NamedToolBody, function_only]] = Field(min_length=1)
 
 
 class ChoiceBody(Body):
@@ -53,14 +69,16 @@ class ChoiceBody(Body):
 
 
 ToolChoiceBody = Annotated[
-    Annotated[Literal["none", "auto", "required"], Tag(":text")] | Annotated[ChoiceBody, Tag(":object")], by_shape
+    Annotated[Literal["none", "auto", "required"], Tag(":text")] | Annotated[ChoiceBody, Tag(":object")],
+    by_shape,
+    functions_only,
 ]
 
 
 class ToolsBody(Body):
     """The fields about tools of a request."""
 
-    tools: list[ToolBody] | None = None
+    tools: list[Annotated[ToolBody, function_only]] | None = None
     tool_choice: ToolChoiceBody | None = None
     parallel_tool_calls: bool | None = None
 

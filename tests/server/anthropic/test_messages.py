@@ -250,7 +250,8 @@ async def test_an_error_in_a_stream_is_an_event(serve: Serve, anthropic_client: 
         ({"messages": [{"role": "robot", "content": "x"}]}, "messages[0] has role 'robot'"),
         (
             {"messages": [{"role": "user", "content": [{"type": "document"}]}]},
-            "messages[0].content[0] has type 'document'",
+            "messages[0].content[0] has type 'document'; here text, image, tool_result are known; "
+            "send a document's text, or its pages as pictures",
         ),
         (
             {"messages": [{"role": "user", "content": [{"type": "tool_use"}]}]},

@@ -221,6 +221,16 @@ REFUSED: Any = [
         "unsupported",
     ),
     (
+        {"input": [{"role": "user", "content": [{"type": "input_image", "file_id": "y"}]}]},
+        "input[0].content[0].file_id",
+        "unsupported",
+    ),
+    (
+        {"input": [{"role": "user", "content": [{"type": "input_image", "file_id": None}]}]},
+        "input[0].content[0].image_url",
+        "invalid_value",
+    ),
+    (
         {"input": [{"role": "system", "content": [{"type": "input_image", "image_url": PICTURE}]}]},
         "input[0].content",
         "invalid_value",
@@ -251,6 +261,27 @@ async def test_what_cannot_be_is_refused_by_name(serve: Serve, body: Any, param:
     assert reply.status_code == 400, reply.text
     error = reply.json()["error"]
     assert (error["param"], error["code"]) == (param, code), error
+
+
+@pytest.mark.parametrize(
+    ("body", "told"),
+    [
+        ({"background": True, "stream": True}, "leave stream out and poll GET /v1/responses/{id}"),
+        ({"truncation": "auto"}, "leave it out"),
+        ({"tools": [{"type": "mcp"}]}, "tools[0] has type 'mcp'; this server has function tools only"),
+        (
+            {"input": [{"role": "user", "content": [{"type": "input_file", "file_id": "x"}]}]},
+            "send a document's text, or its pages as pictures",
+        ),
+        (
+            {"input": [{"role": "user", "content": [{"type": "input_image", "file_id": "x"}]}]},
+            "input[0].content[0] names a file; send the picture as image_url",
+        ),
+    ],
+)
+async def test_a_refusal_says_what_to_do(serve: Serve, body: Any, told: str) -> None:
+    reply = await (await serve()).post("/v1/responses", {"input": "x"} | body)
+    assert told in reply.json()["error"]["message"]
 
 
 async def test_a_prompt_that_does_not_fit_is_told_by_its_own_names(serve: Serve, openai_client: Client) -> None:

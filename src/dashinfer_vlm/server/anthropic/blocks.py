@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Discriminator, Tag
 
+from dashinfer_vlm.frontend.parts import instead_of
 from dashinfer_vlm.frontend.schema import Body, by_shape, json_type, meant, no_effect, only, unsupported
 
 
@@ -19,9 +20,8 @@ def _known(field: str, *values: str) -> BeforeValidator:
         if field not in value:
             raise meant(f"has no {field}; it must be one of {', '.join(values)}", field=field)
         if value[field] not in values:
-            raise unsupported(
-                f"has {field} {str(value[field])[:80]!r}; here {', '.join(values)} are known", field=field
-            )
+            told = f"has {field} {str(value[field])[:80]!r}; here {', '.join(values)} are known"
+            raise unsupported(told + instead_of(value[field]), field=field)
         return value
 
     return BeforeValidator(check)

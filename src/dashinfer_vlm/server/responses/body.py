@@ -5,13 +5,14 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, Tag
+from pydantic import BaseModel, ConfigDict, Field, Tag
 
 from dashinfer_vlm.errors import InvalidRequestError, UnsupportedError
 from dashinfer_vlm.frontend.conversation import ProcessorBody
 from dashinfer_vlm.frontend.params import GenerationParams
-from dashinfer_vlm.frontend.schema import Body, Whole, by_shape, no_effect, only, unsupported
+from dashinfer_vlm.frontend.schema import Body, Whole, by_shape, no_effect, only
 from dashinfer_vlm.frontend.structured import Schema
+from dashinfer_vlm.frontend.tool_schema import function_only, functions_only
 from dashinfer_vlm.frontend.tools import Tool, ToolChoice, check_tool_name, offer
 from dashinfer_vlm.request import Grammar
 from dashinfer_vlm.server.responses.items import Input
@@ -66,12 +67,6 @@ class ReasoningBody(Body):
     mode: Annotated[Any, only("standard")] = None
 
 
-def _function_only(value: Any) -> Any:
-    if isinstance(value, dict) and isinstance(value.get("type"), str) and value["type"] != "function":
-        raise unsupported(f"has type {value['type'][:80]!r}; this server has function tools only", field="type")
-    return value
-
-
 class ResponseToolBody(Body):
     type: Literal["function"]
     name: str
@@ -97,16 +92,13 @@ class ResponseToolNameBody(Body):
     name: str
 
 
-FunctionOnly = BeforeValidator(_function_only)
-
-
 class ResponseChoiceBody(Body):
     """`{"type": "function", "name": ...}` or `{"type": "allowed_tools", "mode": ..., "tools": [...]}`."""
 
     type: Literal["function", "allowed_tools"]
     name: str | None = None
     mode: Literal["auto", "required"] | None = None
-    tools: list[Annotated[ResponseToolNameBody, FunctionOnly]] | None = Field(None, min_length=1)
+    tools: list[Annotated[ResponseToolNameBody, function_only]] | None = Field(None, min_length=1)
 
     def choice(self, *, parallel: bool) -> ToolChoice:
         """Raises InvalidRequestError for fields of the other type."""
@@ -118,16 +110,10 @@ class ResponseChoiceBody(Body):
         raise InvalidRequestError(f"tool_choice has type {self.type!r} and not its fields alone", param="tool_choice")
 
 
-def _known_choice(value: Any) -> Any:
-    if isinstance(value, dict) and value.get("type") not in (None, "function", "allowed_tools"):
-        raise unsupported(f"has type {str(value['type'])[:80]!r}; this server has function tools only", field="type")
-    return value
-
-
 ResponseToolChoiceBody = Annotated[
     Annotated[Literal["none", "auto", "required"], Tag(":text")] | Annotated[ResponseChoiceBody, Tag(":object")],
     by_shape,
-    BeforeValidator(_known_choice),
+    functions_only,
 ]
 Metadata = Annotated[
     dict[Annotated[str, Field(max_length=64)], Annotated[str, Field(max_length=512)]], Field(max_length=16)
@@ -145,7 +131,7 @@ class PromptedBody(Body):
     input: Input
     instructions: str | None = None
     previous_response_id: str | None = None
-    tools: list[Annotated[ResponseToolBody, FunctionOnly]] | None = None
+    tools: list[Annotated[ResponseToolBody, function_only]] | None = None
     tool_choice: ResponseToolChoiceBody | None = None
     parallel_tool_calls: bool | None = None
     reasoning: ReasoningBody | None = None
@@ -212,7 +198,10 @@ class ResponseBody(SamplingBody, PromptedBody):
                 "top_logprobs needs message.output_text.logprobs in include", param="top_logprobs"
             )
         if self.background and self.stream:
-            raise UnsupportedError("background and stream are not supported together; poll it", param="stream")
+            raise UnsupportedError(
+                "background and stream are not supported together; leave stream out and poll GET /v1/responses/{id}",
+                param="stream",
+            )
         if self.background and not self.is_stored:
             raise InvalidRequestError("background needs a response that is stored", param="background")
         logprobs = (self.top_logprobs or 0) if self.wants_logprobs else None

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal, TypeAlias
 
-from pydantic import BeforeValidator, Discriminator, Field, Tag
+from pydantic import BeforeValidator, Discriminator, Field, Tag, model_validator
 
 from dashinfer_vlm.frontend.parts import (
     FORMS,
@@ -41,6 +41,14 @@ class InputImageBody(MediumBody, ImageOptions):
     type: Literal["input_image"]
     image_url: str
     file_id: Annotated[Any, only()] = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _is_no_file(cls, value: Any) -> Any:
+        """Said before `image_url` is missed, in whose place a file is named."""
+        if isinstance(value, dict) and value.get("file_id") is not None:
+            raise unsupported("names a file; send the picture as image_url, a URL or data: URL", field="file_id")
+        return value
 
     @property
     def place(self) -> str:
