@@ -256,6 +256,20 @@ async def test_draining_lets_running_answers_end(folder: Path, tokenizer: Tokeni
     await draining
 
 
+async def test_draining_ends_what_waits_for_its_media_and_says_so(folder: Path, tokenizer: Tokenizer) -> None:
+    bench = Bench(folder, tokenizer)
+    bench.loader.hangs.add("http://host/picture")
+    asking = [
+        asyncio.ensure_future(ask(Dialogue([PICTURE]), params())) for ask in (bench.service.chat, bench.service.count)
+    ]
+    await bench.loader.hanging.wait()
+    await bench.service.drain(timeout_s=0)
+    for each in asking:
+        with pytest.raises(OverloadedError, match="shutting down"):
+            await asyncio.wait_for(each, 60)
+    assert bench.service.num_in_flight == 0
+
+
 async def test_draining_aborts_what_does_not_end_and_says_so(folder: Path, tokenizer: Tokenizer) -> None:
     bench = Bench(folder, tokenizer, pauses_after=1)
     generation = await bench.service.chat(Dialogue([PICTURE]), params())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
 import os
 import resource
@@ -20,7 +21,9 @@ import httpx
 import pytest
 
 from dashinfer_vlm.frontend import generation
+from dashinfer_vlm.server import run
 from dashinfer_vlm.server.connection import Chunks, Connection, raise_file_limit
+from tests.frontend.scripted import ScriptedLoader
 from tests.media.site import until
 from tests.server.conftest import Running, Serve
 
@@ -229,6 +232,37 @@ async def test_what_is_written_to_a_client_that_has_gone_is_dropped_without_a_wo
     for _ in range(10):
         connection.transport.write(b"data: more\n\n")
     assert not [record for record in caplog.records if record.name == "asyncio"]
+
+
+async def test_what_the_end_of_the_server_cuts_off_is_told_so_without_a_traceback(
+    serve: Serve, connect: Connect, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A picture that does not come, a body that does not, and an answer that is not read."""
+    monkeypatch.setattr(run, "_CUT_OFF_S", 0.2)
+    loader = ScriptedLoader(hangs={"http://h/silent"})
+    running = await serve("hello " * 100_000, loader=loader, config={"shutdown_timeout_s": 0.1})
+    logging.getLogger("uvicorn").addHandler(caplog.handler)  # it does not propagate
+    head = f"POST {CHAT} HTTP/1.1\r\nHost: x\r\nContent-Length: "
+    picture = {"type": "image_url", "image_url": {"url": "http://h/silent"}}
+    looking = asyncio.create_task(running.post(CHAT, {"messages": [{"role": "user", "content": [picture]}]}))
+    half, writer = await connect(running)
+    writer.write(f"{head}1000\r\n\r\n{{".encode())
+    _, unread = await connect(running)
+    body = json.dumps({"messages": ASK, "stream": True, "max_tokens": None})
+    unread.transport.pause_reading()  # type: ignore[attr-defined]
+    unread.write(f"{head}{len(body)}\r\n\r\n{body}".encode())
+    await loader.hanging.wait()
+    state = running.server.server_state
+    await until(lambda: len(state.tasks) == 3 and any(each.flow.write_paused for each in state.connections))
+    os.kill(os.getpid(), signal.SIGINT)
+    reply = await looking
+    assert (reply.status_code, reply.json()["error"]["message"]) == (503, "the server is shutting down")
+    told = await asyncio.wait_for(half.read(), 60)
+    assert told.startswith(b"HTTP/1.1 503 ")
+    assert b"the server is shutting down" in told
+    await running.server.ended.wait()
+    logging.getLogger("uvicorn").removeHandler(caplog.handler)
+    assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
 
 
 async def test_a_second_ctrl_c_ends_streams_with_the_true_reason(serve: Serve) -> None:

@@ -58,6 +58,8 @@ class Service:
         """Set once no more requests are taken, since the server ends."""
         self._closed = False
         self._generations: set[Generation] = set()
+        self._preparing: set[anyio.CancelScope] = set()
+        """Of calls whose prompts are not ready, since their media are under way."""
         self._idle = asyncio.Event()
         self._idle.set()
 
@@ -114,14 +116,19 @@ class Service:
             return prompt.ids
 
     async def drain(self, timeout_s: float) -> None:
-        """Take no more requests; let those in flight end for `timeout_s`, then abort them and wait for that."""
+        """Take no more requests; let those in flight end for `timeout_s`, then abort them and wait for that.
+
+        Those that still wait for their media are told so, too.
+        """
         self.draining.set()
         try:
             await asyncio.wait_for(self._idle.wait(), timeout_s)
         except asyncio.TimeoutError:
             self._closed = True
+            for scope in tuple(self._preparing):
+                scope.cancel()
             for generation in tuple(self._generations):
-                generation.close(_shutting_down())
+                generation.close(shutting_down())
             await asyncio.gather(*(generation.wait_ended() for generation in tuple(self._generations)))
         self._closed = True
 
@@ -158,11 +165,24 @@ class Service:
 
         admission = _Admission(leave, time.perf_counter(), timeout_s)
         try:
-            with admission.in_time():
+            with self._in_time(admission.left_s):
                 yield admission
         except BaseException:
             leave()
             raise
+
+    @contextmanager
+    def _in_time(self, left_s: float | None) -> Iterator[None]:
+        """Raise DeadlineError in place of what the block does when the time is over, UnavailableError when the server
+        ends."""
+        with anyio.move_on_after(left_s) as scope:
+            self._preparing.add(scope)
+            try:
+                yield
+            finally:
+                self._preparing.discard(scope)
+        if scope.cancelled_caught:
+            raise shutting_down() if self._closed else DeadlineError(OUT_OF_TIME)
 
     def _check_places(self, num_choices: int, tenant: Tenant) -> None:
         if num_choices > self._max_in_flight:
@@ -197,7 +217,7 @@ class Service:
                 retry_after_s=_RESTART_S,
             )
         if self.draining.is_set():
-            raise _shutting_down()
+            raise shutting_down()
 
     def _start(self, prompts: list[Prompt], params: GenerationParams, admission: _Admission) -> Generation:
         def end() -> None:
@@ -206,7 +226,7 @@ class Service:
 
         try:
             if self._closed:  # the media took longer than the drain
-                raise _shutting_down()
+                raise shutting_down()
             booking = Booking(prompts, current_tenant.get(), self.backlog, end)
         except OverloadedError:
             for prompt in prompts:
@@ -243,14 +263,6 @@ class _Admission:
         """Seconds that are left for the answer."""
         return None if self.timeout_s is None else self.started_s + self.timeout_s - time.perf_counter()
 
-    @contextmanager
-    def in_time(self) -> Iterator[None]:
-        """Raise DeadlineError in place of what the block does when the time is over."""
-        with anyio.move_on_after(self.left_s) as scope:
-            yield
-        if scope.cancelled_caught:
-            raise DeadlineError(OUT_OF_TIME)
-
 
 def _timeout_s(params: GenerationParams) -> float | None:
     """Of the request's field and its header, the shorter one; raises InvalidRequestError."""
@@ -260,5 +272,6 @@ def _timeout_s(params: GenerationParams) -> float | None:
     return min((seconds for seconds in (params.timeout_s, header_s) if seconds is not None), default=None)
 
 
-def _shutting_down() -> UnavailableError:
+def shutting_down() -> UnavailableError:
+    """What is told to whoever asks a server that ends, or is not answered before it does."""
     return UnavailableError("the server is shutting down", reason="shutting_down", retry_after_s=_RESTART_S)

@@ -57,6 +57,11 @@ class Connection(H11Protocol):
         return self.cycle is None or self.cycle.response_complete
 
     @property
+    def is_amid_answer(self) -> bool:
+        """Whether a part of an answer has been sent, and not its end."""
+        return not self.is_idle and self.cycle.response_started
+
+    @property
     def may_go(self) -> bool:
         """Whether its end would free a file and hurt nobody."""
         return self.is_idle and not self.transport.is_closing()

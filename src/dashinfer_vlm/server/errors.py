@@ -3,6 +3,7 @@ routes of its API, built here."""
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import secrets
 from collections.abc import Callable, Mapping
@@ -17,6 +18,7 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from dashinfer_vlm import errors
+from dashinfer_vlm.frontend.service import shutting_down
 
 logger = logging.getLogger(__name__)
 
@@ -177,7 +179,9 @@ def install_error_handlers(app: FastAPI, refused: Callable[[str], None]) -> None
 
 class Unforeseen:
     """ASGI middleware. Answers what no handler is for; Starlette's own last resort answers too, but has the server log
-    the same error again. Where the answer has begun, the server logs the error and ends the connection."""
+    the same error again. Where the answer has begun, the server logs the error and ends the connection.
+
+    A request whose task is cancelled is one that the end of the server has cut off."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
@@ -192,6 +196,11 @@ class Unforeseen:
 
         try:
             await self._app(scope, receive, watched)
+        except asyncio.CancelledError:
+            if scope["type"] != "http":
+                raise
+            if not begun:
+                await reply_to(shutting_down()).response(scope["path"])(scope, receive, send)
         except Exception as error:
             if begun or scope["type"] != "http":
                 raise

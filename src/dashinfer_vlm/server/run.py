@@ -29,6 +29,8 @@ _GRACE_S = 3
 """What uvicorn waits for connections once the service has drained, so that the last answers can leave."""
 _LAST_WORDS_S = 1.0
 """What streams that were ended get to say why."""
+_CUT_OFF_S = 2.0
+"""What is left then is cut off, before uvicorn does so in its own way: with a traceback for each request."""
 _TICKS_WITHOUT_ENGINE = 30
 """Tenths of a second that a server stays up once its engine is gone for good."""
 _ACCEPTED_AT_ONCE = 16
@@ -106,9 +108,19 @@ class HttpServer(uvicorn.Server):
             await self._service.drain(0)
         if self.server_state.tasks:
             await asyncio.wait(self.server_state.tasks, timeout=_LAST_WORDS_S)
+        cutting = asyncio.get_running_loop().call_later(_CUT_OFF_S, self._cut_off)
         await super().shutdown(sockets)
+        cutting.cancel()
         if self.force_exit:
             await self.lifespan.shutdown()  # uvicorn skips it, and its task would end with a traceback
+
+    def _cut_off(self) -> None:
+        """End requests whose bodies have not come and answers that are not read."""
+        for connection in self.server_state.connections:
+            if isinstance(connection, Connection) and connection.is_amid_answer:
+                connection.transport.abort()
+        for task in self.server_state.tasks:
+            task.cancel()
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
