@@ -6,7 +6,7 @@
 Prints one JSON object a line: model, variant, kernel, registers, bytes of stack, spills, bytes of shared memory, and
 how often the instructions occur that decide the speed: `HGMMA` (products of a warp group), `HMMA` (of a warp), `QGMMA`
 (of a warp group, 8-bit floats), and asynchronous copies, those of 128 bits apart; sines that are only approximate;
-waits for the kernel before, of those that are started early; products that read from a wrong address (see sass.py).
+products that read from a wrong address (see sass.py).
 """
 
 from __future__ import annotations
@@ -49,7 +49,6 @@ class Compiled:
     copies: int
     wide_copies: int
     fast_sines: int
-    waits: int
     raw_descriptors: int
 
 
@@ -83,7 +82,7 @@ class Recorder:
         self.seen: dict[int, tuple[str, Any]] = {}
 
     def __call__(self, kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) -> None:
-        compiled = kernel.warmup(*arguments, grid=grid, **options, **launching.chaining(kernel))
+        compiled = kernel.warmup(*arguments, grid=grid, **options)
         self.seen.setdefault(id(compiled), (kernel.__name__, compiled))
 
     def take(self) -> list[tuple[str, Any]]:
@@ -167,7 +166,6 @@ def _read(model: str, variant: str, kernel: str, compiled: Any) -> Compiled:
         len(re.findall(r"\bLDGSTS\b", code)),
         len(re.findall(r"\bLDGSTS\S*\.128", code)),
         len(re.findall(r"\bMUFU\.(?:SIN|COS)\b", code)),
-        len(re.findall(r"\bACQBULK\b", code)),
         len(raw_descriptors(code)),
     )
 
@@ -184,12 +182,10 @@ def main() -> None:
     parser.add_argument("--first", type=int, help="variants; all when absent")
     parser.add_argument("--only", default="", help="a regular expression for the variant's name")
     parser.add_argument("--part", default="0/1", help="1/4: the second quarter of all, for processes side by side")
-    parser.add_argument("--programmatic", action="store_true", help="as they are when they are started early")
     parser.add_argument("--goes-on", action="store_true", help="tell what fails, and go on")
     options = parser.parse_args()
     part, num_parts = map(int, options.part.split("/"))
     recorder = record(options.target)
-    launching.is_programmatic = lambda: options.programmatic  # asks a card otherwise
     work = of_checks() if options.checks else of_models(options.model)
     without = "fp8" if options.target < 89 else None  # such cards multiply no 8-bit floats
     chosen = (x for x in work if re.search(options.only, x.variant) and not (without and without in x.variant))

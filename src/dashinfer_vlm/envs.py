@@ -21,15 +21,12 @@ __all__ = [
     "kernels",
     "otel_protocol",
     "otel_service",
-    "programmatic_launch",
     "tls_files",
     "unknown",
 ]
 
 _PREFIX = "DASHINFER_"
-_NAMES = frozenset(
-    f"DASHINFER_{name}" for name in ("API_KEY", "ENCODER_MODEL", "ENCODER_THREADS", "KERNELS", "PROGRAMMATIC_LAUNCH")
-)
+_NAMES = frozenset(f"DASHINFER_{name}" for name in ("API_KEY", "ENCODER_MODEL", "ENCODER_THREADS", "KERNELS"))
 """Those of ours that belong to no flag of the server."""
 
 
@@ -57,15 +54,6 @@ def kernels() -> str:
     """`DASHINFER_KERNELS`: which kernels compute: `auto`, an instruction level of the CPU, or `reference` (plain torch,
     also on a card)."""
     return os.environ.get("DASHINFER_KERNELS", "auto")
-
-
-def programmatic_launch() -> bool:
-    """`DASHINFER_PROGRAMMATIC_LAUNCH`: 1 has a card start small kernels while the one before still runs (Hopper and
-    later); 0, which is what it is when unset, one after the other."""
-    told = os.environ.get("DASHINFER_PROGRAMMATIC_LAUNCH", "0")
-    if told not in ("0", "1"):
-        raise ConfigError(f"DASHINFER_PROGRAMMATIC_LAUNCH is {told!r}; it must be 0 or 1")
-    return told == "1"
 
 
 def tls_files() -> tuple[str, str]:

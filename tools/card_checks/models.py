@@ -8,7 +8,6 @@ import math
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -38,24 +37,9 @@ from dashinfer_vlm.request import Grid, Item, Request, SamplingParams
 from make_checkpoint import RECIPES, generation_config, processor_configs
 
 BLOCK_SIZE = 16
-USUAL, EARLY = "as graphs, one ahead", "started early"
-WAYS = {USUAL: (True, 1), "as graphs": (True, 0), "kernel by kernel": (False, 0), EARLY: (True, 1)}
+USUAL = "as graphs, one ahead"
+WAYS = {USUAL: (True, 1), "as graphs": (True, 0), "kernel by kernel": (False, 0)}
 """How steps are started: whether model calls are graphs, and how many steps are under way while one is planned."""
-
-
-def ways(setting: Setting) -> list[str]:
-    """Those that the device knows, the usual one first."""
-    can_early = setting.device.type == "cuda" and torch.cuda.get_device_capability(setting.device) >= (9, 0)
-    return [way for way in WAYS if way != EARLY or can_early]
-
-
-@contextmanager
-def started(way: str) -> Iterator[None]:
-    """Kernels are started as the way says while graphs are captured and steps are done."""
-    from dashinfer_vlm.kernels.cuda import launch  # triton reads the environment when it is imported
-
-    with replaced(launch, "is_programmatic", lambda: way == EARLY):
-        yield
 
 
 class RandomWeights(Weights):
@@ -182,7 +166,7 @@ def families(setting: Setting) -> Iterator[Check]:
     nearly."""
     for arch in RECIPES:
         yield f"logits of a tiny {arch} in bfloat16", partial(_rounding, setting, arch)
-        for way in [USUAL] if setting.tiny else ways(setting):
+        for way in [USUAL] if setting.tiny else WAYS:
             yield f"tokens of a tiny {arch}, {way}", partial(_tokens, setting, arch, way)
 
 
@@ -194,10 +178,9 @@ def _tokens(setting: Setting, arch: str, way: str) -> Row:
     requests = [request(config, str(i), grids[: i % 3], fewest + 9 * i, answer, i) for i in range(1, 1 + count)]
     theirs = tokens_of(make_engine(_tiny(config, torch.device("cpu")), 4096, 512), requests)
     model = make_model(config, checked_backend(setting, torch.float32), small=True)
-    with started(way):
-        is_usual = way == USUAL
-        engine = make_engine(model, 4096, 512) if is_usual else engine_for(model, way, 4096, max_model_len=512)
-        ours, total = tokens_of(engine, requests), sum(map(len, theirs.values()))
+    is_usual = way == USUAL
+    engine = make_engine(model, 4096, 512) if is_usual else engine_for(model, way, 4096, max_model_len=512)
+    ours, total = tokens_of(engine, requests), sum(map(len, theirs.values()))
     apart = sum(a != b for name in ours for a, b in zip(ours[name], theirs[name], strict=True))
     return Row(error=apart / total, allowed=0, note=f"{total} tokens")
 

@@ -1,4 +1,4 @@
-"""Products of few rows: torch's, beside those of 16, 8 and 4 bits by `kernels.cuda.skinny` and of 8-bit floats."""
+"""Products of few rows: torch's, beside those of 8 and 4 bits by `kernels.cuda.skinny` and of 8-bit floats."""
 
 from __future__ import annotations
 
@@ -74,19 +74,17 @@ def _ways(
 
     is_gated, has_norm = layer == "gate_up", layer in ("qkv", "gate_up")
     epilogue = "silu_mul" if is_gated else "none"
-    norm = skinny.Norm(gains, EPS) if has_norm else None
     whole = CudaLinear(weight, None, epilogue)
 
     def before() -> Tensor:
         return rows.rms_norm(x, gains, EPS) if has_norm else x
 
     def few(weight: GroupedWeight) -> Callable[[], Tensor]:
-        return lambda: skinny.product(x, weight, norm=norm, silu_mul=is_gated, residual=residual)
+        return lambda: skinny.product(before(), weight, silu_mul=is_gated, residual=residual)
 
     ways: dict[str, Callable[[], Any]] = {
         "torch": lambda: whole(before(), residual=residual),
         "bare": lambda: F.linear(x, weight),
-        "16 bits": few(GroupedWeight(weight, None, weight.shape[1], 16)),
         "a16w8": few(rounded(weight, 8)),
         "a16w4": few(rounded(weight, 4)),
     }

@@ -15,10 +15,10 @@ class GroupedWeight:
     """A weight [N, K], K filled up to whole groups."""
 
     numbers: Tensor
-    """16 bits: [N, K] as it is. 8 bits: int8 [N, K]. 4 bits: uint8 [N, K / 2], numbers + 8; byte j of a group holds
+    """8 bits: int8 [N, K]. 4 bits: uint8 [N, K / 2], numbers + 8; byte j of a group holds
     column j in its low half and column j + 64 in its high one."""
-    scales: Tensor | None
-    """bfloat16 [N, K / 128]; None for 16 bits."""
+    scales: Tensor
+    """bfloat16 [N, K / 128]."""
     depth: int
     """Columns that there are."""
     bits: int

@@ -5,7 +5,6 @@ imported by `backend` alone, when a card is chosen.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -40,47 +39,21 @@ _EPILOGUES = {**EPILOGUES, "silu_mul": rows.silu_mul, "quick_gelu": rows.quick_g
 FP8_OPS = Fp8Ops(fp8.quantise, fp8.block_product, fp8.rms_norm, fp8.silu_mul, _EPILOGUES)
 
 
-@dataclass(frozen=True, slots=True)
-class Unnormed:
-    """Rows whose norm rides in the product that takes them."""
-
-    rows: Tensor
-    norm: skinny.Norm
-
-
 class CudaLinear:
-    """A weight [N, K] of the activations' dtype. With few rows all that surrounds the product rides in it; else the
-    residual rides in cuBLAS's, and the epilogue is one launch."""
+    """A weight [N, K] of the activations' dtype: the residual rides in the product, the epilogue is one launch."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None, epilogue: Epilogue) -> None:
         self.weight = weight
         self.bias = bias
         self.epilogue = epilogue
-        self.is_skinny = weight.itemsize == 2 and epilogue in ("none", "silu_mul")
 
-    def normed(self, x: Tensor, weight: Tensor, eps: float) -> Tensor | Unnormed:
-        """RMSNorm of the rows, as this layer takes them."""
-        return Unnormed(x, skinny.Norm(weight, eps)) if self._is_few(x) else rows.rms_norm(x, weight, eps)
-
-    def _is_few(self, x: Tensor) -> bool:
-        return self.is_skinny and 0 < len(x) <= skinny.most_rows_of_16_bits(*self.weight.shape)
-
-    def __call__(self, x: Tensor | Unnormed, *, residual: Tensor | None = None, out: Tensor | None = None) -> Tensor:
-        if isinstance(x, Unnormed):
-            return self._few(x.rows, x.norm, residual, out)
-        if self._is_few(x):
-            return self._few(x, None, residual, out)
+    def __call__(self, x: Tensor, *, residual: Tensor | None = None, out: Tensor | None = None) -> Tensor:
         if self.epilogue == "none":
             return self._product(x, residual, out)
         y = _EPILOGUES[self.epilogue](F.linear(x, self.weight, self.bias))
         if residual is not None:
             return torch.add(y, residual, out=out)
         return y if out is None else out.copy_(y)
-
-    def _few(self, x: Tensor, norm: skinny.Norm | None, residual: Tensor | None, out: Tensor | None) -> Tensor:
-        weight = GroupedWeight(self.weight, None, self.weight.shape[1], 16)
-        is_gated = self.epilogue == "silu_mul"
-        return skinny.product(x, weight, self.bias, norm=norm, silu_mul=is_gated, residual=residual, out=out)
 
     def _product(self, x: Tensor, residual: Tensor | None, out: Tensor | None) -> Tensor:
         weight_t = self.weight.t()
@@ -125,8 +98,9 @@ def grouped_ops(head: Callable[[Tensor, Tensor | None, Epilogue], Linear]) -> Gr
         silu_mul: bool,
         residual: Tensor | None,
         dtype: torch.dtype,
+        out: Tensor | None,
     ) -> Tensor:
-        return skinny.product(x, weight, bias, silu_mul=silu_mul, residual=residual, dtype=dtype)
+        return skinny.product(x, weight, bias, silu_mul=silu_mul, residual=residual, dtype=dtype, out=out)
 
     return GroupedOps(few, skinny.MOST_ROWS, skinny.expand, CudaLinear, head)
 

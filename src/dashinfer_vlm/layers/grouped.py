@@ -42,7 +42,6 @@ def _divided(groups: Tensor, scales: Tensor, least: int, most: int) -> Tensor:
 
 def expand(weight: GroupedWeight, dtype: torch.dtype) -> Tensor:
     """[N, K] of `dtype`: what the numbers stand for."""
-    assert weight.scales is not None
     numbers, num_rows = weight.numbers, len(weight.numbers)
     if weight.bits == 4:
         halves = numbers.view(num_rows, -1, GROUP // 2)
@@ -55,9 +54,9 @@ def expand(weight: GroupedWeight, dtype: torch.dtype) -> Tensor:
 class GroupedOps:
     """How one device multiplies."""
 
-    few: Callable[[Tensor, GroupedWeight, Tensor | None, bool, Tensor | None, torch.dtype], Tensor]
-    """x [T, K], weight, bias, whether the epilogue is `silu_mul`, residual, type of the result; for up to `most_rows`
-    of x."""
+    few: Callable[[Tensor, GroupedWeight, Tensor | None, bool, Tensor | None, torch.dtype, Tensor | None], Tensor]
+    """x [T, K], weight, bias, whether the epilogue is `silu_mul`, residual, type of the result, memory for it; for up
+    to `most_rows` of x."""
     most_rows: int
     expand: Callable[[GroupedWeight, torch.dtype], Tensor]
     plain: Callable[[Tensor, Tensor | None, Epilogue], Linear]
@@ -82,5 +81,4 @@ class GroupedLinear:
             plain = self.ops.plain_head if self.is_head else self.ops.plain
             return plain(self.ops.expand(self.weight, x.dtype), self.bias, self.epilogue)(x, residual=residual, out=out)
         dtype = torch.float32 if self.is_head else x.dtype
-        y = self.ops.few(x, self.weight, self.bias, self.epilogue == "silu_mul", residual, dtype)
-        return y if out is None else out.copy_(y)
+        return self.ops.few(x, self.weight, self.bias, self.epilogue == "silu_mul", residual, dtype, out)

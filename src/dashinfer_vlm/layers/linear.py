@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from typing import Protocol
 
 import torch
 from torch.nn import functional as F
@@ -15,16 +15,7 @@ from dashinfer_vlm.kernels import cpu_ops
 from dashinfer_vlm.layers import onednn
 from dashinfer_vlm.layers.activation import EPILOGUES, Epilogue
 
-__all__ = [
-    "ExpandingLinear",
-    "Floats",
-    "Linear",
-    "Matrix",
-    "NativeLinear",
-    "Normalising",
-    "OneDnnLinear",
-    "TorchLinear",
-]
+__all__ = ["ExpandingLinear", "Floats", "Linear", "Matrix", "NativeLinear", "OneDnnLinear", "TorchLinear"]
 
 SCRATCH_ROWS = 1024
 """Weight rows that are expanded at a time: the scratch buffer stays in the last-level cache."""
@@ -65,15 +56,6 @@ class Linear(Protocol):
     def __call__(
         self, x: torch.Tensor, *, residual: torch.Tensor | None = None, out: torch.Tensor | None = None
     ) -> torch.Tensor: ...
-
-
-@runtime_checkable
-class Normalising(Protocol):
-    """A layer that takes part in the norm of its rows."""
-
-    def normed(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> Any:
-        """RMSNorm of rows [T, K], as this layer takes them."""
-        ...
 
 
 def _finish(

@@ -129,18 +129,3 @@ def test_rows_take_few_registers(found: Found) -> None:
         rows = [x for x in found.of(kernel) if not x["variant"].startswith("fp8")]  # those keep a whole row
         assert rows, kernel
         assert all(x["registers"] <= 64 for x in rows), rows
-
-
-def test_kernels_that_are_started_early_wait_for_the_one_before() -> None:
-    """One that did not would let those behind it run too early."""
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment["TRITON_CACHE_DIR"] = str(ROOT / "build" / "triton")
-    command = [sys.executable, str(ROOT / "tools" / "compile_kernels.py"), "--programmatic", "--model", "Qwen2-VL-2B"]
-    only = "^(embed|rms_norm|silu_mul|decode in 8 splits int8|rope_write_kv int8|4 bits, down of few|fp8 rows)$"
-    done = subprocess.run([*command, "--only", only], stdout=subprocess.PIPE, text=True, env=environment, check=True)
-    found = [json.loads(line) for line in done.stdout.splitlines()]
-    assert all(x["waits"] == 1 for x in found), found
-    assert {x["kernel"] for x in found} == {
-        *("_embed", "_rms_norm", "_silu_mul", "_mix", "_attend", "_combine"),
-        *("_rope_write_kv", "_multiply", "_finish", "_quantise"),
-    }

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dashinfer_vlm.kernels.cuda.launch import INTERPRETED, check, follow, launch, power_of_two
+from dashinfer_vlm.kernels.cuda.launch import INTERPRETED, check, launch, power_of_two
 from dashinfer_vlm.kernels.cuda.rows import normed, silu_times_up
 
 __all__ = ["BLOCK", "block_product", "quantise", "rms_norm", "silu_mul"]
@@ -47,9 +47,7 @@ def _rounded(x, largest, TOP: tl.constexpr, CUTS: tl.constexpr):
 @triton.jit
 def _quantise(
     x_rows, out, scales, x_t, o_t, s_t, K, WIDTH: tl.constexpr, B: tl.constexpr, TOP: tl.constexpr, CUTS: tl.constexpr,
-    PDL: tl.constexpr,
 ):  # fmt: skip
-    follow(PDL)
     row = tl.program_id(0).to(tl.int64)
     group = tl.program_id(1)
     i = tl.arange(0, B)
@@ -64,9 +62,7 @@ def _quantise(
 @triton.jit
 def _silu_mul(
     x_rows, out, scales, x_t, o_t, s_t, K, WIDTH: tl.constexpr, B: tl.constexpr, TOP: tl.constexpr, CUTS: tl.constexpr,
-    PDL: tl.constexpr,
 ):  # fmt: skip
-    follow(PDL)
     row = tl.program_id(0).to(tl.int64)
     group = tl.program_id(1)
     i = tl.arange(0, B)
@@ -81,9 +77,8 @@ def _silu_mul(
 @triton.jit
 def _rms_norm(
     x_rows, weight, out, scales, eps, x_t, o_t, s_t, K: tl.constexpr, WIDTH: tl.constexpr, B: tl.constexpr,
-    TOP: tl.constexpr, CUTS: tl.constexpr, PDL: tl.constexpr,
+    TOP: tl.constexpr, CUTS: tl.constexpr,
 ):  # fmt: skip
-    follow(PDL)
     row = tl.program_id(0).to(tl.int64)
     i = tl.arange(0, B)
     x = normed(x_rows + row * x_t + i, weight + i, eps, i < K, K)
@@ -102,9 +97,8 @@ def _rms_norm(
 @triton.jit(do_not_specialize=["T"])
 def _multiply(
     x, x_scales, w, w_scales, out, T, x_t, xs_t, w_n, ws_n, o_t, N: tl.constexpr, K: tl.constexpr, BM: tl.constexpr,
-    BN: tl.constexpr, BK: tl.constexpr, BLOCK_ROWS: tl.constexpr, WIDEN: tl.constexpr, PDL: tl.constexpr,
+    BN: tl.constexpr, BK: tl.constexpr, BLOCK_ROWS: tl.constexpr, WIDEN: tl.constexpr,
 ):  # fmt: skip
-    follow(PDL)
     m = tl.program_id(1) * BM + tl.arange(0, BM)
     n = tl.program_id(0) * BN + tl.arange(0, BN)
     k = tl.arange(0, BK)

@@ -9,15 +9,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dashinfer_vlm.kernels.cuda.launch import compute_type, follow, launch, power_of_two
+from dashinfer_vlm.kernels.cuda.launch import compute_type, launch, power_of_two
 
 __all__ = ["hadamard_blocks", "mixed_queries"]
 
 
 @triton.jit(do_not_specialize=["num_rows"])
 def _mix(q, mixer, out, num_rows, q_t, q_h, H: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, BM: tl.constexpr,
-         C: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
-    follow(PDL)
+         C: tl.constexpr):  # fmt: skip
     row = tl.program_id(0) * BM + tl.arange(0, BM)
     d = tl.arange(0, DP)
     inside = (row < num_rows * H)[:, None] & (d < D)[None, :]

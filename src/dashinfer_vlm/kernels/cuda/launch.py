@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import torch
@@ -10,45 +9,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dashinfer_vlm import envs
-
-__all__ = [
-    "INTERPRETED",
-    "chaining",
-    "check",
-    "compute_type",
-    "follow",
-    "is_programmatic",
-    "launch",
-    "power_of_two",
-    "unit_of",
-]
+__all__ = ["INTERPRETED", "check", "compute_type", "launch", "power_of_two", "unit_of"]
 
 INTERPRETED: bool = triton.knobs.runtime.interpret
 """Kernels run on the CPU, statement by statement."""
-
-
-@triton.jit
-def follow(PDL: tl.constexpr):
-    """The first thing that a kernel of a chain does. With `PDL` it was started while the one before still ran, waits
-    here until that one is done and its memory can be seen, and lets the next one be started; a kernel that did not wait
-    would let those behind it run before what it has not waited for."""
-    if PDL:
-        tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
-
-
-@functools.cache
-def is_programmatic() -> bool:
-    """Whether kernels that `follow` are started early (programmatic dependent launch, from compute capability 9.0)."""
-    return envs.programmatic_launch() and not INTERPRETED and torch.cuda.get_device_capability() >= (9, 0)
-
-
-def chaining(kernel: Any) -> dict[str, bool]:
-    """What a kernel that `follow`s is started with, beside its own."""
-    if "PDL" not in kernel.arg_names:
-        return {}
-    return {"PDL": True, "launch_pdl": True} if is_programmatic() else {"PDL": False}
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) -> None:
@@ -56,7 +20,7 @@ def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) 
     if 0 in grid:
         return
     with torch.cuda.device_of(arguments[0]):  # type: ignore[no-untyped-call]
-        kernel[grid](*arguments, **options, **chaining(kernel))
+        kernel[grid](*arguments, **options)
 
 
 def compute_type(dtype: torch.dtype) -> Any:

@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from dashinfer_vlm.kernels.cuda.hadamard import mixed_queries
-from dashinfer_vlm.kernels.cuda.launch import check, compute_type, follow, launch, power_of_two, unit_of
+from dashinfer_vlm.kernels.cuda.launch import check, compute_type, launch, power_of_two, unit_of
 
 __all__ = ["FEW_ROWS", "paged_attention"]
 
@@ -85,9 +85,8 @@ def _attend(
     q_rows, k_cache, v_cache, tables, starts, contexts, out, lse, scale, num_sequences, table_stride, q_t, q_h,
     block_stride, slot_stride, head_stride, o_t, o_h, o_split, l_t, l_split, G: tl.constexpr, D: tl.constexpr,
     DP: tl.constexpr, BS: tl.constexpr, BM: tl.constexpr, BQ: tl.constexpr, BN: tl.constexpr, SPLITS: tl.constexpr,
-    FEW: tl.constexpr, MANY: tl.constexpr, INT8: tl.constexpr, UNIT: tl.constexpr, C: tl.constexpr, PDL: tl.constexpr,
+    FEW: tl.constexpr, MANY: tl.constexpr, INT8: tl.constexpr, UNIT: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
-    follow(PDL)
     block_stride *= UNIT
     slot_stride *= UNIT
     head_stride *= UNIT
@@ -145,10 +144,9 @@ def _attend(
 @triton.jit(do_not_specialize=["l_split"])
 def _combine(
     parts, lse, starts, out, p_split, p_t, p_h, l_split, l_t, o_t, o_h, D: tl.constexpr, DP: tl.constexpr,
-    SPLITS: tl.constexpr, FEW: tl.constexpr, PDL: tl.constexpr,
+    SPLITS: tl.constexpr, FEW: tl.constexpr,
 ):  # fmt: skip
     """Join the splits of one row and head by their shares of the softmax's sum."""
-    follow(PDL)
     s = tl.program_id(0) // FEW
     row = tl.program_id(0) % FEW
     head = tl.program_id(1)

@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from dashinfer_vlm.kernels.cuda.hadamard import hadamard_blocks
-from dashinfer_vlm.kernels.cuda.launch import check, compute_type, follow, launch, power_of_two
+from dashinfer_vlm.kernels.cuda.launch import check, compute_type, launch, power_of_two
 
 __all__ = ["mrope_cos_sin", "rope", "rope_write_kv"]
 
@@ -16,10 +16,7 @@ HEADS_AT_ONCE = 32
 
 
 @triton.jit(do_not_specialize=["axis_stride"])
-def _tables(
-    positions, frequencies, axes, cos, sin, axis_stride, p_t, HALF: tl.constexpr, B: tl.constexpr, PDL: tl.constexpr
-):
-    follow(PDL)
+def _tables(positions, frequencies, axes, cos, sin, axis_stride, p_t, HALF: tl.constexpr, B: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     i = tl.arange(0, B)
     axis = tl.load(axes + i, mask=i < HALF, other=0)
@@ -98,9 +95,8 @@ def _mixed(low, high, mixer, D: tl.constexpr, BD: tl.constexpr, C: tl.constexpr)
 def _rope_write_kv(
     q, k, v, cos, sin, k_cache, v_cache, slots, mixer, q_t, q_h, k_t, k_h, v_t, v_h, slot_stride, c_h, H: tl.constexpr,
     HK: tl.constexpr, D: tl.constexpr, BH: tl.constexpr, BK: tl.constexpr, BD: tl.constexpr, INT8: tl.constexpr,
-    C: tl.constexpr, PDL: tl.constexpr,
+    C: tl.constexpr,
 ):  # fmt: skip
-    follow(PDL)
     row = tl.program_id(0).to(tl.int64)
     part = tl.program_id(1)
     if part > 0:

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dashinfer_vlm.kernels.cuda.launch import check, follow, launch, power_of_two
+from dashinfer_vlm.kernels.cuda.launch import check, launch, power_of_two
 
 __all__ = ["add_to_rows", "embed", "layer_norm", "normed", "quick_gelu", "rms_norm", "silu_mul", "silu_times_up"]
 
@@ -34,8 +34,7 @@ def silu_times_up(x_places, N, inside):
 
 
 @triton.jit
-def _rms_norm(x_rows, weight, out, eps, x_t, o_t, N: tl.constexpr, B: tl.constexpr, PDL: tl.constexpr):
-    follow(PDL)
+def _rms_norm(x_rows, weight, out, eps, x_t, o_t, N: tl.constexpr, B: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     i = tl.arange(0, B)
     y = normed(x_rows + row * x_t + i, weight + i, eps, i < N, N)
@@ -55,8 +54,7 @@ def _layer_norm(x_rows, weight, bias, out, eps, x_t, o_t, N: tl.constexpr, B: tl
 
 
 @triton.jit
-def _silu_mul(x_rows, out, x_t, o_t, N: tl.constexpr, B: tl.constexpr, PDL: tl.constexpr):
-    follow(PDL)
+def _silu_mul(x_rows, out, x_t, o_t, N: tl.constexpr, B: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     i = tl.program_id(1) * B + tl.arange(0, B)
     y = silu_times_up(x_rows + row * x_t + i, N, i < N)
@@ -92,9 +90,7 @@ def _embed(
     N: tl.constexpr,
     B: tl.constexpr,
     STAGED: tl.constexpr,
-    PDL: tl.constexpr,
 ):
-    follow(PDL)
     row = tl.program_id(0).to(tl.int64)
     i = tl.program_id(1) * B + tl.arange(0, B)
     inside = i < N

@@ -1,7 +1,7 @@
-"""Products of few rows, which are bound by reading the weight: of 16 bits, or of 8 or 4 with a scale per 128 columns.
+"""Products of few rows, which are bound by reading the weight: of 8 or 4 bits with a scale per 128 columns.
 
-What surrounds a product rides in it: the norm before, SiLU times up and the residual after. Where the weight has too
-few rows to keep a card busy, several programs share its columns, and `_finish` adds up what they found.
+What comes after a product rides in it: SiLU times up and the residual. Where the weight has too few rows to keep a card
+busy, several programs share its columns, and `_finish` adds up what they found.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dashinfer_vlm.kernels.cuda.launch import check, compute_type, follow, launch, power_of_two
+from dashinfer_vlm.kernels.cuda.launch import check, compute_type, launch, power_of_two
 from dashinfer_vlm.kernels.grouped import GROUP, GroupedWeight
 
-__all__ = ["MOST_ROWS", "Norm", "expand", "most_rows_of_16_bits", "num_splits", "product"]
+__all__ = ["MOST_ROWS", "expand", "num_splits", "product"]
 
 MOST_ROWS = 128
 """Beyond them arithmetic counts, and a weight is better expanded once."""
@@ -26,57 +26,33 @@ LEAST_GROUPS = 4
 """Of a split: adding it up costs as much as reading them."""
 
 
-@dataclass(frozen=True, slots=True)
-class Norm:
-    """RMSNorm of the rows before the product. It is rounded once, where the reference rounds twice."""
-
-    weight: Tensor
-    eps: float
+@triton.jit
+def _columns(x_places, first, k, K, mine, C: tl.constexpr):
+    """Columns `first + k` of the rows."""
+    return tl.load(x_places + first + k[None, :], mask=mine[:, None] & (first + k < K)[None, :], other=0.0).to(C)
 
 
 @triton.jit
-def _columns(x_places, norm, first, k, K, mine, NORM: tl.constexpr, C: tl.constexpr):
-    """Columns `first + k` of the rows, times the norm's weight; and the sums of their squares."""
-    inside = first + k < K
-    x = tl.load(x_places + first + k[None, :], mask=mine[:, None] & inside[None, :], other=0.0).to(tl.float32)
-    squares = tl.sum(x * x, 1)
-    if NORM:
-        x *= tl.load(norm + first + k, mask=inside, other=0.0).to(tl.float32)[None, :]
-    return x.to(C), squares
-
-
-@triton.jit
-def _add(acc, low, high, w_places, scales, group, K, wanted, BITS: tl.constexpr, C: tl.constexpr):
-    """`acc` [BM, BN] and what a group of columns adds. `low` and `high` are its halves; of 8 and 16 bits, `low` is
-    all."""
-    if BITS == 16:
+def _add(acc, low, high, w_places, scales, group, wanted, BITS: tl.constexpr, C: tl.constexpr):
+    """`acc` [BM, BN] and what a group of columns adds. `low` and `high` are its halves; of 8 bits, `low` is all."""
+    if BITS == 8:
         k = tl.arange(0, 128)
-        w = tl.load(w_places + group * 128 + k[:, None], mask=wanted & (group * 128 + k < K)[:, None], other=0.0)
-        acc = tl.dot(low, w.to(C), acc, input_precision="ieee")
+        w = tl.load(w_places + group * 128 + k[:, None], mask=wanted & (k < 128)[:, None], other=0)
+        part = tl.dot(low, w.to(C), input_precision="ieee")
     else:
-        if BITS == 8:
-            k = tl.arange(0, 128)
-            w = tl.load(w_places + group * 128 + k[:, None], mask=wanted & (k < 128)[:, None], other=0)
-            part = tl.dot(low, w.to(C), input_precision="ieee")
-        else:
-            k = tl.arange(0, 64)
-            w = tl.load(w_places + group * 64 + k[:, None], mask=wanted & (k < 64)[:, None], other=0).to(tl.int32)
-            part = tl.dot(low, ((w & 15) - 8).to(C), input_precision="ieee")
-            part = tl.dot(high, ((w >> 4) - 8).to(C), part, input_precision="ieee")
-        acc += part * tl.load(scales + group, mask=wanted, other=0.0).to(tl.float32)
-    return acc
+        k = tl.arange(0, 64)
+        w = tl.load(w_places + group * 64 + k[:, None], mask=wanted & (k < 64)[:, None], other=0).to(tl.int32)
+        part = tl.dot(low, ((w & 15) - 8).to(C), input_precision="ieee")
+        part = tl.dot(high, ((w >> 4) - 8).to(C), part, input_precision="ieee")
+    return acc + part * tl.load(scales + group, mask=wanted, other=0.0).to(tl.float32)
 
 
 @triton.jit
 def _surrounded(
-    acc, up, squares, bias, residual, m, n, inside, r_t, eps, K, N: tl.constexpr, NORM: tl.constexpr,
-    BIAS: tl.constexpr, GATED: tl.constexpr, RESIDUAL: tl.constexpr,
+    acc, up, bias, residual, m, n, inside, r_t, N: tl.constexpr, BIAS: tl.constexpr, GATED: tl.constexpr,
+    RESIDUAL: tl.constexpr,
 ):  # fmt: skip
     """What is done to finished sums [BM, BN]."""
-    if NORM:
-        scale = tl.rsqrt(squares / K + eps)[:, None]
-        acc *= scale
-        up *= scale
     if BIAS:
         acc += tl.load(bias + n, mask=n < N, other=0.0).to(tl.float32)[None, :]
     if GATED:
@@ -90,11 +66,10 @@ def _surrounded(
 
 @triton.jit(do_not_specialize=["T"])
 def _multiply(
-    x_rows, w, scales, norm, bias, residual, out, sums, eps, T, x_t, w_n, s_n, r_t, o_t, o_split, N: tl.constexpr,
-    K: tl.constexpr, SPLITS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BITS: tl.constexpr, NORM: tl.constexpr,
-    BIAS: tl.constexpr, GATED: tl.constexpr, RESIDUAL: tl.constexpr, C: tl.constexpr, PDL: tl.constexpr,
+    x_rows, w, scales, bias, residual, out, T, x_t, w_n, s_n, r_t, o_t, o_split, N: tl.constexpr, K: tl.constexpr,
+    SPLITS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BITS: tl.constexpr, BIAS: tl.constexpr,
+    GATED: tl.constexpr, RESIDUAL: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
-    follow(PDL)
     n = tl.program_id(0) * BN + tl.arange(0, BN)
     m = tl.program_id(1) * BM + tl.arange(0, BM)
     split = tl.program_id(2)
@@ -105,53 +80,44 @@ def _multiply(
     scale_places = scales + n.to(tl.int64)[None, :] * s_n
     acc = tl.zeros([BM, BN], tl.float32)
     up = tl.zeros([BM, BN], tl.float32)
-    squares = tl.zeros([BM], tl.float32)
     groups: tl.constexpr = (K + 127) // 128
     each: tl.constexpr = (groups + SPLITS - 1) // SPLITS
     half = tl.arange(0, 64)
     for group in tl.range(split * each, tl.minimum(split * each + each, groups)):
         if BITS == 4:
-            low, of_low = _columns(x_places, norm, group * 128, half, K, mine, NORM, C)
-            high, of_high = _columns(x_places, norm, group * 128 + 64, half, K, mine, NORM, C)
-            squares += of_low + of_high
+            low = _columns(x_places, group * 128, half, K, mine, C)
+            high = _columns(x_places, group * 128 + 64, half, K, mine, C)
         else:
-            low, of_all = _columns(x_places, norm, group * 128, tl.arange(0, 128), K, mine, NORM, C)
+            low = _columns(x_places, group * 128, tl.arange(0, 128), K, mine, C)
             high = low
-            squares += of_all
-        acc = _add(acc, low, high, w_places, scale_places, group, K, wanted, BITS, C)
+        acc = _add(acc, low, high, w_places, scale_places, group, wanted, BITS, C)
         if GATED:
-            up = _add(up, low, high, w_places + N * w_n, scale_places + N * s_n, group, K, wanted, BITS, C)
+            up = _add(up, low, high, w_places + N * w_n, scale_places + N * s_n, group, wanted, BITS, C)
     inside = mine[:, None] & wanted
     place = out + split * o_split + m.to(tl.int64)[:, None] * o_t + n[None, :]
     if SPLITS == 1:
-        acc = _surrounded(acc, up, squares, bias, residual, m, n, inside, r_t, eps, K, N, NORM, BIAS, GATED, RESIDUAL)
-    else:
-        tl.store(sums + split * T + m, squares, mask=mine & (tl.program_id(0) == 0))
-        if GATED:
-            tl.store(place + N, up, mask=inside)
+        acc = _surrounded(acc, up, bias, residual, m, n, inside, r_t, N, BIAS, GATED, RESIDUAL)
+    elif GATED:
+        tl.store(place + N, up, mask=inside)
     tl.store(place, acc.to(out.dtype.element_ty), mask=inside)
 
 
-@triton.jit(do_not_specialize=["T"])
+@triton.jit
 def _finish(
-    parts, sums, bias, residual, out, eps, T, p_split, p_t, r_t, o_t, N: tl.constexpr, K: tl.constexpr,
-    SPLITS: tl.constexpr, B: tl.constexpr, NORM: tl.constexpr, BIAS: tl.constexpr, GATED: tl.constexpr,
-    RESIDUAL: tl.constexpr, PDL: tl.constexpr,
+    parts, bias, residual, out, p_split, p_t, r_t, o_t, N: tl.constexpr, SPLITS: tl.constexpr, B: tl.constexpr,
+    BIAS: tl.constexpr, GATED: tl.constexpr, RESIDUAL: tl.constexpr,
 ):  # fmt: skip
-    follow(PDL)
     m = tl.program_id(1) + tl.arange(0, 1)
     n = tl.program_id(0) * B + tl.arange(0, B)
     inside = (n < N)[None, :]
     acc = tl.zeros([1, B], tl.float32)
     up = tl.zeros([1, B], tl.float32)
-    squares = tl.zeros([1], tl.float32)
     place = parts + m.to(tl.int64)[:, None] * p_t + n[None, :]
     for split in tl.static_range(SPLITS):
         acc += tl.load(place + split * p_split, mask=inside, other=0.0)
-        squares += tl.load(sums + split * T + m)
         if GATED:
             up += tl.load(place + split * p_split + N, mask=inside, other=0.0)
-    acc = _surrounded(acc, up, squares, bias, residual, m, n, inside, r_t, eps, K, N, NORM, BIAS, GATED, RESIDUAL)
+    acc = _surrounded(acc, up, bias, residual, m, n, inside, r_t, N, BIAS, GATED, RESIDUAL)
     tl.store(out + m.to(tl.int64)[:, None] * o_t + n[None, :], acc.to(out.dtype.element_ty), mask=inside)
 
 
@@ -171,7 +137,6 @@ def _expand(w, scales, out, w_n, s_n, o_n, K, B: tl.constexpr, BITS: tl.constexp
 
 def expand(weight: GroupedWeight, dtype: torch.dtype) -> Tensor:
     """`layers.grouped.expand`: [N, K] of `dtype` from 8 or 4 bits."""
-    assert weight.scales is not None
     size, depth = len(weight.numbers), weight.depth
     out = torch.empty(size, depth, dtype=dtype, device=weight.numbers.device)
     launch(
@@ -191,14 +156,9 @@ class Tile:
     stages: int
 
 
-def tile_for(num_rows: int, bits: int, *, is_gated: bool) -> Tile:
+def tile_for(num_rows: int, *, is_gated: bool) -> Tile:
     """Two tiles of a gated product at once fill the registers."""
     return Tile(16, 32, 4, 4) if num_rows <= 16 else Tile(64, 32 if is_gated else 64, 4, 4)
-
-
-def most_rows_of_16_bits(size: int, depth: int) -> int:
-    """Up to how many rows a weight [size, depth] of 16 bits is better multiplied here than by cuBLAS."""
-    return 0
 
 
 def num_splits(num_programs: int, num_groups: int) -> int:
@@ -212,15 +172,14 @@ def product(
     weight: GroupedWeight,
     bias: Tensor | None = None,
     *,
-    norm: Norm | None = None,
     silu_mul: bool = False,
     residual: Tensor | None = None,
     dtype: torch.dtype | None = None,
     out: Tensor | None = None,
     splits: int | None = None,
 ) -> Tensor:
-    """[T, N] of `dtype`, else of x's (N / 2 with `silu_mul`): the norm of x [T, K], times the weight, transposed, plus
-    a bias [N]; then SiLU of the first half times the second; then plus `residual`.
+    """[T, N] of `dtype`, else of x's (N / 2 with `silu_mul`): x [T, K] times the weight, transposed, plus a bias [N];
+    then SiLU of the first half times the second; then plus `residual`, whose memory `out` may be.
 
     `splits`, a power of two, is how many programs share the columns of a row of the weight; None chooses. Raises
     ValueError for shapes that do not fit.
@@ -232,31 +191,28 @@ def product(
     check(x.stride(1) == weight.numbers.stride(1) == 1, "rows must be dense", x, weight.numbers)
     check(residual is None or residual.shape == (num_rows, size), "the residual must fit the result", x, *(
         () if residual is None else (residual,)))  # fmt: skip
-    tile = tile_for(num_rows, weight.bits, is_gated=silu_mul)
+    tile = tile_for(num_rows, is_gated=silu_mul)
     grid = (-(-size // tile.columns), -(-num_rows // tile.rows))
     if splits is None:
         splits = num_splits(grid[0] * grid[1], -(-depth // GROUP))
     if out is None:
         out = torch.empty(num_rows, size, dtype=dtype or x.dtype, device=x.device)
-    parts, sums = out[None], out
+    parts = out[None]
     if splits > 1:
         parts = torch.empty(splits, num_rows, rows_of_weight, dtype=torch.float32, device=x.device)
-        sums = torch.empty(splits, num_rows, dtype=torch.float32, device=x.device)
     absent = out  # in place of what is not there, and not looked at
-    scales = absent if weight.scales is None else weight.scales
-    around = (absent if bias is None else bias, absent if residual is None else residual)
+    after = (absent if bias is None else bias, absent if residual is None else residual)
     r_t = 0 if residual is None else residual.stride(0)
-    eps = 0.0 if norm is None else norm.eps
-    kinds = (norm is not None, bias is not None, silu_mul, residual is not None)
+    kinds = (bias is not None, silu_mul, residual is not None)
     launch(
-        _multiply, (*grid, splits), x, weight.numbers, scales, absent if norm is None else norm.weight, *around, parts,
-        sums, eps, num_rows, x.stride(0), weight.numbers.stride(0), scales.stride(0), r_t, parts.stride(1),
-        parts.stride(0), size, depth, splits, tile.rows, tile.columns, weight.bits, *kinds, compute_type(x.dtype),
-        num_warps=tile.warps, num_stages=tile.stages,
+        _multiply, (*grid, splits), x, weight.numbers, weight.scales, *after, parts, num_rows, x.stride(0),
+        weight.numbers.stride(0), weight.scales.stride(0), r_t, parts.stride(1), parts.stride(0), size, depth, splits,
+        tile.rows, tile.columns, weight.bits, *kinds, compute_type(x.dtype), num_warps=tile.warps,
+        num_stages=tile.stages,
     )  # fmt: skip
     if splits > 1:
         launch(
-            _finish, (-(-size // 512), num_rows), parts, sums, *around, out, eps, num_rows, parts.stride(0),
-            parts.stride(1), r_t, out.stride(0), size, depth, splits, 512, *kinds, num_warps=4,
+            _finish, (-(-size // 512), num_rows), parts, *after, out, parts.stride(0), parts.stride(1), r_t,
+            out.stride(0), size, splits, 512, *kinds, num_warps=4,
         )  # fmt: skip
     return out

@@ -150,27 +150,20 @@ def _few_rows(s: Sizes, dtype: torch.dtype, device: torch.device) -> Iterator[Va
         return torch.empty(*shape, dtype=dtype, device=device)
 
     def weight(size: int, depth: int, bits: int) -> GroupedWeight:
-        if bits == 16:
-            return GroupedWeight(empty(size, depth), None, depth, bits)
         groups = -(-depth // GROUP)
         kind, width = (torch.int8, groups * GROUP) if bits == 8 else (torch.uint8, groups * GROUP // 2)
         return GroupedWeight(empty(size, width, dtype=kind), empty(size, groups, dtype=torch.bfloat16), depth, bits)
 
     queries = (s.heads + 2 * s.kv_heads) * s.head_dim
-    norm = skinny.Norm(empty(s.hidden), 1e-6)
-    for bits in (16, 8, 4):
-        before = norm if bits == 16 else None
-        for num_rows, told in ((16, "few"), (64, "some"))[: 1 if bits == 16 else 2]:
+    for bits in (8, 4):
+        for num_rows, told in ((16, "few"), (64, "some")):
             x, inner = empty(num_rows, s.hidden), empty(num_rows, s.inner)
             qkv, gate_up = weight(queries, s.hidden, bits), weight(2 * s.inner, s.hidden, bits)
             down = weight(s.hidden, s.inner, bits)
-            yield Variant(f"{bits} bits, qkv of {told}", partial(skinny.product, x, qkv, empty(queries), norm=before))
-            yield Variant(
-                f"{bits} bits, MLP of {told}", partial(skinny.product, x, gate_up, norm=before, silu_mul=True)
-            )
+            yield Variant(f"{bits} bits, qkv of {told}", partial(skinny.product, x, qkv, empty(queries)))
+            yield Variant(f"{bits} bits, MLP of {told}", partial(skinny.product, x, gate_up, silu_mul=True))
             yield Variant(f"{bits} bits, down of {told}", partial(skinny.product, inner, down, residual=x))
-        if bits < 16:
-            yield Variant(f"{bits} bits, expanded", partial(skinny.expand, weight(s.hidden, s.inner, bits), dtype))
+        yield Variant(f"{bits} bits, expanded", partial(skinny.expand, weight(s.hidden, s.inner, bits), dtype))
 
 
 def _choosing(vocab: int, device: torch.device) -> Iterator[Variant]:
