@@ -177,11 +177,15 @@ def install_error_handlers(app: FastAPI, refused: Callable[[str], None]) -> None
     app.add_exception_handler(Exception, answer)
 
 
+CUT_OFF = "the server ends"
+
+
 class Unforeseen:
     """ASGI middleware. Answers what no handler is for; Starlette's own last resort answers too, but has the server log
     the same error again. Where the answer has begun, the server logs the error and ends the connection.
 
-    A request whose task is cancelled is one that the end of the server has cut off."""
+    A request whose task is cancelled with the message CUT_OFF is one that the end of the server has cut off; batches
+    cancel theirs, and want no answer."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
@@ -196,8 +200,8 @@ class Unforeseen:
 
         try:
             await self._app(scope, receive, watched)
-        except asyncio.CancelledError:
-            if scope["type"] != "http":
+        except asyncio.CancelledError as error:
+            if error.args != (CUT_OFF,):
                 raise
             if not begun:
                 await reply_to(shutting_down()).response(scope["path"])(scope, receive, send)

@@ -20,6 +20,7 @@ from dashinfer_vlm.frontend.service import Service
 from dashinfer_vlm.server.app import create_app
 from dashinfer_vlm.server.auth import Keyring
 from dashinfer_vlm.server.connection import Connection, raise_file_limit
+from dashinfer_vlm.server.errors import CUT_OFF
 from dashinfer_vlm.server.tls import Certificate
 from dashinfer_vlm.server.tracing import Tracer
 
@@ -120,7 +121,7 @@ class HttpServer(uvicorn.Server):
             if isinstance(connection, Connection) and connection.is_amid_answer:
                 connection.transport.abort()
         for task in self.server_state.tasks:
-            task.cancel()
+            task.cancel(CUT_OFF)
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
