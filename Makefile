@@ -33,7 +33,7 @@ serve: $(READY) $(if $(BUNDLED),,$(RANDOM_MODEL))
 
 test: $(READY)
 	$(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder \
-	    -m "not slow and not browser and not cluster and not compiles and not clients" $(FLAGS)
+	    -m "not slow and not browser and not cluster and not cards and not clients" $(FLAGS)
 
 test-slow: $(READY)
 	$(BIN)/python -m pytest -m "slow or hypothesis" --hypothesis-profile=thorough $(FLAGS)
@@ -130,7 +130,7 @@ check: $(READY)
 	$(BIN)/ruff format --check src tests tools
 	$(BIN)/ruff check src tests tools
 	$(BIN)/mypy
-	$(BIN)/python -m pytest -m compiles tests/kernels/cuda
+	$(BIN)/python -m pytest -m cards tests/kernels/cuda
 
 # A full run takes long; FLAGS="--quick --only single:8:24" makes it short (see tools/peers/measure.py).
 bench: $(READY)

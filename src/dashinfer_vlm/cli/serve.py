@@ -7,7 +7,6 @@ Whatever can be wrong is found before the minutes of loading: flags, files, addr
 
 from __future__ import annotations
 
-import asyncio
 import dataclasses
 import logging
 import signal
@@ -19,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import rich_click as click
+import uvloop
 
 from dashinfer_vlm import envs, flags
 from dashinfer_vlm.cli.command import CONTEXT, execute, version_option
@@ -65,7 +65,7 @@ def command(**values: Any) -> None:
         signal.signal(signal.SIGTERM, signal.default_int_handler)
         signal.signal(signal.SIGHUP, signal.SIG_IGN)  # until it has read what it may have to read again
         server = dataclasses.replace(server, served_model_name=names)
-        asyncio.run(_serve(folder, engine, media, server, sockets, certificate))
+        uvloop.run(_serve(folder, engine, media, server, sockets, certificate))
 
 
 def _check_keys(config: ServerConfig) -> None:

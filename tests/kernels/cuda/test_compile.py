@@ -14,7 +14,7 @@ import pytest
 
 pytest.importorskip("triton")
 
-pytestmark = [pytest.mark.compiles, pytest.mark.timeout(1200)]
+pytestmark = [pytest.mark.cards, pytest.mark.timeout(1200)]
 
 ROOT = Path(__file__).resolve().parents[3]
 REGISTERS = 65536

@@ -38,11 +38,13 @@ def told(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
     return found
 
 
+@pytest.mark.cards
 @pytest.mark.timeout(600)
 def test_a_rehearsal_runs_every_phase_and_finds_nothing_wrong(told: dict[str, dict[str, Any]]) -> None:
     assert list(told) == list(gpu_check.PHASES)
 
 
+@pytest.mark.cards
 def test_every_family_answers_with_the_tokens_of_the_cpu(told: dict[str, dict[str, Any]]) -> None:
     from card_checks.models import USUAL
     from make_checkpoint import RECIPES
@@ -50,11 +52,13 @@ def test_every_family_answers_with_the_tokens_of_the_cpu(told: dict[str, dict[st
     assert all(told["families"][f"tokens of a tiny {arch}, {USUAL}"]["error"] == 0 for arch in RECIPES)
 
 
+@pytest.mark.cards
 def test_what_is_measured_has_a_floor(told: dict[str, dict[str, Any]]) -> None:
     for phase in ("timed", "products", "shapes", "steps", "published", "beside"):
         assert all(row["ratio"] > 0 for row in told[phase].values()), phase
 
 
+@pytest.mark.cards
 def test_products_are_timed_in_every_precision(told: dict[str, dict[str, Any]]) -> None:
     for row in told["products"].values():
         assert row["others"].keys() == {"bare", "a16w8", "a16w4", "fp8"}
