@@ -275,6 +275,22 @@ def test_closing_frees_everything(checkpoint: CheckpointMaker) -> None:
     vlm.close()
 
 
+NEVER_CLOSED = """
+import sys
+from PIL import Image
+from dashinfer_vlm import VLM
+vlm = VLM(sys.argv[1], dtype="float32", device="cpu", max_length=256, kv_cache_gib=0.05, progress=False)
+picture = {"type": "image", "image": Image.new("RGB", (64, 64))}
+vlm.chat([{"role": "user", "content": [picture]}])
+vlm.generate("hello")
+"""
+
+
+def test_a_script_that_never_closes_its_model_ends_without_a_word(checkpoint: CheckpointMaker) -> None:
+    done = subprocess.run([sys.executable, "-c", NEVER_CLOSED, checkpoint()], capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
 def test_importing_the_package_is_cheap() -> None:
     code = "import dashinfer_vlm, sys; dashinfer_vlm.__version__; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -32,6 +32,8 @@ class LocalEngine:
         self._owned = owned
         self._listeners = Listeners()
         self._commands: queue.SimpleQueue[Command] = queue.SimpleQueue()
+        self._over: Future[None] = Future()
+        self._over.set_running_or_notify_cancel()  # nobody can cancel it: the engine's thread sets it when it ends
         self._thread = threading.Thread(target=self._run, args=(engine,), name="engine", daemon=True)
         self._thread.start()
 
@@ -81,7 +83,10 @@ class LocalEngine:
             self._thread.join()
 
     async def close(self) -> None:
-        await asyncio.to_thread(self.shutdown)
+        """Without another thread: at the interpreter's exit none can be started."""
+        self._commands.put(Close())
+        await asyncio.wrap_future(self._over)
+        self._thread.join()
 
     def _ask_stats(self) -> Future[EngineStats | Fault]:
         answer: Future[EngineStats | Fault] = Future()
@@ -90,6 +95,12 @@ class LocalEngine:
         return answer
 
     def _run(self, engine: SteppedEngine) -> None:
+        try:
+            self._serve(engine)
+        finally:
+            self._over.set_result(None)
+
+    def _serve(self, engine: SteppedEngine) -> None:
         try:
             EngineLoop(engine, _QueueChannel(self._commands, self._listeners.dispatch)).run()
             if self._owned:
