@@ -186,7 +186,7 @@ def test_a_tool_that_must_be_called_is_called(vlm: VLM) -> None:
     assert call.name == "colour"
     assert json.loads(call.arguments)["is"] in ("red", "blue")
     assert vlm.chat("Which colour?", params, tools=[colour], tool_choice="none").first.tool_calls == ()
-    with pytest.raises(InvalidRequestError, match=r"tools\[0\].type"):
+    with pytest.raises(InvalidRequestError, match=r"tools\[0\] has type 'web_search'"):
         vlm.chat("Which colour?", params, tools=[{"type": "web_search"}])
 
 
