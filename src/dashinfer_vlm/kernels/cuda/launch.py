@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -9,10 +10,23 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-__all__ = ["INTERPRETED", "check", "compute_type", "launch", "power_of_two", "unit_of"]
+__all__ = ["INTERPRETED", "Tile", "check", "compute_type", "launch", "power_of_two", "unit_of"]
 
 INTERPRETED: bool = triton.knobs.runtime.interpret
 """Kernels run on the CPU, statement by statement."""
+
+
+@dataclass(frozen=True, slots=True)
+class Tile:
+    """How a launch cuts its work: what a program takes at a time, and with what."""
+
+    rows: int
+    columns: int
+    """Of attention: keys."""
+    warps: int
+    stages: int
+    registers: int | None = None
+    """Of a thread at the most; None: as many as the compiler wants."""
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) -> None:

@@ -7,15 +7,13 @@ of the other alone. A tile's row is a pair (query, head of the group), so that a
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from dashinfer_vlm.kernels.cuda.hadamard import mixed_queries
-from dashinfer_vlm.kernels.cuda.launch import check, compute_type, launch, power_of_two, unit_of
+from dashinfer_vlm.kernels.cuda.launch import Tile, check, compute_type, launch, power_of_two, unit_of
 
 __all__ = ["FEW_ROWS", "paged_attention"]
 
@@ -165,16 +163,6 @@ def _combine(
     tl.store(out + (first + row).to(tl.int64) * o_t + head * o_h + d, joined.to(out.dtype.element_ty), mask=d < D)
 
 
-@dataclass(frozen=True, slots=True)
-class Tile:
-    """How a launch cuts its work."""
-
-    rows: int
-    keys: int
-    warps: int
-    stages: int
-
-
 def few_tile(dtype: torch.dtype, cache: torch.dtype, group: int, dim: int) -> Tile:
     """For at most `FEW_ROWS` rows of a sequence; `group` query heads share a key head of `dim` channels. The one of 16
     bits is the fastest on an H200 (docs/log.md)."""
@@ -249,7 +237,7 @@ def _few(
     tile = few_tile(q.dtype, k_cache.dtype, group, q.shape[2])
     tiles = -(-few // (tile.rows // group)) * num_sequences
     if splits is None:
-        splits = num_splits(num_sequences * num_kv_heads, tables.shape[1] * k_cache.shape[1], tile.keys)
+        splits = num_splits(num_sequences * num_kv_heads, tables.shape[1] * k_cache.shape[1], tile.columns)
     grid = (tiles, num_kv_heads, splits)
     if splits == 1:
         _start(grid, q, k_cache, v_cache, tables, starts, contexts, out[None], None, scale, tile, few, many=False)
@@ -304,6 +292,6 @@ def _start(
         _attend, grid, q, k_cache, v_cache, tables, starts, contexts, out, out if lse is None else lse, scale,
         len(contexts), tables.stride(0), *q.stride()[:2], *(stride // unit for stride in strides), out.stride(1),
         out.stride(2), out.stride(0), *((0, 0) if lse is None else (lse.stride(1), lse.stride(0))),
-        group, dim, power_of_two(dim, 16), k_cache.shape[1], tile.rows, tile.rows // group, tile.keys, grid[2], few,
+        group, dim, power_of_two(dim, 16), k_cache.shape[1], tile.rows, tile.rows // group, tile.columns, grid[2], few,
         many, int8, unit, compute_type(q.dtype), num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip

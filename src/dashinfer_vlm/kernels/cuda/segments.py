@@ -5,15 +5,13 @@ A head whose channels are not a power of two is cut in two parts, 80 = 64 + 16: 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from dashinfer_vlm.kernels.cuda.launch import check, compute_type, launch, power_of_two, unit_of
+from dashinfer_vlm.kernels.cuda.launch import Tile, check, compute_type, launch, power_of_two, unit_of
 
 __all__ = ["TALL", "segment_tiles", "varlen_attention"]
 
@@ -178,22 +176,10 @@ def varlen_attention(
     unit = unit_of(*strides)
     launch(
         _attend, (num_heads, len(tiles)), q, k, v, tiles, out, scale, first_query, *(x // unit for x in strides),
-        *out.stride()[:2], dim, *parts_of(dim), tile.rows, tile.keys, unit, compute_type(q.dtype),
+        *out.stride()[:2], dim, *parts_of(dim), tile.rows, tile.columns, unit, compute_type(q.dtype),
         num_warps=tile.warps, num_stages=tile.stages, maxnreg=tile.registers,
     )  # fmt: skip
     return out
-
-
-@dataclass(frozen=True, slots=True)
-class Tile:
-    """How a launch cuts its work."""
-
-    rows: int
-    keys: int
-    warps: int
-    stages: int
-    registers: int | None = None
-    """Of a thread at the most; None: as many as the compiler wants."""
 
 
 def tile_for(dtype: torch.dtype, dim: int, *, is_short: bool) -> Tile:

@@ -6,14 +6,12 @@ busy, several programs share its columns, and `_finish` adds up what they found.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from dashinfer_vlm.kernels.cuda.launch import check, compute_type, launch, power_of_two
+from dashinfer_vlm.kernels.cuda.launch import Tile, check, compute_type, launch, power_of_two
 from dashinfer_vlm.kernels.grouped import GROUP, GroupedWeight
 
 __all__ = ["MOST_ROWS", "expand", "num_splits", "product"]
@@ -144,16 +142,6 @@ def expand(weight: GroupedWeight, dtype: torch.dtype) -> Tensor:
         weight.scales.stride(0), out.stride(0), depth, 1024, weight.bits, num_warps=4,
     )  # fmt: skip
     return out
-
-
-@dataclass(frozen=True, slots=True)
-class Tile:
-    """How a launch cuts its work."""
-
-    rows: int
-    columns: int
-    warps: int
-    stages: int
 
 
 def tile_for(num_rows: int, *, is_gated: bool) -> Tile:
