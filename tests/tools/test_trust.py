@@ -48,7 +48,11 @@ def soaked(growth: dict[str, float] | None = None, **values: float) -> list[str]
     """Broken promises of a soak in which something grew."""
     first = {"memory": 1000.0, "descriptors": 50, "threads": 20, "processes": 4, "shared": 0}
     vitals = [
-        Vitals(at_s=i, **{name: value * (growth or {}).get(name, 1.0) ** (i / 29) for name, value in first.items()})
+        Vitals(
+            at_s=i,
+            memory_of_each={},
+            **{name: value * (growth or {}).get(name, 1.0) ** (i / 29) for name, value in first.items()},
+        )
         for i in range(30)
     ]
     return Soaked(1, Tally(), vitals, metrics(**values), metrics(), []).broken_promises()

@@ -92,6 +92,14 @@ class Soaked:
         values = [float(getattr(vital, name)) for vital in self.vitals]
         return fmean(values[:third]), fmean(values[-third:])
 
+    def memory_of_each_mib(self) -> dict[str, tuple[float, float]]:
+        """As `means`, by what processes are."""
+        third = len(self.vitals) // 3
+        thirds = self.vitals[:third], self.vitals[-third:]
+        names = {name for vital in self.vitals for name in vital.memory_of_each}
+        first, last = ({n: fmean(v.memory_of_each.get(n, 0) for v in part) / 2**20 for n in names} for part in thirds)
+        return {name: (round(first[name], 1), round(last[name], 1)) for name in sorted(names)}
+
     @property
     def num_ended(self) -> float:
         """Answers that the server says are over."""
@@ -170,6 +178,7 @@ def report(soaked: Soaked) -> dict[str, Any]:
         "answers": [tally.choices, soaked.num_ended],
         "kinds": {kind: tally.sent[kind] for kind in KINDS},
         "memory_mib": [round(value / 2**20, 1) for value in soaked.means("memory")],
+        "memory_of_each_mib": soaked.memory_of_each_mib(),
         **{name: [round(v, 1) for v in soaked.means(name)] for name in ("descriptors", "threads", "processes")},
         "shared_mib": [round(value / 2**20, 2) for value in soaked.means("shared")],
         "blocks": [soaked.metrics["dashinfer_engine_num_free_blocks"], soaked.metrics["dashinfer_engine_num_blocks"]],
@@ -187,6 +196,7 @@ def page(told: dict[str, Any]) -> str:
         ("those of them whose client left on its own account", f"{told['left']:,}"),
         ("refused, by status", ", ".join(f"{name} {count:,}" for name, count in told["refused"].items())),
         ("memory, first third and last third", f"{first:.0f} and {last:.0f} MiB ({last / first - 1:+.1%})"),
+        *((f"... of `{n}`", "{:.0f} and {:.0f} MiB".format(*v)) for n, v in told["memory_of_each_mib"].items()),
         *((name, "{:.1f} and {:.1f}".format(*told[name])) for name in ("descriptors", "threads", "processes")),
         ("shared memory", "{:.2f} and {:.2f} MiB".format(*told["shared_mib"])),
         ("KV blocks free at the end", "{:.0f} of {:.0f}".format(*told["blocks"])),

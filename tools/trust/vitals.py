@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,8 @@ class Vitals:
     at_s: float
     memory: int
     """Bytes; a page that several processes share counts once."""
+    memory_of_each: dict[str, int]
+    """The same by what a process is."""
     descriptors: int
     threads: int
     processes: int
@@ -31,9 +34,14 @@ class Vitals:
 def take_vitals(tree: ProcessTree) -> Vitals:
     """Of the tree now; a process that ends meanwhile counts for nothing."""
     members = tree.members()
+    memory = tree.memory_of_each()
+    by_name: Counter[str] = Counter()
+    for pid, size in memory.items():
+        by_name[_name(pid)] += size
     return Vitals(
         at_s=time.perf_counter(),
-        memory=tree.memory_bytes(),
+        memory=sum(memory.values()),
+        memory_of_each=dict(by_name),
         descriptors=sum(_count(pid, "fd") for pid in members),
         threads=sum(_count(pid, "task") for pid in members),
         processes=len(members),
@@ -44,6 +52,15 @@ def take_vitals(tree: ProcessTree) -> Vitals:
 def shared_folders(pids: Iterable[int]) -> set[Path]:
     """Folders in shared memory that processes `pids` have made, also those that have ended."""
     return {folder for pid in pids for folder in SHARED.glob(f"dashinfer-{pid}-*")}
+
+
+def _name(pid: int) -> str:
+    """The module that a process of Python's runs, or its program."""
+    try:
+        words = Path(f"/proc/{pid}/cmdline").read_text().split("\0")
+    except OSError:  # it has ended
+        return "gone"
+    return words[words.index("-m") + 1] if "-m" in words[:-1] else Path(words[1 if words[1:2] else 0]).name
 
 
 def _count(pid: int, kind: str) -> int:

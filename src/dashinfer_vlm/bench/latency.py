@@ -15,13 +15,13 @@ from statistics import median
 import numpy as np
 import torch
 
+from dashinfer_vlm.allocator import keep_freed_memory
 from dashinfer_vlm.bench.instruments import instrument, instrumented_loading
 from dashinfer_vlm.bench.spans import Part, Spans
 from dashinfer_vlm.config import EngineConfig
 from dashinfer_vlm.encoders.stage import EncoderStage
 from dashinfer_vlm.engine.engine import Engine
 from dashinfer_vlm.engine.load import load_engine
-from dashinfer_vlm.engine.memory import keep_freed_memory
 from dashinfer_vlm.errors import ConfigError, EngineError
 from dashinfer_vlm.models.config import read_config
 from dashinfer_vlm.request import Item, Output, Request, SamplingParams

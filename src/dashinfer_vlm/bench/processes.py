@@ -39,7 +39,11 @@ class ProcessTree:
 
     def memory_bytes(self) -> int:
         """Resident memory; a page that several processes share counts once (sum of proportional set sizes)."""
-        return sum(_pss_bytes(pid) for pid in self.members())
+        return sum(self.memory_of_each().values())
+
+    def memory_of_each(self) -> dict[int, int]:
+        """The same by process."""
+        return {pid: _pss_bytes(pid) for pid in self.members()}
 
     def pause(self) -> None:
         """Stop every process of the tree, also those that are born meanwhile."""

@@ -21,6 +21,7 @@ import rich_click as click
 import uvloop
 
 from dashinfer_vlm import envs, flags
+from dashinfer_vlm.allocator import return_freed_memory
 from dashinfer_vlm.cli.command import CONTEXT, execute, version_option
 from dashinfer_vlm.cli.listen import listen
 from dashinfer_vlm.cli.logs import announce, set_up_logging
@@ -51,6 +52,7 @@ def command(**values: Any) -> None:
     for config in (engine, media, server):
         config.validate()
     set_up_logging(server.log_level, server.log_format)
+    return_freed_memory()
     for name in envs.unknown([env for face in flags.FACES for item in flags.flags_of(face) for env in item.envs]):
         logger.warning("%s is not a variable of this server and has no effect; see docs/flags.md", name)
     with ExitStack() as stack:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 from pathlib import Path
 
 import torch
@@ -18,11 +17,6 @@ _GIB = 2**30
 CPU_DEFAULT_GIB = 2.0
 """A laptop has other things to do; --kv-cache-gib gives more. Pages are resident only once they are used."""
 _CPU_SHARE = 0.5
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
-_KEPT_BYTES = 256 * 2**20
-"""Freed memory that stays with the process."""
-_MAPPED_ALONE_BYTES = 32 * 2**20
-"""Allocations from this size on are mapped each for itself; glibc takes no higher value."""
 
 MIN_ITEM_PATCHES = 1024
 """A picture of 448 x 448."""
@@ -96,15 +90,3 @@ def free_bytes(device: torch.device) -> int:
     available = next(line for line in meminfo.read_text().splitlines() if line.startswith("MemAvailable:"))
     of_the_machine, of_the_container = int(available.split()[1]) * 1024, free_memory()
     return of_the_machine if of_the_container is None else min(of_the_machine, of_the_container)
-
-
-def keep_freed_memory() -> None:
-    """Tell glibc to keep what it was given back, for steps whose activations come and go by the megabyte.
-
-    By default every large temporary is mapped, zeroed page by page and unmapped again. Elsewhere than on glibc this
-    does nothing. Source: mallopt(3), M_TRIM_THRESHOLD and M_MMAP_THRESHOLD.
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None:
-        mallopt(_M_TRIM_THRESHOLD, _KEPT_BYTES)
-        mallopt(_M_MMAP_THRESHOLD, _MAPPED_ALONE_BYTES)

@@ -16,6 +16,7 @@ from pathlib import Path
 import anyio
 import msgspec
 
+from dashinfer_vlm.allocator import RETURNED_BYTES
 from dashinfer_vlm.errors import EngineError, MediaError, MediaTooLargeError, OverloadedError
 from dashinfer_vlm.media.cache import BUSY
 from dashinfer_vlm.media.registry import MEDIA
@@ -255,9 +256,8 @@ def _environment() -> dict[str, str]:
     environment = {name: os.environ[name] for name in kept if name in os.environ}
     environment["PYTHONPATH"] = os.pathsep.join(os.path.abspath(entry) for entry in sys.path)
     environment["OMP_NUM_THREADS"] = environment["OPENBLAS_NUM_THREADS"] = "1"  # each thread's stack is address space
-    # Larger buffers go back to the system when they are freed. By itself glibc raises this bound with the buffers that
-    # it sees, and then keeps their memory (`make fuzz`).
-    environment["MALLOC_MMAP_THRESHOLD_"] = environment["MALLOC_TRIM_THRESHOLD_"] = str(1 << 20)
+    # Larger buffers go back to the system when they are freed (`allocator.return_freed_memory`, `make fuzz`)
+    environment["MALLOC_MMAP_THRESHOLD_"] = environment["MALLOC_TRIM_THRESHOLD_"] = str(RETURNED_BYTES)
     return environment
 
 

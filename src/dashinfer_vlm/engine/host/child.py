@@ -18,6 +18,7 @@ from collections.abc import Callable
 import msgspec
 import zmq
 
+from dashinfer_vlm.allocator import keep_freed_memory
 from dashinfer_vlm.config import EngineConfig
 from dashinfer_vlm.engine.client import OnProgress
 from dashinfer_vlm.engine.host.loop import EngineLoop, SteppedEngine
@@ -122,7 +123,6 @@ def main() -> int:
 
 def _load(config: EngineConfig, progress: OnProgress) -> tuple[SteppedEngine, EngineInfo]:
     from dashinfer_vlm.engine.load import load_engine
-    from dashinfer_vlm.engine.memory import keep_freed_memory
 
     keep_freed_memory()
     return load_engine(config, progress)
