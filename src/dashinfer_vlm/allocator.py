@@ -26,9 +26,10 @@ def keep_freed_memory() -> None:
 
 
 def return_freed_memory() -> None:
-    """For bodies and pictures of any size: by itself glibc raises the bound from which buffers are mapped with each that
-    it frees, and then keeps them between small things that live on; and it gives threads heaps of their own, each with
-    its own holes (`make soak`)."""
+    """For bodies and pictures of any size. By itself glibc raises the bound from which buffers are mapped with each
+    that it frees, keeps them then between small things that live on, and gives threads heaps of their own, each with
+    holes (`make soak`).
+    """
     _set(_M_TRIM_THRESHOLD, RETURNED_BYTES)
     _set(_M_MMAP_THRESHOLD, RETURNED_BYTES)
     _set(_M_ARENA_MAX, 1)
