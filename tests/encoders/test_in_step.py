@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 
 from dashinfer_vlm.config import EngineConfig
 from dashinfer_vlm.encoders.cache import EmbeddingCache
-from dashinfer_vlm.encoders.clock import CardClock
+from dashinfer_vlm.encoders.clock import CardClock, HostClock
 from dashinfer_vlm.encoders.elsewhere.crew import Crew, Outcome
 from dashinfer_vlm.encoders.elsewhere.stage import WorkerEncoder
 from dashinfer_vlm.encoders.in_step import InStepEncoder
@@ -200,3 +201,49 @@ def test_one_slow_slice_holds_the_encoder_up_for_a_moment_only(monkeypatch: pyte
     for _ in range(40):
         stage.advance(0.1)
     assert encoder.num_slices > 20
+
+
+@pytest.mark.parametrize("is_card", [False, True])
+def test_a_first_slice_that_took_a_second_starves_no_picture(is_card: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    stage, encoder = in_step(1.0, monkeypatch)
+    if is_card:
+        stage._clock = CardClock(partial(DoneEvent, encoder))
+        encoder.num_slices = 0
+        stage.advance(1.0)
+    encoder.slice_s = 0.001
+    for _ in range(18):
+        stage.advance(0.00075)
+    assert encoder.num_slices >= 2, "the next slice says that the first one was unusual"
+    for _ in range(100):
+        stage.advance(0.00075)
+    assert encoder.num_slices > 50
+
+
+class DoneEvent:
+    """Of a card that has done all that it was given, as the clock of an encoder says."""
+
+    def __init__(self, encoder: TimedEncoder, *, enable_timing: bool) -> None:
+        self.encoder = encoder
+
+    def record(self) -> None:
+        self.at_s = self.encoder.now_s
+
+    def synchronize(self) -> None:
+        pass
+
+    def query(self) -> bool:
+        return True
+
+    def elapsed_time(self, end: DoneEvent) -> float:
+        return 1e3 * (end.at_s - self.at_s)
+
+
+def test_slices_that_differ_count_as_what_they_take_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    now_s = 0.0
+    monkeypatch.setattr("dashinfer_vlm.encoders.clock.time", SimpleNamespace(perf_counter=lambda: now_s))
+    clock = HostClock()
+    for slice_s in (0.1, 0.1, 0.7, 0.1) * 4:
+        clock.start()
+        now_s += slice_s
+        clock.stop()
+    assert clock.slice_s == pytest.approx(0.25)

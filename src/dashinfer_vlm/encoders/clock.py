@@ -5,14 +5,18 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable
+from statistics import median_low
 from typing import Any, Protocol
 
 import torch
 
 __all__ = ["CardClock", "HostClock", "SliceClock", "slice_clock"]
 
-SLICE_RATE = 0.2
-"""Weight of the latest slice in the estimate: a machine that slows down is noticed, one hiccup is forgotten soon."""
+NUM_LATEST = 16
+"""Slices that the estimate follows: a machine that slows down is noticed, and slices of a block differ."""
+MAX_RATIO = 10.0
+"""A slice counts as so many usual ones at the most: one for which a kernel was compiled or memory was allocated says
+little about the next."""
 
 
 class SliceClock(Protocol):
@@ -20,7 +24,7 @@ class SliceClock(Protocol):
 
     @property
     def slice_s(self) -> float:
-        """What a slice takes, the latest weighing most; 0 before the first."""
+        """What a slice takes, of the latest ones; 0 before the first."""
         ...
 
     def start(self) -> None: ...
@@ -30,19 +34,36 @@ class SliceClock(Protocol):
         ...
 
 
+class _Latest:
+    """Seconds of the latest slices, and what they say of the next one."""
+
+    def __init__(self) -> None:
+        self.slice_s = 0.0
+        self._seconds: deque[float] = deque(maxlen=NUM_LATEST)
+
+    def add(self, seconds: float) -> None:
+        self._seconds.append(seconds)
+        most = MAX_RATIO * median_low(self._seconds)
+        self.slice_s = sum(min(slice_s, most) for slice_s in self._seconds) / len(self._seconds)
+
+
 class HostClock:
     """For work that is done when the call returns."""
 
     def __init__(self) -> None:
-        self.slice_s = 0.0
+        self._latest = _Latest()
         self._started_s = 0.0
+
+    @property
+    def slice_s(self) -> float:
+        return self._latest.slice_s
 
     def start(self) -> None:
         self._started_s = time.perf_counter()
 
     def stop(self) -> float:
         seconds = time.perf_counter() - self._started_s
-        self.slice_s = _estimate(self.slice_s, seconds)
+        self._latest.add(seconds)
         return seconds
 
 
@@ -51,9 +72,13 @@ class CardClock:
     first, of which nothing is known."""
 
     def __init__(self, make_event: Callable[..., Any] = torch.cuda.Event) -> None:
-        self.slice_s = 0.0
+        self._latest = _Latest()
         self._make_event = make_event
         self._slices: deque[tuple[Any, Any]] = deque()  # begin and end of those that may still be under way
+
+    @property
+    def slice_s(self) -> float:
+        return self._latest.slice_s
 
     def start(self) -> None:
         self._slices.append((self._event(), None))
@@ -66,7 +91,7 @@ class CardClock:
             self._slices[-1][1].synchronize()
         while self._slices and self._slices[0][1].query():
             begin, end = self._slices.popleft()
-            self.slice_s = _estimate(self.slice_s, begin.elapsed_time(end) / 1e3)
+            self._latest.add(begin.elapsed_time(end) / 1e3)
         return self.slice_s
 
     def _event(self) -> Any:
@@ -77,7 +102,3 @@ class CardClock:
 
 def slice_clock(device: torch.device) -> SliceClock:
     return CardClock() if device.type == "cuda" else HostClock()
-
-
-def _estimate(before: float, seconds: float) -> float:
-    return before + SLICE_RATE * (seconds - before) if before else seconds

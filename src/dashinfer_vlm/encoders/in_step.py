@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from math import inf
 
 import msgspec
 import numpy as np
@@ -19,6 +20,10 @@ from dashinfer_vlm.encoders.queue import ItemQueue, grid, raw_patches
 from dashinfer_vlm.encoders.stats import StageStats
 from dashinfer_vlm.models.base import EncoderState, VisionEncoder
 from dashinfer_vlm.request import Item
+
+MAX_WAITS = 16
+"""Steps with time for the encoder that may pass without a slice, however long one seems to take. Slices are small: what
+takes that much longer was learnt from one that was unusual, and the next one says better."""
 
 
 @dataclass(slots=True)
@@ -42,6 +47,7 @@ class InStepEncoder:
     seconds: float = 0.0
     _batch: _Batch | None = None
     _saved_s: float = 0.0  # what earlier calls were given and did not use, up to one slice; below 0 they took more
+    _num_waits: int = 0  # calls with a budget since the last slice
     _clock: SliceClock = field(init=False)
 
     def __post_init__(self) -> None:
@@ -80,10 +86,13 @@ class InStepEncoder:
         """`advance` with batches from `next_items`, which may have none left."""
         spent, slice_s = 0.0, self._clock.slice_s
         self._saved_s = min(max(self._saved_s, -slice_s), slice_s) + budget_s
+        self._num_waits += budget_s > 0
         room_s = budget_s if budget_s >= slice_s else self._saved_s
+        if self._num_waits > MAX_WAITS:
+            room_s = inf
         while spent + self._clock.slice_s <= room_s and (items := self._batch.items if self._batch else next_items()):
             spent += self._timed_slice(items)
-            room_s = budget_s
+            room_s, self._num_waits = budget_s, 0
         self._saved_s -= spent
         self.seconds += spent
 
