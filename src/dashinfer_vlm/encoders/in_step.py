@@ -16,6 +16,7 @@ import torch
 
 from dashinfer_vlm.encoders.cache import EmbeddingCache
 from dashinfer_vlm.encoders.clock import SliceClock, slice_clock
+from dashinfer_vlm.encoders.copies import PatchCopies
 from dashinfer_vlm.encoders.queue import ItemQueue, grid, raw_patches
 from dashinfer_vlm.encoders.stats import StageStats
 from dashinfer_vlm.models.base import EncoderState, VisionEncoder
@@ -49,9 +50,11 @@ class InStepEncoder:
     _saved_s: float = 0.0  # what earlier calls were given and did not use, up to one slice; below 0 they took more
     _num_waits: int = 0  # calls with a budget since the last slice
     _clock: SliceClock = field(init=False)
+    _copies: PatchCopies | None = field(init=False)
 
     def __post_init__(self) -> None:
         self._clock = slice_clock(self.device)
+        self._copies = PatchCopies() if self.device.type == "cuda" else None
 
     @property
     def cache(self) -> EmbeddingCache:
@@ -67,10 +70,14 @@ class InStepEncoder:
         return self._batch is not None
 
     def request(self, item: Item) -> None:
-        self.queue.request(item)
+        is_first = self.queue.request(item)
+        if is_first and self._copies is not None:
+            self._copies.begin(item)
 
     def release(self, item: Item) -> None:
-        self.queue.release(item)
+        is_last = self.queue.release(item)
+        if is_last and self._copies is not None:
+            self._copies.give_up(item)
 
     def has_work(self) -> bool:
         return self.is_busy or self.queue.has_waiting()
@@ -100,7 +107,8 @@ class InStepEncoder:
         return self.queue.take_failures()
 
     def close(self) -> None:
-        """Nothing is held elsewhere."""
+        if self._copies is not None:
+            self._copies.close()
 
     def _timed_slice(self, items: list[Item]) -> float:
         """Seconds of the next slice of these items."""
@@ -122,9 +130,8 @@ class InStepEncoder:
             self.queue.store(items, embeddings)
 
     def _patches(self, item: Item) -> torch.Tensor:
+        if self._copies is not None:  # what is not pinned would be sent when the card has done all that it has to do
+            return self._copies.take(item).to(self.device, non_blocking=True)
         patches = raw_patches(item)
-        if isinstance(patches, np.ndarray):
-            patches = torch.from_numpy(np.array(patches))  # a private copy: the shared file may be unmapped any time
-        if self.device.type == "cuda" and patches.device.type == "cpu":
-            patches = patches.pin_memory()  # or the copy would wait for all that the card has still to do
-        return patches.to(self.device, non_blocking=True)
+        # a private copy of an array: the shared file may be unmapped any time
+        return torch.from_numpy(np.array(patches)) if isinstance(patches, np.ndarray) else patches

@@ -58,26 +58,29 @@ class ItemQueue:
             embedding_bytes=self.cache.num_bytes,
         )
 
-    def request(self, item: Item) -> None:
-        """See `stage.EncoderStage.request`."""
+    def request(self, item: Item) -> bool:
+        """See `stage.EncoderStage.request`. Whether the item waits from now on."""
         key = item.content_hash
         self.cache.pin(key)
         if key in self.cache:
-            self.cache.hits += 1
             self.cache.get(key)
         elif key not in self._waiting and key not in self._in_flight:
             self.cache.misses += 1
             self._wait(item)
-        else:
-            self.cache.hits += 1
+            return True
+        self.cache.hits += 1
+        return False
 
-    def release(self, item: Item) -> None:
-        """See `stage.EncoderStage.release`. What is in flight is finished and cached all the same."""
+    def release(self, item: Item) -> bool:
+        """See `stage.EncoderStage.release`. Whether the item has been waiting and does so no more; what is in flight is
+        finished and cached all the same."""
         key = item.content_hash
         self.cache.unpin(key)
-        if not self.cache.is_pinned(key) and key in self._waiting:
-            del self._waiting[key]
-            self._forget(key)
+        if self.cache.is_pinned(key) or key not in self._waiting:
+            return False
+        del self._waiting[key]
+        self._forget(key)
+        return True
 
     def take_failures(self) -> dict[bytes, str]:
         """Content hashes that were given up since the last call, with the reason."""
