@@ -14,6 +14,7 @@ assume:
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Protocol
 
 import msgspec
@@ -53,34 +54,34 @@ class Chunk(msgspec.Struct, frozen=True):  # quick to make: every stream has one
         return self.num_tokens == 1 and self.start >= self.sequence.num_prompt
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)  # no slots: what is asked of it several times in a step is counted once
 class Plan:
     """One step: chunks for one model call, and seconds for the encoder (None: it has nothing to do)."""
 
     chunks: tuple[Chunk, ...]
     encoder_s: float | None
 
-    @property
+    @cached_property
     def num_tokens(self) -> int:
         """Rows of the model call."""
         return sum(chunk.num_rows for chunk in self.chunks)
 
-    @property
+    @cached_property
     def num_decode_rows(self) -> int:
         """Of the streams, their guesses among them."""
         return sum(chunk.num_rows for chunk in self.chunks if chunk.is_decode)
 
-    @property
+    @cached_property
     def sampled_chunks(self) -> list[Chunk]:
         """Those that end in a row whose logits are wanted."""
         return [chunk for chunk in self.chunks if chunk.num_logits]
 
-    @property
+    @cached_property
     def scored_chunks(self) -> list[Chunk]:
         """Those with tokens of a prompt whose log probabilities are wanted."""
         return [chunk for chunk in self.chunks if chunk.scored]
 
-    @property
+    @cached_property
     def num_scored(self) -> int:
         """Tokens of prompts whose log probabilities are wanted."""
         return sum(len(chunk.scored) for chunk in self.chunks)

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import lru_cache, partial
 from typing import Any, Protocol
 
 import numpy as np
@@ -16,7 +17,7 @@ from torch import Tensor
 from dashinfer_vlm.config import EngineConfig
 from dashinfer_vlm.engine.cards.graphs import Graphs, Shapes
 from dashinfer_vlm.engine.cards.packing import Spare, empty
-from dashinfer_vlm.engine.cards.staging import Shape, Staging, layout_of
+from dashinfer_vlm.engine.cards.staging import NUM_REMEMBERED, OF_LOGITS, Shape, Staging, layout_of
 from dashinfer_vlm.models.base import KVCache, Model, StagedRows, StepBatch
 from dashinfer_vlm.models.settings import resolve_max_model_len
 
@@ -83,6 +84,7 @@ class ModelCalls:
         largest, device = self.shapes.largest, self.model.device
         num_bytes = Call(largest, largest.num_sequences, self.max_blocks, has_items=True).num_bytes
         self.staging = Staging(num_bytes, device)
+        self._asked = lru_cache(NUM_REMEMBERED)(partial(_asked, self.staging))
         self.tables = torch.zeros(largest.num_sequences, self.max_blocks, dtype=torch.int32, device=device)
         embedding = (largest.num_rows, self.model.embedding_size)
         self.items = torch.zeros(embedding, dtype=self.model.activation_dtype, device=device)
@@ -109,9 +111,9 @@ class ModelCalls:
         if call.has_items:
             self.model.ranks.broadcast(self.items[: call.shape.num_rows])
 
-    def arrays(self, shape: Shape) -> dict[str, Tensor]:
-        """What was sent, on the device."""
-        return layout_of(shape).device(self.staging.static)
+    def asked(self, shape: Shape, num_rows: int) -> dict[str, Tensor]:
+        """What was sent of the first rows of logits, on the device."""
+        return self._asked(shape, num_rows)
 
     def logits(self, shape: Shape) -> Tensor:
         """Make the call; float32, whose first rows are the wanted ones."""
@@ -121,7 +123,8 @@ class ModelCalls:
         return self.captured_logits
 
     def _send_empty(self, shape: Shape) -> None:
-        empty(shape, self.spare, layout_of(shape).host(self.staging.next()))
+        self.staging.next()
+        empty(shape, self.spare, self.staging.arrays(shape))
         self.send(Call(shape, 0, 0, has_items=False))
 
     def _run_into_logits(self, shape: Shape) -> None:
@@ -130,7 +133,7 @@ class ModelCalls:
     def _run(self, shape: Shape) -> Tensor:
         """The model call over what was sent; float32 [num_logits, vocab]."""
         self.model.ranks.broadcast(self.newest)
-        arrays = self.arrays(shape)
+        arrays = self.staging.tensors(shape)
         source = arrays["source"]
         newest = self.newest[source.clamp(min=0)]
         batch = StepBatch(
@@ -144,3 +147,8 @@ class ModelCalls:
             staged=StagedRows(self.items[: shape.num_rows], arrays["is_item"]) if shape.has_items else None,
         )
         return self.model.forward(batch, self.all_kv)
+
+
+def _asked(staging: Staging, shape: Shape, num_rows: int) -> dict[str, Tensor]:
+    arrays = staging.tensors(shape)
+    return {name: arrays[name][:num_rows] for name in OF_LOGITS}

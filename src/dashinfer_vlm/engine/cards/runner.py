@@ -15,12 +15,12 @@ from dashinfer_vlm.engine.cards.graphs import Shapes
 from dashinfer_vlm.engine.cards.packing import pack_rows, pack_sampling
 from dashinfer_vlm.engine.cards.sampling import CardSampler, Chosen, Scored, Wanted, counts_on_device, waits_for_tokens
 from dashinfer_vlm.engine.cards.seats import Seat, Seats
-from dashinfer_vlm.engine.cards.staging import Arrays, Shape, layout_of
+from dashinfer_vlm.engine.cards.staging import Arrays, Shape
 from dashinfer_vlm.engine.grammars.masks import Masks
 from dashinfer_vlm.engine.runner import item_rows
 from dashinfer_vlm.engine.sampler import Sampled, Sampler
 from dashinfer_vlm.engine.sequence import Sequence
-from dashinfer_vlm.engine.steps import Plan
+from dashinfer_vlm.engine.steps import Chunk, Plan
 from dashinfer_vlm.layers.card_sampling import candidates
 from dashinfer_vlm.layers.marks import Mark, mark
 from dashinfer_vlm.models.base import KVCache, Model
@@ -43,11 +43,13 @@ class CardFlight:
         if wanted is None or not any(waits_for_tokens(chunk) for chunk in wanted.chunks):
             self.resume()
 
-    @torch.inference_mode()
     def resume(self) -> None:
-        if self._end is None:
-            self._chosen = None if self._wanted is None else self._sampler.choose(self._wanted)
-            self._end = mark(self._sampler.newest.device)
+        if self._end is not None:
+            return
+        if self._wanted is not None:
+            with torch.inference_mode():
+                self._chosen = self._sampler.choose(self._wanted)
+        self._end = mark(self._sampler.newest.device)
 
     def sampled(self) -> list[list[Sampled]]:
         self.resume()
@@ -100,15 +102,16 @@ class CardRunner:
     @torch.inference_mode()
     def start(self, plan: Plan) -> CardFlight:
         begin = mark(self.model.device)
-        seated = [self._take_seat(plan, i) for i in range(len(plan.chunks))]
+        block_size = self.kv.block_size
+        seated = [self._take_seat(chunk, block_size) for chunk in plan.chunks]
         has_items = any(chunk.sequence.pending_items for chunk in plan.chunks)
         num_logits = sum(chunk.num_logits for chunk in plan.chunks)
         num_rows = num_logits + plan.num_scored
         shape = self.shapes.of(plan.num_tokens, len(plan.chunks), num_rows, has_items=has_items)
         flat = self.calls.staging.next()
-        arrays = layout_of(shape).host(flat)
+        arrays = self.calls.staging.arrays(shape)
         pack_rows(plan.chunks, seated, self._seats, self.calls.spare, arrays)
-        items = self._find_items(plan, arrays)
+        items = self._find_items(plan, arrays) if has_items else []
         counted = self._pack_sampling(plan, seated, arrays)
         call = self._pack_tables(shape, seated, flat, has_items=bool(items))
         if self._followers is not None:
@@ -122,7 +125,7 @@ class CardRunner:
             plan.sampled_chunks,
             num_logits,
             counted,
-            self.calls.arrays(shape),
+            self.calls.asked(shape, num_logits),
             logits,
             *_reach(arrays, num_logits, self.model.text.vocab_size),
         )
@@ -132,8 +135,8 @@ class CardRunner:
         """Never: what the host must apply is applied when the tokens are there, while the model computes."""
         return False
 
-    def _take_seat(self, plan: Plan, index: int) -> Seat:
-        seat, is_new = self._seats.take(plan.chunks[index], self.kv.block_size)
+    def _take_seat(self, chunk: Chunk, block_size: int) -> Seat:
+        seat, is_new = self._seats.take(chunk, block_size)
         if is_new:
             self._sampler.take_seat(seat)
         return seat

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from dashinfer_vlm.engine.cards.packing import place_of
 from dashinfer_vlm.engine.cards.seats import Seat
+from dashinfer_vlm.engine.cards.staging import COLUMNS
 from dashinfer_vlm.engine.grammars.masks import Masks
 from dashinfer_vlm.engine.sampler import (
     FAILED,
@@ -36,8 +37,8 @@ from dashinfer_vlm.layers.memory import sent
 from dashinfer_vlm.request import TokenLogprob
 
 _NO_IDS = np.zeros(0, np.int32)
-_COLUMNS = (
-    "temperature", "top_k", "top_p", "min_p", "uniform", "repetition_penalty", "presence_penalty", "frequency_penalty"
+_LISTS = (
+    "bias_starts", "bias_ids", "biases", "seen_starts", "seen_ids", "seen_counts", "forbidden_starts", "forbidden_ids"
 )  # fmt: skip
 
 
@@ -49,7 +50,7 @@ class Wanted:
     num_rows: int
     num_counted: int
     arrays: dict[str, Tensor]
-    """On the device, as `staging.layout_of` says."""
+    """`staging.OF_LOGITS`, of these rows, on the device."""
     logits: Tensor
     is_greedy: bool
     num_candidates: int
@@ -116,6 +117,7 @@ class CardSampler:
         self._vocab_size = vocab_size
         self.newest = newest
         self._seen = torch.zeros(len(newest), vocab_size, dtype=torch.int32, device=device)
+        self._no_lists = dict.fromkeys(_LISTS, torch.zeros(0, dtype=torch.int32, device=device))
 
     def take_seat(self, seat: Seat) -> None:
         """The seat has a new owner, none of whose tokens is PENDING."""
@@ -145,7 +147,7 @@ class CardSampler:
         asking = [(row, num_top) for row, num_top in enumerate(_logprobs_of(wanted.chunks)) if num_top is not None]
         told = self._tell(logits, known, asking) if asking else None
         chosen = Chosen(self._home(tokens), failed, asking, None if told is None else self._home(told))
-        self.newest[wanted.arrays["seats"][: wanted.num_rows]] = known
+        self.newest.scatter_(0, wanted.arrays["seats"], known)
         if seen is not None:
             seen.add(known)
         return chosen
@@ -160,14 +162,7 @@ class CardSampler:
     def _choices(self, wanted: Wanted) -> tuple[Choices, frozenset[int]]:
         """On the device; and the rows of which nothing can be chosen."""
         if not any(_needs_lists(chunk) for chunk in wanted.chunks):
-            nothing = torch.zeros(0, dtype=torch.int32, device=self._device)
-            columns = {name: wanted.arrays[name][: wanted.num_rows] for name in _COLUMNS}
-            return Choices(
-                **columns,
-                **{f"{name}_{part}": nothing for name in ("bias", "seen", "forbidden") for part in ("starts", "ids")},
-                biases=nothing,
-                seen_counts=nothing,
-            ), frozenset()
+            return Choices(**{name: wanted.arrays[name] for name in COLUMNS}, **self._no_lists), frozenset()
         groups = [(chunk.sequence, chunk.draft) for chunk in wanted.chunks]
         mask = self._masks.begin(groups)
         rows = self._sampler.rows(groups, [place_of(chunk) for chunk in wanted.chunks], self._vocab_size)

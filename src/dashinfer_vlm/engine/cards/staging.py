@@ -7,7 +7,7 @@ owns: they compute something that nobody reads, and write it where nobody looks.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache, partial
 from math import prod
 from typing import Any
 
@@ -20,6 +20,8 @@ from dashinfer_vlm.layers.marks import mark
 
 Arrays = dict[str, NDArray[Any]]
 
+NUM_REMEMBERED = 256
+"""Shapes whose arrays are not made anew in each step."""
 _ALIGNED = 256
 """Bytes. Arrays begin at multiples of it, as tensors of their own would."""
 
@@ -99,6 +101,10 @@ SAMPLING: dict[str, Any] = {
     "frequency_penalty": np.float32,
 }
 """Columns of `Choices` that a sequence's parameters give once and for all."""
+COLUMNS = ("uniform", *SAMPLING)
+"""Columns of `Choices`."""
+OF_LOGITS = ("seats", "counted_rows", "counted_seats", *COLUMNS)
+"""Arrays with a place for each row of logits that sampling wants."""
 
 
 class Staging:
@@ -110,6 +116,16 @@ class Staging:
         self._sent = [mark(device) for _ in self._turns]
         self._turn = 0
         self.static = torch.zeros(num_bytes, dtype=torch.uint8, device=device)
+        self._arrays = [lru_cache(NUM_REMEMBERED)(partial(_arrays, turn.numpy())) for turn in self._turns]
+        self._tensors = lru_cache(NUM_REMEMBERED)(partial(_tensors, self.static))
+
+    def arrays(self, shape: Shape) -> Arrays:
+        """In the buffer that `next` has given."""
+        return self._arrays[self._turn](shape)
+
+    def tensors(self, shape: Shape) -> dict[str, Tensor]:
+        """In the static buffer."""
+        return self._tensors(shape)
 
     def next(self) -> NDArray[np.uint8]:
         """The buffer to fill for the next step, once the step before the last one has been copied from it."""
@@ -122,3 +138,11 @@ class Staging:
         """Copy what was filled, behind all that the device has been given before."""
         self.static[:num_bytes].copy_(self._turns[self._turn][:num_bytes], non_blocking=True)
         self._sent[self._turn] = mark(self.static.device)
+
+
+def _arrays(flat: NDArray[np.uint8], shape: Shape) -> Arrays:
+    return layout_of(shape).host(flat)
+
+
+def _tensors(flat: Tensor, shape: Shape) -> dict[str, Tensor]:
+    return layout_of(shape).device(flat)
