@@ -179,7 +179,7 @@ def test_a_step_that_fits_no_shape_has_its_own() -> None:
     assert shapes.of(20, 6, 2, has_items=False) == Shape(32, 6, 6, has_items=True)
     assert shapes.of(12, 2, 12, has_items=False) == Shape(12, 2, 12, has_items=True), "guesses: more logits than seats"
     assert shapes.of(40, 40, 1, has_items=True).num_sequences != 40, "no decode"
-    assert all(shape.num_sequences != shape.num_rows for shape in shapes.mixed())
+    assert all(shape.num_sequences != shape.num_rows for shape in shapes.mixed)
 
 
 def test_a_failed_row_ends_its_request_and_no_other(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -86,7 +86,7 @@ def first_cost(model: Model, config: EngineConfig) -> StepCost:
     """Where the estimate of a step's cost starts; a few steps of real work replace it."""
     if model.device.type == "cuda":
         shapes = step_shapes(model, config)
-        decode, mixed = (tuple(shape.num_rows for shape in found) for found in (shapes.decode(), shapes.mixed()))
+        decode, mixed = (tuple(shape.num_rows for shape in found) for found in (shapes.decode, shapes.mixed))
         return CardCost(fixed_s=0.005, token_s=0.00002, decode_sizes=decode, mixed_sizes=mixed)
     return StepCost(fixed_s=0.02, token_s=0.001)
 

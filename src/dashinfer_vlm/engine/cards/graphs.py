@@ -7,6 +7,7 @@ import logging
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import chain
 from typing import Any, Protocol
 
@@ -25,7 +26,7 @@ Run = Callable[[Shape], None]
 """A model call over the static buffers, from arrays laid out for the shape to the static logits."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)  # no slots: every step looks for its shape in lists that are made once
 class Shapes:
     """Which steps are padded to what."""
 
@@ -36,24 +37,26 @@ class Shapes:
 
     def of(self, num_rows: int, num_sequences: int, num_logits: int, *, has_items: bool) -> Shape:
         """The smallest captured shape that a step fits in, or one of its own."""
-        for shape in self.decode() if num_rows == num_sequences and not has_items else self.mixed():
+        for shape in self.decode if num_rows == num_sequences and not has_items else self.mixed:
             if shape.fits(num_rows, num_sequences, num_logits):
                 return shape
         return Shape(num_rows, num_sequences + (num_sequences == num_rows), num_logits, has_items=True)
 
     def all(self) -> Iterable[Shape]:
         """The largest first: what it needs, the others use again."""
-        return sorted(chain(self.decode(), self.mixed()), key=lambda shape: -shape.num_rows)
+        return sorted(chain(self.decode, self.mixed), key=lambda shape: -shape.num_rows)
 
     @property
     def largest(self) -> Shape:
         """No step needs more."""
         return Shape(self.max_rows, self.max_sequences + 1, self.max_rows, has_items=True)
 
+    @cached_property
     def decode(self) -> list[Shape]:
         sizes = _up_to(self.decode_sizes, self.max_sequences)
         return [Shape(size, size, size, has_items=False) for size in sizes]
 
+    @cached_property
     def mixed(self) -> list[Shape]:
         shapes = []
         for size in _up_to(self.mixed_sizes, self.max_rows):

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import accumulate
 
 import numpy as np
+from numpy.typing import NDArray
 
 from dashinfer_vlm.engine.cards.seats import Seat, Seats
 from dashinfer_vlm.engine.cards.staging import SAMPLING, Arrays, Shape
@@ -33,13 +35,16 @@ def place_of(chunk: Chunk) -> int:
 
 def pack_rows(chunks: tuple[Chunk, ...], seated: list[Seat], seats: Seats, spare: Spare, arrays: Arrays) -> None:
     """All that the model call needs, but for block tables and items. Rows behind those of the chunks are nobody's."""
-    starts = [0, *accumulate(chunk.num_rows for chunk in chunks)]
+    starts = [0, *accumulate([chunk.num_rows for chunk in chunks])]
     _pad(arrays, starts[-1], len(chunks), spare)
     arrays["query_starts"][: len(starts)] = starts
     arrays["context_lens"][: len(chunks)] = [chunk.start + chunk.num_rows for chunk in chunks]
     decode = [i for i, chunk in enumerate(chunks) if chunk.num_rows == 1 and chunk.sequence.num_prompt <= chunk.start]
-    _pack_decode([chunks[i] for i in decode], [starts[i] for i in decode], [seated[i] for i in decode], seats,
-                 spare.block_size, arrays)  # fmt: skip
+    if len(decode) == len(chunks):
+        _pack_decode(chunks, slice(len(chunks)), seated, seats, spare.block_size, arrays)
+    else:
+        at = np.array([starts[i] for i in decode], np.int64)
+        _pack_decode([chunks[i] for i in decode], at, [seated[i] for i in decode], seats, spare.block_size, arrays)
     for i in set(range(len(chunks))).difference(decode):
         rows = slice(starts[i], starts[i + 1])
         write_rows(
@@ -52,19 +57,26 @@ def pack_rows(chunks: tuple[Chunk, ...], seated: list[Seat], seats: Seats, spare
 def _pad(arrays: Arrays, num_rows: int, num_sequences: int, spare: Spare) -> None:
     arrays["source"][:] = -1
     arrays["is_item"][:] = False
-    arrays["ids"][num_rows:] = 0
-    arrays["positions"][:, num_rows:] = 0
-    arrays["slots"][num_rows:] = spare.slots(len(arrays["slots"]) - num_rows)
+    if num_rows < len(arrays["ids"]):
+        arrays["ids"][num_rows:] = 0
+        arrays["positions"][:, num_rows:] = 0
+        arrays["slots"][num_rows:] = spare.slots(len(arrays["slots"]) - num_rows)
     arrays["query_starts"][num_sequences:] = num_rows
     arrays["context_lens"][num_sequences:] = 0
     arrays["logits_rows"][:] = 0
 
 
 def _pack_decode(
-    chunks: list[Chunk], rows: list[int], seated: list[Seat], seats: Seats, block_size: int, arrays: Arrays
+    chunks: Iterable[Chunk],
+    at: slice | NDArray[np.int64],
+    seated: list[Seat],
+    seats: Seats,
+    block_size: int,
+    arrays: Arrays,
 ) -> None:
-    """One row each, behind its prompt: the step that everybody waits for, without a loop over arrays."""
-    at, index = np.array(rows, np.int64), np.array([seat.index for seat in seated], np.int64)
+    """One row each, `at` those rows, behind its prompt: the step that everybody waits for, without a loop over
+    arrays."""
+    index = np.array([seat.index for seat in seated], np.int64)
     ids = np.array([chunk.sequence.tokens[chunk.start] for chunk in chunks], np.int64)
     starts = np.array([chunk.start for chunk in chunks], np.int64)
     is_pending = ids == PENDING
@@ -77,15 +89,13 @@ def _pack_decode(
 def pack_sampling(chunks: list[Chunk], seated: list[Seat], seats: Seats, arrays: Arrays) -> int:
     """What sampling needs of sequences that end in wanted rows; their number of rows. A chunk with guesses leaves no
     newest token: nothing of its sequence is started before its tokens are known."""
-    counts = [chunk.num_logits for chunk in chunks]
-    index = np.repeat(np.array([seat.index for seat in seated], np.int64), counts)
-    takes = np.repeat(np.array([not chunk.draft for chunk in chunks], bool), counts)
-    arrays["seats"][: len(index)] = np.where(takes, index, seats.nobody)
+    rows = [(chunk, seat, i) for chunk, seat in zip(chunks, seated, strict=True) for i in range(chunk.num_logits)]
+    index = np.array([seat.index for _, seat, _ in rows], np.int64)
+    arrays["seats"][: len(index)] = [seats.nobody if chunk.draft else seat.index for chunk, seat, _ in rows]
     for name in SAMPLING:
         arrays[name][: len(index)] = seats.columns[name][index]
-    places = [place_of(chunk) + i for chunk in chunks for i in range(chunk.num_logits)]
-    seeds = [chunk.sequence.seed for chunk in chunks for _ in range(chunk.num_logits)]
-    arrays["uniform"][: len(index)] = uniform(seeds, places)
+    places = [place_of(chunk) + i for chunk, _, i in rows]
+    arrays["uniform"][: len(index)] = uniform([chunk.sequence.seed for chunk, _, _ in rows], places)
     return len(index)
 
 

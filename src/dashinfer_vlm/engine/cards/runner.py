@@ -156,14 +156,14 @@ class CardRunner:
         wanted = [(chunk, seat) for chunk, seat in zip(plan.chunks, seated, strict=True) if chunk.num_logits]
         chunks, seats = [chunk for chunk, _ in wanted], [seat for _, seat in wanted]
         pack_sampling(chunks, seats, self._seats, arrays)
-        rows = accumulate((chunk.num_logits for chunk in chunks), initial=0)
+        rows = accumulate([chunk.num_logits for chunk in chunks], initial=0)
         counted = [
             (row, seat.index)
             for row, (chunk, seat) in zip(rows, wanted, strict=False)
             if counts_on_device(chunk.sequence)
         ]
-        arrays["counted_rows"][: len(counted)] = [row for row, _ in counted]
-        arrays["counted_seats"][: len(counted)] = [seat for _, seat in counted]
+        if counted:
+            arrays["counted_rows"][: len(counted)], arrays["counted_seats"][: len(counted)] = zip(*counted, strict=True)
         return len(counted)
 
     def _pack_tables(self, shape: Shape, seated: list[Seat], flat: np.ndarray, *, has_items: bool) -> Call:

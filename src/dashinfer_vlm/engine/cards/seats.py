@@ -20,8 +20,11 @@ class Seat:
     sequence: Sequence
     blocks: list[int]
     """The sequence's own list: another one means that it was preempted meanwhile and has other blocks."""
+    num_listed: int = 0
+    """Blocks that are in the table."""
     next_start: int = 0
-    """Where its last chunk ended. Blocks in front of it are the table's for good."""
+    """Where its last chunk ended. Blocks in front of it are the table's for good; those behind it may be replaced by
+    ones that others have computed, which moves the next chunk's start."""
 
 
 class Seats:
@@ -44,9 +47,11 @@ class Seats:
         if seat is None:
             seat = self._seats[sequence] = self._seat(sequence)
         elif seat.blocks is not sequence.blocks:
-            seat.blocks, seat.next_start = sequence.blocks, 0
-        first = seat.next_start // block_size
-        self.tables[seat.index, first : len(seat.blocks)] = seat.blocks[first:]
+            seat.blocks, seat.next_start, seat.num_listed = sequence.blocks, 0, 0
+        if len(seat.blocks) != seat.num_listed or chunk.start != seat.next_start:
+            first = seat.next_start // block_size
+            self.tables[seat.index, first : len(seat.blocks)] = seat.blocks[first:]
+            seat.num_listed = len(seat.blocks)
         seat.next_start = chunk.start + chunk.num_tokens
         return seat, is_new
 
