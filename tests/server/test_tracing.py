@@ -111,7 +111,7 @@ def collector() -> Iterator[tuple[str, list[ExportTraceServiceRequest]]]:
             """Quiet."""
 
     with HTTPServer(("127.0.0.1", 0), Receiver) as server:
-        Thread(target=server.serve_forever, daemon=True).start()
+        Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
         yield f"http://127.0.0.1:{server.server_port}/v1/traces", got
         server.shutdown()
 

@@ -22,6 +22,7 @@ from dashinfer_vlm.allocator import keep_freed_memory
 from dashinfer_vlm.config import EngineConfig
 from dashinfer_vlm.engine.client import OnProgress
 from dashinfer_vlm.engine.host.loop import EngineLoop, SteppedEngine
+from dashinfer_vlm.engine.host.mapping import from_wire
 from dashinfer_vlm.engine.host.wire import (
     Command,
     Event,
@@ -74,8 +75,6 @@ class SocketChannel:
         command = command_decoder.decode(message)
         if not isinstance(command, WireRequest):
             return [command]
-        from dashinfer_vlm.engine.host.mapping import from_wire
-
         try:
             return [from_wire(command)]
         except FileNotFoundError:

@@ -14,6 +14,7 @@ from dataclasses import replace
 from functools import cache
 from typing import TYPE_CHECKING, Any, Protocol
 
+from dashinfer_vlm.engine.host.mapping import map_tensor
 from dashinfer_vlm.engine.host.wire import (
     Abort,
     AskStats,
@@ -186,8 +187,6 @@ def _with_mapped_arrays(request: Request) -> Request:
     """Map shared patches and embeddings now, so that their owner may remove them whenever the request has ended."""
     if not request.items:
         return request
-    from dashinfer_vlm.engine.host.mapping import map_tensor
-
     map_once = cache(map_tensor)  # the parts of an item share its patches
     try:
         items = tuple(_with_mapped(item, map_once) for item in request.items)

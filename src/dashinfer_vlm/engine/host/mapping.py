@@ -1,13 +1,19 @@
-"""Arrays that came by name, as tensors of this process: the receiving half of `wire.py`, which needs torch."""
+"""Arrays that came by name, as tensors of this process: the receiving half of `wire.py`. Only they need torch, so that
+a request of ids alone is read without it.
+"""
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import numpy as np
-import torch
 
 from dashinfer_vlm.engine.host.wire import WireItem, WireRequest
 from dashinfer_vlm.request import Item, Request
 from dashinfer_vlm.shared_array import SharedArray
+
+if TYPE_CHECKING:
+    import torch
 
 __all__ = ["from_wire", "map_tensor"]
 
@@ -51,10 +57,14 @@ def map_tensor(shared: SharedArray) -> torch.Tensor:
 
     Writes stay private to the mapping (copy on write): torch has no read-only tensors.
     """
+    import torch
+
     return torch.from_numpy(np.memmap(shared.path, dtype=shared.dtype, mode="c", shape=shared.shape))
 
 
 def _embedding(item: WireItem) -> torch.Tensor | None:
     if item.embedding is None or item.embedding_dtype is None:
         return None
+    import torch
+
     return map_tensor(item.embedding).view(getattr(torch, item.embedding_dtype))
