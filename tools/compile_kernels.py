@@ -6,7 +6,7 @@
 Prints one JSON object a line: model, variant, kernel, registers, bytes of stack, spills, bytes of shared memory, and
 how often the instructions occur that decide the speed: `HGMMA` (products of a warp group), `HMMA` (of a warp), `QGMMA`
 (of a warp group, 8-bit floats), and asynchronous copies, those of 128 bits apart; sines that are only approximate;
-products that read from a wrong address (see sass.py).
+reads of 128 bits before a kernel waits for the one before it; products that read from a wrong address (see sass.py).
 """
 
 from __future__ import annotations
@@ -49,6 +49,7 @@ class Compiled:
     copies: int
     wide_copies: int
     fast_sines: int
+    wide_reads_before_wait: int
     raw_descriptors: int
 
 
@@ -81,7 +82,11 @@ class Recorder:
     def __init__(self) -> None:
         self.seen: dict[int, tuple[str, Any]] = {}
 
-    def __call__(self, kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) -> None:
+    def __call__(
+        self, kernel: Any, grid: tuple[int, ...], *arguments: Any, early: bool = False, **options: Any
+    ) -> None:
+        if early:
+            options["launch_pdl"] = True
         compiled = kernel.warmup(*arguments, grid=grid, **options)
         self.seen.setdefault(id(compiled), (kernel.__name__, compiled))
 
@@ -166,6 +171,7 @@ def _read(model: str, variant: str, kernel: str, compiled: Any) -> Compiled:
         len(re.findall(r"\bLDGSTS\b", code)),
         len(re.findall(r"\bLDGSTS\S*\.128", code)),
         len(re.findall(r"\bMUFU\.(?:SIN|COS)\b", code)),
+        len(re.findall(r"\bLDG\S*\.128", code.partition("ACQBULK")[0])),
         len(raw_descriptors(code)),
     )
 

@@ -78,6 +78,7 @@ def cases(setting: Setting, dtype: torch.dtype, *, small: bool) -> Iterator[Case
     for name, rows, contexts in _steps(small):
         for cache in (dtype, torch.int8):
             yield _paged(setting, ops, dtype, f"{name} over {_short(cache)}", heads, rows, contexts, cache)
+    yield from _single(setting, dtype, small=small)
     if small:
         yield _segments(setting, ops, dtype, "frames", [37, 1, 64, 5], 2, 80)
         yield _segments(setting, ops, dtype, "heads of 72", [30, 9], 2, 72)
@@ -87,6 +88,30 @@ def cases(setting: Setting, dtype: torch.dtype, *, small: bool) -> Iterator[Case
         yield _segments(setting, ops, dtype, "16 pictures of 1024^2", [5476] * 16, 16, 80)
         yield _segments(setting, ops, dtype, "heads of 72", [4096] * 16, 16, 72)
         yield _segments(setting, ops, dtype, "windows", [64] * 1369, 16, 80)
+
+
+def _single(setting: Setting, dtype: torch.dtype, *, small: bool) -> Iterator[Case]:
+    """A row by itself, with all that rides in its product."""
+    from dashinfer_vlm.kernels.cuda import gemv  # triton reads the environment when it is imported
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(*shape, device=setting.device).to(dtype) / shape[-1] ** 0.5
+
+    for name, size, depth in (("MLP", 66, 200), ("down", 37, 9000)) if small else (("MLP", 17920, 1536),):
+        x, weight, gains, bias = random(1, depth), random(size, depth), random(depth), random(size)
+        is_gated = name == "MLP"
+        residual = random(1, size // 2 if is_gated else size)
+
+        def want(x=x, weight=weight, gains=gains, bias=bias, residual=residual, is_gated=is_gated) -> Tensor:
+            y = norm.rms_norm(x.double(), gains.double(), 1e-6) if is_gated else x.double()
+            y = F.linear(y, weight.double(), bias.double())
+            return (activation.silu_mul(y) if is_gated else y) + residual.double()
+
+        run = partial(
+            gemv.product, x, weight, bias, gains=gains if is_gated else None, eps=1e-6, silu_mul=is_gated,
+            residual=residual,
+        )  # fmt: skip
+        yield Case(f"one row of {name}", run, want, weight.nbytes, bar=1.4)
 
 
 def _floats(setting: Setting, dtype: torch.dtype, *, small: bool) -> Iterator[Case]:

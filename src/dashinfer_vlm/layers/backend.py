@@ -20,7 +20,16 @@ from dashinfer_vlm.layers.activation import Epilogue
 from dashinfer_vlm.layers.embed import embed
 from dashinfer_vlm.layers.fp8 import Fp8Linear, Fp8Ops, rounded
 from dashinfer_vlm.layers.grouped import BITS, GroupedLinear, GroupedOps
-from dashinfer_vlm.layers.linear import ExpandingLinear, Floats, Linear, Matrix, NativeLinear, OneDnnLinear, TorchLinear
+from dashinfer_vlm.layers.linear import (
+    ExpandingLinear,
+    Floats,
+    Linear,
+    Matrix,
+    NativeLinear,
+    NormingLinear,
+    OneDnnLinear,
+    TorchLinear,
+)
 from dashinfer_vlm.layers.memory import in_huge_pages
 from dashinfer_vlm.layers.patches import NativePatches, Patches, TorchPatches
 from dashinfer_vlm.layers.quantise import QUANT_TYPES, PackedStore, QuantisedLinears
@@ -120,7 +129,7 @@ class Backend:
     def norm_before(self, layer: Linear, weight: Tensor, eps: float) -> Callable[[Tensor], Any]:
         """RMSNorm of rows that only `layer` takes, from them to what it takes."""
         gains = self.vector(weight)
-        if isinstance(layer, Fp8Linear):
+        if isinstance(layer, NormingLinear):
             return lambda x: layer.normed(x, gains, eps)
         return lambda x: self.ops.rms_norm(x, gains, eps)
 

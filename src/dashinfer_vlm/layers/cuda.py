@@ -5,12 +5,13 @@ imported by `backend` alone, when a card is chosen.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from dashinfer_vlm.kernels.cuda import fp8, paged, rotary, rows, segments, skinny
+from dashinfer_vlm.kernels.cuda import fp8, gemv, paged, rotary, rows, segments, skinny
 from dashinfer_vlm.kernels.cuda.patches import embed_patches, two_halves
 from dashinfer_vlm.kernels.grouped import GroupedWeight
 from dashinfer_vlm.layers.activation import EPILOGUES, Epilogue
@@ -39,21 +40,50 @@ _EPILOGUES = {**EPILOGUES, "silu_mul": rows.silu_mul, "quick_gelu": rows.quick_g
 FP8_OPS = Fp8Ops(fp8.quantise, fp8.block_product, fp8.rms_norm, fp8.silu_mul, _EPILOGUES)
 
 
+@dataclass(frozen=True, slots=True)
+class RowToNorm:
+    """A row whose norm the product takes."""
+
+    x: Tensor
+    """[1, K]."""
+    weight: Tensor
+    eps: float
+
+
 class CudaLinear:
-    """A weight [N, K] of the activations' dtype: the residual rides in the product, the epilogue is one launch."""
+    """A weight [N, K] of the activations' dtype. A row by itself is one launch, with all that surrounds the product; of
+    several, the residual rides in cuBLAS's product, and the epilogue is one launch."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None, epilogue: Epilogue) -> None:
         self.weight = weight
         self.bias = bias
         self.epilogue = epilogue
 
-    def __call__(self, x: Tensor, *, residual: Tensor | None = None, out: Tensor | None = None) -> Tensor:
+    def normed(self, x: Tensor, weight: Tensor, eps: float) -> Tensor | RowToNorm:
+        """See `layers.linear.NormingLinear`."""
+        if len(x) == 1 and x.shape[1] <= gemv.MOST_NORMED:
+            return RowToNorm(x, weight, eps)
+        return rows.rms_norm(x, weight, eps)
+
+    def __call__(self, x: Tensor | RowToNorm, *, residual: Tensor | None = None, out: Tensor | None = None) -> Tensor:
+        if isinstance(x, RowToNorm):
+            return self._row_times(x.x, residual, out, x.weight, x.eps)
+        if len(x) == 1 and self.epilogue in ("none", "silu_mul"):
+            return self._row_times(x, residual, out)
         if self.epilogue == "none":
             return self._product(x, residual, out)
         y = _EPILOGUES[self.epilogue](F.linear(x, self.weight, self.bias))
         if residual is not None:
             return torch.add(y, residual, out=out)
         return y if out is None else out.copy_(y)
+
+    def _row_times(
+        self, x: Tensor, residual: Tensor | None, out: Tensor | None, gains: Tensor | None = None, eps: float = 0.0
+    ) -> Tensor:
+        return gemv.product(
+            x, self.weight, self.bias, gains=gains, eps=eps, silu_mul=self.epilogue == "silu_mul", residual=residual,
+            out=out,
+        )  # fmt: skip
 
     def _product(self, x: Tensor, residual: Tensor | None, out: Tensor | None) -> Tensor:
         weight_t = self.weight.t()

@@ -113,7 +113,7 @@ class Fp8Linear:
         return y if out is None else out.copy_(y)
 
     def normed(self, x: Tensor, weight: Tensor, eps: float) -> RoundedRows:
-        """RMSNorm of the rows, as this layer takes them, in one launch."""
+        """See `layers.linear.NormingLinear`; one launch."""
         return RoundedRows(*self.ops.rms_norm(x, weight, eps, self.group), x.dtype)
 
     def into(self, x: Tensor | RoundedRows, then: Fp8Linear) -> RoundedRows:

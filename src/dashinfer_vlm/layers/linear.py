@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch.nn import functional as F
@@ -15,7 +15,16 @@ from dashinfer_vlm.kernels import cpu_ops
 from dashinfer_vlm.layers import onednn
 from dashinfer_vlm.layers.activation import EPILOGUES, Epilogue
 
-__all__ = ["ExpandingLinear", "Floats", "Linear", "Matrix", "NativeLinear", "OneDnnLinear", "TorchLinear"]
+__all__ = [
+    "ExpandingLinear",
+    "Floats",
+    "Linear",
+    "Matrix",
+    "NativeLinear",
+    "NormingLinear",
+    "OneDnnLinear",
+    "TorchLinear",
+]
 
 SCRATCH_ROWS = 1024
 """Weight rows that are expanded at a time: the scratch buffer stays in the last-level cache."""
@@ -56,6 +65,15 @@ class Linear(Protocol):
     def __call__(
         self, x: torch.Tensor, *, residual: torch.Tensor | None = None, out: torch.Tensor | None = None
     ) -> torch.Tensor: ...
+
+
+@runtime_checkable
+class NormingLinear(Protocol):
+    """A `Linear` whose rows may come from `normed`."""
+
+    def normed(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> Any:
+        """RMSNorm of the rows, as this layer takes them in the fewest launches."""
+        ...
 
 
 def _finish(

@@ -101,6 +101,15 @@ def test_weights_of_few_bits_are_copied_by_128_bits(found: Found) -> None:
         assert x["wide_copies"] >= 12, x
 
 
+def test_a_row_by_itself_is_multiplied_by_reads_of_128_bits_that_precede_the_wait(found: Found) -> None:
+    """Weights are under way before the kernel before has ended."""
+    rows = found.of("_row_times")
+    assert len(rows) >= 3 * len(MODELS)
+    for x in rows:
+        assert x["wide_reads_before_wait"] >= 4, x
+        assert x["registers"] * x["warps"] * 32 <= REGISTERS // 4, x
+
+
 def test_keys_and_values_are_copied_by_128_bits_beside_the_arithmetic(found: Found) -> None:
     """Those of 8 bits, too: their rows begin at multiples of 16 bytes."""
     attention = found.of("_attend")

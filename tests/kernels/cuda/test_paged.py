@@ -12,6 +12,7 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
+from dashinfer_vlm.kernels.cuda import paged
 from dashinfer_vlm.kernels.cuda.paged import FEW_ROWS, num_splits, paged_attention
 from dashinfer_vlm.layers import attention
 from tests.kernels.cuda.numbers import DEVICE, TYPES, allowed, error
@@ -126,10 +127,12 @@ def test_scores_that_are_all_far_below_zero() -> None:
     assert error(batch.run(4), batch.expected()) < 1e-4
 
 
-def test_splits_fill_a_card_and_no_more() -> None:
+def test_splits_fill_a_card_and_no_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(paged, "WANTED_PROGRAMS", 512)
     assert num_splits(4, 1 << 20, 64) == 64
-    assert num_splits(64 * 4, 1024, 64) == 1
-    assert num_splits(8 * 4, 1024, 64) == 8
+    assert num_splits(128 * 4, 1024, 64) == 1
+    assert num_splits(64 * 2, 1024, 64) == 4
+    assert num_splits(8 * 4, 1024, 64) == 16
     assert num_splits(4, 64, 64) == 1
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -10,7 +11,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-__all__ = ["INTERPRETED", "Tile", "check", "compute_type", "launch", "power_of_two", "unit_of"]
+__all__ = [
+    "INTERPRETED",
+    "Tile",
+    "check",
+    "compute_type",
+    "launch",
+    "power_of_two",
+    "starts_early",
+    "unit_of",
+    "wait_for_last",
+]
 
 INTERPRETED: bool = triton.knobs.runtime.interpret
 """Kernels run on the CPU, statement by statement."""
@@ -29,12 +40,39 @@ class Tile:
     """Of a thread at the most; None: as many as the compiler wants."""
 
 
-def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) -> None:
-    """Start `kernel` on the device and stream of its first argument, a tensor; an empty grid starts nothing."""
+def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, early: bool = False, **options: Any) -> None:
+    """Start `kernel` on the device and stream of its first argument, a tensor; an empty grid starts nothing.
+
+    With `early` it may run before the kernel before it has ended, and must `wait_for_last`."""
     if 0 in grid:
         return
+    if early:
+        options["launch_pdl"] = True
     with torch.cuda.device_of(arguments[0]):  # type: ignore[no-untyped-call]
         kernel[grid](*arguments, **options)
+
+
+def starts_early(x: Tensor) -> bool:
+    """Whether the card of x can start a kernel before the one before it has ended: programmatic dependent launch, from
+    compute capability 9.0 on."""
+    return not INTERPRETED and _capability(x.device) >= 90
+
+
+@cache
+def _capability(device: torch.device) -> int:
+    return int(triton.runtime.driver.active.get_current_target().arch)
+
+
+@triton.jit
+def wait_for_last(EARLY: tl.constexpr):
+    """Until what the kernels before have written is there; the next one may start.
+
+    Every program must come here, also those that have nothing to do: a kernel that ends without having waited lets the
+    next one go on while those before are at work. Before it only weights may be read, and what was there before the
+    model call began."""
+    if EARLY:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
 
 
 def compute_type(dtype: torch.dtype) -> Any:

@@ -13,14 +13,24 @@ import triton.language as tl
 from torch import Tensor
 
 from dashinfer_vlm.kernels.cuda.hadamard import mixed_queries
-from dashinfer_vlm.kernels.cuda.launch import Tile, check, compute_type, launch, power_of_two, unit_of
+from dashinfer_vlm.kernels.cuda.launch import (
+    INTERPRETED,
+    Tile,
+    check,
+    compute_type,
+    launch,
+    power_of_two,
+    starts_early,
+    unit_of,
+    wait_for_last,
+)
 
 __all__ = ["FEW_ROWS", "paged_attention"]
 
 FEW_ROWS = 8
 """Rows up to which a sequence belongs to the launch with splits."""
-WANTED_PROGRAMS = 400
-"""About three for each multiprocessor of a large card."""
+WANTED_PROGRAMS = 16 if INTERPRETED else 512
+"""About four for each multiprocessor of a large card; where they are interpreted, one after the other."""
 
 
 @triton.jit
@@ -83,7 +93,8 @@ def _attend(
     q_rows, k_cache, v_cache, tables, starts, contexts, out, lse, scale, num_sequences, table_stride, q_t, q_h,
     block_stride, slot_stride, head_stride, o_t, o_h, o_split, l_t, l_split, G: tl.constexpr, D: tl.constexpr,
     DP: tl.constexpr, BS: tl.constexpr, BM: tl.constexpr, BQ: tl.constexpr, BN: tl.constexpr, SPLITS: tl.constexpr,
-    FEW: tl.constexpr, MANY: tl.constexpr, INT8: tl.constexpr, UNIT: tl.constexpr, C: tl.constexpr,
+    FEW: tl.constexpr, MANY: tl.constexpr, INT8: tl.constexpr, UNIT: tl.constexpr, EARLY: tl.constexpr,
+    C: tl.constexpr,
 ):  # fmt: skip
     block_stride *= UNIT
     slot_stride *= UNIT
@@ -99,9 +110,10 @@ def _attend(
         local = tile % ((FEW + BQ - 1) // BQ) * BQ
     first = tl.load(starts + s)
     n = tl.load(starts + s + 1) - first
+    context = tl.load(contexts + s)
+    wait_for_last(EARLY)
     if local >= n or (n > FEW) != MANY:
         return
-    context = tl.load(contexts + s)
     m = tl.arange(0, BM)
     d = tl.arange(0, DP)
     row = local + m // G
@@ -142,7 +154,7 @@ def _attend(
 @triton.jit(do_not_specialize=["l_split"])
 def _combine(
     parts, lse, starts, out, p_split, p_t, p_h, l_split, l_t, o_t, o_h, D: tl.constexpr, DP: tl.constexpr,
-    SPLITS: tl.constexpr, FEW: tl.constexpr,
+    SPLITS: tl.constexpr, FEW: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """Join the splits of one row and head by their shares of the softmax's sum."""
     s = tl.program_id(0) // FEW
@@ -150,6 +162,7 @@ def _combine(
     head = tl.program_id(1)
     first = tl.load(starts + s)
     n = tl.load(starts + s + 1) - first
+    wait_for_last(EARLY)
     if row >= n or n > FEW:
         return
     at = tl.program_id(0).to(tl.int64)
@@ -182,8 +195,8 @@ def many_tile(dtype: torch.dtype, cache: torch.dtype, group: int, dim: int) -> T
 
 
 def num_splits(num_programs: int, max_context: int, keys: int) -> int:
-    """A power of two, so that `num_programs` times it fill a card, and every split has two tiles of `keys`."""
-    wanted = min(WANTED_PROGRAMS // max(num_programs, 1), max_context // (2 * keys), 64)
+    """A power of two, so that `num_programs` times it fill a card, and every split has a tile of `keys`."""
+    wanted = min(WANTED_PROGRAMS // max(num_programs, 1), max_context // keys, 64)
     return power_of_two(wanted + 1) // 2 if wanted > 1 else 1
 
 
@@ -242,12 +255,14 @@ def _few(
     if splits == 1:
         _start(grid, q, k_cache, v_cache, tables, starts, contexts, out[None], None, scale, tile, few, many=False)
         return
+    early = len(q) == 1 and starts_early(q)
     parts = torch.empty(splits, num_sequences * few, *q.shape[1:], dtype=torch.float32, device=q.device)
     lse = torch.empty(splits, num_sequences * few, num_heads, dtype=torch.float32, device=q.device)
     _start(grid, q, k_cache, v_cache, tables, starts, contexts, parts, lse, scale, tile, few, many=False)
     launch(
         _combine, (num_sequences * few, num_heads), parts, lse, starts, out, *parts.stride()[:3], *lse.stride()[:2],
-        *out.stride()[:2], q.shape[2], power_of_two(q.shape[2]), splits, few, num_warps=4,
+        *out.stride()[:2], q.shape[2], power_of_two(q.shape[2]), splits, few, early, num_warps=4,
+        early=early,
     )  # fmt: skip
 
 
@@ -288,10 +303,11 @@ def _start(
     group = q.shape[1] // k_cache.shape[2]
     strides = k_cache.stride()[:3]
     unit = unit_of(*strides)
+    early = len(q) == 1 and starts_early(q)
     launch(
         _attend, grid, q, k_cache, v_cache, tables, starts, contexts, out, out if lse is None else lse, scale,
         len(contexts), tables.stride(0), *q.stride()[:2], *(stride // unit for stride in strides), out.stride(1),
         out.stride(2), out.stride(0), *((0, 0) if lse is None else (lse.stride(1), lse.stride(0))),
         group, dim, power_of_two(dim, 16), k_cache.shape[1], tile.rows, tile.rows // group, tile.columns, grid[2], few,
-        many, int8, unit, compute_type(q.dtype), num_warps=tile.warps, num_stages=tile.stages,
+        many, int8, unit, early, compute_type(q.dtype), num_warps=tile.warps, num_stages=tile.stages, early=early,
     )  # fmt: skip

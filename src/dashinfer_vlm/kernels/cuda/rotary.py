@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from dashinfer_vlm.kernels.cuda.hadamard import hadamard_blocks
-from dashinfer_vlm.kernels.cuda.launch import check, compute_type, launch, power_of_two
+from dashinfer_vlm.kernels.cuda.launch import check, compute_type, launch, power_of_two, starts_early, wait_for_last
 
 __all__ = ["mrope_cos_sin", "rope", "rope_write_kv"]
 
@@ -95,10 +95,11 @@ def _mixed(low, high, mixer, D: tl.constexpr, BD: tl.constexpr, C: tl.constexpr)
 def _rope_write_kv(
     q, k, v, cos, sin, k_cache, v_cache, slots, mixer, q_t, q_h, k_t, k_h, v_t, v_h, slot_stride, c_h, H: tl.constexpr,
     HK: tl.constexpr, D: tl.constexpr, BH: tl.constexpr, BK: tl.constexpr, BD: tl.constexpr, INT8: tl.constexpr,
-    C: tl.constexpr,
+    EARLY: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     part = tl.program_id(1)
+    wait_for_last(EARLY)
     if part > 0:
         q_low, q_high, q_place, in_q = _rotated(q + row * q_t, cos, sin, row, (part - 1) * BH, q_h, H, D, BH, BD)
         tl.store(q_place, q_low, mask=in_q)
@@ -154,12 +155,13 @@ def rope_write_kv(
     check(k_cache.is_contiguous() and v_cache.is_contiguous(), "the caches must be contiguous", k_cache, v_cache)
     check(k.stride(2) == v.stride(2) == 1, "channels must be dense", k, v)
     heads = min(power_of_two(num_heads), HEADS_AT_ONCE)
+    early = num_rows == 1 and starts_early(q)
     mixer = hadamard_blocks(dim, q.device)[0] if int8 else cos
     launch(
         _rope_write_kv, (num_rows, 1 + -(-num_heads // heads)), q, k, v, cos, sin, k_cache, v_cache, slots, mixer,
         *q.stride()[:2], *k.stride()[:2], *v.stride()[:2], k_cache.stride(1), k_cache.stride(2), num_heads,
         num_kv_heads, dim, heads, power_of_two(num_kv_heads, 16 if int8 else 1), power_of_two(dim // 2, 16), int8,
-        compute_type(q.dtype), num_warps=4,
+        early, compute_type(q.dtype), num_warps=4, early=early,
     )  # fmt: skip
 
 

@@ -9,28 +9,49 @@ from torch import Tensor
 
 from dashinfer_vlm.kernels.cuda.launch import check, launch, power_of_two
 
-__all__ = ["add_to_rows", "embed", "layer_norm", "normed", "quick_gelu", "rms_norm", "silu_mul", "silu_times_up"]
+__all__ = [
+    "add_to_rows",
+    "embed",
+    "layer_norm",
+    "norm_times",
+    "normed",
+    "quick_gelu",
+    "rms_norm",
+    "silu_mul",
+    "silu_times",
+    "silu_times_up",
+]
+
+
+@triton.jit
+def norm_times(x, w, eps, kind: tl.constexpr, N: tl.constexpr):
+    """RMSNorm of a row of `kind`, rounded as the reference rounds it; all float32."""
+    scale = tl.rsqrt(tl.sum(x * x, 0) / N + eps)
+    rounded = (x * scale).to(kind).to(tl.float32)  # as the reference, which multiplies in x's type
+    return (rounded * w).to(kind).to(tl.float32)
 
 
 @triton.jit
 def normed(x_places, w_places, eps, inside, N: tl.constexpr):
-    """RMSNorm of a row, rounded to its type as the reference rounds it, as float32."""
-    kind = x_places.dtype.element_ty
+    """`norm_times` of a row and its weight in memory."""
     x = tl.load(x_places, mask=inside, other=0.0).to(tl.float32)
-    scale = tl.rsqrt(tl.sum(x * x, 0) / N + eps)
-    rounded = (x * scale).to(kind).to(tl.float32)  # as the reference, which multiplies in x's type
     w = tl.load(w_places, mask=inside, other=0.0).to(tl.float32)
-    return (rounded * w).to(kind).to(tl.float32)
+    return norm_times(x, w, eps, x_places.dtype.element_ty, N)
+
+
+@triton.jit
+def silu_times(gate, up, kind: tl.constexpr):
+    """SiLU of gates times ups, rounded to `kind` as the reference does it; all float32."""
+    silu = (gate / (1 + tl.exp(-gate))).to(kind).to(tl.float32)
+    return (silu * up).to(kind).to(tl.float32)
 
 
 @triton.jit
 def silu_times_up(x_places, N, inside):
     """SiLU of gates times ups, which stand N columns behind, rounded as the reference does it, as float32."""
-    kind = x_places.dtype.element_ty
     gate = tl.load(x_places, mask=inside, other=0.0).to(tl.float32)
     up = tl.load(x_places + N, mask=inside, other=0.0).to(tl.float32)
-    silu = (gate / (1 + tl.exp(-gate))).to(kind).to(tl.float32)
-    return (silu * up).to(kind).to(tl.float32)
+    return silu_times(gate, up, x_places.dtype.element_ty)
 
 
 @triton.jit

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from dashinfer_vlm.kernels.choices import Choices
-from dashinfer_vlm.kernels.cuda import fp8, paged, patches, rotary, rows, sampling, segments, skinny
+from dashinfer_vlm.kernels.cuda import fp8, gemv, paged, patches, rotary, rows, sampling, segments, skinny
 from dashinfer_vlm.kernels.grouped import GROUP, GroupedWeight
 
 __all__ = ["PUBLISHED", "Sizes", "Variant", "variants"]
@@ -72,6 +72,7 @@ def variants(sizes: Sizes, dtype: torch.dtype) -> Iterator[Variant]:
     yield from _text(sizes, dtype, meta)
     yield from _floats(sizes, dtype, meta)
     yield from _few_rows(sizes, dtype, meta)
+    yield from _single(sizes, dtype, meta)
     yield from _choosing(sizes.vocab, meta)
     if sizes.vit_width:
         yield from _vit(sizes, dtype, meta)
@@ -92,11 +93,11 @@ def _text(s: Sizes, dtype: torch.dtype, device: torch.device) -> Iterator[Varian
         tables = empty(num_sequences, 64, dtype=torch.int32)
         return paged.paged_attention(heads(num_rows)[0], keys, keys, tables, starts, contexts, 0.1, splits)
 
-    def write(cache: torch.dtype) -> None:
+    def write(cache: torch.dtype, num_rows: int) -> None:
         keys = empty(64, BLOCK_SIZE, s.kv_heads, s.head_dim + 16 * (cache == torch.int8), dtype=cache)
-        table = empty(16, s.head_dim // 2, dtype=torch.float32)
-        q, k, v = heads(16)
-        rotary.rope_write_kv(q, k, v, table, table, keys, keys, empty(16, dtype=torch.int64))
+        table = empty(num_rows, s.head_dim // 2, dtype=torch.float32)
+        q, k, v = heads(num_rows)
+        rotary.rope_write_kv(q, k, v, table, table, keys, keys, empty(num_rows, dtype=torch.int64))
 
     ids, table, is_item = empty(16, dtype=torch.int64), empty(64, s.hidden), empty(16, dtype=torch.bool)
     yield Variant("embed", lambda: rows.embed(ids, table, dtype))
@@ -112,7 +113,9 @@ def _text(s: Sizes, dtype: torch.dtype, device: torch.device) -> Iterator[Varian
     yield Variant("silu_mul", lambda: rows.silu_mul(empty(16, 2 * s.inner)))
     for cache in (dtype, torch.int8):
         kind = "int8" if cache == torch.int8 else "plain"
-        yield Variant(f"rope_write_kv {kind}", partial(write, cache))
+        yield Variant(f"rope_write_kv {kind}", partial(write, cache, 16))
+        yield Variant(f"rope_write_kv of one row {kind}", partial(write, cache, 1))
+        yield Variant(f"decode of one row {kind}", partial(attend, [1], cache, 16))
         yield Variant(f"decode {kind}", partial(attend, [1] * 16, cache, 1))
         yield Variant(f"decode in 8 splits {kind}", partial(attend, [1] * 16, cache, 8))
         yield Variant(f"prefill {kind}", partial(attend, [1024], cache, None))
@@ -164,6 +167,21 @@ def _few_rows(s: Sizes, dtype: torch.dtype, device: torch.device) -> Iterator[Va
             yield Variant(f"{bits} bits, MLP of {told}", partial(skinny.product, x, gate_up, silu_mul=True))
             yield Variant(f"{bits} bits, down of {told}", partial(skinny.product, inner, down, residual=x))
         yield Variant(f"{bits} bits, expanded", partial(skinny.expand, weight(s.hidden, s.inner, bits), dtype))
+
+
+def _single(s: Sizes, dtype: torch.dtype, device: torch.device) -> Iterator[Variant]:
+    """Products of one row, with what rides in them."""
+
+    def empty(*shape: int) -> Tensor:
+        return torch.empty(*shape, dtype=dtype, device=device)
+
+    queries = (s.heads + 2 * s.kv_heads) * s.head_dim
+    x, inner = empty(1, s.hidden), empty(1, s.inner)
+    of_x = partial(gemv.product, x, gains=empty(s.hidden))
+    yield Variant("one row, qkv", lambda: of_x(empty(queries, s.hidden), empty(queries)))
+    yield Variant("one row, MLP", lambda: of_x(empty(2 * s.inner, s.hidden), silu_mul=True))
+    yield Variant("one row, out", lambda: gemv.product(x, empty(s.hidden, s.hidden), residual=x))
+    yield Variant("one row, down", lambda: gemv.product(inner, empty(s.hidden, s.inner), residual=x))
 
 
 def _choosing(vocab: int, device: torch.device) -> Iterator[Variant]:
