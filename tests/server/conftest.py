@@ -13,6 +13,7 @@ from typing import Any
 
 import httpx
 import pytest
+import uvicorn.server
 from openai import AsyncOpenAI
 
 from dashinfer_vlm.config import ServerConfig
@@ -65,8 +66,10 @@ def template(folder: Path, tokenizer: Tokenizer) -> ChatTemplate:
 
 
 @pytest.fixture(scope="session")
-def parts(tokenizer: Tokenizer, template: ChatTemplate) -> Parts:
-    return Parts(tokenizer, template)
+def parts(tokenizer: Tokenizer, template: ChatTemplate) -> Iterator[Parts]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(uvicorn.server, "asyncio", Hurried())
+        yield Parts(tokenizer, template)
 
 
 @pytest.fixture
@@ -153,6 +156,16 @@ async def listening(server: TestedServer) -> AsyncIterator[None]:
     finally:
         server.should_exit = True
         await task
+
+
+class Hurried:
+    """asyncio as uvicorn sees it: it looks every tenth of a second whether to end, and a server ends with each test."""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(asyncio, name)
+
+    async def sleep(self, delay_s: float) -> None:
+        await asyncio.sleep(delay_s / 20)
 
 
 class TestedServer(HttpServer):
