@@ -108,12 +108,12 @@ def test_the_last_token_is_drawn_by_the_largest_random_number_and_none_of_no_wei
 
 @pytest.mark.parametrize(
     ("temperature", "top_k", "top_p", "expected"),
-    [([0, 0], [5, 5], [0.5, 1], 0), ([1, 1], [0, 0], [1, 1], 0), ([1, 0], [20, 0], [1, 1], 20),
+    [([0, 0], [5, 5], [0.5, 1], None), ([1, 1], [0, 0], [1, 1], 0), ([1, 0], [20, 0], [1, 1], 20),
      ([1, 1], [20, 7], [0.5, 1], 20), ([1, 1], [20, 0], [1, 1], 99), ([1, 1], [0, 0], [0.9, 1], 99),
      ([1, 1], [500, 3], [1, 1], 99)],
 )  # fmt: skip
 def test_no_more_logits_are_ordered_than_can_be_drawn(
-    temperature: list[float], top_k: list[int], top_p: list[float], expected: int
+    temperature: list[float], top_k: list[int], top_p: list[float], expected: int | None
 ) -> None:
     assert card_sampling.candidates(np.array(temperature), np.array(top_k), np.array(top_p), 99) == expected
 

@@ -81,10 +81,12 @@ def largest(logits: Tensor, shaped: Tensor | None = None) -> Tensor:
     return _or_problem(found.argmax(dim=-1), logits, found)
 
 
-def choose(logits: Tensor, choices: Choices, shaped: Tensor | None = None, *, num_candidates: int) -> Tensor:
+def choose(logits: Tensor, choices: Choices, shaped: Tensor | None = None, *, num_candidates: int | None) -> Tensor:
     """int64 [R]: as `largest`, but drawn in rows whose temperature is above 0. `choices` are on the device.
 
     `num_candidates` of the largest logits hold all that can be drawn in any row (see `candidates`)."""
+    if num_candidates is None:
+        return largest(logits, shaped)
     found = logits if shaped is None else shaped
     weights = _kept_of_largest(found, choices, num_candidates) if num_candidates else _kept_of_all(found, choices)
     mass = weights.double().cumsum(dim=-1)
@@ -98,7 +100,7 @@ class Chooser(Protocol):
     """`choose`, or what takes its place."""
 
     def __call__(
-        self, logits: Tensor, choices: Choices, shaped: Tensor | None = None, *, num_candidates: int
+        self, logits: Tensor, choices: Choices, shaped: Tensor | None = None, *, num_candidates: int | None
     ) -> Tensor: ...
 
 
@@ -108,14 +110,19 @@ def chooser(device: torch.device) -> Chooser:
         return choose
     from dashinfer_vlm.kernels.cuda.sampling import drawn  # imports triton
 
-    def by_kernel(logits: Tensor, choices: Choices, shaped: Tensor | None = None, *, num_candidates: int) -> Tensor:
+    def by_kernel(
+        logits: Tensor, choices: Choices, shaped: Tensor | None = None, *, num_candidates: int | None
+    ) -> Tensor:
         return drawn(logits, choices, shaped).long()
 
     return by_kernel
 
 
-def candidates(temperature: Numbers, top_k: Numbers, top_p: Numbers, vocab_size: int) -> int:
-    """What `choose` is told, from the columns on the host: 0 where no row has to be ordered."""
+def candidates(temperature: Numbers, top_k: Numbers, top_p: Numbers, vocab_size: int) -> int | None:
+    """What `choose` is told, from the columns on the host: 0 where no row has to be ordered, None where nothing is
+    drawn in any."""
+    if not temperature.any():
+        return None
     ordered = (temperature != 0) & ((top_k > 0) | (top_p < 1))
     if not ordered.any():
         return 0

@@ -127,7 +127,7 @@ class CardRunner:
             counted,
             self.calls.asked(shape, num_logits),
             logits,
-            *_reach(arrays, num_logits, self.model.text.vocab_size),
+            _num_candidates(arrays, num_logits, self.model.text.vocab_size),
         )
         return CardFlight(plan, begin, self._sampler, wanted if num_logits else None, scored)
 
@@ -175,7 +175,6 @@ class CardRunner:
         return call
 
 
-def _reach(arrays: Arrays, num_rows: int, vocab_size: int) -> tuple[bool, int]:
-    """`Wanted.is_greedy` and `Wanted.num_candidates`."""
+def _num_candidates(arrays: Arrays, num_rows: int, vocab_size: int) -> int | None:
     temperature, top_k, top_p = (arrays[name][:num_rows] for name in ("temperature", "top_k", "top_p"))
-    return not temperature.any(), candidates(temperature, top_k, top_p, vocab_size)
+    return candidates(temperature, top_k, top_p, vocab_size)

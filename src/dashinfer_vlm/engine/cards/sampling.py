@@ -52,8 +52,7 @@ class Wanted:
     arrays: dict[str, Tensor]
     """`staging.OF_LOGITS`, of these rows, on the device."""
     logits: Tensor
-    is_greedy: bool
-    num_candidates: int
+    num_candidates: int | None
     """See `card_sampling.candidates`."""
 
 
@@ -138,11 +137,7 @@ class CardSampler:
         seen = self._seen_counts(wanted)
         is_shaped = seen is not None or _is_shaped(choices)
         shaped = ops.shape(logits, choices, seen) if is_shaped else None
-        tokens = (
-            ops.largest(logits, shaped)
-            if wanted.is_greedy
-            else self._choose(logits, choices, shaped, num_candidates=wanted.num_candidates)
-        )
+        tokens = self._choose(logits, choices, shaped, num_candidates=wanted.num_candidates)
         known = tokens.clamp(min=0)
         asking = [(row, num_top) for row, num_top in enumerate(_logprobs_of(wanted.chunks)) if num_top is not None]
         told = self._tell(logits, known, asking) if asking else None
