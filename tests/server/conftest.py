@@ -16,6 +16,7 @@ import pytest
 import uvicorn.server
 from openai import AsyncOpenAI
 
+from dashinfer_vlm.cli.listen import listen
 from dashinfer_vlm.config import ServerConfig
 from dashinfer_vlm.frontend.backlog import QueueLimits
 from dashinfer_vlm.frontend.prompt import PromptBuilder
@@ -146,8 +147,7 @@ class Parts:
 @asynccontextmanager
 async def listening(server: TestedServer) -> AsyncIterator[None]:
     """Run `server` until the block ends."""
-    listener = socket.create_server(("127.0.0.1", 0))
-    task = asyncio.create_task(server.serve(sockets=[listener]))
+    task = asyncio.create_task(server.serve(sockets=listen("127.0.0.1", 0)))
     listens = asyncio.create_task(server.listens.wait())
     await asyncio.wait((task, listens), return_when=asyncio.FIRST_COMPLETED)
     assert listens.done(), task

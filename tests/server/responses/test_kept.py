@@ -14,7 +14,7 @@ from openai import AsyncOpenAI
 from dashinfer_vlm.frontend.tokenizer import Tokenizer
 from dashinfer_vlm.server.responses import kept
 from dashinfer_vlm.server.responses.items import AnyItem
-from dashinfer_vlm.server.responses.store import Kept
+from dashinfer_vlm.server.responses.store import Kept, ResponseStore
 from tests.server.conftest import Parts, Serve
 from tests.server.responses.conftest import prompt_of
 from tests.server.responses.test_create import LOOK, PICTURE
@@ -152,6 +152,41 @@ async def test_a_response_in_the_background_counts_as_a_request_of_its_key(serve
     running.engine.resume.set()
     assert (await polled(client, begun.id)).status == "completed"
     await client.responses.create(model="model", input="y")
+
+
+@pytest.fixture
+def slow_store(monkeypatch: pytest.MonkeyPatch) -> asyncio.Event:
+    """Set when a response is being stored, which then takes a while."""
+    storing, put = asyncio.Event(), ResponseStore.put
+
+    async def slow_put(self: ResponseStore, tenant: str, kept: Kept) -> None:
+        storing.set()
+        await asyncio.sleep(0.1)
+        await put(self, tenant, kept)
+
+    monkeypatch.setattr(ResponseStore, "put", slow_put)
+    return storing
+
+
+@pytest.mark.usefixtures("slow_store")
+async def test_a_response_in_the_background_that_is_over_can_be_gone_on_with(
+    serve: Serve, openai_client: Client
+) -> None:
+    client = openai_client(await serve("one two"))
+    begun = await client.responses.create(model="model", input="x", background=True)
+    assert (await polled(client, begun.id)).status == "completed"
+    await client.responses.create(model="model", input="y", previous_response_id=begun.id)
+
+
+async def test_a_response_in_the_background_that_is_over_is_stored_whoever_cancels_it(
+    serve: Serve, openai_client: Client, slow_store: asyncio.Event
+) -> None:
+    client = openai_client(await serve("one two"))
+    begun = await client.responses.create(model="model", input="x", background=True)
+    await slow_store.wait()
+    told = await client.responses.cancel(begun.id)
+    assert told.status == "completed"
+    assert await client.responses.retrieve(begun.id) == told
 
 
 async def test_a_response_in_the_background_is_cancelled(serve: Serve, openai_client: Client) -> None:

@@ -91,9 +91,14 @@ class Desk:
             )
 
     async def reply(self, tenant: str, id: str) -> bytes:
-        """A response as JSON; raises HttpError."""
+        """A response as JSON; raises HttpError. The end of one in the background is told when it is stored, so that it
+        can be gone on with at once, and its place for a request is free again."""
         job = self.jobs.find(tenant, id)
-        return msgspec.json.encode(job.writer.reply) if job else (await self._kept(tenant, id)).reply
+        if job and job.is_under_way:
+            return msgspec.json.encode(job.writer.reply)
+        if job:
+            await asyncio.wait({job.task})
+        return (await self._kept(tenant, id)).reply
 
     async def input(self, tenant: str, id: str) -> list[msgspec.Raw]:
         """The items of a response's own input; raises HttpError."""

@@ -62,6 +62,16 @@ class Job:
     writer: ResponseWriter
     task: asyncio.Task[None] = field(init=False)
 
+    @property
+    def is_under_way(self) -> bool:
+        """Whether it is being written; afterwards it is stored, which its task ends with."""
+        return self.writer.reply.status == "in_progress"
+
+    def end(self) -> None:
+        """Write no more of it. What is over is stored all the same."""
+        if self.is_under_way:
+            self.task.cancel()
+
 
 class Jobs:
     """All responses in the background, until they are over and stored."""
@@ -89,16 +99,16 @@ class Jobs:
         job = self.find(tenant, id)
         if job is None:
             return None
-        job.task.cancel()
+        job.end()
         await asyncio.wait({job.task})
         return job.writer.reply
 
     async def close(self) -> None:
         """End all."""
-        tasks = [job.task for job in self._jobs.values()]
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        jobs = list(self._jobs.values())
+        for job in jobs:
+            job.end()
+        await asyncio.gather(*(job.task for job in jobs), return_exceptions=True)
 
     def _forget(self, id: str, task: asyncio.Task[None]) -> None:
         del self._jobs[id]
