@@ -83,17 +83,19 @@ def _check_ids(request: Request, limits: Limits) -> None:
             )
         _check_words(request.prompt_ids, end, item.start, limits.vocab_size)
         end = item.start + item.num_tokens
-        if not all(0 <= request.prompt_ids[index] < _MOST_ID for index in range(item.start, end)):
+        placeholders = request.prompt_ids[item.start : end]
+        if placeholders and (min(placeholders) < 0 or max(placeholders) >= _MOST_ID):
             raise InvalidRequestError("a placeholder of an item is not from 0 to 2**63 - 1", param="prompt")
     _check_words(request.prompt_ids, end, len(request.prompt_ids), limits.vocab_size)
 
 
 def _check_words(ids: list[int], start: int, stop: int, vocab_size: int) -> None:
-    for index in range(start, stop):
-        if not 0 <= ids[index] < vocab_size:
-            raise InvalidRequestError(
-                f"token {index} of the prompt is {ids[index]}; the vocabulary has {vocab_size} ids", param="prompt"
-            )
+    words = ids[start:stop]
+    if words and (min(words) < 0 or max(words) >= vocab_size):
+        index = next(i for i in range(start, stop) if not 0 <= ids[i] < vocab_size)
+        raise InvalidRequestError(
+            f"token {index} of the prompt is {ids[index]}; the vocabulary has {vocab_size} ids", param="prompt"
+        )
 
 
 def _check_parts(items: tuple[Item, ...]) -> None:
