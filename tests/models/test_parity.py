@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,8 @@ import pytest
 import torch
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-from dashinfer_vlm.models import vit
+from dashinfer_vlm.layers import backend
+from dashinfer_vlm.models import loading, vit
 from dashinfer_vlm.models.base import Model
 from tests.conftest import CheckpointMaker
 from tests.models import driving
@@ -207,3 +209,18 @@ def test_patches_are_embedded_in_slices_too(checkpoint: CheckpointMaker, monkeyp
     assert embedded == [100, 100]
     encoder.run(state, 2)
     assert sum(embedded) == 400
+
+
+def test_channels_that_are_padded_change_no_number(
+    checkpoint: CheckpointMaker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As for cards, whose products want rows that begin at multiples of 16 bytes."""
+    folder, choose = checkpoint("qwen2_5_vl"), backend.choose_backend
+    plain = driving.load(folder)
+    monkeypatch.setattr(loading, "choose_backend", lambda *a, **k: replace(choose(*a, **k), channel_unit=112))
+    padded: Any = driving.load(folder)
+    widths = {block.mlp.down(torch.zeros(1, 224)).shape[1] for block in padded.encoder.blocks}
+    assert widths == {padded.config.vision.width}  # which takes no other number of columns than 224
+    items = [random_patches(grid, seed) for seed, grid in enumerate(GRIDS)]
+    for ours, theirs in zip(run_vit(padded, items, GRIDS), run_vit(plain, items, GRIDS), strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=1e-5)

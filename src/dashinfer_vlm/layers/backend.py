@@ -111,6 +111,8 @@ class Backend:
     """First layer of a ViT from a float32 weight and bias on the device."""
     ranks: Ranks = ALONE
     """Who shares the model's layers."""
+    channel_unit: int = 1
+    """Products are slow where the channels between two layers are no multiple of it, and zeros cost nothing."""
     is_native: bool = False
     """Whether the native kernels do all that is heavy, and torch only moves small tensors."""
 
@@ -219,6 +221,7 @@ def on_card(device: torch.device, dtype: torch.dtype) -> Backend:
 
     return Backend(
         name="triton",
+        channel_unit=64,
         device=device,
         weight_dtype=dtype,
         activation_dtype=dtype,

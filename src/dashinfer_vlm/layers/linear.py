@@ -24,6 +24,7 @@ __all__ = [
     "NormingLinear",
     "OneDnnLinear",
     "TorchLinear",
+    "padded",
 ]
 
 SCRATCH_ROWS = 1024
@@ -55,6 +56,20 @@ class Matrix:
     """`read` gives memory on the device and in the stored type that stays: share it instead of copying."""
     read_floats: Callable[[], Floats] | None = None
     """The same as the checkpoint has it, where that is 8-bit floats; on the CPU."""
+
+
+def padded(matrix: Matrix, *, parts: int = 1, rows: int | None = None, depth: int | None = None) -> Matrix:
+    """`matrix`, of `parts` one above the other, with zeros below each part up to `rows` and behind each row up to
+    `depth`."""
+    rows, depth = rows or matrix.num_rows // parts, depth or matrix.depth
+    more = (0, depth - matrix.depth, 0, rows - matrix.num_rows // parts)
+    if not any(more):
+        return matrix
+
+    def read() -> torch.Tensor:
+        return F.pad(matrix.read().view(parts, -1, matrix.depth), more).flatten(0, 1)
+
+    return Matrix(matrix.name, parts * rows, depth, read)
 
 
 class Linear(Protocol):

@@ -11,10 +11,11 @@ from itertools import islice
 from typing import Protocol
 
 import torch
+from torch.nn import functional as F
 
 from dashinfer_vlm.layers.activation import Epilogue
 from dashinfer_vlm.layers.backend import Backend
-from dashinfer_vlm.layers.linear import Linear
+from dashinfer_vlm.layers.linear import Linear, padded
 from dashinfer_vlm.layers.memory import sent
 from dashinfer_vlm.layers.rotary import inverse_frequencies, vision_cos_sin
 from dashinfer_vlm.models.base import EncoderState
@@ -125,8 +126,13 @@ class GatedMlp:
         names = tuple(f"{prefix}.{x}_proj" for x in ("gate", "up"))
         gate_up = weights.matrix({f"{name}.weight": inner for name in names}, width)
         bias = weights.join(tuple(f"{name}.bias" for name in names), (inner, inner))
+        down = weights.matrix({f"{prefix}.down_proj.weight": width}, inner)
+        padding = -inner % backend.channel_unit  # the published ViT of Qwen2.5-VL has 3,420 channels
+        gate_up = padded(gate_up, parts=2, rows=inner + padding)
+        bias = F.pad(bias.view(2, inner), (0, padding)).flatten()
         self.gate_up = backend.linear(gate_up, bias, epilogue="silu_mul")
-        self.down = take_linear(f"{prefix}.down_proj", inner, width, weights, backend)
+        down_bias = weights.take(f"{prefix}.down_proj.bias", width)
+        self.down = backend.linear(padded(down, depth=inner + padding), down_bias)
         self.num_weights = 3 * width * inner
 
     def __call__(self, x: torch.Tensor, *, residual: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
