@@ -15,6 +15,12 @@ from demo_model.scenes import COLOURS, SHAPES, random_shapes, render
 
 NUM_PICTURES = 200
 MIN_SHARE = 0.9
+SHAPE_AND_COLOUR = {
+    "type": "object",
+    "properties": {"shape": {"enum": list(SHAPES)}, "colour": {"enum": list(COLOURS)}},
+    "required": ["shape", "colour"],
+    "additionalProperties": False,
+}
 SENTENCE = rf"An? ({'|'.join(COLOURS)}) ({'|'.join(SHAPES)})\."
 
 pytestmark = pytest.mark.slow
@@ -41,9 +47,11 @@ def shown() -> list[tuple[Image.Image, str]]:
     return list(pictures())
 
 
-def told(vlm: VLM, shown: list[tuple[Image.Image, str]], grammar: Grammar | None) -> list[str]:
+def told(
+    vlm: VLM, shown: list[tuple[Image.Image, str]], grammar: Grammar | None, question: str = "Describe this image."
+) -> list[str]:
     params = SamplingParams(temperature=0, max_tokens=40, grammar=grammar)
-    questions: list[Any] = [[{"role": "user", "content": [picture, "Describe this image."]}] for picture, _ in shown]
+    questions: list[Any] = [[{"role": "user", "content": [picture, question]}] for picture, _ in shown]
     return [result.text for result in vlm.chat(questions, params)]
 
 
@@ -67,4 +75,19 @@ def test_answers_in_a_form_are_right_where_plain_ones_are(
     answers = told(vlm, shown, grammar)
     kept = sum(ok and answer == written(true) for ok, answer, (_, true) in zip(right, answers, shown, strict=True))
     assert sum(right) >= MIN_SHARE * NUM_PICTURES
+    assert kept >= MIN_SHARE * sum(right), f"{kept} of {sum(right)}"
+
+
+@pytest.mark.parametrize(
+    "grammar",
+    [Grammar.json_schema(SHAPE_AND_COLOUR), Grammar.json_object(), None],
+    ids=["schema", "object", "unforced"],
+)
+def test_answers_as_json_are_right_where_sentences_are(
+    vlm: VLM, shown: list[tuple[Image.Image, str]], right: list[bool], grammar: Grammar | None
+) -> None:
+    """The question is one that was held out in training."""
+    answers = told(vlm, shown, grammar, "Describe this image as JSON.")
+    wanted = [dict(zip(("colour", "shape"), true[:-1].split()[1:], strict=True)) for _, true in shown]
+    kept = sum(ok and json.loads(answer) == want for ok, answer, want in zip(right, answers, wanted, strict=True))
     assert kept >= MIN_SHARE * sum(right), f"{kept} of {sum(right)}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -21,6 +22,24 @@ PHRASINGS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
             "What can you see?",
         ),
         ("What does the image show?", "What can you see in the picture?", "Describe this image."),
+    ),
+    "json": (
+        (
+            "Describe the picture as JSON.",
+            "Describe the image as JSON.",
+            "Describe this picture in JSON.",
+            "What is in the picture? Answer in JSON.",
+            "What is in this image? Answer as JSON.",
+            "What do you see? Answer as JSON.",
+            "What can you see? Answer in JSON.",
+            "What does the picture show? Tell me in JSON.",
+            "Which shape is it? Tell me as JSON.",
+        ),
+        (
+            "Describe this image as JSON.",
+            "What can you see in the picture? Answer as JSON.",
+            "What does the image show? Answer in JSON.",
+        ),
     ),
     "colour": (
         (
@@ -154,6 +173,9 @@ class Asker:
     def describe(self, scene: Scene) -> Question:
         return self.ask("describe", "", description(scene.things))
 
+    def as_json(self, thing: Thing) -> Question:
+        return self.ask("json", "", json.dumps({"shape": thing.kind, "colour": thing.colour}), [thing])
+
     def read(self, text: Thing) -> Question:
         return self.ask("read", "", text.kind)
 
@@ -230,6 +252,8 @@ class Asker:
             found.append(self.read(scene.text))
         if len(scene.things) <= 4:
             found.append(self.describe(scene))
+        if not self.held_out and len(scene.things) == len(scene.shapes) == 1:  # what is held out came before it
+            found += [self.as_json(scene.shapes[0]) for _ in range(2)]  # few pictures have one shape alone
         rest = [self.colour(scene), self.colour(scene), self.where(scene), self.where(scene), self.shape(scene)]
         rest += [self.count(scene), self.count(scene), self.colour(scene)]
         if self.held_out:
