@@ -34,8 +34,11 @@ unexport PYTHONDONTWRITEBYTECODE
 serve: $(READY) $(if $(BUNDLED),,$(RANDOM_MODEL))
 	$(BIN)/dashinfer_vlm_serve $(if $(BUNDLED),,--model $(RANDOM_MODEL)) $(FLAGS)
 
+# Tests wait for a part of their time: half as many again as there are cores keep those busy.
+WORKERS := $(shell n=$$(nproc 2>/dev/null) && echo $$((n * 3 / 2)) || echo auto)
+
 test: $(READY)
-	$(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder \
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder \
 	    -m "not slow and not browser and not cluster and not cards and not clients" $(FLAGS)
 
 test-slow: $(READY)
