@@ -67,7 +67,7 @@ def padded(matrix: Matrix, *, parts: int = 1, rows: int | None = None, depth: in
         return matrix
 
     def read() -> torch.Tensor:
-        return F.pad(matrix.read().view(parts, -1, matrix.depth), more).flatten(0, 1)
+        return F.pad(matrix.read().reshape(parts, -1, matrix.depth), more).flatten(0, 1)
 
     return Matrix(matrix.name, parts * rows, depth, read)
 

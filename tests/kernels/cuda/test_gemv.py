@@ -75,6 +75,10 @@ def test_what_does_not_fit_is_refused() -> None:
         product(random(2, 64), random(8, 64))
     with pytest.raises(ValueError, match="must agree"):
         product(random(1, 64), random(8, 63))
+    with pytest.raises(ValueError, match="as long as"):
+        product(random(1, 64), random(8, 64), random(7))
+    with pytest.raises(ValueError, match="one dense row"):
+        product(random(1, 64), random(8, 64), residual=random(1, 4))
     with pytest.raises(ValueError, match="too long"):
         product(random(1, LONG), random(8, LONG), gains=random(LONG))
 

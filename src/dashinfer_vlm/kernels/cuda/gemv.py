@@ -109,7 +109,10 @@ def product(
     size, depth = weight.shape
     size = size // 2 if silu_mul else size
     check(gains is None or (depth <= MOST_NORMED and gains.shape == (depth,)), "too long for a norm", x)
+    check(bias is None or bias.shape == weight.shape[:1], "a bias must be as long as the weight has rows", weight)
     out = torch.empty(1, size, dtype=x.dtype, device=x.device) if out is None else out
+    for y in (out,) if residual is None else (out, residual):
+        check(y.shape == (1, size) and y.stride(1) == 1, "residual and result must be one dense row", y, weight)
     tile, early = tile_for(size, depth), starts_early(x)
     launch(
         _row_times, (-(-size // tile.rows),), x, x if gains is None else gains, weight, x if bias is None else bias,

@@ -60,6 +60,10 @@ def starts_early(x: Tensor) -> bool:
 
 @cache
 def _capability(device: torch.device) -> int:
+    """Ten times the compute capability; without a card that of the one compiled for."""
+    if device.type == "cuda":
+        major, minor = torch.cuda.get_device_capability(device)
+        return 10 * major + minor
     return int(triton.runtime.driver.active.get_current_target().arch)
 
 
