@@ -121,6 +121,50 @@ async def test_a_slow_reader_gets_longer_pieces_and_loses_nothing(folder: Path, 
     assert [row.token_id for row in deltas[0].logprobs] == tokenizer.encode_text("né 😀 is here")
 
 
+async def test_a_shortcut_is_offered_what_a_reader_waits_for_and_nothing_overtakes(
+    folder: Path, tokenizer: Tokenizer
+) -> None:
+    """Every third delta is not taken by it, and goes to the reader before anything else is offered."""
+    text = "word " * 20
+    bench = Bench(folder, tokenizer, text)
+    generation = await bench.service.complete(["say"], params())
+    taken: list[Delta] = []
+    all_texts: list[str] = []
+    num_offered = 0
+
+    def take(delta: Delta) -> bool:
+        nonlocal num_offered
+        num_offered += 1
+        if num_offered % 3 == 0:
+            return False
+        taken.append(delta)
+        all_texts.append(delta.text)
+        return True
+
+    generation.shortcut = take
+    read = []
+    async for delta in generation:
+        read.append(delta)
+        all_texts.append(delta.text)
+    assert "".join(all_texts) == text
+    assert len(taken) > len(read) > 1
+    assert generation.usage.num_output_tokens == len(tokenizer.encode_text(text)) + 1
+
+
+async def test_an_error_of_a_shortcut_ends_its_request_alone(folder: Path, tokenizer: Tokenizer) -> None:
+    bench = Bench(folder, tokenizer, "word " * 20)
+    broken, other = [await bench.service.complete(["say"], params()) for _ in range(2)]
+
+    def take(delta: Delta) -> bool:
+        raise ZeroDivisionError
+
+    broken.shortcut = take
+    whole = asyncio.create_task(collect(other))
+    with pytest.raises(ZeroDivisionError):
+        await collect(broken)
+    assert (await whole)[0] == ["word " * 20]
+
+
 async def test_a_reader_that_does_not_read_ends_its_request(
     folder: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:

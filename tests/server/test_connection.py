@@ -6,6 +6,7 @@ import asyncio
 import json
 import logging
 import os
+import re
 import resource
 import signal
 import socket
@@ -19,10 +20,12 @@ from typing import Any
 import h11
 import httpx
 import pytest
+from uvicorn.protocols.http.flow_control import FlowControl
 
 from dashinfer_vlm.frontend import generation
 from dashinfer_vlm.server import run
-from dashinfer_vlm.server.connection import Chunks, Connection, raise_file_limit
+from dashinfer_vlm.server.connection import Connection, raise_file_limit
+from dashinfer_vlm.server.outlet import Chunks, Outlet
 from tests.frontend.scripted import ScriptedLoader
 from tests.media.site import until
 from tests.server.conftest import Running, Serve
@@ -32,26 +35,43 @@ ASK: Any = [{"role": "user", "content": "say it"}]
 HEALTH = b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n"
 
 
+class Written(asyncio.Transport):
+    """A transport that keeps what is written to it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.data: list[bytes] = []
+
+    def is_closing(self) -> bool:
+        return False
+
+    def write(self, data: bytes | bytearray | memoryview) -> None:
+        self.data.append(bytes(data))
+
+
 @pytest.mark.parametrize("version", ["1.1", "1.0"])
 @pytest.mark.parametrize("headers", [[], [("Content-Length", "8")]])
-def test_parts_of_an_answer_are_framed_as_h11_frames_them(version: str, headers: list[tuple[str, str]]) -> None:
-    """In chunks where the client knows them and no length was told; a second answer of the connection anew."""
-
-    def sent(connection: h11.Connection) -> list[bytes | None]:
-        found: list[bytes | None] = []
-        for framing in (headers, [("Content-Length", "8")]):
-            connection.receive_data(f"GET / HTTP/{version}\r\nHost: x\r\nConnection: keep-alive\r\n\r\n".encode())
-            assert isinstance(connection.next_event(), h11.Request)
-            assert isinstance(connection.next_event(), h11.EndOfMessage)
-            found.append(connection.send(h11.Response(status_code=200, headers=framing)))
-            found += [connection.send(h11.Data(data=part)) for part in (b"part", b"", b"more")]
-            found.append(connection.send(h11.EndOfMessage()))
-            if connection.our_state is h11.MUST_CLOSE:
-                break
-            connection.start_next_cycle()
-        return found
-
-    assert sent(Chunks(h11.SERVER)) == sent(h11.Connection(h11.SERVER))
+def test_an_outlet_frames_parts_as_h11_does(version: str, headers: list[tuple[str, str]]) -> None:
+    """In chunks where the client knows them and no length was told; it is closed otherwise, and before an answer."""
+    conn, transport = Chunks(h11.SERVER), Written()
+    outlet = Outlet(conn, transport, FlowControl(transport))
+    assert not outlet.is_open
+    for framing in (headers, [("Content-Length", "8")]):
+        conn.receive_data(f"GET / HTTP/{version}\r\nHost: x\r\nConnection: keep-alive\r\n\r\n".encode())
+        assert isinstance(conn.next_event(), h11.Request)
+        assert isinstance(conn.next_event(), h11.EndOfMessage)
+        conn.send(h11.Response(status_code=200, headers=framing))
+        assert outlet.is_open == (version == "1.1" and not framing)
+        for part in (b"part", b"", b"more"):
+            sent = conn.send(h11.Data(data=part))
+            if outlet.is_open:
+                outlet.write(part)
+                assert b"".join(transport.data) == sent
+                transport.data.clear()
+        conn.send(h11.EndOfMessage())
+        if conn.our_state is h11.MUST_CLOSE:
+            break
+        conn.start_next_cycle()
 
 
 Connect = Callable[[Running], Awaitable[tuple[asyncio.StreamReader, asyncio.StreamWriter]]]
@@ -132,6 +152,40 @@ async def test_a_stream_that_nobody_reads_is_let_go(
     await until(lambda: bool(running.engine.requests))
     await until(lambda: not running.server.server_state.connections)
     await until(lambda: not running.engine.running)
+
+
+@pytest.mark.parametrize("version", ["1.1", "1.0"])
+async def test_a_stream_is_whole_and_in_order_whether_its_client_reads_or_not(
+    serve: Serve, connect: Connect, monkeypatch: pytest.MonkeyPatch, version: str
+) -> None:
+    """What comes while the client reads goes straight to it, what comes while it does not has to wait; so has all for
+    clients that are too old to know chunks."""
+    straight: list[bytes] = []
+    write = Outlet.write
+
+    def noted(outlet: Outlet, data: bytes) -> None:
+        straight.append(data)
+        write(outlet, data)
+
+    monkeypatch.setattr(Outlet, "write", noted)
+    words = "".join(f"{number} " for number in range(30))
+    running = await serve(words, engine={"pauses_after": 20})
+    reader, writer = await connect(running)
+    body = b'{"messages": [{"role": "user", "content": "x"}], "stream": true}'
+    writer.write(f"POST {CHAT} HTTP/{version}\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n".encode() + body)
+    await running.engine.paused.wait()
+    (connection,) = running.server.server_state.connections
+    num_before = len(straight)
+    assert (num_before > 10) == (version == "1.1")
+    connection.pause_writing()
+    running.engine.resume.set()
+    await running.engine.idle.wait()
+    assert len(straight) == num_before
+    connection.resume_writing()
+    data = await reader.readuntil(b"data: [DONE]\n\n")
+    texts = re.findall(rb'"content":"([^"]*)"', data)
+    assert b"".join(texts).decode() == words
+    assert data.count(b'"finish_reason":"stop"') == 1
 
 
 async def test_what_nobody_reads_is_bounded_long_before_the_client_is_let_go(

@@ -6,7 +6,7 @@ import asyncio
 import secrets
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 
 from dashinfer_vlm.engine.client import EngineClient
@@ -58,6 +58,8 @@ class Generation:
         self._num_unread_bytes = 0
         self._reader: asyncio.Future[None] | None = None
         """Who iterates, while it waits for news or the end."""
+        self.shortcut: Callable[[Delta], bool] | None = None
+        """Is offered what comes while who iterates waits, and says whether it has taken it: then nobody is woken."""
         self._num_choices = params.n
         self.choices = [Choice(i, prompts[i // params.n], params, tokenizer) for i in range(len(prompts) * params.n)]
         self._id = secrets.token_hex(8)
@@ -119,7 +121,7 @@ class Generation:
     def close(self, error: Exception | None = None) -> None:
         """Abort what still runs, without waiting for it; idempotent. Who still iterates is told `error`."""
         if error is not None and not self._ended.is_set():
-            self._tell(error)
+            self._queue(error)
         for choice in tuple(self._running):
             self._end(choice)
 
@@ -173,16 +175,25 @@ class Generation:
     def _fail(self, choice: Choice, error: Exception) -> None:
         if choice in self._running:
             self._unfinished = "error"
-            self._tell(error)
+            self._queue(error)
             self._end(choice)
 
-    def _tell(self, news: Delta | BaseException) -> None:
+    def _tell(self, news: Delta) -> None:
+        if self.shortcut is not None and self._is_awaited and self.shortcut(news):
+            return
+        self._queue(news)
+        self._num_unread_bytes += news.num_bytes
+        if self._num_unread_bytes > MAX_UNREAD_BYTES:
+            self._forget_reader()
+
+    def _queue(self, news: Delta | BaseException) -> None:
         self._news.append(news)
         self._wake()
-        if isinstance(news, Delta):
-            self._num_unread_bytes += news.num_bytes
-            if self._num_unread_bytes > MAX_UNREAD_BYTES:
-                self._forget_reader()
+
+    @property
+    def _is_awaited(self) -> bool:
+        """Whether all news has been read, and who reads it waits."""
+        return self._reader is not None and not self._reader.done()
 
     def _wake(self) -> None:
         if self._reader is not None and not self._reader.done():

@@ -13,27 +13,14 @@ from typing import Any
 import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
+from dashinfer_vlm.server.outlet import Chunks, Outlet
+
 HEADERS_S = 20.0
 """How long the headers of a request may take, the first one's from when the client has connected."""
 WRITE_S = 60.0
 """How long a client may leave what was sent to it unread, once the buffers are full."""
 _RESERVED_FILES = 256
 """Descriptors that are not for connections: models, media, shared memory, processes."""
-
-
-class Chunks(h11.Connection):
-    """Frames each part of an answer that comes in chunks by itself: it changes no state, and h11 asks about states for
-    longer than the rest of a token takes."""
-
-    _is_chunked = False
-
-    def send(self, event: h11.Event) -> Any:
-        if self._is_chunked and type(event) is h11.Data and self.our_state is h11.SEND_BODY:
-            return b"%x\r\n%b\r\n" % (len(event.data), event.data) if event.data else b""
-        sent = super().send(event)
-        if type(event) is h11.Response and sent is not None:
-            self._is_chunked = b"\r\ntransfer-encoding: chunked\r\n" in sent.lower()
-        return sent
 
 
 class Connection(H11Protocol):
@@ -45,7 +32,7 @@ class Connection(H11Protocol):
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
-        self.conn = Chunks(h11.SERVER)
+        self.conn: Chunks = Chunks(h11.SERVER)
         self.idle_since_s = 0.0
         """When it was opened or its latest answer was complete, on the loop's clock."""
         self._headers_timer: asyncio.TimerHandle | None = None
@@ -68,6 +55,7 @@ class Connection(H11Protocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(_Quiet(transport))  # type: ignore[arg-type]  # a transport in all that is used of it
+        self.app_state = Outlet(self.conn, transport, self.flow).added(self.app_state)
         self.idle_since_s = self.loop.time()
         self._headers_timer = self.loop.call_later(self.headers_s, transport.abort)
         if len(self.connections) > self.max_connections:

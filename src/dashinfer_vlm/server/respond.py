@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Sequence
+from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 import msgspec
@@ -14,14 +16,12 @@ from dashinfer_vlm.frontend.answers import Answer, collect
 from dashinfer_vlm.frontend.deltas import Delta, Usage
 from dashinfer_vlm.frontend.generation import Generation
 from dashinfer_vlm.server.body import unless_gone
+from dashinfer_vlm.server.errors import reply_to
 from dashinfer_vlm.server.reading import forget_body
-from dashinfer_vlm.server.stream import EventStream, until_done
+from dashinfer_vlm.server.stream import EventStream, unnamed
 
 _SHORT_TOKENS = 64
 """Their log probabilities are written in about 5 ms; those of longer answers are written in a thread."""
-
-Lines = Callable[[AsyncIterator[list[Any]]], AsyncIterator[bytes]]
-"""Writes events, which come in lists."""
 
 
 class Writer(Protocol):
@@ -38,22 +38,37 @@ class Writer(Protocol):
         ...
 
 
+@dataclass(frozen=True, slots=True)
+class Form:
+    """How an API writes events."""
+
+    written: Callable[[Iterable[Any]], bytes]
+    failed: Callable[[Exception], bytes]
+    """The event that ends a stream by an error."""
+    done: bytes = b""
+    """What stands behind the last event of a stream that was not ended so."""
+
+
+OPENAI = Form(unnamed, lambda error: b"data: " + reply_to(error).body + b"\n\n", b"data: [DONE]\n\n")
+
+
 async def respond(
     request: Request,
     begin: Coroutine[Any, Any, Generation],
     writer: Writer,
     *,
     stream: bool,
-    lines: Lines = until_done,
+    form: Form = OPENAI,
 ) -> Response:
-    """Await `begin` and answer; `lines` writes the events of a stream.
+    """Await `begin` and answer; a stream's events are written in `form`.
 
     Raises what went wrong before the first token, so that the status can say it.
     """
     if not stream:
         return await unless_gone(request, _whole(admitted(request, begin), writer), lambda _: None)
     generation, first = await unless_gone(request, opened(admitted(request, begin)), lambda started: started[0].close())
-    return EventStream(lines(_events(generation, first, writer)), generation.close)
+    show = partial(_show, writer, form, lambda: generation.usage)
+    return EventStream(_lines(generation, first, writer, form, show), generation, show)
 
 
 async def admitted(request: Request, begin: Coroutine[Any, Any, Generation]) -> Generation:
@@ -89,11 +104,18 @@ async def opened(begin: Coroutine[Any, Any, Generation]) -> tuple[Generation, De
         raise
 
 
-async def _events(generation: Generation, first: Delta, writer: Writer) -> AsyncIterator[list[msgspec.Struct]]:
-    def usage() -> Usage:
-        return generation.usage
+def _show(writer: Writer, form: Form, usage: Callable[[], Usage], delta: Delta) -> bytes:
+    return form.written(writer.news(delta, usage))
 
-    yield writer.news(first, usage)
-    async for delta in generation:
-        yield writer.news(delta, usage)
-    yield writer.last(generation.usage)
+
+async def _lines(
+    generation: Generation, first: Delta, writer: Writer, form: Form, show: Callable[[Delta], bytes]
+) -> AsyncIterator[bytes]:
+    """An error on the way is told by an event too, as the status is sent already, and ends the stream."""
+    try:
+        yield show(first)
+        async for delta in generation:
+            yield show(delta)
+        yield form.written(writer.last(generation.usage)) + form.done
+    except Exception as error:  # noqa: BLE001  see above
+        yield form.failed(error)

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable
+from functools import partial
 from typing import Protocol
 
 import msgspec
 from starlette.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
-from dashinfer_vlm.server.errors import reply_to
+from dashinfer_vlm.frontend.deltas import Delta
+from dashinfer_vlm.frontend.generation import Generation
+from dashinfer_vlm.server.outlet import Outlet
 
-DONE = b"data: [DONE]\n\n"
+__all__ = ["EventStream", "named", "unnamed"]
 
 
 class NamedEvent(Protocol):
@@ -21,44 +24,51 @@ class NamedEvent(Protocol):
     def type(self) -> str: ...
 
 
-class EventStream(StreamingResponse):
-    """Sends `lines`, each of which is one or more whole events (`until_done`, `by_type`).
+Show = Callable[[Delta], bytes]
+"""The events that tell a delta; may be none."""
 
-    `close` is called when the response is over, however it ended and also if it never began.
+
+class EventStream(StreamingResponse):
+    """Sends `lines`, each of which is one or more whole events and which iterate over `generation`.
+
+    What the engine says while they wait for it goes by `show` right to the connection, if the client reads: to wake a
+    task and to pass all who hear of an answer's beginning and end would take as long again as the rest of a token. The
+    generation is closed when the response is over, however it ended and also if it never began.
     """
 
-    def __init__(self, lines: AsyncIterator[bytes], close: Callable[[], None]) -> None:
+    def __init__(self, lines: AsyncIterator[bytes], generation: Generation, show: Show) -> None:
         # proxies must not collect the events
         headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
         super().__init__(lines, media_type="text/event-stream", headers=headers)
-        self._close = close
+        self._generation = generation
+        self._show = show
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        outlet = Outlet.of(scope)
+        self._generation.shortcut = None if outlet is None else partial(_write, outlet, self._show)
         try:
             await super().__call__(scope, receive, send)
         finally:
-            self._close()
+            self._generation.shortcut = None
+            self._generation.close()
 
 
-async def until_done(news: AsyncIterator[Sequence[msgspec.Struct]]) -> AsyncIterator[bytes]:
-    """Events without names, those that come together in one piece, then `[DONE]`; an error on the way is an event too
-    and ends the stream without it."""
-    try:
-        async for events in news:
-            if events:
-                yield b"".join(map(_data, events))
-    except Exception as error:  # noqa: BLE001  the status is sent already, so the stream itself must tell
-        yield b"data: " + reply_to(error).body + b"\n\n"
-        return
-    yield DONE
+def _write(outlet: Outlet, show: Show, delta: Delta) -> bool:
+    """Whether the client reads what comes, and is sent this now."""
+    if not outlet.is_open:
+        return False
+    outlet.write(show(delta))
+    return True
 
 
-async def by_type(news: AsyncIterator[Sequence[NamedEvent]]) -> AsyncIterator[bytes]:
-    """Events named after their `type`, those that come together in one piece. They tell their errors themselves, and
-    the last one that it is the last."""
-    async for events in news:
-        if events:
-            yield b"".join(b"event: " + event.type.encode() + b"\n" + _data(event) for event in events)
+def unnamed(events: Iterable[msgspec.Struct]) -> bytes:
+    """Events without names."""
+    return b"".join(map(_data, events))
+
+
+def named(events: Iterable[NamedEvent]) -> bytes:
+    """Events named after their `type`."""
+    return b"".join(b"event: " + event.type.encode() + b"\n" + _data(event) for event in events)
 
 
 def _data(event: object) -> bytes:

@@ -7,7 +7,7 @@ from starlette.responses import Response
 
 from dashinfer_vlm.server.anthropic.protocol import CountTokensBody, MessagesBody
 from dashinfer_vlm.server.anthropic.replies import Event, MessageReply, TokenCount
-from dashinfer_vlm.server.anthropic.writer import MessageWriter, lines
+from dashinfer_vlm.server.anthropic.writer import ANTHROPIC, MessageWriter
 from dashinfer_vlm.server.body import read_body, unless_gone
 from dashinfer_vlm.server.context import Context
 from dashinfer_vlm.server.described import GENERATING, Operation
@@ -46,7 +46,7 @@ def messages_routes(context: Context) -> APIRouter:
         begin = service.chat(body.dialogue(), body.params(service.sampling_defaults))
         stream = bool(body.stream)
         del body  # its images may be large, and the answer takes long
-        return await respond(request, begin, writer, stream=stream, lines=lines)
+        return await respond(request, begin, writer, stream=stream, form=ANTHROPIC)
 
     @router.post("/v1/messages/count_tokens", openapi_extra=COUNT_TOKENS.extra)
     async def count_tokens(request: Request) -> Response:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
 
 import msgspec
 
@@ -38,7 +37,8 @@ from dashinfer_vlm.server.anthropic.replies import (
     tool_use_id,
 )
 from dashinfer_vlm.server.errors import reply_to
-from dashinfer_vlm.server.stream import by_type
+from dashinfer_vlm.server.respond import Form
+from dashinfer_vlm.server.stream import named
 
 _QUIET_S = 5.0
 """A client hears at least a ping in this time while tokens come whose text is held back."""
@@ -144,19 +144,12 @@ class MessageWriter:
         return ("end_turn", None) if stop is None else ("stop_sequence", stop)
 
 
-async def lines(news: AsyncIterator[list[Any]]) -> AsyncIterator[bytes]:
-    """The events of a stream; an error on the way is one too and ends it."""
-    async for line in by_type(_with_error(news)):
-        yield line
+def _failed(error: Exception) -> bytes:
+    _, told = reply_to(error).anthropic()
+    return named([told])
 
 
-async def _with_error(news: AsyncIterator[list[Any]]) -> AsyncIterator[list[Any]]:
-    try:
-        async for events in news:
-            yield events
-    except Exception as error:  # noqa: BLE001  the status is sent already, so the stream itself must tell
-        _, told = reply_to(error).anthropic()
-        yield [told]
+ANTHROPIC = Form(named, _failed)
 
 
 def _is_whole(call: ToolCall) -> bool:

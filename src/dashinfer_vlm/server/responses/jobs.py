@@ -10,8 +10,9 @@ from dataclasses import dataclass, field
 from dashinfer_vlm.frontend.deltas import Delta
 from dashinfer_vlm.frontend.generation import Generation
 from dashinfer_vlm.frontend.tenants import current_tenant
-from dashinfer_vlm.server.responses.replies import Event, ResponseReply
+from dashinfer_vlm.server.responses.replies import ResponseReply
 from dashinfer_vlm.server.responses.writer import ResponseWriter
+from dashinfer_vlm.server.stream import named
 
 logger = logging.getLogger(__name__)
 
@@ -33,15 +34,20 @@ async def write(generation: Generation, writer: ResponseWriter) -> None:
     writer.end(generation.usage)
 
 
-async def tell(generation: Generation, first: Delta, writer: ResponseWriter, keep: Keep) -> AsyncIterator[list[Event]]:
+def shown(writer: ResponseWriter, delta: Delta) -> bytes:
+    """The events of `delta`."""
+    return named(writer.news(delta))
+
+
+async def tell(generation: Generation, first: Delta, writer: ResponseWriter, keep: Keep) -> AsyncIterator[bytes]:
     """The events of a response, as they come, `first` being what was read of it; errors are told by the last one.
 
     It is stored before its end is told, so that it can be gone on with at once.
     """
-    yield writer.begin() + writer.news(first)
+    yield named(writer.begin()) + shown(writer, first)
     try:
         async for delta in generation:
-            yield writer.news(delta)
+            yield shown(writer, delta)
         last = writer.end(generation.usage)
     except Exception as error:  # noqa: BLE001  the status is sent already, so the stream itself must tell
         last = writer.fail(error)
@@ -49,7 +55,7 @@ async def tell(generation: Generation, first: Delta, writer: ResponseWriter, kee
         await keep(writer.reply)
     except Exception as error:  # noqa: BLE001  likewise
         last = writer.fail(error, stored=False)
-    yield last
+    yield named(last)
 
 
 @dataclass(slots=True)

@@ -29,11 +29,11 @@ from dashinfer_vlm.server.responses.body import CountBody, ItemsQuery, PromptedB
 from dashinfer_vlm.server.responses.desk import Desk
 from dashinfer_vlm.server.responses.echo import begun
 from dashinfer_vlm.server.responses.ids import new_id
-from dashinfer_vlm.server.responses.jobs import Job, Keep, keep_nothing, tell, write
+from dashinfer_vlm.server.responses.jobs import Job, Keep, keep_nothing, shown, tell, write
 from dashinfer_vlm.server.responses.replies import Event, ResponseReply
 from dashinfer_vlm.server.responses.turns import Placed, read_turns
 from dashinfer_vlm.server.responses.writer import ResponseWriter
-from dashinfer_vlm.server.stream import EventStream, by_type
+from dashinfer_vlm.server.stream import EventStream
 
 Query = TypeVar("Query", bound=BaseModel)
 
@@ -114,7 +114,7 @@ def response_routes(context: Context, desk: Desk) -> APIRouter:
         if not stream:
             return await unless_gone(request, _whole(begin, writer, keep), lambda _: None)
         generation, first = await unless_gone(request, opened(begin), lambda started: started[0].close())
-        return EventStream(by_type(tell(generation, first, writer, keep)), generation.close)
+        return EventStream(tell(generation, first, writer, keep), generation, partial(shown, writer))
 
     @router.post("/v1/responses/input_tokens", openapi_extra=COUNT.extra)
     async def count(request: Request) -> Response:
