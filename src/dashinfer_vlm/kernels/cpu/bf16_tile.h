@@ -86,14 +86,10 @@ template <int R, int P>
 static void bfloat_rows(const char* a, int64_t a_bytes, const char* b, int64_t panel_bytes, int steps, float* c,
                         int64_t ldc, bool accumulate) {
   F16 sums[P][R];
-  const char* w[P];
-  Later later[P];
-  DI_UNROLL for (int p = 0; p < P; ++p) {
-    w[p] = b + p * panel_bytes;
-    later[p] = {w[p], 0};  // all in the caches already
+  DI_UNROLL for (int p = 0; p < P; ++p)
     DI_UNROLL for (int r = 0; r < R; ++r) sums[p][r] = accumulate ? load_row<F16>(c + r * ldc + p * kPanel) : F16{};
-  }
-  add_rows<BfloatWeights, R, P>(a, a_bytes, w, steps, later, sums);
+  const Later nothing{b, 0};  // all in the caches already
+  add_rows<BfloatWeights, R, P>(a, a_bytes, b, panel_bytes, steps, nothing, sums);
   DI_UNROLL for (int p = 0; p < P; ++p)
     DI_UNROLL for (int r = 0; r < R; ++r) store_row(c + r * ldc + p * kPanel, sums[p][r]);
 }

@@ -52,44 +52,44 @@ DI_INLINE F8 columns_at(const T* x, int column, int depth) {
   return n >= 8 ? load(x + column) : n > 0 ? load_first(x + column, n) : splat(0.f);
 }
 
+// Sixteen of them.
+DI_INLINE F16 wide_columns_at(const float* x, int column, int depth) {
+  if (depth - column >= 16) return load_row<F16>(x + column);
+  return join(columns_at(x, column, depth), columns_at(x, column + 8, depth));
+}
+
 // The low byte of every lane.
-DI_INLINE void store_bytes(char* p, I8 v) {
-  typedef int8_t Bytes __attribute__((vector_size(8)));
-  const Bytes bytes = __builtin_convertvector(v, Bytes);
-  __builtin_memcpy(p, &bytes, sizeof bytes);
+DI_INLINE void store_bytes(char* p, I16 v) {
+  typedef int8_t Bytes __attribute__((vector_size(16)));
+  store_row(p, __builtin_convertvector(v, Bytes));
 }
 
 // Of each four lanes the second bytes, then the low bytes.
-DI_INLINE void store_two_bytes(char* p, I8 v) {
-  char high[8], low[8];
+DI_INLINE void store_two_bytes(char* p, I16 v) {
+  char high[16], low[16];
   store_bytes(high, v >> 8);
   store_bytes(low, v);
-  for (int i = 0; i < 8; i += 4) {
+  for (int i = 0; i < 16; i += 4) {
     __builtin_memcpy(p + 2 * i, high + i, 4);
     __builtin_memcpy(p + 2 * i + 4, low + i, 4);
   }
 }
 
-// Rounds x[n] so that max |x| becomes `levels`, and hands it on in eights, with zeros up to column `to`. put returns what
-// is to be summed.
+// Rounds x[n] so that max |x| becomes `levels`, and hands it on in sixteens, with zeros up to column `to`, a multiple of 16.
+// put returns what is to be summed.
 template <class Put>
 DI_INLINE void quantise(const float* x, int n, int to, float levels, float* scale, int32_t* total, const Put& put) {
-  F8 top = splat(0.f);
-  for (int c = 0; c < n; c += 8) {
-    const F8 v = columns_at(x, c, n);
+  F16 top{};
+  for (int c = 0; c < n; c += 16) {
+    const F16 v = wide_columns_at(x, c, n);
     top = max(top, max(v, -v));
   }
-  const float largest = max_lane(top);
-  const F8 inverse = splat(largest > 0.f ? levels / largest : 0.f), magic = splat(12582912.f);
-  I8 sums = {};
-  for (int c = 0; c < to; c += 8) {
-    const I8 v = (I8)(columns_at(x, c, n) * inverse + magic) - (I8)magic;  // adding 1.5 * 2^23 rounds to nearest
-    sums += put(c, v);
-  }
-  int32_t all = 0;
-  for (int i = 0; i < 8; ++i) all += sums[i];
+  const float largest = max_lane(max(lower(top), upper(top))), inverse = largest > 0.f ? levels / largest : 0.f;
+  const F16 magic = 12582912.f - F16{};  // 1.5 * 2^23: adding it rounds to nearest
+  I16 sums{};
+  for (int c = 0; c < to; c += 16) sums += put(c, (I16)(wide_columns_at(x, c, n) * inverse + magic) - (I16)magic);
   *scale = largest / levels;
-  *total = all;
+  *total = sum((I8)lower((F16)sums) + (I8)upper((F16)sums));
 }
 
 DI_INLINE int bytes_per_number(Form form) {
@@ -111,7 +111,7 @@ static void prepare_blocks(const LinearArgs& args, const DotActivations& a, cons
       const int n = args.depth - k < kBlockColumns ? args.depth - k : kBlockColumns;
       float* scale = a.scales + row * a.blocks + k / kBlockColumns;
       int32_t total;
-      quantise(x + k, n, kBlockColumns, 127.f, scale, &total, [&](int c, I8 v) {
+      quantise(x + k, n, kBlockColumns, 127.f, scale, &total, [&](int c, I16 v) {
         store_bytes(a.at(row, k + c), v);
         return v;
       });
@@ -132,7 +132,7 @@ static void prepare_row(const LinearArgs& args, const DotActivations& a, Form fo
       for (int c = 0; c < columns; c += 8) store(reinterpret_cast<bf16*>(a.at(row, c * 2)), columns_at(x, c, args.depth));
       return;
     case Form::kBytes:
-      return quantise(x, args.depth, columns, 127.f, a.scales + row, a.sums + row, [&](int c, I8 v) {
+      return quantise(x, args.depth, columns, 127.f, a.scales + row, a.sums + row, [&](int c, I16 v) {
         store_bytes(a.at(row, c), v);
         return v;
       });
@@ -140,7 +140,7 @@ static void prepare_row(const LinearArgs& args, const DotActivations& a, Form fo
       for (int g = 0; g < a.groups; ++g) {
         const int k = g * args.group, n = args.depth - k < args.group ? args.depth - k : args.group;
         const int64_t index = row * a.groups + g;
-        quantise(x + k, n, args.group, 32767.f, a.scales + index, a.sums + index, [&](int c, I8 v) {
+        quantise(x + k, n, args.group, 32767.f, a.scales + index, a.sums + index, [&](int c, I16 v) {
           store_two_bytes(a.at(row, (k + c) * 2), v);
           return v >> 8;
         });

@@ -61,8 +61,8 @@ DI_INLINE void block_sums(const LinearArgs& args, int row0, int rows, int panel0
   }
 }
 
-template <Epilogue E>
-DI_INLINE F8 finish(F8 v, F8 extra) {
+template <Epilogue E, class F>
+DI_INLINE F finish(F v, F extra) {
   if (E == Epilogue::kGelu) return gelu(v);
   if (E == Epilogue::kGeluTanh) return gelu_tanh(v);
   if (E == Epilogue::kQuickGelu) return quick_gelu(v);
@@ -70,64 +70,111 @@ DI_INLINE F8 finish(F8 v, F8 extra) {
   return v;
 }
 
-// Columns of out that start at column; n <= 8 of them are valid.
-template <Epilogue E>
-DI_INLINE void finish_columns(const LinearArgs& args, F8 v, int64_t row, int column, int n) {
-  float* out = args.out + row * args.out_stride + column;
-  const float* residual = E == Epilogue::kResidual ? args.residual + row * args.residual_stride + column : nullptr;
-  if (n >= 8) {
-    if (args.bias) v += load(args.bias + column);
-    return store(out, finish<E>(v, residual ? load(residual) : v));
-  }
-  if (n <= 0) return;
-  if (args.bias) v += load_first(args.bias + column, n);
-  store_first(out, finish<E>(v, residual ? load_first(residual, n) : v), n);
+// As many columns of out as F has lanes, from `column` on; all are valid.
+template <Epilogue E, class F>
+DI_INLINE void finish_whole(const LinearArgs& args, F v, int64_t row, int column) {
+  if (args.bias) v += load_row<F>(args.bias + column);
+  F extra{};
+  if (E == Epilogue::kResidual) extra = load_row<F>(args.residual + row * args.residual_stride + column);
+  store_row(args.out + row * args.out_stride + column, finish<E>(v, extra));
 }
 
-DI_INLINE void finish_silu_mul(const LinearArgs& args, F8 gate, F8 up, int64_t row, int column) {
+// The same, of which those up to args.out_columns are valid.
+template <Epilogue E>
+DI_INLINE void finish_columns(const LinearArgs& args, F8 v, int64_t row, int column) {
   const int n = args.out_columns - column;
-  float* out = args.out + row * args.out_stride + column;
-  if (n >= 8) {
-    if (args.bias) {
-      gate += load(args.bias + column);
-      up += load(args.bias + args.out_columns + column);
-    }
-    return store(out, silu(gate) * up);
+  if (n >= 8) return finish_whole<E>(args, v, row, column);
+  if (n <= 0) return;
+  if (args.bias) v += load_first(args.bias + column, n);
+  F8 extra{};
+  if (E == Epilogue::kResidual) extra = load_first(args.residual + row * args.residual_stride + column, n);
+  store_first(args.out + row * args.out_stride + column, finish<E>(v, extra), n);
+}
+
+template <class F>
+DI_INLINE void silu_mul_whole(const LinearArgs& args, F gate, F up, int64_t row, int column) {
+  if (args.bias) {
+    gate += load_row<F>(args.bias + column);
+    up += load_row<F>(args.bias + args.out_columns + column);
   }
+  store_row(args.out + row * args.out_stride + column, silu(gate) * up);
+}
+
+DI_INLINE void silu_mul_columns(const LinearArgs& args, F8 gate, F8 up, int64_t row, int column) {
+  const int n = args.out_columns - column;
+  if (n >= 8) return silu_mul_whole(args, gate, up, row, column);
   if (args.bias) {
     gate += load_first(args.bias + column, n);
     up += load_first(args.bias + args.out_columns + column, n);
   }
-  store_first(out, silu(gate) * up, n);
+  store_first(args.out + row * args.out_stride + column, silu(gate) * up, n);
 }
 
-// c is [panel][c_rows][16], its first `rows` rows are wanted.
-template <Epilogue E>
-static void finish_block(const LinearArgs& args, int row0, int rows, int panel0, int panels, const float* c,
-                         int c_rows) {
-  for (int r = 0; r < rows; ++r)
-    for (int p = 0; p < panels; ++p) {
-      const float* sums = c + (p * c_rows + r) * kPanel;
-      if (E == Epilogue::kSiluMul) {
-        finish_silu_mul(args, load(sums), load(sums + 8), row0 + r, (panel0 + p) * 8);
-        continue;
-      }
-      const int column = (panel0 + p) * kPanel;
-      finish_columns<E>(args, load(sums), row0 + r, column, args.out_columns - column);
-      finish_columns<E>(args, load(sums + 8), row0 + r, column + 8, args.out_columns - column - 8);
+#ifdef DI_AVX512
+// sums(p) are those of panel p of the block, in one register.
+template <Epilogue E, class Sums>
+DI_INLINE void finish_row(const LinearArgs& args, const Sums& sums, int64_t row, int panel0, int panels) {
+  for (int p = 0; p < panels; ++p) {
+    const F16 v = sums(p);
+    const int column = (panel0 + p) * kPanel;
+    if (args.out_columns - column >= kPanel) {
+      finish_whole<E>(args, v, row, column);
+      continue;
     }
+    finish_columns<E>(args, lower(v), row, column);
+    finish_columns<E>(args, upper(v), row, column + 8);
+  }
 }
 
-static void finish_block(const LinearArgs& args, int row0, int rows, int panel0, int panels, const float* c,
-                         int c_rows) {
+template <class Sums>
+DI_INLINE void silu_mul_row(const LinearArgs& args, const Sums& sums, int64_t row, int panel0, int panels) {
+  for (int p = 0; p < panels; p += 2) {
+    const int column = (panel0 + p) * 8;
+    const F16 first = sums(p), second = sums(p + 1 < panels ? p + 1 : p);
+    if (p + 1 < panels && args.out_columns - column >= 16) {
+      silu_mul_whole(args, join(lower(first), lower(second)), join(upper(first), upper(second)), row, column);
+      continue;
+    }
+    silu_mul_columns(args, lower(first), upper(first), row, column);
+    if (p + 1 < panels) silu_mul_columns(args, lower(second), upper(second), row, column + 8);
+  }
+}
+#else
+// sums(p) points to those of panel p of the block.
+template <Epilogue E, class Sums>
+DI_INLINE void finish_row(const LinearArgs& args, const Sums& sums, int64_t row, int panel0, int panels) {
+  for (int p = 0; p < panels; ++p)
+    for (int half = 0; half < kPanel; half += 8)
+      finish_columns<E>(args, load(sums(p) + half), row, (panel0 + p) * kPanel + half);
+}
+
+template <class Sums>
+DI_INLINE void silu_mul_row(const LinearArgs& args, const Sums& sums, int64_t row, int panel0, int panels) {
+  for (int p = 0; p < panels; ++p) silu_mul_columns(args, load(sums(p)), load(sums(p) + 8), row, (panel0 + p) * 8);
+}
+#endif
+
+// sums(r, p) are those of row r and panel p of the block, in the form that finish_row wants.
+template <Epilogue E, class Sums>
+static void finish_block(const LinearArgs& args, const Sums& sums, int row0, int rows, int panel0, int panels) {
+  for (int r = 0; r < rows; ++r) {
+    const auto of_row = [&](int p) __attribute__((always_inline)) { return sums(r, p); };
+    if constexpr (E == Epilogue::kSiluMul)
+      silu_mul_row(args, of_row, row0 + r, panel0, panels);
+    else
+      finish_row<E>(args, of_row, row0 + r, panel0, panels);
+  }
+}
+
+template <class Sums>
+static void finish_block(const LinearArgs& args, const Sums& sums, int row0, int rows, int panel0, int panels) {
   switch (args.epilogue) {
-    case Epilogue::kNone: return finish_block<Epilogue::kNone>(args, row0, rows, panel0, panels, c, c_rows);
-    case Epilogue::kResidual: return finish_block<Epilogue::kResidual>(args, row0, rows, panel0, panels, c, c_rows);
-    case Epilogue::kSiluMul: return finish_block<Epilogue::kSiluMul>(args, row0, rows, panel0, panels, c, c_rows);
-    case Epilogue::kGelu: return finish_block<Epilogue::kGelu>(args, row0, rows, panel0, panels, c, c_rows);
-    case Epilogue::kGeluTanh:
-      return finish_block<Epilogue::kGeluTanh>(args, row0, rows, panel0, panels, c, c_rows);
-    case Epilogue::kQuickGelu: return finish_block<Epilogue::kQuickGelu>(args, row0, rows, panel0, panels, c, c_rows);
+    case Epilogue::kNone: return finish_block<Epilogue::kNone>(args, sums, row0, rows, panel0, panels);
+    case Epilogue::kResidual: return finish_block<Epilogue::kResidual>(args, sums, row0, rows, panel0, panels);
+    case Epilogue::kSiluMul: return finish_block<Epilogue::kSiluMul>(args, sums, row0, rows, panel0, panels);
+    case Epilogue::kGelu: return finish_block<Epilogue::kGelu>(args, sums, row0, rows, panel0, panels);
+    case Epilogue::kGeluTanh: return finish_block<Epilogue::kGeluTanh>(args, sums, row0, rows, panel0, panels);
+    case Epilogue::kQuickGelu: return finish_block<Epilogue::kQuickGelu>(args, sums, row0, rows, panel0, panels);
   }
 }
 
@@ -141,6 +188,23 @@ static void block_sums(const LinearArgs& args, const Activations& a, int row0, i
   if (a.tiled) return tile_block_sums(args, a, row0, rows, panel0, panels, c);
 #endif
   dot_block_sums(args, a, row0, rows, panel0, panels, c);
+}
+
+// c is [panel][c_rows][16], of which the first `rows` rows are wanted; sums of bytes are exact integers.
+static void finish_block(const LinearArgs& args, const Activations& a, int row0, int rows, int panel0, int panels,
+                         const float* c, int c_rows) {
+  const auto at = [&](int r, int p) __attribute__((always_inline)) { return c + (p * c_rows + r) * kPanel; };
+  if (args.type != WeightType::kInt8)
+    return finish_block(args, [&](int r, int p) __attribute__((always_inline)) { return load_row<F16>(at(r, p)); }, row0,
+                        rows, panel0, panels);
+  F16 scales[kBlockPanels];
+  for (int p = 0; p < panels; ++p)
+    scales[p] = column_scales(static_cast<const char*>(args.panels) + (panel0 + p) * args.panel_bytes, 0);
+  const auto scaled = [&](int r, int p) __attribute__((always_inline)) {
+    const I16 exact = load_row<I16>(at(r, p)) - 128 * a.sums[row0 + r];
+    return __builtin_convertvector(exact, F16) * (scales[p] * a.scales[row0 + r]);
+  };
+  finish_block(args, scaled, row0, rows, panel0, panels);
 }
 #else
 typedef IntActivations Activations;
@@ -159,6 +223,13 @@ static void block_sums(const LinearArgs& args, const Activations& a, int row0, i
     case WeightType::kInt4: return int_block_sums(args, a, row0, rows, panel0, panels, c);
   }
 }
+
+// c is [panel][c_rows][16], of which the first `rows` rows are wanted.
+static void finish_block(const LinearArgs& args, const Activations&, int row0, int rows, int panel0, int panels,
+                         const float* c, int c_rows) {
+  const auto at = [&](int r, int p) __attribute__((always_inline)) { return c + (p * c_rows + r) * kPanel; };
+  finish_block(args, at, row0, rows, panel0, panels);
+}
 #endif
 
 // Rows that a block's sums are cut in.
@@ -173,7 +244,7 @@ static void linear_block(const LinearArgs& args, const Activations& a, int row0,
                          int thread) {
   auto* sums = static_cast<float*>(thread_scratch(thread, kBlockRows * kBlockPanels * kPanel * sizeof(float)));
   block_sums(args, a, row0, rows, panel0, panels, sums);
-  finish_block(args, row0, rows, panel0, panels, sums, padded(rows, row_unit(a)));
+  finish_block(args, a, row0, rows, panel0, panels, sums, padded(rows, row_unit(a)));
 }
 
 // Enough groups for every thread to take several blocks of them (they run at different speeds), each a long stretch of

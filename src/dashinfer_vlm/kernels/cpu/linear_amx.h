@@ -218,6 +218,4 @@ static void tile_block_sums(const LinearArgs& args, const DotActivations& a, int
   if (args.group > 0) return tile_groups(block, panels);
   if (args.type == WeightType::kBf16) return tile_panels<false>(block, panels, stream);
   tile_panels<true>(block, panels, stream);
-  for (int p = 0; p < panels; ++p)
-    finish_bytes(a, row0, rows, first_panel + p * args.panel_bytes, c + (int64_t)p * block.row_tiles * 16 * kPanel);
 }

@@ -5,15 +5,19 @@
 constexpr int kPieceRows = 128;  // 8 KiB of each of two panels stay in L1 while all rows of a block pass
 constexpr int64_t kFewBytes = 12 * 1024;  // of activations: they stay in L1, however often they are read
 
-// Memory that is needed later: `step` bytes of it are fetched per 64 bytes of weights.
+// Memory that is needed later: of each panel `step` bytes are fetched per 64 bytes of weights.
 struct Later {
-  const char* at;
+  const char* at;  // of the first panel
   int64_t step;
+  DI_INLINE_MEMBER Later after(int64_t steps) const { return {at + steps * step, step}; }
 };
 
-// sums[p][R] += a[R] * n rows of the weights of panel p.
+// GCC would count with other pointers than these, more than there are registers for: a tenth of the time of a product.
+#define DI_OPAQUE(pointer) asm("" : "+r"(pointer))
+
+// sums[p][R] += a[R] * n rows of the weights of panel p; w are the first panel's, the next one's are `panel_bytes` on.
 template <class Kind, int R, int P>
-DI_INLINE void add_rows(const char* a, int64_t stride, const char* const (&w)[P], int n, const Later (&later)[P],
+DI_INLINE void add_rows(const char* a, int64_t stride, const char* w, int64_t panel_bytes, int n, Later later,
                         typename Kind::Sum (&sums)[P][R]) {
   constexpr int kUnroll = unroll_of(R * P);
   typename Kind::Sum acc[kUnroll][P][R];
@@ -21,24 +25,35 @@ DI_INLINE void add_rows(const char* a, int64_t stride, const char* const (&w)[P]
     acc[0][p][r] = sums[p][r];
     DI_UNROLL for (int u = 1; u < kUnroll; ++u) acc[u][p][r] = typename Kind::Sum{};
   }
-  const auto step = [&](int i, typename Kind::Sum(&to)[P][R]) __attribute__((always_inline)) {
+  constexpr int kBases = (R + 2) / 3;  // of three rows each: an address may add `stride` once or twice
+  const char* base[kBases];
+  DI_UNROLL for (int b = 0; b < kBases; ++b) base[b] = a + 3 * b * stride;
+  const auto step = [&](typename Kind::Sum(&to)[P][R]) __attribute__((always_inline)) {
     U16 words[P];
     DI_UNROLL for (int p = 0; p < P; ++p) {
-      __builtin_prefetch(later[p].at + i * later[p].step, 0, 3);
-      words[p] = load_row<U16>(w[p] + i * 64);
+      __builtin_prefetch(later.at + p * panel_bytes, 0, 3);
+      words[p] = load_row<U16>(w + p * panel_bytes);
     }
     DI_UNROLL for (int part = 0; part < Kind::kParts; ++part) {
       typename Kind::Weights weights[P];
       DI_UNROLL for (int p = 0; p < P; ++p) weights[p] = Kind::unpack(words[p], part);
       DI_UNROLL for (int r = 0; r < R; ++r) {
-        const auto x = Kind::factor(a + r * stride + (i * Kind::kParts + part) * Kind::kBytes);
+        const auto x = Kind::factor(base[r / 3] + r % 3 * stride + part * Kind::kBytes);
         DI_UNROLL for (int p = 0; p < P; ++p) Kind::add(to[p][r], weights[p], x);
       }
     }
+    DI_UNROLL for (int b = 0; b < kBases; ++b) {
+      base[b] += Kind::kParts * Kind::kBytes;
+      DI_OPAQUE(base[b]);
+    }
+    w += 64;
+    DI_OPAQUE(w);
+    later.at += later.step;
+    DI_OPAQUE(later.at);
   };
   int i = 0;
-  for (; i + kUnroll <= n; i += kUnroll) DI_UNROLL for (int u = 0; u < kUnroll; ++u) step(i + u, acc[u]);
-  for (; i < n; ++i) step(i, acc[0]);
+  for (; i + kUnroll <= n; i += kUnroll) DI_UNROLL for (int u = 0; u < kUnroll; ++u) step(acc[u]);
+  for (; i < n; ++i) step(acc[0]);
   DI_UNROLL for (int p = 0; p < P; ++p) DI_UNROLL for (int r = 0; r < R; ++r) {
     DI_UNROLL for (int u = 1; u < kUnroll; ++u) acc[0][p][r] += acc[u][p][r];
     sums[p][r] = acc[0][p][r];
@@ -53,9 +68,7 @@ struct DotPiece {
   int first;
   int count;
   int64_t sums_size;  // floats from one panel's sums to the next one's
-  const char* weights(int p) const {
-    return panel + p * args.panel_bytes + args.header_bytes + (int64_t)first * 64;
-  }
+  const char* weights() const { return panel + args.header_bytes + (int64_t)first * 64; }  // of the first panel
 };
 
 // c[R][16] of each panel, in registers as far as there are enough: through memory each group would wait for the one before.
@@ -75,22 +88,18 @@ struct RowSums {
 
 // c[R][16] of each panel += every group's exact sum, scaled.
 template <class Kind, int R, int P>
-static void group_rows(const DotPiece& piece, int row, float* c, const Later (&later)[P]) {
+static void group_rows(const DotPiece& piece, int row, float* c, Later later) {
   const int rows_per_group = piece.args.group / Kind::kDepth;
   RowSums<R, P> all(piece, c);
   for (int i = 0; i < piece.count; i += rows_per_group) {
     const int g = (piece.first + i) / rows_per_group;
     const int64_t index = (int64_t)row * piece.a.groups + g;
     typename Kind::Sum sums[P][R];
-    const char* w[P];
-    Later next[P];
-    DI_UNROLL for (int p = 0; p < P; ++p) {
-      w[p] = piece.weights(p) + (int64_t)i * 64;
-      next[p] = {later[p].at + i * later[p].step, later[p].step};
+    DI_UNROLL for (int p = 0; p < P; ++p)
       DI_UNROLL for (int r = 0; r < R; ++r) sums[p][r] = Kind::start(piece.a.sums[index + r * piece.a.groups]);
-    }
     const char* a = piece.a.at(row, (int64_t)(piece.first + i) * Kind::kParts * Kind::kBytes);
-    add_rows<Kind, R, P>(a, piece.a.row_bytes, w, rows_per_group, next, sums);
+    add_rows<Kind, R, P>(a, piece.a.row_bytes, piece.weights() + (int64_t)i * 64, piece.args.panel_bytes, rows_per_group,
+                         later.after(i), sums);
     DI_UNROLL for (int p = 0; p < P; ++p) {
       const F16 scale = column_scales(piece.panel + p * piece.args.panel_bytes, g);
       DI_UNROLL for (int r = 0; r < R; ++r) {
@@ -105,7 +114,7 @@ static void group_rows(const DotPiece& piece, int row, float* c, const Later (&l
 
 // c[R][16] of each panel += every group's sum: exact within a block, scaled as floats.
 template <class Kind, int R, int P>
-static void block_rows(const DotPiece& piece, int row, float* c, const Later (&later)[P]) {
+static void block_rows(const DotPiece& piece, int row, float* c, Later later) {
   constexpr int kRowsPerBlock = kBlockColumns / Kind::kDepth;
   const DotActivations& a = piece.a;
   const int rows_per_group = piece.args.group / Kind::kDepth;
@@ -120,14 +129,9 @@ static void block_rows(const DotPiece& piece, int row, float* c, const Later (&l
     }
     for (int j = i; j < i + rows_per_group; j += kRowsPerBlock, ++scales) {
       typename Kind::Sum sums[P][R];
-      const char* w[P];
-      Later next[P];
-      DI_UNROLL for (int p = 0; p < P; ++p) {
-        w[p] = piece.weights(p) + (int64_t)j * 64;
-        next[p] = {later[p].at + j * later[p].step, later[p].step};
-        DI_UNROLL for (int r = 0; r < R; ++r) sums[p][r] = typename Kind::Sum{};
-      }
-      add_rows<Kind, R, P>(a.at(row, (int64_t)(piece.first + j) * Kind::kDepth), a.row_bytes, w, kRowsPerBlock, next, sums);
+      DI_UNROLL for (int p = 0; p < P; ++p) DI_UNROLL for (int r = 0; r < R; ++r) sums[p][r] = typename Kind::Sum{};
+      add_rows<Kind, R, P>(a.at(row, (int64_t)(piece.first + j) * Kind::kDepth), a.row_bytes,
+                           piece.weights() + (int64_t)j * 64, piece.args.panel_bytes, kRowsPerBlock, later.after(j), sums);
       DI_UNROLL for (int r = 0; r < R; ++r) DI_UNROLL for (int p = 0; p < P; ++p)
         totals[p][r] += __builtin_convertvector(sums[p][r], F16) * scales[(int64_t)r * a.blocks];
     }
@@ -139,19 +143,15 @@ static void block_rows(const DotPiece& piece, int row, float* c, const Later (&l
   all.store(piece, c);
 }
 
-// c[R][16] of each panel holds exact 32-bit sums until finish_bytes.
+// c[R][16] of each panel; of bytes the exact 32-bit sums, with the weights' offset.
 template <class Kind, int R, int P>
-static void piece_rows(const DotPiece& piece, int row, float* c, const Later (&later)[P]) {
+static void piece_rows(const DotPiece& piece, int row, float* c, Later later) {
   typedef typename Kind::Sum Sum;
   Sum sums[P][R];
-  const char* w[P];
-  DI_UNROLL for (int p = 0; p < P; ++p) {
-    w[p] = piece.weights(p);
-    DI_UNROLL for (int r = 0; r < R; ++r)
-      sums[p][r] = piece.first > 0 ? load_row<Sum>(c + p * piece.sums_size + r * kPanel) : Sum{};
-  }
+  DI_UNROLL for (int p = 0; p < P; ++p) DI_UNROLL for (int r = 0; r < R; ++r)
+    sums[p][r] = piece.first > 0 ? load_row<Sum>(c + p * piece.sums_size + r * kPanel) : Sum{};
   const char* a = piece.a.at(row, (int64_t)piece.first * Kind::kParts * Kind::kBytes);
-  add_rows<Kind, R, P>(a, piece.a.row_bytes, w, piece.count, later, sums);
+  add_rows<Kind, R, P>(a, piece.a.row_bytes, piece.weights(), piece.args.panel_bytes, piece.count, later, sums);
   DI_UNROLL for (int p = 0; p < P; ++p)
     DI_UNROLL for (int r = 0; r < R; ++r) store_row(c + p * piece.sums_size + r * kPanel, sums[p][r]);
 }
@@ -168,20 +168,11 @@ constexpr auto tile_of_piece() {
 
 // 1 to Kind::kRows rows.
 template <class Kind, int P, int... R>
-DI_INLINE void run_piece(int rows, const DotPiece& piece, int row, float* c, const Later (&later)[P],
+DI_INLINE void run_piece(int rows, const DotPiece& piece, int row, float* c, Later later,
                          std::integer_sequence<int, R...>) {
-  static constexpr void (*kTiles[])(const DotPiece&, int, float*, const Later(&)[P]) = {
+  static constexpr void (*kTiles[])(const DotPiece&, int, float*, Later) = {
       tile_of_piece<Kind, R + 1, P>()...};
   kTiles[rows - 1](piece, row, c, later);
-}
-
-// Exact sums of one panel to floats.
-DI_INLINE void finish_bytes(const DotActivations& a, int row0, int rows, const char* panel, float* c) {
-  const F16 scale = column_scales(panel, 0);
-  for (int r = 0; r < rows; ++r) {
-    const I16 exact = load_row<I16>(c + r * kPanel) - 128 * a.sums[row0 + r];
-    store_row(c + r * kPanel, __builtin_convertvector(exact, F16) * (scale * a.scales[row0 + r]));
-  }
 }
 
 // One tile of rows streams whole panels and fetches kStreamAhead ahead. What follows the end of a panel is not the panel
@@ -195,10 +186,8 @@ static void stream_panels(const DotPiece& whole, int row0, int rows, float* c) {
     piece.first = at_end ? before_end : 0;
     piece.count = at_end ? whole.count - before_end : before_end;
     if (piece.count == 0) continue;
-    Later later[P];
-    for (int p = 0; p < P; ++p)
-      later[p] = {piece.weights(p) + kStreamAhead + (at_end ? (P - 1) * whole.args.panel_bytes : 0), 64};
-    run_piece<Kind>(rows, piece, row0, c, later, std::make_integer_sequence<int, Kind::kRows>{});
+    const Later later{piece.weights() + kStreamAhead + (at_end ? (P - 1) * whole.args.panel_bytes : 0), 64};
+    run_piece<Kind, P>(rows, piece, row0, c, later, std::make_integer_sequence<int, Kind::kRows>{});
   }
 }
 
@@ -210,10 +199,8 @@ static void dot_piece(const DotPiece& piece, const char* next, int row0, int row
   const int64_t step = (64 + tiles - 1) / tiles;
   for (int t = 0, row = 0; t < tiles; ++t) {
     const int height = (rows - row + tiles - t - 1) / (tiles - t);
-    Later later[P];
-    for (int p = 0; p < P; ++p) later[p] = {next + p * piece.args.panel_bytes + t * step * piece.count, step};
-    run_piece<Kind>(height, piece, row0 + row, c + row * kPanel, later,
-                    std::make_integer_sequence<int, Kind::kRows>{});
+    run_piece<Kind, P>(height, piece, row0 + row, c + row * kPanel, Later{next + t * step * piece.count, step},
+                       std::make_integer_sequence<int, Kind::kRows>{});
     row += height;
   }
 }
@@ -230,7 +217,8 @@ static void dot_block(const LinearArgs& args, const DotActivations& a, int row0,
     for (int p = 0; p < panels; p += together) {
       const int count = weight_rows - i < step ? weight_rows - i : step;
       const DotPiece piece{args, a, first_panel + p * args.panel_bytes, i, count, (int64_t)rows * kPanel};
-      const char* next = p + 2 < panels ? piece.weights(2) : first_panel + args.header_bytes + (int64_t)(i + step) * 64;
+      const char* next = p + 2 < panels ? piece.weights() + 2 * args.panel_bytes
+                                        : first_panel + args.header_bytes + (int64_t)(i + step) * 64;
       float* sums = c + p * piece.sums_size;
       if (together == 2 && p + 1 < panels)
         dot_piece<Kind, 2>(piece, next, row0, rows, sums);
@@ -249,7 +237,4 @@ static void dot_block_sums(const LinearArgs& args, const DotActivations& a, int 
   if (args.type == WeightType::kInt8Groups)
     return dot_block<WideByteWeights>(args, a, row0, rows, panel0, panels, depth / WideByteWeights::kDepth, c);
   dot_block<ByteWeights>(args, a, row0, rows, panel0, panels, (args.depth + 3) / 4, c);
-  const char* first_panel = static_cast<const char*>(args.panels) + panel0 * args.panel_bytes;
-  for (int p = 0; p < panels; ++p)
-    finish_bytes(a, row0, rows, first_panel + p * args.panel_bytes, c + (int64_t)p * rows * kPanel);
 }

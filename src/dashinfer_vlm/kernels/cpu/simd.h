@@ -21,11 +21,6 @@ typedef uint16_t H8 __attribute__((vector_size(16)));
 
 constexpr int kLanes = 8;
 
-#ifdef DI_AVX512  // whole rows of a panel, where 512-bit registers hold them
-typedef float F16 __attribute__((vector_size(64)));
-typedef int32_t I16 __attribute__((vector_size(64)));
-typedef uint32_t U16 __attribute__((vector_size(64)));
-
 template <class V>
 DI_INLINE V load_row(const void* p) {
   V v;
@@ -37,6 +32,11 @@ template <class V>
 DI_INLINE void store_row(void* p, V v) {
   __builtin_memcpy(p, &v, sizeof v);
 }
+
+#ifdef DI_AVX512  // whole rows of a panel, where 512-bit registers hold them
+typedef float F16 __attribute__((vector_size(64)));
+typedef int32_t I16 __attribute__((vector_size(64)));
+typedef uint32_t U16 __attribute__((vector_size(64)));
 
 DI_INLINE F16 join(F8 first, F8 second) {
   return __builtin_shufflevector(first, second, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
@@ -138,10 +138,25 @@ DI_INLINE void store_one(bf16* p, float x) {
   p->bits = x == x ? (uint16_t)((u + 0x7FFFu + ((u >> 16) & 1u)) >> 16) : (uint16_t)((u >> 16) | 0x40u);
 }
 
-DI_INLINE F8 max(F8 a, F8 b) { return a > b ? a : b; }
-DI_INLINE F8 min(F8 a, F8 b) { return a < b ? a : b; }
+template <class F>
+DI_INLINE F max(F a, F b) {
+#ifdef __AVX512F__  // GCC 12 makes a comparison and a move under its mask
+  if constexpr (sizeof(F) == 64) return (F)_mm512_maskz_max_ps(0xFFFF, (__m512)a, (__m512)b);
+#endif
+  return a > b ? a : b;
+}
 
-DI_INLINE float sum(F8 v) {
+template <class F>
+DI_INLINE F min(F a, F b) {
+#ifdef __AVX512F__
+  if constexpr (sizeof(F) == 64) return (F)_mm512_maskz_min_ps(0xFFFF, (__m512)a, (__m512)b);
+#endif
+  return a < b ? a : b;
+}
+
+// Of floats or integers.
+template <class V>
+DI_INLINE auto sum(V v) {
   v += DI_SHUFFLE(v, v, 4, 5, 6, 7, 0, 1, 2, 3);
   v += DI_SHUFFLE(v, v, 2, 3, 0, 1, 6, 7, 4, 5);
   return v[0] + v[1];
@@ -184,50 +199,67 @@ DI_INLINE void store_first(T* p, F8 v, int n) {
   for (int i = 0; i < n; ++i) store_one(p + i, v[i]);
 }
 
-// exp with a relative error below 2e-7: Cody-Waite reduction by ln 2 and a degree-6 polynomial (Cephes expf).
-// Arguments below -87 give exactly 0, above 88 they are clamped.
-DI_INLINE F8 exp(F8 x) {
-  F8 clamped = min(max(x, splat(-87.f)), splat(88.f));
-  F8 scaled = clamped * splat(1.44269504088896341f);
-  const F8 magic = splat(12582912.f);  // 1.5 * 2^23: adding it rounds to an integer
-  F8 shifted = scaled + magic;
-  F8 n = shifted - magic;
-  F8 r = clamped - n * splat(0.693359375f);
-  r = r - n * splat(-2.12194440e-4f);
-  F8 p = splat(1.9875691500e-4f);
-  p = p * r + splat(1.3981999507e-3f);
-  p = p * r + splat(8.3334519073e-3f);
-  p = p * r + splat(4.1665795894e-2f);
-  p = p * r + splat(1.6666665459e-1f);
-  p = p * r + splat(5.0000001201e-1f);
-  p = p * r * r + r + splat(1.f);
-  I8 exponent = ((I8)shifted - (I8)magic + 127) << 23;
-  F8 e = p * (F8)exponent;
-  return x < splat(-87.f) ? splat(0.f) : e;
+// exp of an argument between -87 and 87, to which others are clamped, with a relative error below 2e-7: Cody-Waite reduction
+// by ln 2 and a degree-6 polynomial (Cephes expf).
+template <class F>
+DI_INLINE F exp_clamped(F x) {
+  typedef decltype(x < x) I;
+  const F magic = 12582912.f - F{};  // 1.5 * 2^23: adding it rounds to an integer
+  x = min(max(x, -87.f - F{}), 87.f - F{});
+  const F shifted = x * 1.44269504088896341f + magic, n = shifted - magic;
+  F r = x - n * 0.693359375f;
+  r = r - n * -2.12194440e-4f;
+  F p = r * 1.9875691500e-4f + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * r * r + r + 1.f;
+  return (F)((I)p + ((I)shifted << 23));  // the integer's low bits are added to the exponent
 }
 
-DI_INLINE F8 sigmoid(F8 x) { return splat(1.f) / (splat(1.f) + exp(-x)); }
+// The same, exactly 0 below -87.
+template <class F>
+DI_INLINE F exp(F x) {
+  return x < -87.f ? F{} : exp_clamped(x);
+}
 
-DI_INLINE F8 silu(F8 x) { return x * sigmoid(x); }
+// 1 / (1 + e^87) is still a normal number: what is below costs some processors a hundred cycles.
+template <class F>
+DI_INLINE F sigmoid(F x) {
+  return 1.f / (1.f + exp_clamped(-x));
+}
 
-DI_INLINE F8 quick_gelu(F8 x) { return x * sigmoid(splat(1.702f) * x); }
+template <class F>
+DI_INLINE F silu(F x) {
+  return x * sigmoid(x);
+}
+
+template <class F>
+DI_INLINE F quick_gelu(F x) {
+  return x * sigmoid(1.702f * x);
+}
 
 // (1 + tanh u) / 2 is the sigmoid of 2 u.
-DI_INLINE F8 gelu_tanh(F8 x) {
-  return x * sigmoid(splat(1.5957691216057308f) * (x + splat(0.044715f) * x * x * x));
+template <class F>
+DI_INLINE F gelu_tanh(F x) {
+  return x * sigmoid(1.5957691216057308f * (x + 0.044715f * x * x * x));
 }
 
 // erf by Abramowitz and Stegun 7.1.26, absolute error below 1.5e-7.
-DI_INLINE F8 erf(F8 x) {
-  F8 a = x < splat(0.f) ? -x : x;
-  F8 t = splat(1.f) / (splat(1.f) + splat(0.3275911f) * a);
-  F8 p = splat(1.061405429f);
-  p = p * t - splat(1.453152027f);
-  p = p * t + splat(1.421413741f);
-  p = p * t - splat(0.284496736f);
-  p = p * t + splat(0.254829592f);
-  F8 y = splat(1.f) - p * t * exp(-a * a);
-  return x < splat(0.f) ? -y : y;
+template <class F>
+DI_INLINE F erf(F x) {
+  const F a = x < F{} ? -x : x;
+  const F t = 1.f / (1.f + 0.3275911f * a);
+  F p = t * 1.061405429f - 1.453152027f;
+  p = p * t + 1.421413741f;
+  p = p * t - 0.284496736f;
+  p = p * t + 0.254829592f;
+  const F y = 1.f - p * t * exp(-a * a);
+  return x < F{} ? -y : y;
 }
 
-DI_INLINE F8 gelu(F8 x) { return splat(0.5f) * x * (splat(1.f) + erf(x * splat(0.70710678118654752f))); }
+template <class F>
+DI_INLINE F gelu(F x) {
+  return 0.5f * x * (1.f + erf(x * 0.70710678118654752f));
+}
