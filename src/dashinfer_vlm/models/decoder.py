@@ -13,6 +13,7 @@ import torch
 from dashinfer_vlm.errors import CheckpointError
 from dashinfer_vlm.layers.backend import Backend
 from dashinfer_vlm.layers.linear import Linear, Matrix
+from dashinfer_vlm.layers.native_layer import native_layer
 from dashinfer_vlm.layers.ranks import Cut
 from dashinfer_vlm.layers.rotary import axes_of_channels, inverse_frequencies, yarn_frequencies
 from dashinfer_vlm.models.base import KVCache, StepBatch, TextShape
@@ -243,11 +244,30 @@ class _Layer:
         gains1, gains2 = (weights.take(name, hidden) for name in names)
         self.norm1 = backend.norm_before(attention.qkv, gains1, eps)
         self.norm2 = backend.norm_before(mlp.first, gains2, eps)
+        self.native = None
+        if isinstance(mlp, GatedMlp):
+            self.native = native_layer(
+                backend,
+                norms=(backend.vector(gains1), backend.vector(gains2)),
+                qkv=attention.qkv,
+                head_norms=attention.norms,
+                out=attention.out,
+                gate_up=mlp.first,
+                down=mlp.down,
+                num_heads=attention.num_heads,
+                num_kv_heads=attention.num_kv_heads,
+                eps=eps,
+            )
 
     def forward(
         self, x: torch.Tensor, table: Table, batch: StepBatch, cache: Cache, rows: torch.Tensor | None = None
     ) -> torch.Tensor:
         """[T, hidden] -> [T, hidden], or [L, hidden] of `rows` alone."""
+        if self.native is not None and rows is None:
+            self.native.forward(
+                x, *table, *cache, batch.slots, batch.block_tables, batch.query_starts, batch.context_lens
+            )
+            return x
         attended = self.attention.attend(self.norm1(x), table, batch, cache)
         if rows is not None:
             x, attended = x[rows], attended[rows]

@@ -50,5 +50,6 @@ NB_MODULE(_cpu, m) {
   di::bind_attention(m);
   di::bind_cache(m);
   di::bind_norm(m);
+  di::bind_layer(m);
   di::bind_sample(m);
 }

@@ -28,23 +28,42 @@ void require_tables(const TensorView& tables, const TensorView& starts, const Te
     const auto* start = starts.as<const std::int32_t>() + s;
     const std::int64_t context = contexts.as<const std::int32_t>()[s], queries = start[1] - start[0];
     const std::int64_t blocks = (context + cache.block_size - 1) / cache.block_size;
-    const std::string which = "sequence " + std::to_string(s) + ": ";
+    const auto which = [s] { return "sequence " + std::to_string(s) + ": "; };
     if (context < queries)
-      throw nb::value_error(("context_lens: " + which + std::to_string(queries) + " queries, but a context of " +
+      throw nb::value_error(("context_lens: " + which() + std::to_string(queries) + " queries, but a context of " +
                              std::to_string(context) + " tokens")
                                 .c_str());
     if (blocks > tables.shape[1])
-      throw nb::value_error(("block_tables: " + which + std::to_string(blocks) + " blocks needed, the table has " +
+      throw nb::value_error(("block_tables: " + which() + std::to_string(blocks) + " blocks needed, the table has " +
                              std::to_string(tables.shape[1]))
                                 .c_str());
     const auto* row = tables.as<const std::int32_t>() + s * tables.strides[0];
     for (std::int64_t b = 0; b < blocks; ++b)
       if (row[b] < 0 || row[b] >= num_blocks)
-        throw nb::value_error(("block_tables: " + which + "block " + std::to_string(row[b]) + " is not one of " +
+        throw nb::value_error(("block_tables: " + which() + "block " + std::to_string(row[b]) + " is not one of " +
                                std::to_string(num_blocks))
                                   .c_str());
   }
 }
+
+}  // namespace
+
+void set_contexts(PagedAttentionArgs& args, const TensorView& tables, const TensorView& starts,
+                  const TensorView& contexts, std::int64_t tokens, std::int64_t num_blocks) {
+  require_starts(starts, tokens);
+  require_tables(tables, starts, contexts, args.cache, num_blocks);
+  args.sequences = as_int(starts.shape[0] - 1, starts);
+  args.block_tables = tables.as<const std::int32_t>();
+  args.table_stride = tables.strides[0];
+  args.query_starts = starts.as<const std::int32_t>();
+  args.context_lens = contexts.as<const std::int32_t>();
+}
+
+bool divides_heads(std::int64_t heads, const PagedCache& cache) {
+  return heads > 0 && heads % cache.kv_heads == 0 && heads / cache.kv_heads <= kMaxGroup;
+}
+
+namespace {
 
 void paged_attention(nb::handle q_object, nb::handle k_object, nb::handle v_object, nb::handle tables_object,
                      nb::handle starts_object, nb::handle contexts_object, float scale, nb::handle out_object) {
@@ -54,23 +73,17 @@ void paged_attention(nb::handle q_object, nb::handle k_object, nb::handle v_obje
   PagedAttentionArgs args{};
   args.cache = cache_of(k, v);
   q.require(DType::kF32, 3).require_shape({q.shape[0], q.shape[1], args.cache.head_dim});
-  if (q.shape[1] < 1 || q.shape[1] % args.cache.kv_heads != 0 || q.shape[1] / args.cache.kv_heads > kMaxGroup)
+  if (!divides_heads(q.shape[1], args.cache))
     q.fail("a multiple of " + std::to_string(args.cache.kv_heads) + " heads, at most " + std::to_string(kMaxGroup) +
            " per key head");
   out.require(DType::kF32, 3).require_shape({q.shape[0], q.shape[1], q.shape[2]});
   for (const TensorView* input : {&q, &k, &v}) require_no_overlap(out, *input);
-  require_starts(starts, q.shape[0]);
-  require_tables(tables, starts, contexts, args.cache, k.shape[0]);
+  set_contexts(args, tables, starts, contexts, q.shape[0], k.shape[0]);
   args.q = q.as<const float>();
   args.out = out.as<float>();
   copy_strides(q, args.q_strides);
   copy_strides(out, args.out_strides);
   args.heads = as_int(q.shape[1], q);
-  args.sequences = as_int(starts.shape[0] - 1, starts);
-  args.block_tables = tables.as<const std::int32_t>();
-  args.table_stride = tables.strides[0];
-  args.query_starts = starts.as<const std::int32_t>();
-  args.context_lens = contexts.as<const std::int32_t>();
   args.scale = scale;
   const Running running;
   kernels().paged_attention(args);

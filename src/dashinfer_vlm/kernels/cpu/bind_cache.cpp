@@ -2,7 +2,6 @@
 #include "bindings.h"
 
 namespace di {
-namespace {
 
 void require_slots(const TensorView& slots, const TensorView& cache, std::int64_t tokens) {
   slots.require(DType::kI64, 1).require_shape({tokens}).require_dense_from(0);
@@ -15,17 +14,7 @@ void require_slots(const TensorView& slots, const TensorView& cache, std::int64_
                                 .c_str());
 }
 
-// cos and sin [tokens, head_dim / 2].
-template <class Args>
-void set_tables(Args& args, const TensorView& cos, const TensorView& sin, std::int64_t tokens, std::int64_t head_dim) {
-  if (head_dim % 2 != 0) throw nb::value_error("rotary positions need an even head_dim");
-  for (const TensorView* table : {&cos, &sin})
-    table->require(DType::kF32, 2).require_shape({tokens, head_dim / 2}).require_dense_from(1);
-  args.cos = cos.as<const float>();
-  args.sin = sin.as<const float>();
-  args.table_strides[0] = cos.strides[0];
-  args.table_strides[1] = sin.strides[0];
-}
+namespace {
 
 WriteKvArgs write_args(const TensorView& k, const TensorView& v, const TensorView& k_cache, const TensorView& v_cache,
                        const TensorView& slots) {

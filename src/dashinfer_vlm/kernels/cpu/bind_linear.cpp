@@ -5,7 +5,6 @@
 #include <stdexcept>
 
 #include "bindings.h"
-#include "packed_weight.h"
 
 namespace di {
 namespace {
@@ -25,16 +24,33 @@ void require_layout(const PackedWeight& w) {
     throw nb::value_error("weight: packed for another instruction level; pack it again after set_isa");
 }
 
+}  // namespace
+
+LinearArgs linear_args(const PackedWeight& w, Epilogue epilogue) {
+  require_layout(w);
+  if ((epilogue == Epilogue::kSiluMul) != w.gate_up)
+    throw nb::value_error("epilogue: silu_mul belongs to weights packed with gate_up=True, and only to those");
+  LinearArgs args{};
+  args.epilogue = epilogue;
+  args.depth = static_cast<int>(w.depth);
+  args.num_panels = w.num_panels;
+  args.out_columns = static_cast<int>(w.gate_up ? w.rows / 2 : w.rows);
+  args.type = w.type;
+  args.group = w.group;
+  args.panel_bytes = w.panel_bytes();
+  args.header_bytes = w.header_bytes();
+  args.panels = w.panels.data;
+  return args;
+}
+
+namespace {
+
 void linear(nb::handle x_object, const PackedWeight& w, nb::handle bias_object, nb::handle out_object,
             const std::string& epilogue, nb::handle residual_object) {
   const TensorView x(x_object, "x"), out(out_object, "out");
-  require_layout(w);
-  LinearArgs args{};
-  args.epilogue = epilogue_of(epilogue);
-  if ((args.epilogue == Epilogue::kSiluMul) != w.gate_up)
-    throw nb::value_error("epilogue: silu_mul belongs to weights packed with gate_up=True, and only to those");
+  LinearArgs args = linear_args(w, epilogue_of(epilogue));
   x.require(DType::kF32, 2).require_shape({x.shape[0], w.depth}).require_dense_from(1);
-  const std::int64_t rows = x.shape[0], columns = w.gate_up ? w.rows / 2 : w.rows;
+  const std::int64_t rows = x.shape[0], columns = args.out_columns;
   out.require(DType::kF32, 2).require_shape({rows, columns}).require_dense_from(1);
   require_no_overlap(out, x);
   args.rows = as_int(rows, x);
@@ -55,14 +71,6 @@ void linear(nb::handle x_object, const PackedWeight& w, nb::handle bias_object, 
   if (rows == 0) return;
   args.x = x.as<const float>();
   args.x_stride = x.strides[0];
-  args.depth = static_cast<int>(w.depth);
-  args.num_panels = w.num_panels;
-  args.out_columns = static_cast<int>(columns);
-  args.type = w.type;
-  args.group = w.group;
-  args.panel_bytes = w.panel_bytes();
-  args.header_bytes = w.header_bytes();
-  args.panels = w.panels.data;
   args.out = out.as<float>();
   args.out_stride = out.strides[0];
   const Running running;
@@ -73,24 +81,17 @@ void embed_patches(nb::handle patches_object, const PackedWeight& w, nb::handle 
   const TensorView patches(patches_object, "patches"), bias(bias_object, "bias"), out(out_object, "out");
   if (w.gate_up || (w.type != WeightType::kF32 && w.type != WeightType::kBf16))
     throw nb::value_error("weight: patches need one packed by pack_linear, without gate_up");
-  require_layout(w);
+  PatchArgs args{};
+  args.linear = linear_args(w, Epilogue::kNone);
   patches.require(DType::kU8, 2).require_shape({patches.shape[0], w.depth}).require_dense_from(1);
   bias.require(DType::kF32, 1).require_shape({w.rows}).require_dense_from(0);
   out.require(DType::kF32, 2).require_shape({patches.shape[0], w.rows}).require_dense_from(1);
   require_no_overlap(out, patches);
   if (patches.shape[0] == 0) return;
-  PatchArgs args{};
   args.patches = patches.as<const std::uint8_t>();
   args.patch_stride = patches.strides[0];
   args.linear.rows = as_int(patches.shape[0], patches);
-  args.linear.depth = static_cast<int>(w.depth);
-  args.linear.num_panels = w.num_panels;
-  args.linear.out_columns = static_cast<int>(w.rows);
-  args.linear.type = w.type;
-  args.linear.panel_bytes = w.panel_bytes();
-  args.linear.panels = w.panels.data;
   args.linear.bias = bias.as<const float>();
-  args.linear.epilogue = Epilogue::kNone;
   args.linear.out = out.as<float>();
   args.linear.out_stride = out.strides[0];
   const Running running;

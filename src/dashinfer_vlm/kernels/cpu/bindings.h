@@ -11,6 +11,7 @@
 
 #include "dispatch.h"
 #include "kernels.h"
+#include "packed_weight.h"
 #include "pool.h"
 #include "tensor_view.h"
 
@@ -20,6 +21,7 @@ namespace nb = nanobind;
 
 void bind_linear(nb::module_& m);
 void bind_attention(nb::module_& m);
+void bind_layer(nb::module_& m);
 void bind_cache(nb::module_& m);
 void bind_norm(nb::module_& m);
 void bind_sample(nb::module_& m);
@@ -66,5 +68,30 @@ inline PagedCache cache_of(const TensorView& k, const TensorView& v) {
   cache.head_dim = static_cast<int>(head_dim);
   return cache;
 }
+
+// cos and sin [tokens, head_dim / 2].
+template <class Args>
+void set_tables(Args& args, const TensorView& cos, const TensorView& sin, std::int64_t tokens, std::int64_t head_dim) {
+  if (head_dim % 2 != 0) throw nb::value_error("rotary positions need an even head_dim");
+  for (const TensorView* table : {&cos, &sin})
+    table->require(DType::kF32, 2).require_shape({tokens, head_dim / 2}).require_dense_from(1);
+  args.cos = cos.as<const float>();
+  args.sin = sin.as<const float>();
+  args.table_strides[0] = cos.strides[0];
+  args.table_strides[1] = sin.strides[0];
+}
+
+// A product with w, but for x, out, their rows and the epilogue's operands.
+LinearArgs linear_args(const PackedWeight& w, Epilogue epilogue);
+
+// Every slot [tokens] is one of the cache's.
+void require_slots(const TensorView& slots, const TensorView& cache, std::int64_t tokens);
+
+// Which blocks the context of each of the sequences lies in, checked; args.cache is set already.
+void set_contexts(PagedAttentionArgs& args, const TensorView& tables, const TensorView& starts,
+                  const TensorView& contexts, std::int64_t tokens, std::int64_t num_blocks);
+
+// `heads` query heads fit the key heads of the cache.
+bool divides_heads(std::int64_t heads, const PagedCache& cache);
 
 }  // namespace di

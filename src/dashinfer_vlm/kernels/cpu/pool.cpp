@@ -145,7 +145,7 @@ struct State {
   std::vector<int> cores;  // one per thread; empty: not pinned
   Pool* pool = nullptr;  // made at the first region, so that a process which only packs has no threads
   std::vector<HugeBuffer> scratch;
-  HugeBuffer shared[2];
+  HugeBuffer shared[3];
 };
 
 State* make_state() {

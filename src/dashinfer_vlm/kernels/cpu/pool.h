@@ -30,7 +30,7 @@ void run_tasks(int num_tasks, TaskFn fn, void* context);
 void* thread_scratch(int thread, std::size_t bytes);
 
 // The same for all threads of a kernel together; only the caller of run_tasks asks for it. Buffer 1 is for a kernel that
-// calls another one, which has buffer 0.
+// calls another one, which has buffer 0, and buffer 2 for whoever calls several.
 void* shared_scratch(std::size_t bytes, int index = 0);
 
 }  // namespace di

@@ -1,0 +1,52 @@
+"""A layer of the text model as one call of the native kernels, where all of its parts are theirs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from dashinfer_vlm.kernels.cpu_ops import DecoderLayer
+from dashinfer_vlm.layers.backend import NATIVE, Backend
+from dashinfer_vlm.layers.linear import Linear, NativeLinear
+
+__all__ = ["native_layer"]
+
+
+def native_layer(
+    backend: Backend,
+    *,
+    norms: tuple[Tensor, Tensor],
+    qkv: Linear,
+    head_norms: Sequence[Tensor],
+    out: Linear,
+    gate_up: Linear,
+    down: Linear,
+    num_heads: int,
+    num_kv_heads: int,
+    eps: float,
+) -> DecoderLayer | None:
+    """None where a part is shared by ranks, is watched by somebody or computes otherwise. `norms` and `head_norms` are
+    the backend's own."""
+    if backend.ops.paged_attention is not NATIVE.paged_attention:
+        return None
+    if not (
+        isinstance(qkv, NativeLinear)
+        and isinstance(out, NativeLinear)
+        and isinstance(gate_up, NativeLinear)
+        and isinstance(down, NativeLinear)
+    ):
+        return None
+    assert out.bias is gate_up.bias is down.bias is None, "no family has these"
+    return DecoderLayer(
+        norms=norms,
+        qkv=qkv.packed,
+        qkv_bias=qkv.bias,
+        head_norms=(head_norms[0], head_norms[1]) if head_norms else None,
+        out=out.packed,
+        gate_up=gate_up.packed,
+        down=down.packed,
+        num_heads=num_heads,
+        num_kv_heads=num_kv_heads,
+        eps=eps,
+    )
