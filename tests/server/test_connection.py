@@ -55,19 +55,18 @@ def test_an_outlet_frames_parts_as_h11_does(version: str, headers: list[tuple[st
     """In chunks where the client knows them and no length was told; it is closed otherwise, and before an answer."""
     conn, transport = Chunks(h11.SERVER), Written()
     outlet = Outlet(conn, transport, FlowControl(transport))
-    assert not outlet.is_open
+    assert not outlet.offer(b"part", bytes)
     for framing in (headers, [("Content-Length", "8")]):
         conn.receive_data(f"GET / HTTP/{version}\r\nHost: x\r\nConnection: keep-alive\r\n\r\n".encode())
         assert isinstance(conn.next_event(), h11.Request)
         assert isinstance(conn.next_event(), h11.EndOfMessage)
         conn.send(h11.Response(status_code=200, headers=framing))
-        assert outlet.is_open == (version == "1.1" and not framing)
         for part in (b"part", b"", b"more"):
             sent = conn.send(h11.Data(data=part))
-            if outlet.is_open:
-                outlet.write(part)
-                assert b"".join(transport.data) == sent
-                transport.data.clear()
+            is_taken = outlet.offer(part, bytes)
+            assert is_taken == (version == "1.1" and not framing)
+            assert b"".join(transport.data) == (sent if is_taken else b"")
+            transport.data.clear()
         conn.send(h11.EndOfMessage())
         if conn.our_state is h11.MUST_CLOSE:
             break
@@ -160,14 +159,15 @@ async def test_a_stream_is_whole_and_in_order_whether_its_client_reads_or_not(
 ) -> None:
     """What comes while the client reads goes straight to it, what comes while it does not has to wait; so has all for
     clients that are too old to know chunks."""
-    straight: list[bytes] = []
-    write = Outlet.write
+    straight: list[Any] = []
+    offer = Outlet.offer
 
-    def noted(outlet: Outlet, data: bytes) -> None:
-        straight.append(data)
-        write(outlet, data)
+    def noted(outlet: Outlet, news: Any, written: Any) -> bool:
+        is_taken = offer(outlet, news, written)
+        straight.extend([news] if is_taken else [])
+        return is_taken
 
-    monkeypatch.setattr(Outlet, "write", noted)
+    monkeypatch.setattr(Outlet, "offer", noted)
     words = "".join(f"{number} " for number in range(30))
     running = await serve(words, engine={"pauses_after": 20})
     reader, writer = await connect(running)

@@ -58,7 +58,8 @@ class Choice:
         """The news in `output`, if any; raises EngineError when the engine gave up on the sequence."""
         start_s = time.perf_counter()
         try:
-            self._spans += output.spans
+            if output.spans:
+                self._spans += output.spans
             return self._feed(output)
         finally:
             self._text_s += time.perf_counter() - start_s
@@ -76,10 +77,12 @@ class Choice:
         )
 
     def _feed(self, output: Output) -> Delta | None:
-        self.num_cached_tokens = max(self.num_cached_tokens, output.num_cached_tokens)
-        self.prompt_logprobs += output.prompt_logprobs
+        if output.num_cached_tokens > self.num_cached_tokens:
+            self.num_cached_tokens = output.num_cached_tokens
+        if output.prompt_logprobs:
+            self.prompt_logprobs += output.prompt_logprobs
         text, num_used = self._push(output.token_ids)
-        reason: EndReason | None = "stop" if self._text.stopped or self._parser.is_over else None
+        reason: EndReason | None = "stop" if self._is_over else None
         end_ids: tuple[int, ...] = ()
         if reason is None and output.finish:
             reason = self._end_reason(output)
@@ -108,20 +111,22 @@ class Choice:
 
     def _push(self, tokens: tuple[int, ...]) -> tuple[str, int]:
         """Text of `tokens`, and how many of them were used when a stop string or a last call ends it."""
-        pieces: list[str] = []
-        for i, token in enumerate(tokens):
+        text = ""
+        for num_used, token in enumerate(tokens, 1):
+            more = self._text.push(token)
+            text += more
+            was_thought = self._parser.in_thought
+            self._pieces += self._parser.push(more)
+            self.num_reasoning_tokens += was_thought or self._parser.in_thought
             self.num_tokens += 1
-            pieces.append(self._read(self._text.push(token)))
-            if self._text.stopped or self._parser.is_over:
-                return "".join(pieces), i + 1
-        return "".join(pieces), len(tokens)
+            if self._is_over:
+                return text, num_used
+        return text, len(tokens)
 
-    def _read(self, text: str) -> str:
-        """Have the parser read the text of a token."""
-        was_thought = self._parser.in_thought
-        self._pieces += self._parser.push(text)
-        self.num_reasoning_tokens += was_thought or self._parser.in_thought
-        return text
+    @property
+    def _is_over(self) -> bool:
+        """Whether what its text says ends it."""
+        return self._text.stopped is not None or self._parser.is_over
 
     def _take_pieces(self) -> tuple[Piece, ...]:
         pieces, self._pieces = tuple(self._pieces), []

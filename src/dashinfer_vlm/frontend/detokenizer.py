@@ -24,29 +24,38 @@ class Detokenizer:
         """`min_tokens`: stop strings are not looked for in the text of this many first tokens. `shown`: special tokens
         that are written whatever `skip_special` says."""
         self._tokenizer = tokenizer
-        self._characters = codecs.getincrementaldecoder("utf-8")(errors="replace")
-        self._stop = StopFinder(stop, include=include_stop)
+        self._unfinished = b""
+        """Of a character."""
+        self._stop = StopFinder(stop, include=include_stop) if stop else None
         hidden = tokenizer.special_ids if skip_special else frozenset()
         self._hidden = hidden.difference(tokenizer.added[text] for text in shown if text in tokenizer.added)
         self._num_unchecked = min_tokens
-
-    @property
-    def stopped(self) -> str | None:
+        self.stopped: str | None = None
         """The stop string that ended the text."""
-        return self._stop.found
 
     def push(self, token: int) -> str:
         """The text that has become certain; bytes of an unfinished character are kept until the next token."""
-        written = b"" if token in self._hidden else self._tokenizer.token_bytes(token)
-        text = self._characters.decode(written)
+        text = "" if token in self._hidden else self._characters(self._tokenizer.token_bytes(token))
         if self._num_unchecked > 0:
             self._num_unchecked -= 1
             return text
-        return self._stop.push(text)
+        return text if self._stop is None else self._up_to_stop(self._stop, text)
 
     def flush(self) -> str:
         """What was kept back, an unfinished character as U+FFFD."""
-        return self._stop.push(self._characters.decode(b"", final=True)) + self._stop.flush()
+        text = self._characters(b"", is_last=True)
+        return text if self._stop is None else self._up_to_stop(self._stop, text) + self._stop.flush()
+
+    def _characters(self, more: bytes, *, is_last: bool = False) -> str:
+        data = self._unfinished + more
+        text, num_used = codecs.utf_8_decode(data, "replace", is_last)
+        self._unfinished = data[num_used:]
+        return text
+
+    def _up_to_stop(self, finder: StopFinder, text: str) -> str:
+        text = finder.push(text)
+        self.stopped = finder.found
+        return text
 
 
 class StopFinder:
@@ -62,8 +71,6 @@ class StopFinder:
     def push(self, text: str) -> str:
         if self.found is not None:
             return ""
-        if not self._stop:
-            return text
         text = self._held + text
         hits = [(at + len(s), at, s) for s in self._stop if (at := text.find(s)) >= 0]
         if hits:

@@ -57,7 +57,7 @@ class Generation:
         self._news: deque[Delta | BaseException] = deque()
         self._num_unread_bytes = 0
         self._reader: asyncio.Future[None] | None = None
-        """Who iterates, while it waits for news or the end."""
+        """Who iterates, while all news is read and it waits for more or for the end."""
         self.shortcut: Callable[[Delta], bool] | None = None
         """Is offered what comes while who iterates waits, and says whether it has taken it: then nobody is woken."""
         self._num_choices = params.n
@@ -96,7 +96,10 @@ class Generation:
             if self._ended.is_set():
                 raise StopAsyncIteration
             self._reader = asyncio.get_running_loop().create_future()
-            await self._reader
+            try:
+                await self._reader
+            finally:
+                self._reader = None
         news = self._next()
         while (following := self._mergeable(news)) is not None:
             news = news.merge(following)  # a reader that is slower than the engine gets longer pieces
@@ -157,20 +160,17 @@ class Generation:
         if choice not in self._running:
             return
         try:
-            self._read(choice, news)
+            if isinstance(news, Fault):
+                raise news.error()
+            if news.finish and news.finish.reason == "error" and not self._engine.alive():
+                raise EngineDeadError("the engine has stopped")
+            if delta := choice.feed(news):
+                self._observe(choice, delta)
+                self._tell(delta)
+            if choice.end_reason:
+                self._end(choice)
         except Exception as error:  # noqa: BLE001  the engine's other listeners are not to blame
             self._fail(choice, error)
-
-    def _read(self, choice: Choice, news: Output | Fault) -> None:
-        if isinstance(news, Fault):
-            raise news.error()
-        if news.finish and news.finish.reason == "error" and not self._engine.alive():
-            raise EngineDeadError("the engine has stopped")
-        if delta := choice.feed(news):
-            self._observe(choice, delta)
-            self._tell(delta)
-        if choice.end_reason:
-            self._end(choice)
 
     def _fail(self, choice: Choice, error: Exception) -> None:
         if choice in self._running:
@@ -179,7 +179,7 @@ class Generation:
             self._end(choice)
 
     def _tell(self, news: Delta) -> None:
-        if self.shortcut is not None and self._is_awaited and self.shortcut(news):
+        if self._reader is not None and self.shortcut is not None and self.shortcut(news):
             return
         self._queue(news)
         self._num_unread_bytes += news.num_bytes
@@ -190,14 +190,10 @@ class Generation:
         self._news.append(news)
         self._wake()
 
-    @property
-    def _is_awaited(self) -> bool:
-        """Whether all news has been read, and who reads it waits."""
-        return self._reader is not None and not self._reader.done()
-
     def _wake(self) -> None:
-        if self._reader is not None and not self._reader.done():
-            self._reader.set_result(None)
+        reader, self._reader = self._reader, None
+        if reader is not None and not reader.done():  # it may be cancelled
+            reader.set_result(None)
 
     def _forget_reader(self) -> None:
         self._news.clear()

@@ -61,10 +61,10 @@ class Bucket:
         self._level -= units
 
     def _fill(self) -> None:
-        now_s = self._clock()
         if math.isfinite(self.per_minute):
+            now_s = self._clock()
             self._level = min(self.per_minute, self._level + self.per_minute * (now_s - self._filled_s) / 60)
-        self._filled_s = now_s
+            self._filled_s = now_s
 
 
 class Tenant:

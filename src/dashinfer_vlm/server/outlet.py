@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import asyncio
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import h11
 from starlette.types import Scope
 from uvicorn.protocols.http.flow_control import FlowControl
 
 __all__ = ["Chunks", "Outlet"]
+
+News = TypeVar("News")
 
 _KEY = "dashinfer.outlet"
 
@@ -46,12 +49,13 @@ class Outlet:
         """`state`, of which every request's scope gets a copy, with this."""
         return {**state, _KEY: self}
 
-    @property
-    def is_open(self) -> bool:
-        """Whether the client reads what comes, in parts that may be of any length."""
-        return self._conn.in_chunks and not self._flow.write_paused and not self._transport.is_closing()
+    def offer(self, news: News, written: Callable[[News], bytes]) -> bool:
+        """Send what is `written` of `news` as a part of the answer, between what is awaited of `send` before and after.
 
-    def write(self, data: bytes) -> None:
-        """Send a part, which has its place between what is awaited of `send` before and after."""
-        if data:  # an empty chunk would be the last
+        False, and nothing is written, where the client does not read what comes or cannot be sent parts of any length.
+        """
+        if not self._conn.in_chunks or self._flow.write_paused or self._transport.is_closing():
+            return False
+        if data := written(news):  # an empty chunk would be the last
             self._transport.write(b"%x\r\n%b\r\n" % (len(data), data))
+        return True

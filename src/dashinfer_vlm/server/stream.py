@@ -45,20 +45,12 @@ class EventStream(StreamingResponse):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         outlet = Outlet.of(scope)
-        self._generation.shortcut = None if outlet is None else partial(_write, outlet, self._show)
+        self._generation.shortcut = None if outlet is None else partial(outlet.offer, written=self._show)
         try:
             await super().__call__(scope, receive, send)
         finally:
             self._generation.shortcut = None
             self._generation.close()
-
-
-def _write(outlet: Outlet, show: Show, delta: Delta) -> bool:
-    """Whether the client reads what comes, and is sent this now."""
-    if not outlet.is_open:
-        return False
-    outlet.write(show(delta))
-    return True
 
 
 def unnamed(events: Iterable[msgspec.Struct]) -> bytes:
@@ -72,4 +64,4 @@ def named(events: Iterable[NamedEvent]) -> bytes:
 
 
 def _data(event: object) -> bytes:
-    return b"data: " + msgspec.json.encode(event) + b"\n\n"
+    return b"data: %b\n\n" % msgspec.json.encode(event)

@@ -88,8 +88,8 @@ class Listeners:
             asker(fault)
 
     def _tell(self, request_id: str, news: Output | Fault, *, last: bool) -> None:
-        with self._lock:
-            listener = self._of_request.pop(request_id, None) if last else self._of_request.get(request_id)
+        # no lock: one look-up is one step for all threads, and `end_all` is the dispatching thread's, too
+        listener = self._of_request.pop(request_id, None) if last else self._of_request.get(request_id)
         if listener:  # else its stream was closed early
             listener(news)
 
