@@ -206,10 +206,32 @@ def test_no_more_sequences_run_than_allowed() -> None:
 def test_the_cost_estimate_follows_what_steps_really_take() -> None:
     cost = StepCost(fixed_s=1.0, token_s=1.0)
     for _ in range(300):
-        for num_tokens in (1, 4, 64, 512):
-            cost.observe(0, num_tokens, FIXED_S + TOKEN_S * num_tokens)
+        for num_rows, joining in ((1, 0), (4, 0), (4, 60), (0, 512)):
+            cost.observe(num_rows, joining, FIXED_S + TOKEN_S * (num_rows + joining))
     assert cost.fixed_s == pytest.approx(FIXED_S, rel=0.1)
     assert cost.token_s == pytest.approx(TOKEN_S, rel=0.1)
+
+
+@pytest.mark.parametrize(("fixed_s", "token_s"), [(0.11, 0.0075), (0.05, 0.004), (0.5, 0.02), (0.001, 1e-5)])
+@pytest.mark.parametrize(("guessed_fixed_s", "guessed_token_s"), [(0.02, 0.001), (0.0, 0.03), (1.0, 0.0)])
+@pytest.mark.parametrize("joining", [2, 8, 60])
+def test_streams_and_few_prompts_teach_both_parts_whatever_was_guessed(
+    fixed_s: float, token_s: float, guessed_fixed_s: float, guessed_token_s: float, joining: int
+) -> None:
+    cost = StepCost(guessed_fixed_s, guessed_token_s)
+    for _ in range(1500):
+        for num_rows, joined in ((5, joining), (5, 0), (6, 0)):
+            cost.observe(num_rows, joined, fixed_s + token_s * (num_rows + joined))
+    assert cost.fixed_s == pytest.approx(fixed_s, rel=0.1)
+    assert cost.token_s == pytest.approx(token_s, rel=0.1)
+
+
+def test_many_rows_and_single_tokens_beside_them_do_not_shake_the_estimate() -> None:
+    cost = StepCost(FIXED_S, TOKEN_S)
+    for i in range(300):
+        cost.observe(128, i % 2, (FIXED_S + TOKEN_S * (128 + i % 2)) * (1.1 if i % 3 else 0.9))
+    assert cost.of(128) == pytest.approx(FIXED_S + 128 * TOKEN_S, rel=0.15)
+    assert 0 <= cost.token_s < 3 * TOKEN_S
 
 
 def test_one_slow_step_hardly_moves_the_estimate() -> None:

@@ -39,19 +39,20 @@ class StepCost:
         return seconds * share, seconds * (1 - share)
 
     def observe(self, num_rows: int, joining: int, seconds: float) -> None:
-        """Learn from a model call over rows of streams and what joined them. Small calls teach the fixed part, large
-        ones the marginal part."""
-        num_tokens = num_rows + joining
-        if num_tokens * self.token_s < self.fixed_s:
-            self._learn_fixed(max(0.0, seconds - self.token_s * num_tokens))
-        else:
-            self._learn_token(max(0.0, (seconds - self.fixed_s) / num_tokens))
+        """Learn from a model call over rows of streams and what joined them. Rows alone teach the fixed part, what
+        joins them the marginal part, by as much as it is of the call: which of the two a call teaches does not depend
+        on the estimates, so that wrong ones cannot confirm each other."""
+        if not joining:
+            self._learn_fixed(max(0.0, seconds - self.token_s * num_rows))
+            return
+        token_s = (seconds - self.fixed_s - self.token_s * num_rows) / joining
+        self._learn_token(max(0.0, token_s), joining / (num_rows + joining))
 
     def _learn_fixed(self, seconds: float) -> None:
         self.fixed_s += self.rate * (seconds - self.fixed_s)
 
-    def _learn_token(self, seconds: float) -> None:
-        self.token_s += self.rate * (seconds - self.token_s)
+    def _learn_token(self, seconds: float, weight: float) -> None:
+        self.token_s += self.rate * weight * (seconds - self.token_s)
 
 
 @dataclass(slots=True)
