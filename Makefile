@@ -148,8 +148,8 @@ bench-flat: $(READY)
 	$(BIN)/python tools/peers/measure.py $(if $(wildcard $(VLLM)/.ready),--peer $(VLLM)) --only mixed:4:1 --rounds 1 \
 	    --place flat $(FLAGS)
 
-# vLLM takes 10 GiB beside ours: PEERS='openvino_genai llama_cpp' leaves it out. Each is installed once; --peer in FLAGS names one with
-# another precision (see tools/peers/measure.py).
+# All three take some 19 GiB beside ours, vLLM alone 10: PEERS='openvino_genai llama_cpp' leaves it out. Each is installed once;
+# --peer in FLAGS names one with another precision (see tools/peers/measure.py).
 bench-peers: $(READY) $(PEERS:%=build/peers/%/.ready)
 	$(BIN)/python tools/peers/measure.py $(PEERS:%=--peer build/peers/%) --page docs/performance.md $(FLAGS)
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from dashinfer_vlm.kernels import cpu_ops
+from dashinfer_vlm.kernels.decoder_layer import DecoderLayer
 from tests.kernels.test_attention import random_cache
 
 pytestmark = pytest.mark.usefixtures("level")
@@ -96,7 +97,7 @@ def test_a_layer_is_its_parts(
     p, step = parts(kind, is_qwen3=is_qwen3), Step(queries, contexts, cache_dtype)
     x, caches = torch.randn(sum(queries), HIDDEN), tuple(cache.clone() for cache in step.caches)
     want = one_after_the_other(x, p, step, (caches[0], caches[1]))
-    cpu_ops.DecoderLayer(**p).forward(x, *step.tables, *step.caches, *step.batch())
+    DecoderLayer(**p).forward(x, *step.tables, *step.caches, *step.batch())
     assert torch.equal(x, want)
     assert all(torch.equal(ours, theirs) for ours, theirs in zip(step.caches, caches, strict=True))
 
@@ -104,7 +105,7 @@ def test_a_layer_is_its_parts(
 def test_no_rows_change_nothing() -> None:
     step = Step([0], [0], torch.float32)
     before = step.caches[0].clone()
-    cpu_ops.DecoderLayer(**parts("int8", is_qwen3=False)).forward(
+    DecoderLayer(**parts("int8", is_qwen3=False)).forward(
         torch.empty(0, HIDDEN), *step.tables, *step.caches, *step.batch()
     )
     assert torch.equal(step.caches[0], before)
@@ -125,11 +126,11 @@ def test_no_rows_change_nothing() -> None:
 def test_parts_that_do_not_fit_are_named(change: dict[str, Any], message: str) -> None:
     changed = {name: part() if callable(part) else part for name, part in change.items()}
     with pytest.raises(ValueError, match=message):
-        cpu_ops.DecoderLayer(**{**parts("int8", is_qwen3=False), **changed})
+        DecoderLayer(**{**parts("int8", is_qwen3=False), **changed})
 
 
 def test_a_step_that_does_not_fit_is_named() -> None:
-    layer, step = cpu_ops.DecoderLayer(**parts("int8", is_qwen3=False)), Step([2], [3], torch.float32)
+    layer, step = DecoderLayer(**parts("int8", is_qwen3=False)), Step([2], [3], torch.float32)
     slots, tables, starts, contexts = step.batch()
     x = torch.randn(2, HIDDEN)
     keys, values = random_cache((2, NUM_BLOCKS, BLOCK_SIZE, 1, DIM), torch.float32)

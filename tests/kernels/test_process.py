@@ -92,5 +92,5 @@ def test_tensors_without_the_fast_exchange_are_accepted() -> None:
     x = torch.randn(3, 8)
     packed = cpu_ops.pack_linear(torch.randn(5, 8))
     out = torch.empty(3, 5)
-    cpu_ops._cpu().linear(x.numpy(), packed.handle, None, out, "none", None)
+    cpu_ops.extension().linear(x.numpy(), packed.handle, None, out, "none", None)
     assert torch.equal(out, cpu_ops.linear(x, packed))

@@ -43,16 +43,10 @@ class StepCost:
         joins them the marginal part, by as much as it is of the call: which of the two a call teaches does not depend
         on the estimates, so that wrong ones cannot confirm each other."""
         if not joining:
-            self._learn_fixed(max(0.0, seconds - self.token_s * num_rows))
+            self.fixed_s += self.rate * (max(0.0, seconds - self.token_s * num_rows) - self.fixed_s)
             return
         token_s = (seconds - self.fixed_s - self.token_s * num_rows) / joining
-        self._learn_token(max(0.0, token_s), joining / (num_rows + joining))
-
-    def _learn_fixed(self, seconds: float) -> None:
-        self.fixed_s += self.rate * (seconds - self.fixed_s)
-
-    def _learn_token(self, seconds: float, weight: float) -> None:
-        self.token_s += self.rate * weight * (seconds - self.token_s)
+        self.token_s += self.rate * joining / (num_rows + joining) * (max(0.0, token_s) - self.token_s)
 
 
 @dataclass(slots=True)

@@ -50,7 +50,8 @@ def why_unavailable() -> str | None:
     return _why_unavailable
 
 
-def _cpu() -> Any:
+def extension() -> Any:
+    """The module of the kernels; raises RuntimeError where it is not available."""
     if _module is None:
         raise RuntimeError(f"native CPU kernels are not available: {_why_unavailable}")
     return _module
@@ -58,19 +59,19 @@ def _cpu() -> Any:
 
 def isa() -> str:
     """The instruction level in use, one of `levels()`."""
-    level: str = _cpu().isa()
+    level: str = extension().isa()
     return level
 
 
 def multiplies_bfloat16() -> bool:
     """Whether the level in use has bfloat16 arithmetic: `linear` then rounds x to bfloat16 for bfloat16 weights."""
-    multiplies: bool = _cpu().multiplies_bfloat16()
+    multiplies: bool = extension().multiplies_bfloat16()
     return multiplies
 
 
 def levels() -> list[str]:
     """Levels that this build has and this processor runs, best first."""
-    names: list[str] = _cpu().levels()
+    names: list[str] = extension().levels()
     return names
 
 
@@ -80,30 +81,30 @@ def set_isa(level: str) -> None:
     Weights must be packed anew where the levels' layouts differ: `amx`, `avx512_bf16` and `avx512` share one, `avx2`
     and `generic` another. `linear` refuses the wrong ones; float32 weights are the same everywhere.
     """
-    _cpu().set_isa(level)
+    extension().set_isa(level)
 
 
 def num_threads() -> int:
     """Threads that take part in one kernel, the caller included; those of the affinity mask at first."""
-    n: int = _cpu().num_threads()
+    n: int = extension().num_threads()
     return n
 
 
 def set_num_threads(n: int) -> None:
     """Use `n >= 1` threads from the next kernel on."""
-    _cpu().set_num_threads(n)
+    extension().set_num_threads(n)
 
 
 def set_cores(cores: Sequence[int]) -> None:
     """Pin thread t of the kernels to `cores[t]` from the next kernel on, but for thread 0, which is whoever calls;
     empty lets them run anywhere."""
-    _cpu().set_cores(list(cores))
+    extension().set_cores(list(cores))
 
 
 def set_memory_nodes(nodes: Sequence[int]) -> None:
     """Spread weights that are packed from now on page by page over these NUMA nodes; empty leaves each page on the node
     of the thread that writes it first. Raises OSError when the system refuses."""
-    _cpu().set_memory_nodes(list(nodes))
+    extension().set_memory_nodes(list(nodes))
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,7 +146,7 @@ class PackedWeight:
     @property
     def panels(self) -> memoryview:
         """Its bytes, to be kept in a file; they live as long as the view and cannot be written."""
-        return memoryview(_cpu().panels(self.handle))
+        return memoryview(extension().panels(self.handle))
 
     def checksum(self) -> int:
         """64 bits over `panels`, to find damage; not made to withstand somebody who wants it equal."""
@@ -159,7 +160,7 @@ def pack_linear(weight: Tensor, *, gate_up: bool = False) -> PackedWeight:
     With `gate_up` the first N/2 rows are the gate projection and the rest the up projection; they are interleaved so
     that `linear(..., epilogue="silu_mul")` multiplies them in registers.
     """
-    return _packed(_cpu().pack_linear(weight, gate_up))
+    return _packed(extension().pack_linear(weight, gate_up))
 
 
 def pack_linear_int8(weight: Tensor, group_size: int = 0, *, gate_up: bool = False) -> PackedWeight:
@@ -170,7 +171,7 @@ def pack_linear_int8(weight: Tensor, group_size: int = 0, *, gate_up: bool = Fal
     integers. With groups it rounds x to 16 bits per row and group, which loses less than the float32 sums of a wide
     product do: the weight alone is rounded.
     """
-    return _packed(_cpu().pack_linear_int8(weight, group_size, gate_up))
+    return _packed(extension().pack_linear_int8(weight, group_size, gate_up))
 
 
 def pack_linear_int4(weight: Tensor, group_size: int = 128, *, gate_up: bool = False) -> PackedWeight:
@@ -180,12 +181,12 @@ def pack_linear_int4(weight: Tensor, group_size: int = 128, *, gate_up: bool = F
     levels blocks of 32 columns of x, each row and block rounded to 8 bits (scale `max |x| / 127`), which adds about a
     hundredth to the error that 4-bit weights have anyway; at the others groups, x rounded to 16 bits per row and group.
     """
-    return _packed(_cpu().pack_linear_int4(weight, group_size, gate_up))
+    return _packed(extension().pack_linear_int4(weight, group_size, gate_up))
 
 
 def packing() -> str:
     """Names the layout of packed weights; one that was kept under another name must not be read."""
-    layout: str = _cpu().packing()
+    layout: str = extension().packing()
     return layout
 
 
@@ -196,7 +197,7 @@ def read_packed(fd: int, offset: int, num_bytes: int, shape: PackedShape) -> Pac
     agree and for a file that ends too early, OSError when reading fails. Compare its `checksum()` yourself.
     """
     s = shape
-    handle = _cpu().read_packed(fd, offset, num_bytes, s.type, s.num_rows, s.depth, s.group_size, s.gate_up)
+    handle = extension().read_packed(fd, offset, num_bytes, s.type, s.num_rows, s.depth, s.group_size, s.gate_up)
     return _packed(handle)
 
 
@@ -224,7 +225,7 @@ def linear(
     """
     if out is None:
         out = torch.empty((x.shape[0], weight.num_columns), dtype=torch.float32)
-    _cpu().linear(x, weight.handle, bias, out, epilogue, residual)
+    extension().linear(x, weight.handle, bias, out, epilogue, residual)
     return out
 
 
@@ -235,7 +236,7 @@ def embed_patches(patches: Tensor, weight: PackedWeight, bias: Tensor, out: Tens
     """
     if out is None:
         out = torch.empty((patches.shape[0], weight.num_columns), dtype=torch.float32)
-    _cpu().embed_patches(patches, weight.handle, bias, out)
+    extension().embed_patches(patches, weight.handle, bias, out)
     return out
 
 
@@ -258,7 +259,7 @@ def paged_attention(
     """
     if out is None:
         out = torch.empty(q.shape, dtype=torch.float32)
-    _cpu().paged_attention(q, k_cache, v_cache, block_tables, query_starts, context_lens, scale, out)
+    extension().paged_attention(q, k_cache, v_cache, block_tables, query_starts, context_lens, scale, out)
     return out
 
 
@@ -269,7 +270,7 @@ def write_kv(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tens
     int8 caches [num_blocks, block_size, Hkv, D + 4] get multiples of `max |x| / 127` of the row, a float32 in its last
     four bytes; keys are transformed before, as `layers.attention.write_kv` says.
     """
-    _cpu().write_kv(k, v, k_cache, v_cache, slots)
+    extension().write_kv(k, v, k_cache, v_cache, slots)
 
 
 def varlen_attention(
@@ -292,14 +293,14 @@ def varlen_attention(
     """
     if out is None:
         out = torch.empty(q.shape, dtype=torch.float32)
-    _cpu().varlen_attention(q, k, v, starts, scale, first_query, bfloat16, out)
+    extension().varlen_attention(q, k, v, starts, scale, first_query, bfloat16, out)
     return out
 
 
 def rope(x: Tensor, cos: Tensor, sin: Tensor) -> None:
     """Rotate x (float32 [T, H, D], any strides before D) in place by the float32 tables [T, D / 2]: channel i with
     channel i + D / 2 (the half-split form of RoPE, Su et al. 2021)."""
-    _cpu().rope(x, cos, sin)
+    extension().rope(x, cos, sin)
 
 
 def rope_write_kv(
@@ -313,67 +314,14 @@ def rope_write_kv(
     slots: Tensor,
 ) -> None:
     """`rope` on q in place, and `write_kv` of v and of the rotated k, whose memory is left as it is."""
-    _cpu().rope_write_kv(q, k, v, cos, sin, k_cache, v_cache, slots)
-
-
-class DecoderLayer:
-    """A layer of the text model: what `rms_norm`, `linear`, `rope_write_kv` and `paged_attention` make one after the
-    other, to the bit, in one call.
-
-    norms: float32 [hidden], before attention and MLP. qkv: the heads of queries, keys and values one above the other,
-    [(H + 2 Hkv) * D, hidden], with a float32 bias or none. head_norms: float32 [D] of queries and of keys, or none.
-    gate_up is packed with `gate_up=True`. Raises ValueError where these do not fit each other.
-    """
-
-    def __init__(
-        self,
-        *,
-        norms: tuple[Tensor, Tensor],
-        qkv: PackedWeight,
-        qkv_bias: Tensor | None,
-        head_norms: tuple[Tensor, Tensor] | None,
-        out: PackedWeight,
-        gate_up: PackedWeight,
-        down: PackedWeight,
-        num_heads: int,
-        num_kv_heads: int,
-        eps: float,
-    ) -> None:
-        self.handle = _cpu().DecoderLayer(
-            norms[0],
-            qkv.handle,
-            qkv_bias,
-            *(head_norms or (None, None)),
-            out.handle,
-            norms[1],
-            gate_up.handle,
-            down.handle,
-            num_heads,
-            num_kv_heads,
-            eps,
-        )
-
-    def forward(
-        self,
-        x: Tensor,
-        cos: Tensor,
-        sin: Tensor,
-        k_cache: Tensor,
-        v_cache: Tensor,
-        slots: Tensor,
-        block_tables: Tensor,
-        query_starts: Tensor,
-        context_lens: Tensor,
-    ) -> None:
-        """x: float32 [T, hidden], dense, is overwritten; the rest as `rope_write_kv` and `paged_attention` take it."""
-        self.handle.forward(x, cos, sin, k_cache, v_cache, slots, block_tables, query_starts, context_lens)
+    extension().rope_write_kv(q, k, v, cos, sin, k_cache, v_cache, slots)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, out: Tensor | None = None) -> Tensor:
     """RMSNorm of float32 [T, C] (rows may be strided) with weight float32 [C]; out may be x (Zhang, Sennrich 2019)."""
     if out is None:
         out = torch.empty(x.shape, dtype=torch.float32)
-    _cpu().norm(x, weight, None, eps, out)
+    extension().norm(x, weight, None, eps, out)
     return out
 
 
@@ -381,7 +329,7 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float, out: Tensor 
     """LayerNorm of float32 [T, C] (rows may be strided) with weight and bias float32 [C]; out may be x."""
     if out is None:
         out = torch.empty(x.shape, dtype=torch.float32)
-    _cpu().norm(x, weight, bias, eps, out)
+    extension().norm(x, weight, bias, eps, out)
     return out
 
 
@@ -392,12 +340,12 @@ def choose(logits: Tensor, choices: Choices) -> Tensor:
     relative error of 2e-7, sums float64 but for spans of 128 weights.
     """
     tokens = torch.empty(len(logits), dtype=torch.int32)
-    _cpu().choose(logits, choices, tokens)
+    extension().choose(logits, choices, tokens)
     return tokens
 
 
 def likeliest(logits: Tensor, rows: Tensor, tokens: Tensor, num_top: int) -> Likeliest:
     """What `logprobs` tells of `tokens` (int32 [n]), one in each of `rows` (int32 [n]) of logits (float32 [R, V])."""
     found = Likeliest.empty(len(rows), min(num_top, logits.shape[1]))
-    _cpu().likeliest(logits, rows, tokens, found.largest, found.log_totals, found.ranks, found.top_ids)
+    extension().likeliest(logits, rows, tokens, found.largest, found.log_totals, found.ranks, found.top_ids)
     return found

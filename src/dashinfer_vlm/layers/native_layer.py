@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from dashinfer_vlm.kernels.cpu_ops import DecoderLayer
+from dashinfer_vlm.kernels.decoder_layer import DecoderLayer
 from dashinfer_vlm.layers.backend import NATIVE, Backend
 from dashinfer_vlm.layers.linear import Linear, NativeLinear
 

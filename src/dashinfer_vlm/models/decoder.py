@@ -245,7 +245,7 @@ class _Layer:
         self.norm1 = backend.norm_before(attention.qkv, gains1, eps)
         self.norm2 = backend.norm_before(mlp.first, gains2, eps)
         self.native = None
-        if isinstance(mlp, GatedMlp):
+        if type(attention) is Attention and type(mlp) is GatedMlp:  # another class may compute otherwise
             self.native = native_layer(
                 backend,
                 norms=(backend.vector(gains1), backend.vector(gains2)),
