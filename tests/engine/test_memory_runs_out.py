@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import count
 from typing import Any
 
 import pytest
@@ -10,10 +11,12 @@ import torch
 
 from dashinfer_vlm.engine import engine as engine_module
 from dashinfer_vlm.engine.cards.sampling import CardSampler, Wanted, waits_for_tokens
+from dashinfer_vlm.engine.cards.seats import Seat
 from dashinfer_vlm.engine.devices import make_runner
 from dashinfer_vlm.engine.engine import Engine
+from dashinfer_vlm.layers.card_sampling import SeenCounts
 from dashinfer_vlm.models.base import KVCache, StepBatch
-from dashinfer_vlm.request import Request
+from dashinfer_vlm.request import Output, Request, SamplingParams
 from tests.engine.card_runner import make_card_runner
 from tests.engine.scripted_model import ScriptedEncoder, ScriptedModel, ScriptedState, expected
 from tests.engine.test_engine import greedy, make_engine, reason, run, tokens, with_image
@@ -33,6 +36,15 @@ class NarrowModel(ScriptedModel):
 @pytest.fixture(params=[make_runner, make_card_runner], ids=["processor", "card"], autouse=True)
 def each_runner(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(engine_module, "make_runner", request.param)
+
+
+@pytest.fixture
+def card(request: pytest.FixtureRequest) -> None:
+    if "card" not in request.node.callspec.id:
+        pytest.skip("a processor chooses and counts within the step")
+
+
+on_card = pytest.mark.usefixtures("card")
 
 
 def narrow_engine(most_rows: int) -> Engine:
@@ -67,6 +79,65 @@ def test_penalties_do_not_count_what_was_not_chosen() -> None:
     long = Request(id="long", prompt_ids=list(range(1, 60)), params=greedy(5))
     alone = run(narrow_engine(12), penalised)["a"]
     assert tokens(run(narrow_engine(12), penalised, long)["a"]) == tokens(alone)
+
+
+def test_a_prefix_that_somebody_computes_before_the_step_is_planned_again_is_read_where_it_lies() -> None:
+    engine = narrow_engine(12)
+    outputs: dict[str, list[Output]] = {"a": [], "long": [], "first": []}
+
+    def step() -> None:
+        for output in engine.step():
+            outputs[output.request_id].append(output)
+
+    engine.add(Request(id="a", prompt_ids=[5, 6, 7, 8, 9, 3], params=greedy(9)))
+    engine.add(Request(id="long", prompt_ids=list(range(1, 60)), params=greedy(5)))
+    step()
+    assert reason(outputs["long"]) == "error", "the step of both has failed"
+    engine.add(Request(id="first", prompt_ids=[5, 6, 7, 8, 9, 3], params=greedy(9), priority=-1))
+    while engine.has_work():
+        step()
+    assert outputs["a"][-1].num_cached_tokens == 4
+    assert tokens(outputs["a"]) == tokens(outputs["first"]) == expected([5, 6, 7, 8, 9, 3], 9)
+
+
+@on_card
+def test_penalties_count_the_prompt_of_whom_the_first_step_had_no_memory_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    params = SamplingParams(seed=1, max_tokens=1, repetition_penalty=100)
+    penalised = Request(id="a", prompt_ids=[5, 20, 20], params=params)  # would be followed by another 5
+    other = Request(id="other", prompt_ids=[8, 9, 10, 11], params=greedy(20))
+    alone = run(make_engine(), penalised)["a"]
+    assert tokens(alone) != [5]
+    take_seat, left = CardSampler.take_seat, [NO_MEMORY]
+
+    def narrow(sampler: CardSampler, seat: Seat) -> None:
+        if left and seat.sequence.id == "a":
+            raise left.pop()
+        take_seat(sampler, seat)
+
+    monkeypatch.setattr(CardSampler, "take_seat", narrow)
+    outputs = run(make_engine(), penalised, other)
+    assert reason(outputs["other"]) == "error", "it asked for more"
+    assert tokens(outputs["a"]) == tokens(alone)
+
+
+@on_card
+def test_a_step_whose_tokens_could_not_be_counted_is_computed_again_behind_the_same_tokens(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    requests = [Request(id=n, prompt_ids=[5, 6, 7], params=greedy(12, repetition_penalty=1.1)) for n in ("a", "other")]
+    add, calls = SeenCounts.add, count()
+
+    def narrow(seen: SeenCounts, chosen: torch.Tensor) -> None:
+        if next(calls) == 5:
+            raise NO_MEMORY
+        add(seen, chosen)
+
+    monkeypatch.setattr(SeenCounts, "add", narrow)
+    outputs = run(make_engine(), *requests)
+    assert reason(outputs["other"]) == "error"
+    assert tokens(outputs["a"]) == expected([5, 6, 7], 12)
 
 
 def test_an_engine_serves_on_after_it() -> None:
@@ -106,11 +177,10 @@ def failing_once(choose: Callable[[CardSampler, Wanted], Any]) -> Callable[[Card
     return narrow
 
 
+@on_card
 def test_a_choice_without_memory_ends_those_who_wait_for_it(
-    monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    if "card" not in request.node.callspec.id:
-        pytest.skip("a processor chooses within the step")
     monkeypatch.setattr(CardSampler, "choose", failing_once(CardSampler.choose))
     engine = make_engine()
     waiting = Request(id="waiting", prompt_ids=[1, 2], params=greedy(20, no_repeat_ngram_size=3))
@@ -118,3 +188,15 @@ def test_a_choice_without_memory_ends_those_who_wait_for_it(
     assert reason(outputs["waiting"]) == "error"
     assert len(tokens(outputs["waiting"])) >= 3
     assert tokens(run(engine, Request(id="a", prompt_ids=[5, 6], params=greedy(5)))["a"]) == expected([5, 6], 5)
+
+
+@on_card
+def test_a_choice_without_memory_ends_those_whose_prompts_it_was_to_tell_of(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(CardSampler, "choose", failing_once(CardSampler.choose))
+    waiting = Request(id="waiting", prompt_ids=[1, 2], params=greedy(20, no_repeat_ngram_size=3))
+    scored = Request(id="scored", prompt_ids=list(range(1, 90)), params=greedy(5, prompt_logprobs=0))
+    outputs = run(make_engine(), waiting, scored)
+    assert reason(outputs["waiting"]) == "error"
+    assert reason(outputs["scored"]) == "error"

@@ -205,13 +205,13 @@ class Engine:
             self.scheduler.started(plan)
 
     def _resume(self, flight: Flight) -> None:
-        """A choice of tokens that finds no memory costs those who wait for it: what was computed for them is lost."""
+        """A choice of tokens that finds no memory costs those who wait for what the step was to tell: it is lost."""
         try:
             flight.resume()
         except torch.OutOfMemoryError as error:
             log.error("no memory for a step's choice of tokens: %s", error)
             self._flights.remove(flight)
-            for chunk in flight.plan.sampled_chunks:
+            for chunk in (*flight.plan.sampled_chunks, *flight.plan.scored_chunks):
                 if chunk.sequence.finish is None:
                     self._end(chunk.sequence, _NO_MEMORY)
 

@@ -129,16 +129,19 @@ class CardRunner:
             logits,
             _num_candidates(arrays, num_logits, self.model.text.vocab_size),
         )
-        return CardFlight(plan, begin, self._sampler, wanted if num_logits else None, scored)
+        flight = CardFlight(plan, begin, self._sampler, wanted if num_logits else None, scored)
+        self._seats.started(plan.chunks, seated)
+        return flight
 
     def needs_tokens(self, sequence: Sequence) -> bool:
         """Never: what the host must apply is applied when the tokens are there, while the model computes."""
         return False
 
     def _take_seat(self, chunk: Chunk, block_size: int) -> Seat:
-        seat, is_new = self._seats.take(chunk, block_size)
-        if is_new:
+        seat = self._seats.take(chunk, block_size)
+        if not seat.is_counted:
             self._sampler.take_seat(seat)
+            seat.is_counted = True
         return seat
 
     def _find_items(self, plan: Plan, arrays: Arrays) -> list[tuple[int, Tensor]]:

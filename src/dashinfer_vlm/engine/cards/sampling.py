@@ -131,7 +131,8 @@ class CardSampler:
 
     def choose(self, wanted: Wanted) -> Chosen:
         """Start all that turns logits into tokens and brings them to the host. What the device keeps changes last, so
-        that a step for which there is no memory can be computed again."""
+        that a step for which there is no memory can be computed again: counts may take some, newest tokens take none.
+        """
         logits = wanted.logits[: wanted.num_rows]
         choices, failed = self._choices(wanted)
         seen = self._seen_counts(wanted)
@@ -142,9 +143,9 @@ class CardSampler:
         asking = [(row, num_top) for row, num_top in enumerate(_logprobs_of(wanted.chunks)) if num_top is not None]
         told = self._tell(logits, known, asking) if asking else None
         chosen = Chosen(self._home(tokens), failed, asking, None if told is None else self._home(told))
-        self.newest.scatter_(0, wanted.arrays["seats"], known)
         if seen is not None:
             seen.add(known)
+        self.newest.scatter_(0, wanted.arrays["seats"], known)
         return chosen
 
     def score(self, logits: Tensor, groups: list[tuple[Sequence, range]]) -> Scored:

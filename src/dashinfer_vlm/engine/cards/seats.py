@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,8 +24,10 @@ class Seat:
     num_listed: int = 0
     """Blocks that are in the table."""
     next_start: int = 0
-    """Where its last chunk ended. Blocks in front of it are the table's for good; those behind it may be replaced by
-    ones that others have computed, which moves the next chunk's start."""
+    """Where its last chunk that was started ended. Blocks in front of it are the table's for good; those behind it may
+    be replaced by ones that others have computed, which moves the next chunk's start."""
+    is_counted: bool = False
+    """Whether the device knows what its sequence has seen."""
 
 
 class Seats:
@@ -39,11 +42,10 @@ class Seats:
         self._seats: dict[Sequence, Seat] = {}
         self._free = list(range(num_seats))[::-1]
 
-    def take(self, chunk: Chunk, block_size: int) -> tuple[Seat, bool]:
-        """The seat of the chunk's sequence, with its blocks in the table, and whether it has only now been given it."""
+    def take(self, chunk: Chunk, block_size: int) -> Seat:
+        """The seat of the chunk's sequence, with its blocks in the table."""
         sequence = chunk.sequence
         seat = self._seats.get(sequence)
-        is_new = seat is None
         if seat is None:
             seat = self._seats[sequence] = self._seat(sequence)
         elif seat.blocks is not sequence.blocks:
@@ -52,8 +54,13 @@ class Seats:
             first = seat.next_start // block_size
             self.tables[seat.index, first : len(seat.blocks)] = seat.blocks[first:]
             seat.num_listed = len(seat.blocks)
-        seat.next_start = chunk.start + chunk.num_tokens
-        return seat, is_new
+        return seat
+
+    @staticmethod
+    def started(chunks: Iterable[Chunk], seated: Iterable[Seat]) -> None:
+        """Their step is under way; one that has failed on its way there leaves the seats as they were."""
+        for chunk, seat in zip(chunks, seated, strict=True):
+            seat.next_start = chunk.start + chunk.num_tokens
 
     def _seat(self, sequence: Sequence) -> Seat:
         if not self._free:
