@@ -22,7 +22,7 @@ from dashinfer_vlm.allocator import keep_freed_memory
 from dashinfer_vlm.config import EngineConfig
 from dashinfer_vlm.engine.client import OnProgress
 from dashinfer_vlm.engine.host.loop import EngineLoop, SteppedEngine
-from dashinfer_vlm.engine.host.mapping import from_wire
+from dashinfer_vlm.engine.host.mapping import from_wire, lost_arrays
 from dashinfer_vlm.engine.host.wire import (
     Command,
     Event,
@@ -36,7 +36,7 @@ from dashinfer_vlm.engine.host.wire import (
     command_decoder,
 )
 from dashinfer_vlm.engine.info import EngineInfo
-from dashinfer_vlm.errors import DashInferError, EngineError
+from dashinfer_vlm.errors import DashInferError
 from dashinfer_vlm.fault import Fault
 from dashinfer_vlm.shared_array import leave
 
@@ -77,9 +77,8 @@ class SocketChannel:
             return [command]
         try:
             return [from_wire(command)]
-        except FileNotFoundError:
-            fault = Fault.of(EngineError(f"the arrays of request {command.id} were removed before the engine saw them"))
-            self.send(Refused(command.id, fault))
+        except OSError as error:
+            self.send(Refused(command.id, Fault.of(lost_arrays(command.id, error))))
             return []
 
 

@@ -14,7 +14,7 @@ from dataclasses import replace
 from functools import cache
 from typing import TYPE_CHECKING, Any, Protocol
 
-from dashinfer_vlm.engine.host.mapping import map_tensor
+from dashinfer_vlm.engine.host.mapping import lost_arrays, map_tensor
 from dashinfer_vlm.engine.host.wire import (
     Abort,
     AskStats,
@@ -27,7 +27,7 @@ from dashinfer_vlm.engine.host.wire import (
     StatsReply,
 )
 from dashinfer_vlm.engine.stats import EngineStats
-from dashinfer_vlm.errors import DashInferError, EngineDeadError, EngineError, InvalidRequestError
+from dashinfer_vlm.errors import DashInferError, EngineDeadError, InvalidRequestError
 from dashinfer_vlm.fault import Fault
 from dashinfer_vlm.request import Finish, FinishReason, Item, Output, Request
 from dashinfer_vlm.shared_array import SharedArray
@@ -190,8 +190,8 @@ def _with_mapped_arrays(request: Request) -> Request:
     map_once = cache(map_tensor)  # the parts of an item share its patches
     try:
         items = tuple(_with_mapped(item, map_once) for item in request.items)
-    except FileNotFoundError as error:
-        raise EngineError(f"the patches of request {request.id} were removed before the engine saw them") from error
+    except OSError as error:
+        raise lost_arrays(request.id, error) from error
     return replace(request, items=items)
 
 

@@ -6,6 +6,7 @@ crosses a process border becomes a `WireRequest`, whose arrays are files in shar
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,7 +18,7 @@ from dashinfer_vlm.engine.info import EngineInfo
 from dashinfer_vlm.engine.stats import EngineStats
 from dashinfer_vlm.fault import Fault
 from dashinfer_vlm.log_lines import LogStyle
-from dashinfer_vlm.request import Grid, ItemKind, Output, Request, SamplingParams
+from dashinfer_vlm.request import Grid, Item, ItemKind, Output, Request, SamplingParams
 from dashinfer_vlm.shared_array import SharedArray, put
 
 if TYPE_CHECKING:
@@ -113,6 +114,8 @@ class Start(msgspec.Struct, frozen=True):
     log: LogStyle
 
 
+_Share = Callable[["torch.Tensor | np.ndarray | None"], SharedArray | None]
+
 Command = Request | Abort | AskStats | Close
 WireCommand = WireRequest | Abort | AskStats | Close
 Event = Outputs | Refused | StatsReply | Failed
@@ -123,7 +126,10 @@ event_decoder: msgspec.msgpack.Decoder[WireEvent] = msgspec.msgpack.Decoder(Wire
 
 
 def to_wire(request: Request, folder: Path) -> tuple[WireRequest, list[SharedArray]]:
-    """Copy the arrays of `request` that are not shared yet into `folder`; the caller removes those returned."""
+    """Copy the arrays of `request` that are not shared yet into `folder`; the caller removes those returned.
+
+    Raises as `shared_array.put` does, and leaves nothing in the folder then.
+    """
     made: list[SharedArray] = []
 
     def share(array: torch.Tensor | np.ndarray | None) -> SharedArray | None:
@@ -132,34 +138,42 @@ def to_wire(request: Request, folder: Path) -> tuple[WireRequest, list[SharedArr
         made.append(put(folder, _as_numpy(array)))
         return made[-1]
 
-    items = tuple(
-        WireItem(
-            kind=item.kind,
-            start=item.start,
-            num_tokens=item.num_tokens,
-            content_hash=item.content_hash,
-            grid=item.grid,
-            patches=item.patches if isinstance(item.patches, SharedArray) else share(item.patches),
-            embedding=item.embedding if isinstance(item.embedding, SharedArray) else share(item.embedding),
-            embedding_dtype=_dtype_name(item.embedding),
-            seconds_per_grid=item.seconds_per_grid,
-            first_row=item.first_row,
-            encoded_rows=item.encoded_rows,
-        )
-        for item in request.items
-    )
-    wire = WireRequest(
+    try:
+        return _wire_request(request, share), made
+    except BaseException:
+        for array in made:
+            array.remove()
+        raise
+
+
+def _wire_request(request: Request, share: _Share) -> WireRequest:
+    return WireRequest(
         request.id,
         request.prompt_ids,
         request.params,
-        items,
+        tuple(_wire_item(item, share) for item in request.items),
         share(request.positions),
         request.cache_salt,
         request.priority,
         request.tenant,
         request.weight,
     )
-    return wire, made
+
+
+def _wire_item(item: Item, share: _Share) -> WireItem:
+    return WireItem(
+        kind=item.kind,
+        start=item.start,
+        num_tokens=item.num_tokens,
+        content_hash=item.content_hash,
+        grid=item.grid,
+        patches=item.patches if isinstance(item.patches, SharedArray) else share(item.patches),
+        embedding=item.embedding if isinstance(item.embedding, SharedArray) else share(item.embedding),
+        embedding_dtype=_dtype_name(item.embedding),
+        seconds_per_grid=item.seconds_per_grid,
+        first_row=item.first_row,
+        encoded_rows=item.encoded_rows,
+    )
 
 
 def _dtype_name(embedding: torch.Tensor | SharedArray | None) -> str | None:
