@@ -67,7 +67,7 @@ class ScriptedEngine:
     def prepare(self, request: Request) -> Future[Any] | None:
         return self.preparing.get(request.id)
 
-    def add(self, request: Request) -> None:
+    def add(self, request: Request, prepared: Future[Any] | None = None) -> None:
         match request.prompt_ids[0]:
             case Script.REFUSE_LENGTH:
                 raise ContextLengthError("prompt has 200 tokens, the model's context is 100", param="messages")

@@ -14,15 +14,20 @@ from typing import Any
 import msgspec
 import numpy as np
 import pytest
+from llguidance import LLMatcher, LLTokenizer
 
 from dashinfer_vlm.config import EngineConfig
 from dashinfer_vlm.engine.engine import Engine
 from dashinfer_vlm.engine.grammars.compiler import Compiler
+from dashinfer_vlm.engine.grammars.forms import compile_for
 from dashinfer_vlm.engine.grammars.trial import Trial
+from dashinfer_vlm.engine.host.loop import EngineLoop
+from dashinfer_vlm.engine.host.wire import Command
 from dashinfer_vlm.engine.shaping import token_words
 from dashinfer_vlm.errors import InvalidRequestError, OverloadedError, UnsupportedError
 from dashinfer_vlm.request import Grammar, GrammarKind, Output, Request, SamplingParams
 from tests.conftest import ROOT, CheckpointMaker
+from tests.engine.host.test_loop import ScriptedChannel
 from tests.engine.late_runner import LateRunner
 from tests.engine.scripted_model import EOS, VOCAB, ScriptedModel
 
@@ -350,15 +355,51 @@ def test_equal_grammars_are_compiled_once_and_the_oldest_are_forgotten(
     assert compiler.prepare(Grammar("regex", "once")) is not first
 
 
-def test_grammars_that_wait_are_bounded_and_one_that_nobody_wants_makes_room(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dashinfer_vlm.engine.grammars.compiler.MAX_WAITING", 3)
+def test_a_request_is_added_with_what_was_prepared_for_it_though_others_have_pushed_it_out(
+    compiler: Compiler, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The loop would wait for it in the middle of everybody's steps."""
+    monkeypatch.setattr("dashinfer_vlm.engine.grammars.compiler.MAX_KEPT", 1)
+    compiled = []
+
+    def counted(tokenizer: LLTokenizer, grammar: Grammar) -> LLMatcher:
+        compiled.append(grammar.text)
+        return compile_for(tokenizer, grammar)
+
+    monkeypatch.setattr("dashinfer_vlm.engine.grammars.compiler.compile_for", counted)
+    texts = [f"pushed{i}" for i in range(4)]
+    params = [SamplingParams(grammar=Grammar("regex", text), max_tokens=9) for text in texts]
+    asked: list[Command] = [Request(id=p.grammar.text, prompt_ids=[1], params=p) for p in params if p.grammar]
+    channel = ScriptedChannel(asked)
+    EngineLoop(Run(compiler).engine, channel).run()
+    assert channel.endings() == dict.fromkeys(texts, "stop")
+    assert sorted(text for text in compiled if text in texts) == texts
+
+
+def test_a_failure_that_is_not_the_grammars_is_not_kept(compiler: Compiler, monkeypatch: pytest.MonkeyPatch) -> None:
+    start, left = Trial._start, [BlockingIOError("no process")]
+
+    def failing(trial: Trial) -> subprocess.Popen[bytes]:
+        if left:
+            raise left.pop()
+        return start(trial)
+
+    monkeypatch.setattr(Trial, "_start", failing)
+    fresh = Compiler(vocabulary, VOCAB, (EOS,))
+    with pytest.raises(BlockingIOError):
+        fresh.matcher(Grammar("regex", "later"))
+    assert fresh.matcher(Grammar("regex", "later"))
+    fresh.close()
+
+
+def test_grammars_that_wait_are_bounded_and_one_that_nobody_wants_makes_room() -> None:
     go = threading.Event()
 
     def wait() -> str:
         go.wait()
         return vocabulary()
 
-    compiler = Compiler(wait, VOCAB, (EOS,))
+    compiler = Compiler(wait, VOCAB, (EOS,), max_waiting=3)
     try:
         first, *_, last = (compiler.prepare(Grammar("regex", letter)) for letter in "abc")
         assert compiler.prepare(Grammar("regex", "a")) is first, "one that waits already takes no more room"

@@ -92,6 +92,12 @@ def test_answers_to_200_random_schemas_are_valid(vlm: VLM, temperature: float, n
     assert wrong_answers(vlm, 200, temperature=temperature, n=n) == []
 
 
+def test_more_schemas_than_a_server_lets_wait_are_compiled_in_turn(vlm: VLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dashinfer_vlm.engine.grammars.compiler.MAX_WAITING", 3)
+    asked = [SamplingParams(grammar=Grammar.choices([f"word {i}"]), max_tokens=20) for i in range(24)]
+    assert [result.text for result in vlm.generate(["a"] * 24, asked)] == [f"word {i}" for i in range(24)]
+
+
 @pytest.mark.parametrize(
     ("grammar", "pattern"),
     [

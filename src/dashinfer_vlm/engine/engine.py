@@ -78,7 +78,8 @@ class Engine:
         self._times = StepTimes()
 
     def prepare(self, request: Request) -> Future[Any] | None:
-        """Begin what takes time before `add`, elsewhere: the future is done when `add` will not wait. None: nothing.
+        """Begin what takes time before `add`, elsewhere: once the future is done, `add` does not wait with it. None:
+        nothing.
 
         Raises like `add`.
         """
@@ -88,8 +89,9 @@ class Engine:
         check_request(request, self.limits)
         return self._compiler(grammar).prepare(grammar)
 
-    def add(self, request: Request) -> None:
-        """Accept a request, which then ends in exactly one final Output; or raise and know nothing of it.
+    def add(self, request: Request, prepared: Future[Any] | None = None) -> None:
+        """Accept a request, which then ends in exactly one final Output; or raise and know nothing of it. `prepared` is
+        what `prepare` gave for it.
 
         Raises InvalidRequestError or ContextLengthError with a message fit for the client.
         """
@@ -111,7 +113,7 @@ class Engine:
             max_tokens=max_tokens,
             seed=seed,
             drafter=drafter,
-            matcher=None if grammar is None else self._compiler(grammar).matcher(grammar),
+            matcher=None if grammar is None else self._compiler(grammar).matcher(grammar, prepared),
         )
         self._sequences[request.id] = sequence
         self.scheduler.add(sequence)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import time
 from functools import partial
 from pathlib import Path
@@ -33,8 +34,11 @@ __all__ = ["load_engine", "make_cache"]
 logger = logging.getLogger(__name__)
 
 
-def load_engine(config: EngineConfig, progress: OnProgress) -> tuple[Engine, EngineInfo]:
-    """Load the checkpoint in the folder `config.model`; "weights" is the one stage of progress, in bytes.
+def load_engine(
+    config: EngineConfig, progress: OnProgress, *, max_waiting_grammars: float = math.inf
+) -> tuple[Engine, EngineInfo]:
+    """Load the checkpoint in the folder `config.model`; "weights" is the one stage of progress, in bytes. The engine
+    refuses a grammar while `max_waiting_grammars` others are to be compiled.
 
     Raises CheckpointError for a folder that cannot be used, ConfigError for a device, a length or a cache that cannot
     be had. The number of threads holds for the whole process.
@@ -46,7 +50,9 @@ def load_engine(config: EngineConfig, progress: OnProgress) -> tuple[Engine, Eng
     device_of(config, Ranks(0, config.parallel_size))  # before processes are started that would not find theirs
     processes = None if config.parallel_size == 1 else RankProcesses(config)
     try:
-        model, num_blocks, engine = _load(config, processes, lambda done, total: progress("weights", done, total))
+        model, num_blocks, engine = _load(
+            config, processes, lambda done, total: progress("weights", done, total), max_waiting_grammars
+        )
     except BaseException:
         if processes is not None:
             processes.close()
@@ -73,7 +79,9 @@ def load_engine(config: EngineConfig, progress: OnProgress) -> tuple[Engine, Eng
     return engine, info
 
 
-def _load(config: EngineConfig, processes: RankProcesses | None, progress: Progress) -> tuple[LoadedModel, int, Engine]:
+def _load(
+    config: EngineConfig, processes: RankProcesses | None, progress: Progress, max_waiting_grammars: float
+) -> tuple[LoadedModel, int, Engine]:
     """Model, blocks of its cache, engine."""
     model = load_model(config, progress=progress, ranks=Ranks(0, config.parallel_size))
     if processes is not None:
@@ -82,7 +90,12 @@ def _load(config: EngineConfig, processes: RankProcesses | None, progress: Progr
     num_blocks, kv = make_cache(model, config)
     if processes is not None and model.encoder is not None:
         model.encoder = DealtEncoder(model, processes)
-    grammars = Compiler(partial(read_vocabulary, Path(config.model)), model.text.vocab_size, model.eos_token_ids)
+    grammars = Compiler(
+        partial(read_vocabulary, Path(config.model)),
+        model.text.vocab_size,
+        model.eos_token_ids,
+        max_waiting=max_waiting_grammars,
+    )
     return model, num_blocks, Engine(model, kv, config, grammars, processes)
 
 

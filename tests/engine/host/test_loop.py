@@ -6,6 +6,7 @@ import threading
 from collections import Counter, deque
 from concurrent.futures import Future
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -169,7 +170,7 @@ def test_shared_patches_are_mapped_before_their_owner_removes_them(tmp_path: Pat
     item = Item(kind="image", start=0, num_tokens=1, content_hash=b"x" * 32, grid=(1, 2, 2), patches=shared)
 
     class Removing(ScriptedEngine):
-        def add(self, request: Request) -> None:
+        def add(self, request: Request, prepared: Future[Any] | None = None) -> None:
             super().add(request)
             shared.remove()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import queue
 import threading
 from collections import OrderedDict
@@ -32,7 +33,7 @@ logger = logging.getLogger(__name__)
 MAX_KEPT = 256
 """Compiled grammars and refusals; the least recently used goes first. A compiled one begins with a few kilobytes."""
 MAX_WAITING = 64
-"""Grammars that are to be compiled; each may take seconds."""
+"""Grammars that strangers may have to be compiled at a time; each may take seconds."""
 _NUM_THREADS = 2
 """So that a grammar that is slow to compile does not keep the others waiting."""
 
@@ -44,11 +45,21 @@ Kept = Future[llguidance.LLMatcher]
 class Compiler:
     """Owns its threads and the processes in which grammars are tried: `close` ends them. Thread-safe."""
 
-    def __init__(self, vocabulary: Callable[[], str], vocab_size: int, eos_token_ids: tuple[int, ...]) -> None:
-        """`vocabulary` gives the text of a `tokenizer.json` whose added tokens no answer may hold; it is called, and
-        the masks' index of all tokens made of it, in a thread, at once: that takes a second for 150,000 tokens, during
+    def __init__(
+        self,
+        vocabulary: Callable[[], str],
+        vocab_size: int,
+        eos_token_ids: tuple[int, ...],
+        *,
+        max_waiting: float = math.inf,
+    ) -> None:
+        """With `max_waiting` grammars that are to be compiled, another one is refused.
+
+        `vocabulary` gives the text of a `tokenizer.json` whose added tokens no answer may hold; it is called, and the
+        masks' index of all tokens made of it, in a thread, at once: that takes a second for 150,000 tokens, during
         which Python's lock is held, so it should not happen later.
         """
+        self._max_waiting = max_waiting
         self._lock = threading.Lock()
         self._kept: OrderedDict[tuple[str, str, tuple[str, str] | None], Kept] = OrderedDict()
         self._pool = ThreadPoolExecutor(_NUM_THREADS, thread_name_prefix="grammars")
@@ -63,7 +74,7 @@ class Compiler:
         key = (grammar.kind, grammar.text, grammar.thought)
         with self._lock:
             found = self._kept.pop(key, None)
-            if found is None or found.cancelled():
+            if found is None or not _is_kept(found):
                 self._check_room()
                 found = self._pool.submit(self._compile, grammar)
             self._kept[key] = found
@@ -71,10 +82,11 @@ class Compiler:
                 self._kept.popitem(last=False)
         return found
 
-    def matcher(self, grammar: Grammar) -> Matcher:
-        """At the beginning of the grammar; waits until it is compiled, and raises UnsupportedError if it cannot be."""
+    def matcher(self, grammar: Grammar, prepared: Kept | None = None) -> Matcher:
+        """At the beginning of the grammar, which `prepare` may have been asked for; waits until it is compiled, and
+        raises UnsupportedError if it cannot be."""
         try:
-            return Matcher(self.prepare(grammar).result().deep_copy())
+            return Matcher((prepared or self.prepare(grammar)).result().deep_copy())
         except UnsupportedError as error:  # it is kept for whoever sends the grammar, under whatever name
             raise UnsupportedError(str(error), param=grammar.param) from None
 
@@ -86,9 +98,9 @@ class Compiler:
 
     def _check_room(self) -> None:
         num_waiting = sum(not kept.done() for kept in self._kept.values())
-        if num_waiting >= MAX_WAITING:
+        if num_waiting >= self._max_waiting:
             raise OverloadedError(
-                f"{num_waiting} grammars wait to be compiled, the limit is {MAX_WAITING}; try again later",
+                f"{num_waiting} grammars wait to be compiled, the limit is {self._max_waiting}; try again later",
                 reason="queued_grammars",
                 retry_after_s=_RETRY_S,
             )
@@ -114,6 +126,13 @@ class Compiler:
             yield trial
         finally:
             self._trials.put(trial)
+
+
+def _is_kept(found: Kept) -> bool:
+    """Whether it serves whoever asks for it again: a failure that is not the grammar's own may pass."""
+    if found.cancelled():
+        return False
+    return not found.done() or found.exception() is None or isinstance(found.exception(), UnsupportedError)
 
 
 def read_vocabulary(folder: Path) -> str:

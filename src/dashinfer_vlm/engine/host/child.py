@@ -120,10 +120,11 @@ def main() -> int:
 
 
 def _load(config: EngineConfig, progress: OnProgress) -> tuple[SteppedEngine, EngineInfo]:
+    from dashinfer_vlm.engine.grammars.compiler import MAX_WAITING
     from dashinfer_vlm.engine.load import load_engine
 
     keep_freed_memory()
-    return load_engine(config, progress)
+    return load_engine(config, progress, max_waiting_grammars=MAX_WAITING)
 
 
 if __name__ == "__main__":
