@@ -52,12 +52,18 @@ def grammar(**fields: Any) -> Grammar | None:
         ({"guided_regex": "a+"}, Grammar("regex", "a+", "guided_regex")),
         ({"guided_choice": ["a", "b"]}, Grammar("choice", '["a","b"]', "guided_choice")),
         ({"guided_grammar": "start: x"}, Grammar("grammar", "start: x", "guided_grammar")),
-        ({"structured_outputs": {"json": SCHEMA}}, Grammar("json_schema", TEXT)),
-        ({"structured_outputs": {"json": TEXT}}, Grammar("json_schema", TEXT)),
-        ({"structured_outputs": {"json_object": True}}, Grammar("json_schema", '{"type":"object"}')),
-        ({"structured_outputs": {"regex": "a+", "json": None}}, Grammar("regex", "a+")),
-        ({"structured_outputs": {"choice": ["é"]}}, Grammar("choice", '["é"]')),
-        ({"structured_outputs": {"grammar": "x", "disable_any_whitespace": False}}, Grammar("grammar", "x")),
+        ({"structured_outputs": {"json": SCHEMA}}, Grammar("json_schema", TEXT, "structured_outputs.json")),
+        ({"structured_outputs": {"json": TEXT}}, Grammar("json_schema", TEXT, "structured_outputs.json")),
+        (
+            {"structured_outputs": {"json_object": True}},
+            Grammar("json_schema", '{"type":"object"}', "structured_outputs.json_object"),
+        ),
+        ({"structured_outputs": {"regex": "a+", "json": None}}, Grammar("regex", "a+", "structured_outputs.regex")),
+        ({"structured_outputs": {"choice": ["é"]}}, Grammar("choice", '["é"]', "structured_outputs.choice")),
+        (
+            {"structured_outputs": {"grammar": "x", "disable_any_whitespace": False}},
+            Grammar("grammar", "x", "structured_outputs.grammar"),
+        ),
     ],
 )
 def test_every_name_means_the_same_grammar(fields: dict[str, Any], expected: Grammar | None) -> None:
@@ -84,7 +90,11 @@ def test_every_name_means_the_same_grammar(fields: dict[str, Any], expected: Gra
             "structured_outputs.whitespace_pattern",
             "not supported",
         ),
-        ({"structured_outputs": {"regex": "a", "choice": ["b"]}}, "structured_outputs", "one of them"),
+        (
+            {"structured_outputs": {"regex": "a", "choice": ["b"]}},
+            "structured_outputs.choice",
+            "structured_outputs.regex and structured_outputs.choice",
+        ),
         ({"guided_json": {}, "guided_regex": "a"}, "guided_regex", "guided_json and guided_regex"),
         ({"response_format": {"type": "json_object"}, "guided_regex": "a"}, "guided_regex", "response_format and"),
     ],

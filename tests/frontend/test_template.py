@@ -246,7 +246,7 @@ def test_among_named_templates_the_default_is_taken(tmp_path: Path, tokenizer: T
 
 
 def test_a_file_replaces_the_models_template(folder: Path, tmp_path: Path, tokenizer: Tokenizer) -> None:
-    (tmp_path / "mine.jinja").write_text("mine")
+    (tmp_path / "mine.jinja").write_text("mine", encoding="utf-8-sig")  # as some editors write it
     assert ChatTemplate.from_folder(folder, tokenizer, str(tmp_path / "mine.jinja")).source == "mine"
     with pytest.raises(ConfigError, match="--chat-template"):
         ChatTemplate.from_folder(folder, tokenizer, str(tmp_path / "absent.jinja"))

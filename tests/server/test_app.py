@@ -67,6 +67,52 @@ async def test_browsers_of_other_origins_may_call_only_where_allowed(serve: Serv
     assert (reply.status_code, reply.headers["access-control-allow-origin"]) == (401, "http://page")
 
 
+@pytest.mark.parametrize(
+    "headers",
+    [
+        {"Origin": "http://page"},
+        {"Origin": "null"},
+        {"Origin": "http://page", "Sec-Fetch-Site": "same-site"},
+        {"Sec-Fetch-Site": "cross-site"},
+    ],
+)
+async def test_what_a_browser_sends_for_a_page_of_another_origin_is_refused(
+    serve: Serve, headers: dict[str, str]
+) -> None:
+    """Plain text, as a form or `fetch` sends it without asking first."""
+    running = await serve()
+    headers = {"Content-Type": "text/plain", **headers}
+    reply = await running.post(CHAT, {"messages": ASK}, headers=headers)
+    assert (reply.status_code, reply.json()["error"]["code"]) == (403, "origin_refused")
+    assert not running.engine.requests
+    reply = await running.post("/v1/messages", {"messages": ASK, "max_tokens": 1}, headers=headers)
+    assert (reply.status_code, reply.json()["error"]["type"]) == (403, "permission_error")
+    assert (await running.get("/version", headers=headers)).status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("headers", "allowed"),
+    [
+        ({"Origin": "http://here:8000", "Host": "here:8000"}, ()),  # the server's own page, without TLS
+        ({"Origin": "https://proxy", "Sec-Fetch-Site": "same-origin"}, ()),  # ... behind a proxy
+        ({"Sec-Fetch-Site": "none"}, ()),
+        ({"Origin": "http://page", "Sec-Fetch-Site": "cross-site"}, ("http://page",)),
+        ({"Origin": "http://page", "Sec-Fetch-Site": "cross-site"}, ("*",)),
+    ],
+)
+async def test_own_pages_and_those_that_are_allowed_may_call(
+    serve: Serve, headers: dict[str, str], allowed: tuple[str, ...]
+) -> None:
+    running = await serve("hello", config={"allowed_origins": allowed})
+    assert (await running.post(CHAT, {"messages": ASK}, headers=headers)).status_code == 200
+
+
+async def test_with_keys_a_key_is_enough(serve: Serve) -> None:
+    running = await serve("hello", config=KEYS)
+    headers = {"Origin": "app://desktop", "Authorization": "Bearer first"}
+    assert (await running.post(CHAT, {"messages": ASK}, headers=headers)).status_code == 200
+
+
 async def test_the_models_are_listed_by_their_served_names(serve: Serve, openai_client: Client) -> None:
     running = await serve(config={"served_model_name": ("mine/model", "also")})
     client = openai_client(running)

@@ -84,7 +84,7 @@ BAD_BODIES: list[tuple[dict[str, Any], str, str]] = [
         ({"messages": ASK, name: 2**64}, name, name)
         for name in ("top_k", "max_tokens", "min_tokens", "no_repeat_ngram_size")
     ),
-    ({"messages": ASK, "logprobs": True, "top_logprobs": 2**64}, "logprobs", "from 0 to 20"),
+    ({"messages": ASK, "logprobs": True, "top_logprobs": 2**64}, "top_logprobs", "less than or equal to 20"),
     ({"messages": ASK, "seed": 10**30}, "seed", "64 bits"),
     ({"messages": ASK, "stop_token_ids": [2**64]}, "stop_token_ids", "18446744073709551616"),
     ({"messages": ASK, "stop_token_ids": [5] * 1025}, "stop_token_ids", "the limit is 1024"),
@@ -93,7 +93,7 @@ BAD_BODIES: list[tuple[dict[str, Any], str, str]] = [
     ({"messages": ASK, "logit_bias": {"999999": 1}}, "logit_bias", "999999"),
     ({"messages": ASK, "logit_bias": {"x": 1}}, "logit_bias.x", "valid integer"),
     ({"messages": ASK, "top_logprobs": 2}, "top_logprobs", "needs logprobs"),
-    ({"messages": ASK, "logprobs": True, "top_logprobs": 21}, "logprobs", "from 0 to 20"),
+    ({"messages": ASK, "logprobs": True, "top_logprobs": 21}, "top_logprobs", "less than or equal to 20"),
     ({"messages": ASK, "stream_options": {"include_usage": True}}, "stream_options", "needs stream"),
     ({"messages": ASK, "min_tokens": 5, "max_tokens": 2}, "min_tokens", "more than max_tokens"),
 ]
@@ -323,6 +323,7 @@ def test_unknown_routes_and_methods_get_error_objects(shared: httpx.Client) -> N
         ("/v1/fine_tuning/jobs/job_1/cancel", "nothing is trained"),
         ("/v1/assistants", "/v1/chat/completions"),
         ("/v1/complete", "/v1/messages"),
+        ("/v1/conversations", "previous_response_id"),
     ],
 )
 def test_what_other_servers_have_is_refused_with_a_reason(shared: httpx.Client, path: str, told: str) -> None:

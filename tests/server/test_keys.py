@@ -47,6 +47,12 @@ def names_of(**config: Any) -> dict[str, tuple[str, ...]]:
     return {name: holder.keys for name, holder in read_keys(ServerConfig(**config)).items()}
 
 
+@pytest.mark.parametrize("text", ["one", '{"alice": {"keys": ["one"]}}'])
+def test_a_byte_order_mark_is_no_part_of_a_key(tmp_path: Path, text: str) -> None:
+    (tmp_path / "keys").write_text(text, encoding="utf-8-sig")
+    assert list(names_of(api_keys_file=str(tmp_path / "keys")).values()) == [("one",)]
+
+
 def test_keys_come_from_the_flag_and_from_the_file(tmp_path: Path, keys: Path) -> None:
     path = tmp_path / "keys"
     path.write_text("one\n\n  two  \n")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gzip
 import json
 import threading
 import time
@@ -67,6 +68,23 @@ def test_long_conversations_long_texts_and_pictures_pass() -> None:
     turns = [{"role": "user", "content": 'x,"{' * 100_000}, {"role": "user", "content": [picture] * 10}] + ASK * 2000
     reading.check_structure(json.dumps({"messages": turns}).encode())
     reading.check_structure(json.dumps({"prompt": list(range(131_072))}).encode())
+
+
+async def test_a_byte_order_mark_is_no_part_of_a_body(serve: Serve) -> None:
+    running = await serve("hello")
+    body = b"\xef\xbb\xbf" + json.dumps({"messages": ASK}).encode()
+    async with httpx.AsyncClient(base_url=running.url) as client:
+        assert (await client.post(CHAT, content=body)).status_code == 200
+
+
+async def test_a_packed_body_is_refused_by_its_encoding(serve: Serve) -> None:
+    running = await serve("hello")
+    body = json.dumps({"messages": ASK}).encode()
+    async with httpx.AsyncClient(base_url=running.url) as client:
+        reply = await client.post(CHAT, content=gzip.compress(body), headers={"Content-Encoding": "gzip"})
+        assert (reply.status_code, reply.json()["error"]["code"]) == (400, "unsupported")
+        assert "gzip" in reply.json()["error"]["message"]
+        assert (await client.post(CHAT, content=body, headers={"Content-Encoding": "identity"})).status_code == 200
 
 
 async def test_a_body_that_stops_coming_is_408_and_the_connection_ends(serve: Serve) -> None:

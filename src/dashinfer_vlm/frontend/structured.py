@@ -56,13 +56,14 @@ class StructuredOutputsBody(Body):
     disable_additional_properties: Annotated[Any, only(False)] = None
     whitespace_pattern: Annotated[Any, only()] = None
 
-    def grammars(self, param: str = "structured_outputs") -> list[Grammar]:
+    def grammars(self, param: str = "structured_outputs.{}") -> list[Grammar]:
+        """`param` is what the caller calls each of them."""
         found = [
-            None if self.json_ is None else Grammar.json_schema(self.json_, param=param),
-            Grammar.json_object(param=param) if self.json_object else None,
-            None if self.regex is None else Grammar("regex", self.regex, param),
-            None if self.choice is None else Grammar.choices(self.choice, param=param),
-            None if self.grammar is None else Grammar("grammar", self.grammar, param),
+            None if self.json_ is None else Grammar.json_schema(self.json_, param=param.format("json")),
+            Grammar.json_object(param=param.format("json_object")) if self.json_object else None,
+            None if self.regex is None else Grammar("regex", self.regex, param.format("regex")),
+            None if self.choice is None else Grammar.choices(self.choice, param=param.format("choice")),
+            None if self.grammar is None else Grammar("grammar", self.grammar, param.format("grammar")),
         ]
         return [grammar for grammar in found if grammar is not None]
 
@@ -82,9 +83,8 @@ class StructuredBody(Body):
         """Raises InvalidRequestError for more than one, and for `structured_outputs` without any."""
         found = [*self._response_format(), *self._structured_outputs()]
         for kind in ("json", "regex", "choice", "grammar"):
-            name = f"guided_{kind}"
-            if (value := getattr(self, name)) is not None:
-                found += StructuredOutputsBody.model_validate({kind: value}).grammars(name)
+            if (value := getattr(self, f"guided_{kind}")) is not None:
+                found += StructuredOutputsBody.model_validate({kind: value}).grammars("guided_{}")
         if len(found) > 1:
             names = " and ".join(grammar.param for grammar in found)
             raise InvalidRequestError(f"{names} say what form the answer has; send one of them", param=found[1].param)

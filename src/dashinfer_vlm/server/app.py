@@ -23,6 +23,7 @@ from dashinfer_vlm.server.context import Context
 from dashinfer_vlm.server.errors import install_error_handlers
 from dashinfer_vlm.server.metrics import Metrics, ReplyCounter, metrics_routes
 from dashinfer_vlm.server.openapi import document_routes
+from dashinfer_vlm.server.origins import SameOrigin
 from dashinfer_vlm.server.reading import BodyReader
 from dashinfer_vlm.server.refused import refused_routes
 from dashinfer_vlm.server.responses.desk import Desk
@@ -68,6 +69,8 @@ def create_app(
         open_paths = OPEN_PATHS.union(page_files() if config.ui else ())
         metrics.watch(keyring.tenants)
         app.add_middleware(ApiKeys, keyring=keyring, open_paths=open_paths, refused=metrics.refused)
+    else:
+        app.add_middleware(SameOrigin, allowed=config.allowed_origins, refused=metrics.refused)
     app.add_middleware(ReplyCounter, metrics=metrics, paths=frozenset(route.path for route in _routes(routers)))
     app.add_middleware(Access, tellers=tellers)
     if config.allowed_origins:  # added last, so outermost: a refusal needs its headers too

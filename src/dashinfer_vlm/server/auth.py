@@ -20,6 +20,7 @@ from dashinfer_vlm.errors import ConfigError, RateLimitError
 from dashinfer_vlm.frontend.tenants import Tenant, TenantLimits, current_tenant
 from dashinfer_vlm.server.errors import HttpError, reply_to
 from dashinfer_vlm.server.files import Changes
+from dashinfer_vlm.server.origins import SAFE_METHODS
 
 logger = logging.getLogger(__name__)
 
@@ -28,8 +29,6 @@ OPEN_PATHS = frozenset({"/health", "/ready", "/openapi.json", "/docs"})
 TENANT = "dashinfer.tenant"
 """The key of the ASGI scope that holds the Tenant of a request, for the log. Who asks from within the server has set it
 already, and needs no key."""
-_FREE_METHODS = frozenset({"GET", "HEAD", "OPTIONS"})
-"""They tell what there is, and no limit of a key counts them."""
 _NAME = re.compile(r"[\w.-]{1,64}", re.ASCII)
 _NO_NAME = re.compile(r"key-\d+")
 """What a key without a name is called, by its place."""
@@ -118,7 +117,7 @@ class ApiKeys:
             return
         scope[TENANT] = tenant
         current_tenant.set(tenant)
-        if scope["method"] in _FREE_METHODS:
+        if scope["method"] in SAFE_METHODS:  # no limit of a key counts them
             await self._app(scope, receive, send)
             return
         try:
@@ -152,7 +151,7 @@ def read_keys(config: ServerConfig) -> dict[str, KeyHolder]:
 
 def _text_of(path: str) -> str:
     try:
-        return Path(path).read_text(encoding="utf-8")
+        return Path(path).read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"--api-keys-file {path} cannot be read: {error}") from error
 

@@ -18,6 +18,7 @@ from starlette.responses import Response
 import dashinfer_vlm
 from dashinfer_vlm.server.described import Operation, operation_of
 from dashinfer_vlm.server.openapi_page import page
+from dashinfer_vlm.server.origins import SAFE_METHODS
 
 __all__ = ["document", "document_routes"]
 
@@ -108,7 +109,7 @@ def _operation(route: APIRoute, method: str, operation: Operation, schemas: _Sch
     told: Json = {
         "operationId": f"{method.lower()}_{route.name}",
         "summary": operation.summary,
-        "responses": dict(_responses(operation, schemas, has_content=method != "HEAD", with_keys=with_keys)),
+        "responses": dict(_responses(operation, schemas, method, with_keys=with_keys)),
     }
     if parameters := [*_path_parameters(route.path), *_query_parameters(operation.query)]:
         told["parameters"] = parameters
@@ -153,10 +154,9 @@ def _without_null(schema: Json) -> Json:
     return {**told, **(options[0] if options else {})}
 
 
-def _responses(
-    operation: Operation, schemas: _Schemas, *, has_content: bool, with_keys: bool
-) -> Iterator[tuple[str, Json]]:
+def _responses(operation: Operation, schemas: _Schemas, method: str, *, with_keys: bool) -> Iterator[tuple[str, Json]]:
     reply = operation.reply
+    has_content = method != "HEAD"
     content: Json = (
         {reply: {"schema": {"type": "string"}}}
         if isinstance(reply, str)
@@ -168,7 +168,8 @@ def _responses(
     error: Json = (
         {"content": {"application/json": {"schema": schemas.of_reply(operation.error)}}} if has_content else {}
     )
-    for status in sorted({*operation.errors, *((401,) if with_keys else ())}):
+    not_let_in = {401} if with_keys else set() if method in SAFE_METHODS else {403}
+    for status in sorted({*operation.errors, *not_let_in}):
         yield str(status), {"description": _PHRASES.get(status) or HTTPStatus(status).phrase, **error}
 
 

@@ -20,7 +20,7 @@ from dashinfer_vlm.frontend.schema import Body, Whole, Wholes, no_effect, only
 from dashinfer_vlm.frontend.structured import StructuredBody
 from dashinfer_vlm.frontend.tool_schema import ToolsBody
 from dashinfer_vlm.server.replies import Extras, UsageEvents
-from dashinfer_vlm.server.sampling import SamplingBody
+from dashinfer_vlm.server.sampling import NumLogprobs, SamplingBody
 
 
 def _nesting(value: Any) -> str | None:
@@ -109,7 +109,7 @@ class ChatBody(GenerationBody, ToolsBody):
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
     logprobs: bool | None = None
-    top_logprobs: Whole | None = None
+    top_logprobs: NumLogprobs | None = None
 
     include_reasoning: bool | None = None
     """False leaves it out of the answer; it is thought all the same."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from codecs import BOM_UTF8
 from collections.abc import AsyncIterator, Iterator
 
 from fastapi import Request
@@ -108,9 +109,10 @@ class BodyReader:
     ) -> AsyncIterator[bytes | None]:
         """The body as it comes; None once there is more than `max_bytes` of it, and nothing from then on.
 
-        Raises HttpError 408 for one that is too slow, and behind the end of one that is too large 413, which names the
-        `flag` that sets the limit.
+        Raises HttpError 400 for one that is packed, 408 for one that is too slow, and behind the end of one that is too
+        large 413, which names the `flag` that sets the limit.
         """
+        _check_not_packed(request)
         started_s, num_bytes = time.monotonic(), 0
         stream = aiter(request.stream())
         while num_bytes <= _MAX_DISCARDED_BYTES + max_bytes:
@@ -143,8 +145,14 @@ class BodyReader:
                 chunks.append(chunk)
 
 
+def _check_not_packed(request: Request) -> None:
+    packing = request.headers.get("content-encoding", "identity")
+    if packing.lower() != "identity":
+        raise HttpError(400, "unsupported", f"the body is packed ({packing[:40]}); send it without Content-Encoding")
+
+
 def _checked(chunks: list[bytes]) -> bytes:
-    body = b"".join(chunks)
+    body = b"".join(chunks).removeprefix(BOM_UTF8)  # RFC 8259 forbids to send one and allows to ignore it
     check_structure(body)
     return body
 

@@ -10,7 +10,7 @@ from dashinfer_vlm.errors import InvalidRequestError
 from dashinfer_vlm.frontend.params import GenerationParams
 from dashinfer_vlm.frontend.schema import Body, Whole, Wholes, by_shape, no_effect, only
 from dashinfer_vlm.frontend.truncation import Truncation, TruncationSide
-from dashinfer_vlm.request import Grammar, SamplingParams
+from dashinfer_vlm.request import MAX_LOGPROBS, Grammar, SamplingParams
 
 _SAMPLED = (
     "temperature",
@@ -26,6 +26,7 @@ _SAMPLED = (
     "logit_bias",
 )
 
+NumLogprobs = Annotated[Whole, Field(ge=0, le=MAX_LOGPROBS)]
 TextOrTexts = Annotated[Annotated[str, Tag(":text")] | Annotated[list[str], Tag(":list")], by_shape]
 
 

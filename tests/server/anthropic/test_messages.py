@@ -155,6 +155,14 @@ async def test_an_assistants_last_turn_goes_on(serve: Serve, tokenizer: Tokenize
     assert prompt_of(running, tokenizer).endswith("<|im_start|>assistant\nThe answer is")
 
 
+@pytest.mark.parametrize("before", [[], [*ASK, {"role": "assistant", "content": "The answer is"}]])
+async def test_a_user_who_says_nothing_has_a_turn(serve: Serve, tokenizer: Tokenizer, before: Any) -> None:
+    running = await serve("x")
+    turns = [*before, {"role": "user", "content": []}]
+    assert (await running.post("/v1/messages", {"max_tokens": 9, "messages": turns})).status_code == 200
+    assert prompt_of(running, tokenizer).endswith("<|im_start|>user\n<|im_end|>\n<|im_start|>assistant\n")
+
+
 async def test_structured_output_is_a_grammar(serve: Serve) -> None:
     running = await serve("x")
     form = {"format": {"type": "json_schema", "schema": {"type": "object", "required": ["a"]}}}
@@ -281,3 +289,9 @@ async def test_what_is_not_served_is_refused_by_name(serve: Serve, fields: Any, 
     assert reply.status_code == 400, reply.text
     assert reply.json()["error"]["type"] == "invalid_request_error"
     assert told in reply.json()["error"]["message"]
+
+
+async def test_batches_are_refused_with_a_reason(serve: Serve) -> None:
+    reply = await (await serve()).get("/v1/messages/batches")
+    assert (reply.status_code, reply.json()["error"]["type"]) == (404, "not_found_error")
+    assert "/v1/batches" in reply.json()["error"]["message"]

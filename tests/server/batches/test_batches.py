@@ -67,7 +67,7 @@ def change(folder: Path, id: str, **changes: Any) -> None:
 
 
 async def test_every_line_is_answered(keep: Keep, openai_client: Client) -> None:
-    client = openai_client(await keep("hello"))
+    client = openai_client(await keep("hello", served_model_name=("seen", "also")))
     other = line("d", url="/v1/completions")
     batch = await made(client, jsonl(line("a"), line("b"), line("c", n=0), other, b"{"), metadata={"for": "me"})
     assert (batch.object, batch.endpoint, batch.completion_window) == ("batch", CHAT, "24h")
@@ -86,7 +86,7 @@ async def test_every_line_is_answered(keep: Keep, openai_client: Client) -> None
     told = [answer["response"]["body"]["usage"] for answer in answers.values()]
     assert batch.usage.total_tokens == sum(usage["total_tokens"] for usage in told) > 0
     assert batch.usage.output_tokens == sum(usage["completion_tokens"] for usage in told)
-    assert batch.model == (await client.models.list()).data[0].id
+    assert batch.model == (await client.models.list()).data[0].id == "seen"
     kept = await client.files.retrieve(batch.output_file_id)
     assert (kept.purpose, kept.filename) == ("batch_output", f"{batch.id}_output.jsonl")
     assert [each.id async for each in client.batches.list(limit=1)] == [batch.id]
@@ -108,6 +108,12 @@ def test_what_answers_cost_is_added_up_in_either_form(answer: dict[str, Any]) ->
     usage = usage_of(json.dumps({"usage": answer}).encode())
     assert plus(usage, usage_of(b'{"error": {}}')) == Usage(5, 3, 2)
     assert plus(usage, usage) == Usage(10, 6, 4)
+
+
+async def test_a_byte_order_mark_is_no_part_of_the_first_line(keep: Keep, openai_client: Client) -> None:
+    client = openai_client(await keep("hello"))
+    batch = await ended(client, (await made(client, b"\xef\xbb\xbf" + jsonl(line("a"), line("b")))).id)
+    assert batch.request_counts.to_dict() == {"total": 2, "completed": 2, "failed": 0}
 
 
 async def test_text_completions_can_be_asked_too(keep: Keep, openai_client: Client) -> None:
@@ -145,9 +151,11 @@ async def test_a_server_with_another_model_does_not_go_on(keep: Keep, openai_cli
     batch = await made(openai_client(before), jsonl(line("a")))
     await before.engine.paused.wait()
     await stop(before)
-    change(tmp_path, batch.id, model="models/older")
+    change(tmp_path, batch.id, model="models/older", model_name="older")
     batch = await ended(openai_client(await keep()), batch.id)
-    assert (batch.status, batch.errors.data[0].code) == ("failed", "model_changed")
+    (fault,) = batch.errors.data
+    assert (batch.status, batch.model, fault.code) == ("failed", "older", "model_changed")
+    assert "for older," in fault.message  # where its files were is nobody's business
 
 
 async def test_an_answered_batch_whose_server_ended_gets_its_files(

@@ -45,14 +45,15 @@ def _system_text(system: str | list[TextBlockBody]) -> str:
 
 
 def _of_user(blocks: Iterable[Placed]) -> list[Message]:
-    """Results of tools are turns of their own, where they stand among what the user says."""
+    """Results of tools are turns of their own, where they stand among what the user says. Who says nothing has one
+    too."""
     messages: list[Message] = []
     for is_result, run in groupby(blocks, key=lambda block: isinstance(block[1], ToolResultBody)):
         if is_result:
             messages += [_result(body, where) for where, body in run]
         else:
             messages.append(_with_text("user", run))
-    return messages
+    return messages or [Message(role="user", content="")]
 
 
 def _of_assistant(blocks: Sequence[Placed]) -> Message:

@@ -37,12 +37,11 @@ CANCEL_BATCH = Operation(summary="End a batch.", reply=BatchReply, errors=(404, 
 def batch_routes(context: Context, store: Store, worker: BatchWorker, endpoints: Collection[str]) -> APIRouter:
     """`endpoints` are those of ENDPOINTS that this server has."""
     router = APIRouter()
-    model = context.service.engine.info.model
 
     @router.post("/v1/batches", openapi_extra=CREATE_BATCH.extra)
     async def create(request: Request) -> Response:
         body = await read_body(request, BatchBody, context.bodies)
-        batch = store.save(_made(body, store, endpoints, model))
+        batch = store.save(_made(body, store, endpoints, context))
         worker.wake()
         return json_response(BatchReply.of(batch))
 
@@ -69,7 +68,7 @@ def _owner() -> str:
     return current_tenant.get().id
 
 
-def _made(body: BatchBody, store: Store, endpoints: Collection[str], model: str) -> Batch:
+def _made(body: BatchBody, store: Store, endpoints: Collection[str], context: Context) -> Batch:
     owner, now = _owner(), store.now()
     if body.endpoint not in endpoints:
         raise InvalidRequestError(
@@ -89,7 +88,8 @@ def _made(body: BatchBody, store: Store, endpoints: Collection[str], model: str)
         owner=owner,
         endpoint=body.endpoint,
         input_file_id=file.id,
-        model=model,
+        model=context.service.engine.info.model,
+        model_name=context.model_names[0],
         metadata=body.metadata,
         status="validating",
         created_at=now,

@@ -15,7 +15,7 @@ from typing import BinaryIO, Protocol
 import msgspec
 
 from dashinfer_vlm.errors import ConfigError
-from dashinfer_vlm.server.batches.lines import BatchRecord, Line, encoded, line_number, numbered_lines
+from dashinfer_vlm.server.batches.lines import BatchRecord, Line, encoded, filled_lines, line_number, numbered_lines
 from dashinfer_vlm.server.batches.usage import NOTHING, plus, usage_of
 
 __all__ = ["BatchInput", "BatchOutput", "BatchSink", "BatchSource"]
@@ -150,7 +150,7 @@ class BatchInput:
         self._url = url
         try:
             with path.open("rb") as file:
-                self.num_lines = sum(1 for line in file if line.strip())
+                self.num_lines = sum(1 for _ in filled_lines(file))
         except OSError as error:
             raise ConfigError(f"{path} cannot be read: {error.strerror}") from error
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import secrets
+from codecs import BOM_UTF8
 from collections.abc import Iterable, Iterator
 
 import msgspec
@@ -15,6 +16,7 @@ __all__ = [
     "BatchResponse",
     "Line",
     "encoded",
+    "filled_lines",
     "line_number",
     "numbered_lines",
     "record_id",
@@ -70,12 +72,20 @@ Line = tuple[int, BatchRequest | BatchRecord]
 def numbered_lines(file: Iterable[bytes], url: str | None = None) -> Iterator[Line]:
     """What the lines of a batch say; blank ones count, but say nothing. With `url`, all must be requests to it."""
     seen: set[str] = set()
+    for number, line in filled_lines(file):
+        parsed = _parse(number, line, seen)
+        if url is not None and isinstance(parsed, BatchRequest) and parsed.url != url:
+            parsed = _refused(number, parsed.custom_id, f"{parsed.url} is not {url}, the batch's endpoint")
+        yield number, parsed
+
+
+def filled_lines(file: Iterable[bytes]) -> Iterator[tuple[int, bytes]]:
+    """Numbers and lines, without those that are blank, and without the byte order mark that some editors put in front
+    of the first."""
     for number, line in enumerate(file, start=1):
+        line = line.removeprefix(BOM_UTF8) if number == 1 else line
         if line.strip():
-            parsed = _parse(number, line, seen)
-            if url is not None and isinstance(parsed, BatchRequest) and parsed.url != url:
-                parsed = _refused(number, parsed.custom_id, f"{parsed.url} is not {url}, the batch's endpoint")
-            yield number, parsed
+            yield number, line
 
 
 def encoded(record: BatchRecord) -> bytes:

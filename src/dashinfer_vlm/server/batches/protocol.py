@@ -130,7 +130,7 @@ class BatchReply(msgspec.Struct, frozen=True, kw_only=True):
     cancelled_at: int | None
     request_counts: Counts
     metadata: dict[str, str] | None
-    model: str
+    model: str | None
     usage: ResponseUsage
     """Of all answers so far."""
     object: str = "batch"
@@ -138,7 +138,7 @@ class BatchReply(msgspec.Struct, frozen=True, kw_only=True):
     @classmethod
     def of(cls, batch: Batch) -> BatchReply:
         same = {name: getattr(batch, name) for name in cls.__struct_fields__ if hasattr(batch, name)}
-        same["usage"] = ResponseUsage.of(batch.usage)
+        same |= {"usage": ResponseUsage.of(batch.usage), "model": batch.model_name}
         if batch.is_open:  # the ids are known before the files are there
             same |= {"output_file_id": None, "error_file_id": None}
         return cls(

@@ -76,7 +76,10 @@ class Batch(msgspec.Struct, frozen=True, kw_only=True):
     endpoint: str
     input_file_id: str
     model: str
-    """What the server's engine had loaded when it was made: another one must not go on with it."""
+    """What the server's engine had loaded when it was made: another one must not go on with it. It may be a path, which
+    is nobody's business."""
+    model_name: str | None = None
+    """What clients called it; of batches that older servers made nobody knows."""
     metadata: dict[str, str] | None
     status: Status
     created_at: int

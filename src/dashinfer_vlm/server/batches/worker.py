@@ -143,7 +143,7 @@ class BatchWorker:
         """Until all lines are answered, time is over, or the owner cancels it. Raises what stops it before."""
         if batch.model != self._service.engine.info.model:
             raise BatchFailedError(
-                "model_changed", f"the batch was made for {batch.model}, which is not served any more"
+                "model_changed", f"the batch was made for {batch.model_name}, which is not what is served now"
             )
         path = self._store.path(self._store.file(batch.input_file_id, batch.owner))
         source = await asyncio.to_thread(BatchInput, path, url=batch.endpoint)

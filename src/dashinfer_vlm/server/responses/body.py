@@ -16,7 +16,7 @@ from dashinfer_vlm.frontend.tool_schema import function_only, functions_only
 from dashinfer_vlm.frontend.tools import Tool, ToolChoice, check_tool_name, offer
 from dashinfer_vlm.request import Grammar
 from dashinfer_vlm.server.responses.items import Input
-from dashinfer_vlm.server.sampling import SamplingBody
+from dashinfer_vlm.server.sampling import NumLogprobs, SamplingBody
 
 Includable = Literal[
     "code_interpreter_call.outputs",
@@ -161,7 +161,7 @@ class ResponseBody(SamplingBody, PromptedBody):
     """`POST /v1/responses`."""
 
     max_output_tokens: Whole | None = None
-    top_logprobs: Whole | None = None
+    top_logprobs: NumLogprobs | None = None
     include: list[Includable] | None = None
     store: bool | None = None
     background: bool | None = None
