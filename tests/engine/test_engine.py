@@ -115,6 +115,15 @@ def test_a_repeated_prompt_finds_its_prefix() -> None:
     assert (first[-1].num_cached_tokens, second[-1].num_cached_tokens) == (0, 28)
 
 
+def test_what_a_preempted_prompt_had_computed_itself_does_not_count_as_cached() -> None:
+    engine = make_engine(num_blocks=14, max_model_len=56, max_num_batched_tokens=5)
+    long = Request(id="long", prompt_ids=list(range(1, 46)), params=greedy(4))
+    news = run(engine, Request(id="first", prompt_ids=[1, 2, 3], params=greedy(40)), long)["long"]
+    assert engine.stats().num_preemptions_total > 0
+    assert tokens(news) == expected(long.prompt_ids, 4)
+    assert news[-1].num_cached_tokens == 0
+
+
 def test_a_prefix_is_shared_only_with_the_same_salt() -> None:
     engine = make_engine()
     found = []

@@ -228,7 +228,7 @@ class Scheduler:
             return False
         sequence.blocks = shared + self.pool.allocate(needed)
         sequence.num_computed, sequence.num_published = len(shared) * self.block_size, len(shared)
-        if not sequence.num_output:
+        if not sequence.has_begun:  # what it computes again after a preemption is nobody's gift, and was paid for
             sequence.num_cached = sequence.num_computed
             self.waiting.charge(sequence, sequence.num_uncomputed + sum(item.num_rows for item in wanted))
         for item in wanted:

@@ -129,9 +129,14 @@ class Sequence:
         """Tokens of the prompt from `start` to before `stop` whose log probabilities are still wanted."""
         return range(max(start, self.num_scored), min(stop, self.num_prompt))
 
+    @property
+    def has_begun(self) -> bool:
+        """Whether a chunk of it has been computed, or is about to be."""
+        return self._begun_s is not None
+
     def begin(self) -> None:
         """A chunk of it is about to be computed."""
-        if self._begun_s is None:
+        if not self.has_begun:
             self._begun_s = time.perf_counter()
             self.spans.append(Span("prefill_wait", self._arrived_s, self._begun_s))
 
