@@ -89,6 +89,15 @@ async def test_an_embedding_is_shared_and_known_by_its_values(make_loader: Loade
         medium.release()
 
 
+async def test_equal_embeddings_under_another_salt_share_nothing(make_loader: LoaderMaker) -> None:
+    loader = make_loader(enable_mm_embeds=True)
+    loaded = [await loader.load(ref(save({"x": ROWS})), salt=salt) for salt in ("", "a", "b", "a")]
+    assert (loader.counters.cache_misses, loader.counters.cache_hits) == (3, 1)
+    assert len({medium.content_hash for medium in loaded}) == 3
+    for medium in loaded:
+        medium.release()
+
+
 async def test_no_embedding_is_taken_unless_the_server_says_so(make_loader: LoaderMaker) -> None:
     with pytest.raises(UnsupportedError, match="--enable-mm-embeds") as caught:
         await make_loader().load(ref(save({"x": ROWS})))

@@ -297,7 +297,7 @@ class MediaLoader:
                 rows, grid = read_embedding(files[0].data, files[1].data, merge_size=terms.config.merge_size)
                 return _Features(grid, embedding_hash(rows), 1.0, (), _put(self._folder, rows))
 
-            key = ("embedding", *(file.digest for file in files))
+            key = ("embedding", terms.salt, *(file.digest for file in files))
             return await self._features.lease(key, partial(self._in_thread, work))
 
     async def _process(self, medium: Medium, array: np.ndarray, terms: Terms) -> _Features:
