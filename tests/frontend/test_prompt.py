@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import asyncio
 import re
+from collections.abc import Callable
 
 import pytest
 
@@ -12,7 +13,8 @@ from dashinfer_vlm.frontend.prompt import PromptBuilder
 from dashinfer_vlm.frontend.template import ChatTemplate
 from dashinfer_vlm.frontend.tenants import NOBODY
 from dashinfer_vlm.frontend.tokenizer import Tokenizer
-from dashinfer_vlm.media.types import MediaRef
+from dashinfer_vlm.media.types import LoadedMedia, MediaRef
+from dashinfer_vlm.models.family import Expansion
 from dashinfer_vlm.request import ItemKind, SamplingParams
 from tests.frontend.scripted import ScriptedLoader
 from tests.tokens import FIRST_SPECIAL, IMAGE, MARKS, VIDEO, VISION_END, VISION_START, VOCAB
@@ -55,6 +57,18 @@ async def test_the_items_of_a_prompt_share_its_turns_with_no_other(
     first, second = loader.parties[:2], loader.parties[2:]
     assert (len(set(first)), len(set(second)), len({*first, *second})) == (1, 1, 2)
     assert {party.owner for party in loader.parties} == {NOBODY.id}
+
+
+async def test_media_are_given_back_whatever_goes_wrong_with_their_placeholders(
+    template: ChatTemplate, tokenizer: Tokenizer
+) -> None:
+    def broken(medium: LoadedMedia, encode: Callable[[str], list[int]]) -> Expansion:
+        raise ZeroDivisionError("a family that did not foresee this")
+
+    loader = ScriptedLoader()
+    with pytest.raises(ZeroDivisionError):
+        await builder(template, tokenizer, loader, expand_item=broken).chat(Dialogue([user(medium("one"))]))
+    assert (len(loader.loaded), loader.num_held) == (1, 0)
 
 
 async def test_release_gives_every_medium_back(template: ChatTemplate, tokenizer: Tokenizer) -> None:

@@ -16,6 +16,7 @@ from dashinfer_vlm.errors import (
     OverloadedError,
 )
 from dashinfer_vlm.frontend import generation as generation_module
+from dashinfer_vlm.frontend import service as service_module
 from dashinfer_vlm.frontend.backlog import QueueLimits
 from dashinfer_vlm.frontend.checkpoint import FrontendConfig
 from dashinfer_vlm.frontend.deltas import Delta
@@ -221,6 +222,21 @@ async def test_several_prompts_get_their_choices_in_order(folder: Path, tokenize
     bench.engine.answer = lambda request: request.prompt_ids
     texts, _, _ = await collect(await bench.service.complete(["a", "b"], params(n=2)))
     assert texts == ["a", "a", "b", "b"]
+
+
+@pytest.mark.parametrize("where", ["constrained", "Booking"])
+async def test_media_and_places_are_given_back_whatever_goes_wrong_before_the_engine_is_asked(
+    folder: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    def broken(*args: object) -> None:
+        raise ZeroDivisionError
+
+    bench = Bench(folder, tokenizer)
+    monkeypatch.setattr(service_module, where, broken)
+    with pytest.raises(ZeroDivisionError):
+        await bench.service.chat(Dialogue([PICTURE]), params())
+    assert len(bench.loader.loaded) == 1
+    assert bench.loader.num_held == bench.service.num_in_flight == 0
 
 
 async def test_closing_aborts_in_the_engine_and_gives_the_media_back(folder: Path, tokenizer: Tokenizer) -> None:

@@ -127,7 +127,7 @@ class PromptBuilder:
         media = await _load_all(self.loader, refs, media_salt)
         try:
             return replace(self._finish(ids, media, params, param), form=form)
-        except InvalidRequestError:
+        except BaseException:
             for medium in media:
                 medium.release()
             raise

@@ -95,7 +95,7 @@ class Service:
                 room = self.engine.info.max_model_len - len(prompt.ids)
                 held, form = constrained(params.within(room), dialogue, prompt.form, self.tokenizer.marks)
                 held.validate(self.engine.info.vocab_size)
-            except InvalidRequestError:
+            except BaseException:  # nobody else holds its media yet
                 prompt.release()
                 raise
             return self._start([replace(prompt, form=form)], held, admission)
@@ -228,7 +228,7 @@ class Service:
             if self._closed:  # the media took longer than the drain
                 raise shutting_down()
             booking = Booking(prompts, current_tenant.get(), self.backlog, end)
-        except OverloadedError:
+        except BaseException:
             for prompt in prompts:
                 prompt.release()
             raise
