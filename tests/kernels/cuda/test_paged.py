@@ -128,11 +128,11 @@ def test_scores_that_are_all_far_below_zero() -> None:
 
 
 def test_splits_fill_a_card_and_no_more(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(paged, "WANTED_PROGRAMS", 512)
+    monkeypatch.setattr(paged, "WANTED_PROGRAMS", 384)
     assert num_splits(4, 1 << 20, 64) == 64
     assert num_splits(128 * 4, 1024, 64) == 1
-    assert num_splits(64 * 2, 1024, 64) == 4
-    assert num_splits(8 * 4, 1024, 64) == 16
+    assert num_splits(64 * 2, 1024, 64) == 2
+    assert num_splits(8 * 4, 1024, 64) == 8
     assert num_splits(4, 64, 64) == 1
 
 

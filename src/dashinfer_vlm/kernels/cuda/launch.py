@@ -16,6 +16,7 @@ __all__ = [
     "Tile",
     "check",
     "compute_type",
+    "is_roomy",
     "launch",
     "power_of_two",
     "starts_early",
@@ -56,6 +57,11 @@ def starts_early(x: Tensor) -> bool:
     """Whether the card of x can start a kernel before the one before it has ended: programmatic dependent launch, from
     compute capability 9.0 on."""
     return not INTERPRETED and _capability(x.device) >= 90
+
+
+def is_roomy(x: Tensor) -> bool:
+    """Whether a multiprocessor of x's card has 228 KiB of shared memory: Hopper's and those of Blackwell's servers."""
+    return not INTERPRETED and 90 <= _capability(x.device) < 120
 
 
 @cache

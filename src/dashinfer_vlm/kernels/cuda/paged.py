@@ -18,10 +18,10 @@ from dashinfer_vlm.kernels.cuda.launch import (
     Tile,
     check,
     compute_type,
+    is_roomy,
     launch,
     power_of_two,
     starts_early,
-    unit_of,
     wait_for_last,
 )
 
@@ -29,8 +29,13 @@ __all__ = ["FEW_ROWS", "paged_attention"]
 
 FEW_ROWS = 8
 """Rows up to which a sequence belongs to the launch with splits."""
-WANTED_PROGRAMS = 16 if INTERPRETED else 512
-"""About four for each multiprocessor of a large card; where they are interpreted, one after the other."""
+WANTED_PROGRAMS = 16 if INTERPRETED else 384
+"""At most three for each multiprocessor of a large card, which has room for as many; where they are interpreted, one
+after the other."""
+STAGES = 5
+"""Of a pipeline in which keys are copied two rounds before they are needed, and what the table says of them two rounds
+before that. With 3 and 4 the compiler copies that one round before, as the newest of all copies; to wait for it is to
+wait for all, and nothing is under way during the arithmetic (tests/kernels/cuda/test_compile.py)."""
 
 
 @triton.jit
@@ -52,7 +57,7 @@ def _load(places, live, d, D: tl.constexpr, DP: tl.constexpr, MASKED: tl.constex
     """Rows of the cache at `places`, whose `live` and whose channels `d` have the places' shape; masks that are always
     true are not seen through by the compiler."""
     if MASKED:
-        return tl.load(places, mask=live & (d < D), other=0)
+        return tl.load(places, mask=live & (d < D), other=0) if D < DP else tl.load(places, mask=live, other=0)
     if D == DP:
         return tl.load(places)
     return tl.load(places, mask=d < D, other=0)
@@ -60,25 +65,33 @@ def _load(places, live, d, D: tl.constexpr, DP: tl.constexpr, MASKED: tl.constex
 
 @triton.jit
 def _keys(
-    q, k_cache, v_cache, table, j, stop, last, scale, block_stride, slot_stride, top, total, acc, D: tl.constexpr,
-    DP: tl.constexpr, BS: tl.constexpr, BN: tl.constexpr, INT8: tl.constexpr, MASKED: tl.constexpr, C: tl.constexpr,
+    q, k_cache, v_cache, table, j, stop, last, scale, top, total, acc, D: tl.constexpr, DP: tl.constexpr,
+    BS: tl.constexpr, BLOCK: tl.constexpr, SLOT: tl.constexpr, BN: tl.constexpr, INT8: tl.constexpr,
+    MASKED: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
-    """The running softmax over `BN` keys from j on: largest score (base 2), sum of weights, weighted values."""
+    """The running softmax over `BN` keys from j on: largest score (base 2, finite), sum of weights, weighted values.
+
+    Keys from `stop` on lie anywhere in the pool: no row asks for their scores, and their values are not read, since 0
+    times what is there may be NaN."""
     d = tl.arange(0, DP)
     t = j + tl.arange(0, BN)
     live = t < stop
-    block = (tl.load(table + t // BS, mask=live, other=0) if MASKED else tl.load(table + t // BS)).to(tl.int64)
-    at = block * block_stride + (t % BS) * slot_stride
-    k = _load(k_cache + at[None, :] + d[:, None], live[None, :], d[:, None], D, DP, MASKED)
-    x = tl.dot(q, k.to(C), input_precision="ieee") * scale
+    if BN % BS == 0:  # every tile begins at a block: what a key has in it is the same in all rounds
+        entry = j // BS + tl.arange(0, BN) // BS
+        slot = tl.arange(0, BN) % BS
+    else:
+        entry = t // BS
+        slot = t % BS
+    block = (tl.load(table + entry, mask=live, other=0) if MASKED else tl.load(table + entry)).to(tl.int64)
+    at = block * BLOCK + slot * SLOT
+    k = _load(k_cache + at[None, :] + d[:, None], live[None, :], d[:, None], D, DP, False)
+    x = tl.dot(q, k.to(C), input_precision="ieee")
     if INT8:
-        x *= tl.load((k_cache + at + D).to(tl.pointer_type(tl.float32)), mask=live, other=0.0)[None, :]
+        x *= tl.load((k_cache + at + D).to(tl.pointer_type(tl.float32)))[None, :]
     if MASKED:
-        x = tl.where((t[None, :] <= last[:, None]) & live[None, :], x, -1e30)
-    highest = tl.maximum(top, tl.max(x, 1))
-    p = tl.exp2(x - highest[:, None])
-    if MASKED:
-        p = tl.where(x > -1e29, p, 0.0)
+        x = tl.where(t[None, :] <= last[:, None], x, -float("inf"))
+    highest = tl.maximum(top, tl.max(x, 1) * scale)  # the scale rides in what is subtracted, and is no step of its own
+    p = tl.exp2(x * scale - highest[:, None])
     fade = tl.exp2(top - highest)
     total = total * fade + tl.sum(p, 1)
     v = _load(v_cache + at[:, None] + d[None, :], live[:, None], d[None, :], D, DP, MASKED)
@@ -90,15 +103,13 @@ def _keys(
 
 @triton.jit(do_not_specialize=["num_sequences", "table_stride", "l_split"])
 def _attend(
-    q_rows, k_cache, v_cache, tables, starts, contexts, out, lse, scale, num_sequences, table_stride, q_t, q_h,
-    block_stride, slot_stride, head_stride, o_t, o_h, o_split, l_t, l_split, G: tl.constexpr, D: tl.constexpr,
-    DP: tl.constexpr, BS: tl.constexpr, BM: tl.constexpr, BQ: tl.constexpr, BN: tl.constexpr, SPLITS: tl.constexpr,
-    FEW: tl.constexpr, MANY: tl.constexpr, INT8: tl.constexpr, UNIT: tl.constexpr, EARLY: tl.constexpr,
+    q_rows, k_cache, v_cache, tables, starts, contexts, out, lse, scale, num_sequences, table_stride, q_t, q_h, o_t,
+    o_h, o_split, l_t, l_split, G: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, BS: tl.constexpr,
+    BLOCK: tl.constexpr, SLOT: tl.constexpr, HEAD: tl.constexpr, BM: tl.constexpr, BQ: tl.constexpr, BN: tl.constexpr,
+    SPLITS: tl.constexpr, FEW: tl.constexpr, MANY: tl.constexpr, INT8: tl.constexpr, EARLY: tl.constexpr,
     C: tl.constexpr,
 ):  # fmt: skip
-    block_stride *= UNIT
-    slot_stride *= UNIT
-    head_stride *= UNIT
+    """Strides of the caches are constants, so that a place costs one product and rows are seen to be aligned."""
     tile = tl.program_id(0)
     head = tl.program_id(1)
     split = tl.program_id(2)
@@ -127,21 +138,23 @@ def _attend(
     share = tl.cdiv(tl.cdiv(stop, BN), SPLITS) * BN
     begin = split * share
     end = tl.minimum(stop, begin + share)
-    seen_by_all = tl.minimum(end, context - n + local + 1)
-    unmasked = begin + tl.maximum(seen_by_all - begin, 0) // BN * BN
     top = tl.full([BM], -1e30, tl.float32)
     total = tl.zeros([BM], tl.float32)
     acc = tl.zeros([BM, DP], tl.float32)
-    k_cache += head * head_stride
-    v_cache += head * head_stride
+    k_cache += head * HEAD
+    v_cache += head * HEAD
     table = tables + s * table_stride
     base2 = scale * 1.4426950408889634
-    for j in tl.range(begin, unmasked, BN):
-        top, total, acc = _keys(q, k_cache, v_cache, table, j, end, last, base2, block_stride, slot_stride, top, total,
-                                acc, D, DP, BS, BN, INT8, False, C)  # fmt: skip
-    for j in tl.range(unmasked, end, BN):
-        top, total, acc = _keys(q, k_cache, v_cache, table, j, end, last, base2, block_stride, slot_stride, top, total,
-                                acc, D, DP, BS, BN, INT8, True, C)  # fmt: skip
+    masked = begin  # few rows wait for memory, and once more for each loop, whose copies begin anew
+    if MANY:  # products are what these wait for: keys that all of them see are not masked
+        seen_by_all = tl.minimum(end, context - n + local + 1)
+        masked = begin + tl.maximum(seen_by_all - begin, 0) // BN * BN
+        for j in tl.range(begin, masked, BN):
+            top, total, acc = _keys(q, k_cache, v_cache, table, j, end, last, base2, top, total, acc, D, DP, BS,
+                                    BLOCK, SLOT, BN, INT8, False, C)  # fmt: skip
+    for j in tl.range(masked, end, BN):
+        top, total, acc = _keys(q, k_cache, v_cache, table, j, end, last, base2, top, total, acc, D, DP, BS,
+                                BLOCK, SLOT, BN, INT8, True, C)  # fmt: skip
     some = tl.where(total > 0, total, 1.0)  # a split may find no key that a row sees
     if SPLITS > 1:  # as many rows as sequences of few rows may have: 32 bits hold their places, and save registers
         at = s * FEW + row
@@ -177,21 +190,22 @@ def _combine(
 
 
 def few_tile(dtype: torch.dtype, cache: torch.dtype, group: int, dim: int) -> Tile:
-    """For at most `FEW_ROWS` rows of a sequence; `group` query heads share a key head of `dim` channels. The one of 16
-    bits is the fastest on an H200 (docs/log.md)."""
+    """For at most `FEW_ROWS` rows of a sequence; `group` query heads share a key head of `dim` channels."""
     rows = power_of_two(group, 16)
     if dtype == torch.float32 or dim > 128:
         return Tile(rows, 32, 4, 2)
-    return Tile(rows, 32, 4, 3) if cache == torch.int8 else Tile(rows, 64, 2, 3)
+    return Tile(rows, 64, 4 if cache == torch.int8 else 2, STAGES)
 
 
-def many_tile(dtype: torch.dtype, cache: torch.dtype, group: int, dim: int) -> Tile:
-    """For more rows. The last one is the fastest on an H200 (docs/log.md)."""
+def many_tile(dtype: torch.dtype, cache: torch.dtype, group: int, dim: int, *, is_roomy: bool) -> Tile:
+    """For more rows. `is_roomy`: two programs with 112 KiB of shared memory each have room on a multiprocessor."""
     if dtype == torch.float32:
         return Tile(power_of_two(group, 32), 32, 4, 1)
-    if dim > 128 or cache == torch.int8:
-        return Tile(power_of_two(group, 128), 64, 8, 2 if dim > 128 else 3)
-    return Tile(power_of_two(group, 64), 64, 4, 2)
+    if dim > 128:
+        return Tile(power_of_two(group, 128), 64, 8, 2)
+    if cache == torch.int8:
+        return Tile(power_of_two(group, 128), 64, 8, STAGES)
+    return Tile(power_of_two(group, 64), 64, 4, STAGES if is_roomy else 2)
 
 
 def num_splits(num_programs: int, max_context: int, keys: int) -> int:
@@ -277,7 +291,7 @@ def _many(
     scale: float,
 ) -> None:
     group = q.shape[1] // k_cache.shape[2]
-    tile = many_tile(q.dtype, k_cache.dtype, group, q.shape[2])
+    tile = many_tile(q.dtype, k_cache.dtype, group, q.shape[2], is_roomy=is_roomy(q))
     grid = (len(q) // (tile.rows // group) + len(contexts), k_cache.shape[2], 1)
     _start(grid, q, k_cache, v_cache, tables, starts, contexts, out[None], None, scale, tile, FEW_ROWS, many=True)
 
@@ -301,13 +315,11 @@ def _start(
     """`out` is [1, T, H, D], or for several splits [splits, S * few, H, D], and `lse` float32 [splits, S * few, H]."""
     dim, int8 = q.shape[2], k_cache.dtype == torch.int8
     group = q.shape[1] // k_cache.shape[2]
-    strides = k_cache.stride()[:3]
-    unit = unit_of(*strides)
     early = len(q) == 1 and starts_early(q)
     launch(
         _attend, grid, q, k_cache, v_cache, tables, starts, contexts, out, out if lse is None else lse, scale,
-        len(contexts), tables.stride(0), *q.stride()[:2], *(stride // unit for stride in strides), out.stride(1),
-        out.stride(2), out.stride(0), *((0, 0) if lse is None else (lse.stride(1), lse.stride(0))),
-        group, dim, power_of_two(dim, 16), k_cache.shape[1], tile.rows, tile.rows // group, tile.columns, grid[2], few,
-        many, int8, unit, early, compute_type(q.dtype), num_warps=tile.warps, num_stages=tile.stages, early=early,
+        len(contexts), tables.stride(0), *q.stride()[:2], *out.stride()[1:3], out.stride(0),
+        *((0, 0) if lse is None else (lse.stride(1), lse.stride(0))), group, dim, power_of_two(dim, 16),
+        k_cache.shape[1], *k_cache.stride()[:3], tile.rows, tile.rows // group, tile.columns, grid[2], few, many, int8,
+        early, compute_type(q.dtype), num_warps=tile.warps, num_stages=tile.stages, early=early,
     )  # fmt: skip

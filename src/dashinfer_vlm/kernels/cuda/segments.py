@@ -36,7 +36,8 @@ def _keys(
     qa, qb, k, v, j, stop, scale, k_t, v_t, top, total, acc_a, acc_b, D: tl.constexpr, DA: tl.constexpr,
     DB: tl.constexpr, BN: tl.constexpr, MASKED: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
-    """The running softmax over `BN` keys from j on: largest score (base 2), sum of weights, weighted values."""
+    """The running softmax over `BN` keys from j on: largest score (base 2), sum of weights, weighted values. The scale
+    rides in what is subtracted, and is no step of its own."""
     t = j + tl.arange(0, BN)
     live = t < stop if MASKED else t >= 0
     at = t.to(tl.int64)
@@ -45,11 +46,10 @@ def _keys(
     if DB > 0:
         b = DA + tl.arange(0, DB)
         x = tl.dot(qb, _load_t(k, at * k_t, b, live, D, DA + DB == D, C), x, input_precision="ieee")
-    x *= scale
     if MASKED:
         x = tl.where(live[None, :], x, -float("inf"))
-    highest = tl.maximum(top, tl.max(x, 1))
-    p = tl.exp2(x - highest[:, None])
+    highest = tl.maximum(top, tl.max(x, 1) * scale)
+    p = tl.exp2(x * scale - highest[:, None])
     fade = tl.exp2(top - highest)
     total = total * fade + tl.sum(p, 1)
     p = p.to(C)
