@@ -138,14 +138,14 @@ def of_models(models: list[str]) -> Iterator[Work]:
 
 def of_checks() -> Iterator[Work]:
     """What `gpu_check.py` asks for beside that, on tensors without memory."""
-    from card_checks import kernels, models, products
+    from card_checks import kernels, models, products, tiles
     from card_checks.results import Setting
 
     setting = Setting(torch.device("meta"), tiny=False)
     for dtype, small in ((torch.bfloat16, True), (torch.float32, True), (torch.float16, True), (torch.bfloat16, False)):
         for case in kernels.cases(setting, dtype, small=small):
             yield Work("check", f"{case.name} {dtype}", case.run)
-    for name, way in products.every_way(setting):
+    for name, way in (*products.every_way(setting), *tiles.every_tile(setting)):
         yield Work("check", name, way)
     for arch in models.RECIPES:
         for dtype in (torch.float32, torch.bfloat16):

@@ -48,6 +48,7 @@ PHASES: dict[str, tuple[str, float]] = {
     "published": ("service.published", 70),
     "products": ("products.products", 30),
     "timed": ("kernels.measure", 45),
+    "tiles": ("tiles.tiles", 30),
     "beside": ("service.beside", 40),
     "peer": ("peer.peer", 40),
 }

@@ -18,6 +18,7 @@ from dashinfer_vlm.layers import activation, attention, fp8, norm, rotary
 from dashinfer_vlm.layers.backend import Ops
 
 BLOCK_SIZE = 16
+BFLOAT16_ERROR = 1e-2
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +47,10 @@ def check(setting: Setting) -> Iterator[Check]:
     """Small and odd sizes, every type, against float64; `measure` rehearses with bfloat16."""
     for dtype in (torch.float32,) if setting.tiny else (torch.bfloat16, torch.float32, torch.float16):
         for case in cases(setting, dtype, small=True):
-            yield f"{case.name} {_short(dtype)}", partial(_right, case, 1e-5 if dtype == torch.float32 else 1e-2)
+            yield (
+                f"{case.name} {_short(dtype)}",
+                partial(_right, case, 1e-5 if dtype == torch.float32 else BFLOAT16_ERROR),
+            )
 
 
 def _right(case: Case, allowed: float) -> Row:
@@ -77,17 +81,17 @@ def cases(setting: Setting, dtype: torch.dtype, *, small: bool) -> Iterator[Case
     heads = Heads(6, 2, 32) if small else Heads(28, 4, 128)
     for name, rows, contexts in _steps(small):
         for cache in (dtype, torch.int8):
-            yield _paged(setting, ops, dtype, f"{name} over {_short(cache)}", heads, rows, contexts, cache)
+            yield attention_over_a_cache(setting, dtype, f"{name} over {_short(cache)}", heads, rows, contexts, cache)
     yield from _single(setting, dtype, small=small)
     if small:
-        yield _segments(setting, ops, dtype, "frames", [37, 1, 64, 5], 2, 80)
-        yield _segments(setting, ops, dtype, "heads of 72", [30, 9], 2, 72)
+        yield attention_of_pictures(setting, dtype, "frames", [37, 1, 64, 5], 2, 80)
+        yield attention_of_pictures(setting, dtype, "heads of 72", [30, 9], 2, 72)
         yield from _floats(setting, dtype, small=True)
     else:
         yield from _floats(setting, dtype, small=False)
-        yield _segments(setting, ops, dtype, "16 pictures of 1024^2", [5476] * 16, 16, 80)
-        yield _segments(setting, ops, dtype, "heads of 72", [4096] * 16, 16, 72)
-        yield _segments(setting, ops, dtype, "windows", [64] * 1369, 16, 80)
+        yield attention_of_pictures(setting, dtype, "16 pictures of 1024^2", [5476] * 16, 16, 80)
+        yield attention_of_pictures(setting, dtype, "heads of 72", [4096] * 16, 16, 72)
+        yield attention_of_pictures(setting, dtype, "windows", [64] * 1369, 16, 80)
 
 
 def _single(setting: Setting, dtype: torch.dtype, *, small: bool) -> Iterator[Case]:
@@ -186,17 +190,17 @@ def _rows(setting: Setting, ops: Ops, dtype: torch.dtype, num_rows: int, size: i
     )
 
 
-def _paged(
+def attention_over_a_cache(
     setting: Setting,
-    ops: Ops,
     dtype: torch.dtype,
     name: str,
     heads: Heads,
     rows: list[int],
     contexts: list[int],
-    cache: torch.dtype,
+    cache: torch.dtype | None = None,
 ) -> Case:
-    """A step whose rows are written and then read, in blocks that lie in no order."""
+    """A step whose rows are written and then read, in blocks that lie in no order. None: the cache has `dtype`, too."""
+    ops, cache = checked_backend(setting, dtype).ops, cache or dtype
     needed = [-(-n // BLOCK_SIZE) for n in contexts]
     order = torch.randperm(sum(needed), dtype=torch.int32)
     tables = torch.zeros(len(contexts), max(needed), dtype=torch.int32)
@@ -231,9 +235,10 @@ def _paged(
     )
 
 
-def _segments(
-    setting: Setting, ops: Ops, dtype: torch.dtype, name: str, lengths: list[int], heads: int, dim: int
+def attention_of_pictures(
+    setting: Setting, dtype: torch.dtype, name: str, lengths: list[int], heads: int, dim: int
 ) -> Case:
+    ops = checked_backend(setting, dtype).ops
     qkv = torch.randn(sum(lengths), 3 * heads, dim, device=setting.device).to(dtype)
     q, k, v = torch.split(qkv, heads, dim=1)
     starts = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=setting.device)

@@ -54,7 +54,7 @@ def test_every_family_answers_with_the_tokens_of_the_cpu(told: dict[str, dict[st
 
 @pytest.mark.cards
 def test_what_is_measured_has_a_floor(told: dict[str, dict[str, Any]]) -> None:
-    for phase in ("timed", "products", "shapes", "steps", "published", "beside"):
+    for phase in ("timed", "tiles", "products", "shapes", "steps", "published", "beside"):
         assert all(row["ratio"] > 0 for row in told[phase].values()), phase
 
 

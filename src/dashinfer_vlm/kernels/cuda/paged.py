@@ -321,5 +321,6 @@ def _start(
         len(contexts), tables.stride(0), *q.stride()[:2], *out.stride()[1:3], out.stride(0),
         *((0, 0) if lse is None else (lse.stride(1), lse.stride(0))), group, dim, power_of_two(dim, 16),
         k_cache.shape[1], *k_cache.stride()[:3], tile.rows, tile.rows // group, tile.columns, grid[2], few, many, int8,
-        early, compute_type(q.dtype), num_warps=tile.warps, num_stages=tile.stages, early=early,
+        early, compute_type(q.dtype), num_warps=tile.warps, num_stages=tile.stages,
+        maxnreg=tile.registers, early=early,
     )  # fmt: skip

@@ -1,0 +1,130 @@
+"""Attention with other tiles than those that are served: what a card says of them decides which ones are."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from types import ModuleType
+from typing import Any
+from unittest import mock
+
+import torch
+
+from card_checks.kernels import BFLOAT16_ERROR, Case, Heads, attention_of_pictures, attention_over_a_cache
+from card_checks.results import Check, Setting, error
+from card_checks.rows import Row
+
+Cut = tuple[int, int, int, int, int | None]
+"""A `Tile`: rows, keys, warps, stages, most registers."""
+OF_2B, OF_7B, TINY = Heads(12, 2, 128), Heads(28, 4, 128), Heads(6, 2, 32)
+
+
+@dataclass(frozen=True, slots=True)
+class Contest:
+    """One call, and how it could be cut."""
+
+    case: Case
+    module: ModuleType
+    function: str
+    """Of the module; it chooses the tile that is served."""
+    cuts: tuple[Cut, ...]
+
+    def ways(self) -> Iterator[tuple[str, Callable[[], Any]]]:
+        """The call as it is served, then with each other tile."""
+        from dashinfer_vlm.kernels.cuda.launch import Tile  # triton reads the environment when it is imported
+
+        yield "served", self.case.run
+        for cut in self.cuts:
+            yield _name(cut), partial(self._run, Tile(*cut))
+
+    def _run(self, tile: object) -> object:
+        with mock.patch.object(self.module, self.function, return_value=tile):
+            return self.case.run()
+
+
+FEW: tuple[Cut, ...] = (
+    *((16, 64, 2, stages, None) for stages in (2, 3, 7)),
+    *((16, 64, 4, stages, None) for stages in (5, 7)),
+    *((16, 32, warps, stages, None) for warps in (1, 2) for stages in (5, 7)),
+    *((16, 128, 4, stages, None) for stages in (2, 5)),
+)
+"""5 stages keep the keys of one round under way, 7 those of two, 3 and less none."""
+MANY: tuple[Cut, ...] = (
+    *((64, 64, 4, stages, None) for stages in (2, 3)),
+    *((128, 64, 8, stages, registers) for stages in (2, 5) for registers in (None, 128)),
+    (128, 128, 8, 5, None),
+    (128, 32, 8, 5, 128),
+    (128, 64, 4, 5, None),
+    (64, 32, 4, 5, None),
+)
+FRAMES: tuple[Cut, ...] = (
+    *((128, 64, 8, stages, 128) for stages in (2, 4)),
+    (128, 64, 4, 3, None),
+    (64, 64, 4, 3, 128),
+    (128, 128, 8, 3, None),
+)
+WINDOWS: tuple[Cut, ...] = ((64, 64, 4, 2, None), (64, 32, 4, 3, None), (64, 64, 4, 1, None))
+
+
+def tiles(setting: Setting) -> Iterator[Check]:
+    for contest in _contests(setting):
+        yield contest.case.name, partial(_times, setting, contest)
+
+
+def every_tile(setting: Setting) -> Iterator[tuple[str, Callable[[], Any]]]:
+    """What is timed, without its times."""
+    for contest in _contests(setting):
+        for name, way in contest.ways():
+            yield f"{contest.case.name}, {name}", way
+
+
+def _contests(setting: Setting) -> Iterator[Contest]:
+    from dashinfer_vlm.kernels.cuda import paged, segments  # triton reads the environment when it is imported
+
+    over_a_cache = partial(attention_over_a_cache, setting, torch.bfloat16)
+    if setting.tiny:
+        yield Contest(over_a_cache("decode", TINY, [1, 1], [3, 70]), paged, "few_tile", ((16, 32, 1, 2, None),))
+        yield Contest(over_a_cache("prompt", TINY, [40], [60]), paged, "many_tile", ((32, 16, 1, 2, None),))
+        pictures = attention_of_pictures(setting, torch.bfloat16, "frames", [37, 5], 2, 80)
+        yield Contest(pictures, segments, "tile_for", ((16, 32, 1, 1, None),))
+        return
+    for size, heads in (("2b", OF_2B), ("7b", OF_7B)):
+        for name, count, length in (("1 of 1k", 1, 1024), ("16 of 1k", 16, 1024), ("64 of 1k", 64, 1024)):
+            case = over_a_cache(f"{size} decode {name}", heads, [1] * count, [length] * count)
+            yield Contest(case, paged, "few_tile", FEW)
+        yield Contest(over_a_cache(f"{size} prompt 8k", heads, [8192], [8192]), paged, "many_tile", MANY)
+        yield Contest(over_a_cache(f"{size} prompt 1k", heads, [1024], [1024]), paged, "many_tile", MANY)
+    yield Contest(over_a_cache("7b decode 8 of 8k", OF_7B, [1] * 8, [8192] * 8), paged, "few_tile", FEW)
+    for name, lengths, dim, cuts in (
+        ("4 pictures of 1024^2", [5476] * 4, 80, FRAMES),
+        ("heads of 72", [4096] * 4, 72, FRAMES),
+        ("windows", [64] * 342, 80, WINDOWS),
+    ):
+        pictures = attention_of_pictures(setting, torch.bfloat16, name, lengths, 16, dim)
+        yield Contest(pictures, segments, "tile_for", cuts)
+
+
+def _times(setting: Setting, contest: Contest) -> Row:
+    """Those that a card has no room for are noted."""
+    found: dict[str, float] = {}
+    notes, worst, case = [], 0.0, contest.case
+    want = case.run()
+    for name, way in contest.ways():
+        try:
+            worst = max(worst, error(way(), want))
+            found[name] = setting.time(way, as_graph=True)
+        except Exception as failure:
+            if type(failure).__name__ != "OutOfResources":
+                raise
+            notes.append(f"{name}: {failure}")
+    floor = setting.ceilings.seconds(num_bytes=case.num_bytes, attention_flops=case.flops)
+    return Row(
+        seconds=found.pop("served"), floor=floor, error=worst, allowed=BFLOAT16_ERROR, note="; ".join(notes),
+        others=found,
+    )  # fmt: skip
+
+
+def _name(cut: Cut) -> str:
+    *sides, registers = cut
+    return " ".join(map(str, sides)) + (f" {registers}" if registers else "")
