@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import AsyncGenerator, Coroutine, Iterator, Sequence
-from concurrent.futures import Future
+from concurrent.futures import CancelledError, Future
 from typing import Any, TypeVar
 
 from dashinfer_vlm.errors import EngineDeadError
@@ -14,10 +14,14 @@ T = TypeVar("T")
 
 
 class BackgroundLoop:
-    """Runs coroutines for callers in other threads. An interrupted caller cancels its coroutine."""
+    """Runs coroutines for callers in other threads. An interrupted caller cancels its coroutine; one that waits when
+    the loop is closed is told EngineDeadError."""
 
     def __init__(self) -> None:
         self._loop = asyncio.new_event_loop()
+        self._is_closing = False
+        self._lock = threading.Lock()
+        """So that what comes while it is closed is refused, or cancelled with the rest."""
         self._thread = threading.Thread(target=self._loop.run_forever, name="offline", daemon=True)
         self._thread.start()
 
@@ -25,13 +29,21 @@ class BackgroundLoop:
         future = self._submit(coroutine)
         try:
             return future.result()
+        except CancelledError:  # nobody else holds the future
+            raise _closed() from None
         except BaseException:  # Ctrl-C above all: whoever stops waiting stops the work
             future.cancel()
             raise
 
     async def arun(self, coroutine: Coroutine[Any, Any, T]) -> T:
         """`run` for a caller that has an event loop of its own."""
-        return await asyncio.wrap_future(self._submit(coroutine))
+        future = self._submit(coroutine)
+        try:
+            return await asyncio.wrap_future(future)
+        except asyncio.CancelledError:
+            if self._is_closing:
+                raise _closed() from None
+            raise
 
     def iterate(self, stream: AsyncGenerator[T, None]) -> Iterator[T]:
         """The items of `stream`, each made when it is asked for; leaving early closes the stream."""
@@ -50,18 +62,33 @@ class BackgroundLoop:
             await self.arun(stream.aclose())
 
     def close(self) -> None:
-        """Idempotent; coroutines that still run are left where they are."""
+        """Cancel what still runs; idempotent."""
         if self._loop.is_closed():
             return
+        with self._lock:
+            self._is_closing = True
+        asyncio.run_coroutine_threadsafe(_cancel_others(), self._loop).result()
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
         self._loop.close()
 
     def _submit(self, coroutine: Coroutine[Any, Any, T]) -> Future[T]:
-        if self._loop.is_closed():
-            coroutine.close()
-            raise EngineDeadError("this object was closed")
-        return asyncio.run_coroutine_threadsafe(coroutine, self._loop)
+        with self._lock:
+            if not self._is_closing:
+                return asyncio.run_coroutine_threadsafe(coroutine, self._loop)
+        coroutine.close()
+        raise _closed()
+
+
+def _closed() -> EngineDeadError:
+    return EngineDeadError("this object was closed")
+
+
+async def _cancel_others() -> None:
+    others = asyncio.all_tasks() - {asyncio.current_task()}
+    for task in others:
+        task.cancel()
+    await asyncio.gather(*others, return_exceptions=True)
 
 
 _END: Any = object()
