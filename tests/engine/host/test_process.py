@@ -196,6 +196,18 @@ async def test_a_closed_engine_leaves_no_folder_in_shared_memory() -> None:
     assert not list(shared_root().glob(f"dashinfer-{os.getpid()}-*/engine"))
 
 
+async def test_a_close_that_nobody_waits_for_any_more_goes_on_and_the_next_one_waits_for_it() -> None:
+    """As when a server ends while its keeper clears away an engine that has died."""
+    engine = await ProcessEngine.start(EngineConfig())
+    first = asyncio.create_task(engine.close())
+    await asyncio.sleep(0)
+    first.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await first
+    await engine.close()
+    assert not list(shared_root().glob(f"dashinfer-{os.getpid()}-*/engine"))
+
+
 async def test_a_real_checkpoint_is_loaded_and_answers(
     monkeypatch: pytest.MonkeyPatch, checkpoint: CheckpointMaker
 ) -> None:

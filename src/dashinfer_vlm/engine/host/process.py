@@ -77,7 +77,7 @@ class ProcessEngine:
         """Arrays of running requests that only the child needs."""
         self._info: EngineInfo | None = None
         self._reader: asyncio.Task[None] | None = None
-        self._closing = False
+        self._closing: asyncio.Task[None] | None = None
 
     @classmethod
     async def start(cls, config: EngineConfig, *, progress: OnProgress | None = None) -> ProcessEngine:
@@ -145,9 +145,11 @@ class ProcessEngine:
         await asyncio.wait({self._reader})
 
     async def close(self) -> None:
-        if self._closing:
-            return
-        self._closing = True
+        if self._closing is None:
+            self._closing = asyncio.create_task(self._close(), name="engine-close")
+        await asyncio.shield(self._closing)  # whoever stops waiting, it goes on
+
+    async def _close(self) -> None:
         if self._watch:
             self._watch.cancel()
         await self._end_process()
