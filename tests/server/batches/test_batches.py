@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,8 @@ from openai import AsyncOpenAI
 
 from dashinfer_vlm.errors import OverloadedError
 from dashinfer_vlm.frontend.deltas import Usage
-from dashinfer_vlm.server.batches import batch_routes
+from dashinfer_vlm.server.batches import batch_routes, worker
+from dashinfer_vlm.server.batches.ends import BatchInput
 from dashinfer_vlm.server.batches.lines import line_number
 from dashinfer_vlm.server.batches.store import Batch
 from dashinfer_vlm.server.batches.usage import plus, usage_of
@@ -186,6 +188,29 @@ async def test_a_batch_whose_time_is_over_says_which_lines_have_no_answer(
     assert (batch.status, batch.request_counts.failed, batch.output_file_id) == ("expired", 2, None)
     errors = records((await client.files.content(batch.error_file_id)).content)
     assert {record["error"]["code"] for record in errors.values()} == {"batch_expired"}
+
+
+async def test_a_batch_that_is_cancelled_while_its_file_is_read_asks_nothing(
+    keep: Keep, openai_client: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun, go = threading.Event(), threading.Event()
+
+    class Slow(BatchInput):
+        def __init__(self, path: Path, *, url: str | None = None) -> None:
+            begun.set()
+            go.wait()
+            super().__init__(path, url=url)
+
+    monkeypatch.setattr(worker, "BatchInput", Slow)
+    running = await keep("hello")
+    client = openai_client(running)
+    first = await made(client, jsonl(line("a"), line("b")))
+    await asyncio.to_thread(begun.wait)
+    await client.batches.cancel(first.id)
+    go.set()
+    await ended(client, (await made(client, jsonl(line("c")))).id)
+    first = await client.batches.retrieve(first.id)
+    assert (first.status, len(running.engine.requests)) == ("cancelled", 1)
 
 
 async def test_a_batch_can_be_cancelled_and_keeps_what_was_answered(keep: Keep, openai_client: Client) -> None:

@@ -90,8 +90,10 @@ class BatchWorker:
         self._service = service
         self._concurrency = concurrency
         self._news = asyncio.Event()
-        self._running: dict[str, asyncio.Task[None]] = {}
-        """By the id of its batch."""
+        self._at_work: str | None = None
+        """The id of the batch that is worked on."""
+        self._asking: asyncio.Task[None] | None = None
+        """What asks its requests, once its file was read."""
 
     def wake(self) -> None:
         """There is a new batch."""
@@ -102,9 +104,10 @@ class BatchWorker:
         if batch.outcome is not None:
             return batch
         batch = self._store.change(batch, status="cancelling", cancelling_at=batch.cancelling_at or self._store.now())
-        if batch.id not in self._running:
+        if batch.id != self._at_work:
             return self._finish(self._end(batch, "cancelled"))
-        self._running[batch.id].cancel()
+        if self._asking is not None:
+            self._asking.cancel()
         return batch
 
     @asynccontextmanager
@@ -129,6 +132,7 @@ class BatchWorker:
                 await self._news.wait()
 
     async def _advance(self, batch: Batch, app: ASGIApp) -> None:
+        self._at_work = batch.id
         try:
             if batch.outcome is None:
                 outcome = "cancelled" if batch.status == "cancelling" else await self._answer(batch, app)
@@ -138,6 +142,8 @@ class BatchWorker:
             return
         except Exception as error:  # noqa: BLE001  whatever it is, its batch must not come up again and again
             self._finish(self._end(batch, "failed", _fault(error)))
+        finally:
+            self._at_work = None
 
     async def _answer(self, batch: Batch, app: ASGIApp) -> Outcome:
         """Until all lines are answered, time is over, or the owner cancels it. Raises what stops it before."""
@@ -147,6 +153,8 @@ class BatchWorker:
             )
         path = self._store.path(self._store.file(batch.input_file_id, batch.owner))
         source = await asyncio.to_thread(BatchInput, path, url=batch.endpoint)
+        if self._store.batch(batch.id, batch.owner).status == "cancelling":
+            return "cancelled"
         if not source.num_lines:
             raise BatchFailedError("empty_file", "the input file has no line")
         with closing(Records(self._store, batch)) as records:
@@ -169,14 +177,14 @@ class BatchWorker:
             is_alive=lambda: not self._service.engine.gone(),
             on_record=lambda _: self._count(batch, records),
         )
-        self._running[batch.id] = task = asyncio.create_task(run.run(source))
+        self._asking = task = asyncio.create_task(run.run(source))
         try:
             done, _ = await asyncio.wait({task}, timeout=max(0, batch.expires_at - self._store.now()))
             if done and not task.cancelled():
                 task.result()
             return "expired" if not done else "cancelled" if task.cancelled() else "completed"
         finally:
-            del self._running[batch.id]
+            self._asking = None
             task.cancel()
             await asyncio.gather(task, return_exceptions=True)
 
