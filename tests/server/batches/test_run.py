@@ -198,6 +198,24 @@ def test_a_file_that_holds_something_else_is_not_touched(content: str, files: Fi
     assert files.output.read_text() == content
 
 
+def test_a_record_is_written_whole_though_the_system_takes_it_in_parts(files: Files) -> None:
+    """As on a disk that is nearly full."""
+    output = BatchOutput(files.output)
+    file = output._file
+
+    class Short:
+        closed = False
+
+        def write(self, data: bytes) -> int:
+            return file.write(data[:20])
+
+    output._file = Short()  # type: ignore[assignment]
+    for number in (1, 2):
+        output.write(BatchRecord(id=record_id(number), custom_id=f"line {number}"))
+    file.close()
+    assert BatchOutput(files.output).done == {1: "line 1", 2: "line 2"}
+
+
 def test_two_runs_cannot_share_an_output(files: Files) -> None:
     first = BatchOutput(files.output)
     with pytest.raises(ConfigError, match="another run"):

@@ -72,7 +72,7 @@ class _Done(msgspec.Struct, frozen=True):
 
 
 class BatchOutput:
-    """The output file: what it holds already, and where records are appended, each in one write."""
+    """The output file: what it holds already, and where records are appended."""
 
     can_resume = True
 
@@ -95,7 +95,8 @@ class BatchOutput:
 
     def append(self, line: bytes) -> None:
         """A record as `encoded`."""
-        self._file.write(line)
+        while line:  # a disk that is nearly full takes a part
+            line = line[self._file.write(line) :]
 
     def close(self) -> None:
         """Give the file up, on disk as it is."""
