@@ -7,6 +7,7 @@ import json
 import queue
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -213,7 +214,8 @@ def test_a_record_is_written_whole_though_the_system_takes_it_in_parts(files: Fi
     for number in (1, 2):
         output.write(BatchRecord(id=record_id(number), custom_id=f"line {number}"))
     file.close()
-    assert BatchOutput(files.output).done == {1: "line 1", 2: "line 2"}
+    with closing(BatchOutput(files.output)) as again:
+        assert again.done == {1: "line 1", 2: "line 2"}
 
 
 def test_two_runs_cannot_share_an_output(files: Files) -> None:
