@@ -6,7 +6,7 @@ import json
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, replace
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import httpx
 
@@ -89,7 +89,7 @@ def sender(http: httpx.AsyncClient, target: Target, *, clock: Callable[[], float
         body = start + turn[1:]
         sent_s = clock()
         try:
-            await _stream(http, url, body, pieces, clock)
+            await _ask(http, url, body, pieces, clock)
             return read_reply(sent_s, clock(), pieces, num_tokens, place)
         except (httpx.HTTPError, StreamError) as error:
             return Failure(sent_s, clock(), _say(error), place)
@@ -97,14 +97,39 @@ def sender(http: httpx.AsyncClient, target: Target, *, clock: Callable[[], float
     return send
 
 
+class _KeptClosedError(httpx.TransportError):
+    """The server has closed a connection that both sides had kept, while a request was on its way."""
+
+
+async def _ask(http: httpx.AsyncClient, url: str, body: bytes, pieces: list[Piece], clock: Callable[[], float]) -> None:
+    """Every client asks again where a kept connection was closed: servers that were paused find theirs too old."""
+    try:
+        await _stream(http, url, body, pieces, clock)
+    except _KeptClosedError:
+        await _stream(http, url, body, pieces, clock)
+
+
 async def _stream(
     http: httpx.AsyncClient, url: str, body: bytes, pieces: list[Piece], clock: Callable[[], float]
 ) -> None:
-    async with http.stream("POST", url, content=body, headers={"Content-Type": "application/json"}) as response:
-        if response.status_code != httpx.codes.OK:
-            raise StreamError(f"HTTP {response.status_code}: {_error_text(await response.aread())}")
-        async for piece in response.aiter_raw():
-            pieces.append((clock(), piece))
+    """Raises _KeptClosedError only before any byte of an answer."""
+    events: set[str] = set()
+
+    async def note(event: str, info: dict[str, Any]) -> None:
+        events.add(event)
+
+    try:
+        async with http.stream(
+            "POST", url, content=body, headers={"Content-Type": "application/json"}, extensions={"trace": note}
+        ) as response:
+            if response.status_code != httpx.codes.OK:
+                raise StreamError(f"HTTP {response.status_code}: {_error_text(await response.aread())}")
+            async for piece in response.aiter_raw():
+                pieces.append((clock(), piece))
+    except (httpx.RemoteProtocolError, httpx.ReadError, httpx.WriteError) as error:
+        if events.isdisjoint({"connection.connect_tcp.started", "http11.receive_response_headers.complete"}):
+            raise _KeptClosedError(str(error), request=error.request) from error
+        raise
 
 
 def _error_text(body: bytes) -> str:
