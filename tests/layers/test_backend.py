@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -68,6 +69,24 @@ def test_every_linear_layer_gives_the_numbers_of_the_definition(
         given.copy_(residual)
         layer(x, residual=given, out=given)
         torch.testing.assert_close(given, expected + residual, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_layers_of_two_models_that_compute_at_once_do_not_disturb_each_other(kind: str) -> None:
+    """As two engines do, each in its thread."""
+    linear_class, dtype = KINDS[kind]
+    if linear_class is native and not cpu_ops.available():
+        pytest.skip(str(cpu_ops.why_unavailable()))
+    torch.manual_seed(0)
+    x, weights = torch.randn(2, 256), torch.randn(2, 1024, 256).to(dtype)
+    layers = [linear_class(weight, None, "none") for weight in weights]
+    alone = [layer(x) for layer in layers]
+
+    def compute(number: int) -> bool:
+        return all(torch.equal(layers[number](x), alone[number]) for _ in range(50))
+
+    with ThreadPoolExecutor(2) as threads:
+        assert all(threads.map(compute, range(2)))
 
 
 def without_native_kernels(patch: pytest.MonkeyPatch) -> None:

@@ -4,6 +4,7 @@ when the weight is prepared; a layer never looks back.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
@@ -122,7 +123,8 @@ class ExpandingLinear:
     torch's own 16-bit products are some ten times slower there, and a float32 copy would double the memory.
     """
 
-    _scratch = torch.empty(0)  # shared by all layers: they run one after the other
+    _scratch = torch.empty(0)  # shared by all layers
+    _lock = threading.Lock()  # of the scratch: the layers of one model run one after the other, those of two do not
 
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None, epilogue: Epilogue) -> None:
         self.weight = weight
@@ -137,10 +139,11 @@ class ExpandingLinear:
     ) -> torch.Tensor:
         num_rows, width = self.weight.shape
         y = torch.empty(len(x), num_rows)
-        for start in range(0, num_rows, SCRATCH_ROWS):
-            piece = self.weight[start : start + SCRATCH_ROWS]
-            wide = self._scratch[: piece.numel()].view(len(piece), width).copy_(piece)
-            torch.mm(x, wide.t(), out=y[:, start : start + len(piece)])
+        with self._lock:
+            for start in range(0, num_rows, SCRATCH_ROWS):
+                piece = self.weight[start : start + SCRATCH_ROWS]
+                wide = self._scratch[: piece.numel()].view(len(piece), width).copy_(piece)
+                torch.mm(x, wide.t(), out=y[:, start : start + len(piece)])
         if self.bias is not None:
             y += self.bias
         return _finish(y, self.epilogue, residual, out)
