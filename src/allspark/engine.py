@@ -7,6 +7,7 @@ every mistake into a status with a message.
 from __future__ import annotations
 
 import itertools
+import os
 import threading
 import weakref
 from collections.abc import Callable, Mapping
@@ -93,7 +94,7 @@ class Engine:
         self._lock = threading.RLock()
         self._models: dict[str, _Model] = {}
         self._ids = itertools.count()
-        self._finalizer = weakref.finalize(self, _release_all, self._models)
+        self._finalizer = weakref.finalize(self, _release_all, self._models, os.getpid())
 
     def __repr__(self) -> str:
         return f"Engine({self.get_version_full()}: {', '.join(self._models) or 'no model'})"
@@ -316,8 +317,9 @@ def _status(call: Callable[..., None], *args: Any) -> AsStatus:
     return AsStatus.ALLSPARK_SUCCESS
 
 
-def _release_all(models: dict[str, _Model]) -> None:
-    for model in models.values():
+def _release_all(models: dict[str, _Model], pid: int) -> None:
+    """Nothing in a process that was forked from `pid`, whose models they are."""
+    for model in models.values() if os.getpid() == pid else ():
         model.release()
 
 

@@ -6,12 +6,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
-from typing import Any, Literal
+from dataclasses import dataclass, fields
+from typing import Literal
 
 from dashinfer_vlm.cores import parse_list
 from dashinfer_vlm.errors import ConfigError
 from dashinfer_vlm.log_lines import LogFormat
+from dashinfer_vlm.option import check_fields, flag, option
 
 DeviceName = Literal["auto", "cuda", "cpu"]
 DTypeName = Literal["auto", "bfloat16", "float16", "float32"]
@@ -29,45 +30,6 @@ _MOST_THREADS = 1024
 """More than machines have cores; far more of them end the process without a word."""
 
 _MAX_ITEMS = {"image": 128, "video": 16}
-
-
-def option(
-    default: Any,
-    help: str,
-    *,
-    aliases: tuple[str, ...] = (),
-    group: str = "Engine",
-    secret: bool = False,
-    least: float | None = None,
-    most: float | None = None,
-    only: tuple[Any, ...] = (),
-) -> Any:
-    """A config field that is also a command-line flag.
-
-    `aliases` are further spellings of the flag, `least` and `most` the range of a number. `only` lists the values that
-    work today, for a documented flag whose other values are not offered yet.
-    """
-    described = {"help": help, "aliases": aliases, "group": group, "secret": secret}
-    return field(default=default, metadata={**described, "least": least, "most": most, "only": only})
-
-
-def flag(field_name: str) -> str:
-    """The spelling of a field on the command line."""
-    return "--" + field_name.replace("_", "-")
-
-
-def _check_fields(config: Any) -> None:
-    for item in fields(config):
-        value, meta = getattr(config, item.name), item.metadata
-        if value is None:
-            continue
-        if meta["least"] is not None and not value >= meta["least"]:  # also false for NaN
-            raise ConfigError(f"{flag(item.name)} is {value}; it must be at least {meta['least']}")
-        if meta["most"] is not None and not value <= meta["most"]:
-            raise ConfigError(f"{flag(item.name)} is {value}; it must be at most {meta['most']}")
-        if meta["only"] and value not in meta["only"]:
-            offered = " or ".join(str(v) for v in meta["only"])
-            raise ConfigError(f"{flag(item.name)} {value} is not offered yet; this version supports {offered}")
 
 
 def _check_redis_url(url: str) -> None:
@@ -235,7 +197,7 @@ class EngineConfig:
 
     def validate(self) -> None:
         """Raise ConfigError for the first value that is out of range."""
-        _check_fields(self)
+        check_fields(self)
         if self.vision_engine == "transformers" and self.vision_quant_type != "none":
             raise ConfigError(
                 f"--vision-quant-type is {self.vision_quant_type}, but --vision-engine transformers computes with "
@@ -299,7 +261,7 @@ class MediaConfig:
 
     def validate(self) -> None:
         """Raise ConfigError for the first value that is out of range."""
-        _check_fields(self)
+        check_fields(self)
         for kind, limit in (self.limit_mm_per_prompt or {}).items():
             if kind not in _MAX_ITEMS or limit < 0:
                 kinds = " and ".join(_MAX_ITEMS)
@@ -423,7 +385,7 @@ class ServerConfig:
 
     def validate(self) -> None:
         """Raise ConfigError for the first value that is out of range."""
-        _check_fields(self)
+        check_fields(self)
         if (self.ssl_certfile is None) != (self.ssl_keyfile is None):
             raise ConfigError("--ssl-certfile and --ssl-keyfile go together; name both files")
         for name in ("key_requests_per_minute", "key_tokens_per_minute", "key_max_concurrent"):

@@ -14,10 +14,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
-from dashinfer_vlm.config import EngineConfig, MediaConfig, ServerConfig, flag
+from dashinfer_vlm.config import EngineConfig, MediaConfig, ServerConfig
 from dashinfer_vlm.errors import ConfigError
+from dashinfer_vlm.option import flag
 
-__all__ = ["ENV_PREFIX", "FACES", "Flag", "build", "check_variables", "flags_of"]
+__all__ = ["ENV_PREFIX", "FACES", "Flag", "build", "flags_of"]
 
 ENV_PREFIX = "DASHINFER_"
 FACES: tuple[type[Any], ...] = (EngineConfig, MediaConfig, ServerConfig)
@@ -76,18 +77,20 @@ def flags_of(face: type[Any]) -> list[Flag]:
     ]
 
 
-def check_variables(*faces: type[Any]) -> None:
-    """Raise ConfigError for a variable that is set to nothing where a list is wanted: click takes it for unset, and an
-    operator whose keys did not arrive would run an open server."""
-    for item in (item for face in faces for item in flags_of(face)):
-        for name in item.envs if get_origin(item.type) is tuple else ():
+def build(face: type[Config], values: Mapping[str, Any]) -> Config:
+    """The config of class `face` out of a command's parsed values, some of which came from variables; raises
+    ConfigError for a variable that is set to nothing."""
+    _check_variables(face)
+    return face(**{item.field: values[item.field] for item in flags_of(face)})
+
+
+def _check_variables(face: type[Any]) -> None:
+    """Raise ConfigError for a variable that is set to nothing where a text or a list is wanted: click takes it for
+    unset, and an operator whose keys did not arrive would run an open server."""
+    for item in flags_of(face):
+        for name in item.envs if item.type is str or get_origin(item.type) is tuple else ():
             if os.environ.get(name, "unset").strip() == "":
                 raise ConfigError(f"{name} is set but empty; name something or unset it")
-
-
-def build(face: type[Config], values: Mapping[str, Any]) -> Config:
-    """The config of class `face` out of a command's parsed values."""
-    return face(**{item.field: values[item.field] for item in flags_of(face)})
 
 
 def _without_none(hint: Any) -> Any:

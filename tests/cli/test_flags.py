@@ -95,11 +95,30 @@ def test_a_list_that_names_nothing_is_refused(
     assert "the list is empty" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("name", ["DASHINFER_API_KEYS", "DASHINFER_API_KEY", "DASHINFER_ALLOWED_MEDIA_DOMAINS"])
-def test_a_variable_that_is_set_to_nothing_is_refused(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("flag", ["--api-keys-file", "--model", "--allowed-local-media-path", "--host"])
+def test_a_text_that_names_nothing_is_refused(parsed: Parsed, flag: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """No file of keys would mean no authentication, no model the bundled one."""
+    assert parsed(flag, "") == 2
+    assert "it is empty" in capsys.readouterr().err
+    parsed.config()  # the default of --model is empty, too
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "DASHINFER_API_KEYS",
+        "DASHINFER_API_KEY",
+        "DASHINFER_ALLOWED_MEDIA_DOMAINS",
+        "DASHINFER_API_KEYS_FILE",
+        "DASHINFER_MODEL",
+    ],
+)
+def test_a_variable_that_is_set_to_nothing_is_refused(
+    parsed: Parsed, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv(name, "")
     with pytest.raises(ConfigError, match=f"{name} is set but empty"):
-        flags.check_variables(*flags.FACES)
+        parsed.config()
 
 
 def test_variables_of_aliases_count(parsed: Parsed, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -169,9 +188,17 @@ def test_values_that_are_not_offered_are_not_listed(capsys: pytest.CaptureFixtur
     assert "is not offered yet" in capsys.readouterr().err
 
 
-def test_a_file_of_keys_that_cannot_be_read_is_found_before_the_model_is_loaded(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(
+    ("flag", "path", "told"),
+    [
+        ("--api-keys-file", "/nowhere", "cannot be read"),
+        ("--files-path", "/proc/nowhere", "cannot be used"),
+        ("--responses-store", "/nowhere/store", "cannot be used"),
+    ],
+)
+def test_a_file_that_cannot_be_used_is_found_before_the_model_is_loaded(
+    flag: str, path: str, told: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr("dashinfer_vlm.cli.serve.resolve_model", lambda _: pytest.fail("looked for the model"))
-    assert execute(command, ["--port", "0", "--api-keys-file", "/nowhere"]) == 2
-    assert "--api-keys-file /nowhere cannot be read" in capsys.readouterr().err
+    assert execute(command, ["--port", "0", flag, path]) == 2
+    assert f"{flag} {path} {told}" in capsys.readouterr().err

@@ -61,6 +61,7 @@ def test_options_of_a_medium_reach_its_reference() -> None:
 def test_one_conversation_is_told_from_a_list() -> None:
     assert is_conversation("Hi")
     assert is_conversation(user("Hi"))
+    assert is_conversation({"role": "user", "content": "Hi"})  # type: ignore[arg-type]  # which is refused
     assert not is_conversation(["Hi"])
     assert not is_conversation([user("Hi")])
     assert not is_conversation([])
@@ -69,7 +70,8 @@ def test_one_conversation_is_told_from_a_list() -> None:
 @pytest.mark.parametrize(
     ("conversation", "error", "message"),
     [
-        ([5], InvalidRequestError, r"messages\[0\]: input should be a valid dictionary"),
+        ([5], InvalidRequestError, r"messages\[0\]: input should be an object"),
+        ({"role": "user", "content": "Hi"}, InvalidRequestError, "messages is one message; put it into a list"),
         ([{"role": "user", "text": "Hi"}], InvalidRequestError, r"messages\[0\].text is not a field"),
         ([{"role": "user", "content": 5}], InvalidRequestError, "wrong type"),
         ([{"role": "user", "content": {"type": "text"}}], InvalidRequestError, "wrong type"),

@@ -8,6 +8,7 @@ import contextlib
 import gc
 import io
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -21,7 +22,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dashinfer_vlm import VLM, GenerationParams, SamplingParams
+import dashinfer_vlm
+from dashinfer_vlm import VLM, GenerationParams, SamplingParams, offline
 from dashinfer_vlm.errors import (
     CheckpointError,
     ConfigError,
@@ -33,6 +35,7 @@ from dashinfer_vlm.errors import (
 )
 from dashinfer_vlm.offline import Result
 from dashinfer_vlm.offline.inputs import Conversation
+from dashinfer_vlm.offline.options import configs
 from dashinfer_vlm.shared_array import shared_root
 from tests.conftest import CheckpointMaker
 
@@ -88,6 +91,8 @@ def test_an_image_means_the_same_in_every_form(vlm: VLM, tmp_path: Path) -> None
     forms = [
         image,
         np.asarray(image),
+        tmp_path / "image.png",
+        encoded(image),
         {"type": "image", "image": image},
         {"type": "image", "image": np.asarray(image.convert("RGBA"))},
         {"type": "image", "image": tmp_path / "image.png"},
@@ -247,6 +252,58 @@ def test_unknown_options_and_wrong_values_are_named() -> None:
         VLM("/no/such/folder")
 
 
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ({"device": "tpu"}, "--device is 'tpu': it must be one of auto, cuda, cpu"),
+        ({"dtype": "foo"}, "--dtype is 'foo'"),
+        ({"threads": "2"}, "--threads is '2': Expected `int"),
+        ({"prefix_cache": "no"}, "--prefix-cache is 'no': Expected `bool`"),
+        ({"allowed_media_domains": "example.org"}, "--allowed-media-domains is 'example.org': Expected `array`"),
+        ({"limit_mm_per_prompt": {"image": "3"}}, "--limit-mm-per-prompt is"),
+        ({"max_image_mib": None}, "--max-image-mib is None"),
+    ],
+)
+def test_values_of_another_type_are_named(options: Any, told: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(told)):
+        VLM("/no/such/folder", **options)
+
+
+def test_a_path_may_be_an_object(tmp_path: Path) -> None:
+    _, media = configs({"allowed_local_media_path": tmp_path})
+    assert media.allowed_local_media_path == str(tmp_path)
+
+
+def test_params_of_another_kind_are_refused(vlm: VLM) -> None:
+    with pytest.raises(InvalidRequestError, match="params is a dict; pass SamplingParams"):
+        vlm.chat("Hello", {"temperature": 0})  # type: ignore[call-overload]
+
+
+FORKED = """
+import os, signal, sys
+from dashinfer_vlm import VLM
+vlm = VLM(sys.argv[1], dtype="float32", device="cpu", max_length=256, kv_cache_gib=0.05, progress=False)
+if os.fork() == 0:
+    signal.alarm(20)  # what waits forever
+    try:
+        vlm.chat("hello")
+    except Exception as error:
+        print(type(error).__name__, str(error)[:10], flush=True)
+    sys.exit(3)
+_, status = os.wait()
+vlm.chat("hello")
+sys.exit(os.waitstatus_to_exitcode(status))
+"""
+
+
+def test_a_forked_process_is_told_that_it_has_no_model_and_ends(checkpoint: CheckpointMaker) -> None:
+    """With its hooks at the exit, which would close the other process's model."""
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore::DeprecationWarning", "-c", FORKED, checkpoint()], capture_output=True, text=True
+    )
+    assert (done.returncode, done.stdout.split()[:2], done.stderr) == (3, ["EngineDeadError", "process"], "")
+
+
 def test_a_folder_without_weights_leaves_no_thread_behind(tmp_path: Path, checkpoint: CheckpointMaker) -> None:
     threads = set(threading.enumerate())
     for path in checkpoint().glob("*.json"):
@@ -289,6 +346,11 @@ vlm.generate("hello")
 def test_a_script_that_never_closes_its_model_ends_without_a_word(checkpoint: CheckpointMaker) -> None:
     done = subprocess.run([sys.executable, "-c", NEVER_CLOSED, checkpoint()], capture_output=True, text=True)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+def test_its_names_are_listed() -> None:
+    assert {*dashinfer_vlm.__all__} <= {*dir(dashinfer_vlm)}
+    assert {*offline.__all__} <= {*dir(offline)}
 
 
 def test_importing_the_package_is_cheap() -> None:

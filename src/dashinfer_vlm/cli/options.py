@@ -7,9 +7,10 @@ from collections.abc import Callable, Collection
 from typing import Any, Literal, TypeVar, get_args, get_origin
 
 import rich_click as click
+from click.core import ParameterSource
 
-from dashinfer_vlm.config import flag
 from dashinfer_vlm.flags import FACES, Flag, flags_of
+from dashinfer_vlm.option import flag
 
 __all__ = ["options", "reference_page"]
 
@@ -53,6 +54,13 @@ def _parse_json(text: str) -> Any:
         return json.loads(text)
     except json.JSONDecodeError as error:
         raise click.BadParameter(f"{error.msg} at character {error.pos} of the JSON text") from error
+
+
+def named(context: click.Context, option: click.Parameter, value: str | None) -> str | None:
+    """A text as it is, unless the command line has an empty one: that would silently be the same as none."""
+    if value == "" and context.get_parameter_source(option.name or "") is ParameterSource.COMMANDLINE:
+        raise click.BadParameter("it is empty; name something or leave the flag out")
+    return value
 
 
 def options(*faces: type[Any], only: Collection[str] | None = None) -> Callable[[Command], Command]:
@@ -99,6 +107,7 @@ def _option(item: Flag) -> Callable[[Command], Command]:
         default=item.default,
         help=f"{item.help} One of {', '.join(values)}." if values else item.help,
         envvar=item.envs,
+        callback=named if item.type is str else None,
         show_default=False if item.secret or shown in (None, "", False) else str(shown),
         **details,
     )

@@ -7,6 +7,7 @@ Whatever can be wrong is found before the minutes of loading: flags, files, addr
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
 import logging
 import signal
@@ -47,7 +48,6 @@ def command(**values: Any) -> None:
 
     dashinfer_vlm_serve --model qwen/Qwen2-VL-2B-Instruct
     """
-    flags.check_variables(*flags.FACES)
     engine, media, server = (flags.build(face, values) for face in flags.FACES)
     for config in (engine, media, server):
         config.validate()
@@ -59,6 +59,7 @@ def command(**values: Any) -> None:
         _check_keys(server)
         _check_traces(server)
         _check_files(server)
+        _check_responses(server)
         certificate = certificate_of(server)
         sockets = [stack.enter_context(each) for each in listen(server.host, server.port)]
         folder = resolve_model(engine)
@@ -92,6 +93,14 @@ def _check_files(config: ServerConfig) -> None:
         from dashinfer_vlm.server.batches.opening import open_store  # brings the web framework
 
         open_store(config, config.files_path).close()
+
+
+def _check_responses(config: ServerConfig) -> None:
+    """Likewise the file for responses."""
+    if config.responses_store is not None:
+        from dashinfer_vlm.server.responses.store import ResponseStore  # brings the web framework
+
+        asyncio.run(ResponseStore.open(config.responses_store, config.responses_store_mib * 2**20).close())
 
 
 def certificate_of(config: ServerConfig) -> Certificate | None:

@@ -23,6 +23,8 @@ from dashinfer_vlm.errors import InvalidRequestError, UnsupportedError
 
 _UNSUPPORTED = "unsupported"
 """Type of the validation error of a known field whose value is not served."""
+_AN_OBJECT = "Input should be an object"
+"""What pydantic says of JSON; of a Python value it would name our classes."""
 _MEANT = "meant"
 """Type of a validation error whose text says all that there is to say."""
 
@@ -135,7 +137,7 @@ def explain(error: ValidationError, root: str = "") -> InvalidRequestError:
         return InvalidRequestError(f"{where} is missing", param=where)
     sent = repr(finding["input"])
     value = f" (it is {sent})" if len(sent) <= 80 else ""
-    message = finding["msg"]
+    message = _AN_OBJECT if kind in ("model_type", "dict_type") else finding["msg"]
     return InvalidRequestError(f"{where or 'the body'}: {message[:1].lower()}{message[1:]}{value}", param=where or None)
 
 

@@ -3,9 +3,10 @@ loaded."""
 
 from __future__ import annotations
 
-from dashinfer_vlm.config import EngineConfig, flag
+from dashinfer_vlm.config import EngineConfig
 from dashinfer_vlm.errors import ConfigError
 from dashinfer_vlm.models.config import CheckpointConfig
+from dashinfer_vlm.option import flag
 
 __all__ = ["DEFAULT_MAX_MODEL_LEN", "check_settings", "refuse_vision_options", "resolve_max_model_len"]
 

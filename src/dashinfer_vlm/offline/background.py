@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import threading
 from collections.abc import AsyncGenerator, Coroutine, Iterator, Sequence
-from concurrent.futures import CancelledError, Future
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from typing import Any, TypeVar
 
 from dashinfer_vlm.errors import EngineDeadError
+from dashinfer_vlm.forked import check_process
 
 T = TypeVar("T")
 
@@ -18,7 +20,11 @@ class BackgroundLoop:
     the loop is closed is told EngineDeadError."""
 
     def __init__(self) -> None:
+        self.pid = os.getpid()
+        """The process that has the thread."""
+        self._helpers = ThreadPoolExecutor(thread_name_prefix="offline")
         self._loop = asyncio.new_event_loop()
+        self._loop.set_default_executor(self._helpers)
         self._is_closing = False
         self._lock = threading.Lock()
         """So that what comes while it is closed is refused, or cancelled with the rest."""
@@ -71,13 +77,18 @@ class BackgroundLoop:
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
         self._loop.close()
+        self._helpers.shutdown()  # the loop would not wait for the ends of its threads
 
     def _submit(self, coroutine: Coroutine[Any, Any, T]) -> Future[T]:
-        with self._lock:
-            if not self._is_closing:
+        try:
+            check_process(self.pid)
+            with self._lock:
+                if self._is_closing:
+                    raise _closed()
                 return asyncio.run_coroutine_threadsafe(coroutine, self._loop)
-        coroutine.close()
-        raise _closed()
+        except EngineDeadError:
+            coroutine.close()
+            raise
 
 
 def _closed() -> EngineDeadError:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import os
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -91,8 +92,9 @@ class Encoder:
         return await self._loop.arun(self._encode(messages))
 
     def close(self) -> None:
-        """End the decoding processes and free the encoder; idempotent."""
-        self._resources.close()
+        """End the decoding processes and free the encoder; idempotent, and nothing in a process that was forked."""
+        if os.getpid() == self._loop.pid:
+            self._resources.close()
 
     def __enter__(self) -> Encoder:
         return self

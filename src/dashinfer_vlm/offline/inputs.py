@@ -13,7 +13,7 @@ from typing import Any, TypeAlias, cast
 import numpy as np
 from PIL import Image
 
-from dashinfer_vlm.errors import MediaError
+from dashinfer_vlm.errors import InvalidRequestError, MediaError
 from dashinfer_vlm.frontend.conversation import parse_messages, read_conversation
 from dashinfer_vlm.frontend.messages import Message
 from dashinfer_vlm.frontend.parts import OpenedMedia
@@ -26,8 +26,8 @@ VideoLike: TypeAlias = "np.ndarray | str | Path | bytes | Sequence[ImageLike]"
 """uint8 [F, H, W, 3]; a URL or a path; an encoded file; or its frames, all of one size unless they are URLs."""
 Conversation: TypeAlias = "str | Sequence[Mapping[str, Any]]"
 """A user's one message, or messages as in the HTTP API (docs/api.md), where `role` may be left out for a user's. Parts
-of a content may also be PIL images, arrays, and `{"type": "image", "image": ImageLike}` or
-`{"type": "video", "video": VideoLike}`."""
+of a content may also be images themselves (all but texts, which are text), and `{"type": "image", "image": ImageLike}`
+or `{"type": "video", "video": VideoLike}`."""
 
 _URL_SCHEMES = ("http://", "https://", "data:", "file://")
 
@@ -37,6 +37,8 @@ def to_messages(conversation: Conversation, bounds: tuple[int, int]) -> list[Mes
 
     Raises InvalidRequestError, and MediaError for a medium that cannot be read, with where it stands.
     """
+    if isinstance(conversation, Mapping):
+        raise InvalidRequestError("messages is one message; put it into a list", param="messages")
     if isinstance(conversation, str):
         return [Message(role="user", content=conversation)]
     opened = [_message(message, f"messages[{i}]") for i, message in enumerate(conversation)]
@@ -45,7 +47,7 @@ def to_messages(conversation: Conversation, bounds: tuple[int, int]) -> list[Mes
 
 def is_conversation(value: Conversation | Sequence[Conversation]) -> bool:
     """Whether `value` is one conversation rather than a list of them."""
-    return isinstance(value, str) or (len(value) > 0 and isinstance(value[0], Mapping))
+    return isinstance(value, str | Mapping) or (len(value) > 0 and isinstance(value[0], Mapping))
 
 
 def _message(message: Any, where: str) -> Any:
@@ -60,7 +62,7 @@ def _message(message: Any, where: str) -> Any:
 
 
 def _part(part: Any, where: str) -> Any:
-    if isinstance(part, Image.Image | np.ndarray):
+    if isinstance(part, Image.Image | np.ndarray | Path | bytes):
         part = {"type": "image", "image": part}
     if not isinstance(part, Mapping):
         return part

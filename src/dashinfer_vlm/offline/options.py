@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import os
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
@@ -14,7 +15,8 @@ Config = TypeVar("Config")
 
 
 def configs(options: Mapping[str, Any]) -> tuple[EngineConfig, MediaConfig]:
-    """Both configs, validated, from options by the name of a field or by another name of its flag."""
+    """Both configs, validated, from options by the name of a field or by another name of its flag; a path may be an
+    object."""
     flags = [*flags_of(EngineConfig), *flags_of(MediaConfig)]
     names = {name.replace("-", "_"): flag.field for flag in flags for name in (flag.field, *flag.aliases)}
     for name in options:
@@ -22,7 +24,7 @@ def configs(options: Mapping[str, Any]) -> tuple[EngineConfig, MediaConfig]:
             close = difflib.get_close_matches(name, names, 1)
             hint = f"; did you mean {close[0]!r}?" if close else "; docs/flags.md has the list"
             raise ConfigError(f"there is no option {name!r}{hint}")
-    values = {names[name]: value for name, value in options.items()}
+    values = {names[k]: os.fspath(v) if isinstance(v, os.PathLike) else v for k, v in options.items()}
     engine, media = _config(EngineConfig, values), _config(MediaConfig, values)
     engine.validate()
     media.validate()

@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import atexit
 import dataclasses
+import os
 import sys
 import weakref
 from collections.abc import AsyncGenerator, Callable, Coroutine, Iterator, Mapping, Sequence
@@ -187,8 +188,10 @@ class VLM:
         return self._loop.aiterate(self._stream(messages, params, parse_tools(tools, tool_choice)))
 
     def close(self) -> None:
-        """Abort what runs and free model, caches, threads and processes; idempotent."""
-        self._resources.close()
+        """Abort what runs and free model, caches, threads and processes; idempotent. A process that was forked from
+        their own leaves them alone."""
+        if os.getpid() == self._loop.pid:
+            self._resources.close()
 
     def __enter__(self) -> VLM:
         return self
@@ -235,6 +238,10 @@ class VLM:
     def _generation_params(self, params: Params) -> GenerationParams:
         if isinstance(params, GenerationParams):
             return params
+        if not isinstance(params, SamplingParams | None):
+            raise InvalidRequestError(
+                f"params is a {type(params).__name__}; pass SamplingParams or GenerationParams", param="params"
+            )
         return GenerationParams(sampling=self.default_params if params is None else params)
 
     async def _collected(self, begin: Coroutine[Any, Any, Generation]) -> Result:

@@ -206,6 +206,17 @@ async def test_a_local_engine_serves_several_event_loops() -> None:
     await engine.close()
 
 
+async def test_a_forked_process_does_not_wait_for_a_thread_that_it_has_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = LocalEngine(ScriptedEngine(), INFO)
+    with monkeypatch.context() as child:
+        child.setattr("os.getpid", lambda: -1)
+        with pytest.raises(EngineDeadError, match="forked"):
+            engine.submit(ask("a", 5), lambda news: None)
+        with pytest.raises(EngineDeadError, match="forked"):
+            engine.read_stats()
+    await engine.close()
+
+
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 async def test_a_thread_that_ends_unexpectedly_lets_nobody_wait() -> None:
     class Quitting(ScriptedEngine):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import queue
 import threading
 from collections.abc import Callable
@@ -18,6 +19,7 @@ from dashinfer_vlm.engine.info import EngineInfo
 from dashinfer_vlm.engine.load import load_engine
 from dashinfer_vlm.engine.stats import EngineStats
 from dashinfer_vlm.fault import Fault
+from dashinfer_vlm.forked import check_process
 from dashinfer_vlm.request import Finish, Output, Request
 
 __all__ = ["LocalEngine"]
@@ -34,6 +36,7 @@ class LocalEngine:
         self._commands: queue.SimpleQueue[Command] = queue.SimpleQueue()
         self._over: Future[None] = Future()
         self._over.set_running_or_notify_cancel()  # nobody can cancel it: the engine's thread sets it when it ends
+        self._pid = os.getpid()
         self._thread = threading.Thread(target=self._run, args=(engine,), name="engine", daemon=True)
         self._thread.start()
 
@@ -47,7 +50,9 @@ class LocalEngine:
         return self._info
 
     def submit(self, request: Request, listener: Listener) -> None:
-        """Run `request`; `listener` hears its news in the engine's thread. Raises EngineDeadError."""
+        """Run `request`; `listener` hears its news in the engine's thread. Raises EngineDeadError, also in a process
+        that was forked from the engine's."""
+        check_process(self._pid)
         self._listeners.add(request.id, listener)
         self._commands.put(request)
 
@@ -89,6 +94,7 @@ class LocalEngine:
         self._thread.join()
 
     def _ask_stats(self) -> Future[EngineStats | Fault]:
+        check_process(self._pid)
         answer: Future[EngineStats | Fault] = Future()
         answer.set_running_or_notify_cancel()  # nobody can cancel it any more: the engine's thread sets it
         self._commands.put(self._listeners.await_stats(answer.set_result))
