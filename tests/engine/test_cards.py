@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import random
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
@@ -13,12 +14,15 @@ from hypothesis import strategies as st
 
 from dashinfer_vlm.config import EngineConfig
 from dashinfer_vlm.engine import engine as engine_module
+from dashinfer_vlm.engine.cards.calls import ModelCalls
 from dashinfer_vlm.engine.cards.graphs import Shapes
+from dashinfer_vlm.engine.cards.sampling import CardSampler
 from dashinfer_vlm.engine.cards.staging import Shape
 from dashinfer_vlm.engine.cost import StepCost
 from dashinfer_vlm.engine.devices import make_runner
 from dashinfer_vlm.engine.engine import Engine
 from dashinfer_vlm.engine.grammars.compiler import Compiler
+from dashinfer_vlm.layers.card_sampling import SeenCounts
 from dashinfer_vlm.request import Grammar, Output, Request, SamplingParams
 from tests.engine.card_runner import PoisonedCardRunner, make_card_runner, with_spare_block
 from tests.engine.scripted_model import ScriptedModel, expected
@@ -122,6 +126,49 @@ def test_random_lives_say_the_same_on_a_card(
             assert_same_logprobs(news, other)
     event(f"preempted: {on_processor.engine.stats().num_preemptions_total > 0}")
     event(f"late tokens: {card(on_card.engine).num_pending > 0}")
+
+
+ALLOCATING = (
+    (CardSampler, "take_seat"),
+    (CardSampler, "choose"),
+    (CardSampler, "score"),
+    (SeenCounts, "add"),
+    (ModelCalls, "put_items"),
+    (ModelCalls, "logits"),
+)
+"""What takes memory of a card in a step."""
+
+
+@searched(25)
+@given(told=lives(), num_blocks=st.integers(14, 40), guesses=st.booleans(), chance=st.sampled_from([0.02, 0.2]))
+def test_random_lives_on_a_card_without_memory_say_the_same_up_to_their_errors(
+    told: list[Request | int | str], num_blocks: int, guesses: bool, chance: float
+) -> None:
+    told = [each for each in told if not isinstance(each, str)]
+    options: dict[str, Any] = {"max_model_len": 56, "speculative_config": NGRAM if guesses else None}
+    undisturbed = lived(life(0, num_blocks, EchoingModel(), **options), told)
+    one, luck = card_life(num_blocks, EchoingModel(), **options), random.Random(num_blocks)
+
+    def narrow(call: Callable[..., Any]) -> Callable[..., Any]:
+        def tried(*args: Any) -> Any:
+            if luck.random() < chance:
+                raise torch.OutOfMemoryError
+            return call(*args)
+
+        return tried
+
+    with pytest.MonkeyPatch.context() as patch:
+        for owner, name in ALLOCATING:
+            patch.setattr(owner, name, narrow(getattr(owner, name)))
+        lived(one, told)
+    for name, news in undisturbed.outputs.items():
+        other = one.outputs[name]
+        if reason(other) == "error":
+            assert tokens(news)[: len(tokens(other))] == tokens(other)
+        else:
+            assert tokens(news) == tokens(other)
+            assert news[-1].finish == other[-1].finish
+    event(f"errors: {any(reason(news) == 'error' for news in one.outputs.values())}")
 
 
 def test_seats_are_given_to_the_next_ones() -> None:

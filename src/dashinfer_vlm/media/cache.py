@@ -110,6 +110,8 @@ class LeasedCache(Generic[V]):
         self._evict()
 
     def _evict(self) -> None:
+        if self.num_bytes <= self._budget:
+            return  # as after nearly every lease: there may be thousands to look through
         unused = [(k, e) for k, e in self._entries.items() if e.leases == 0 and e.num_bytes is not None]
         for key, entry in unused:
             if self.num_bytes <= self._budget:
