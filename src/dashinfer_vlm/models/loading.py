@@ -45,10 +45,10 @@ def load_model(config: EngineConfig, *, progress: Progress | None = None, ranks:
             refuse_vision_options(checkpoint, config)
             encoder, is_native = None, True
         else:
-            store = stores.enter_context(open_store(config, weights, "vision", dtype))
+            store = stores.enter_context(open_store(config, weights, "vision", dtype, device))
             vision = choose_backend(device, dtype, config.vision_quant_type, store)
             encoder, is_native = _load_vision(config, checkpoint, weights, vision)
-        store = stores.enter_context(open_store(config, weights, "text", dtype)) if ranks.count == 1 else None
+        store = stores.enter_context(open_store(config, weights, "text", dtype, device)) if ranks.count == 1 else None
         backend = choose_backend(device, dtype, config.quant_type, store, ranks)
         decoder = checkpoint.family.decoder(checkpoint, weights, backend)
         weights.finish()
@@ -66,7 +66,7 @@ def load_encoder(config: EngineConfig, *, progress: Progress | None = None) -> V
     device = _device(config.vision_device or config.device, "--vision-device")
     _stay_on(device)
     weights = Weights(checkpoint.folder, checkpoint.family.names, checkpoint.stored, progress=progress)
-    with open_store(config, weights, "vision", dtype) as store:
+    with open_store(config, weights, "vision", dtype, device) as store:
         backend = choose_backend(device, dtype, config.vision_quant_type, store)
         encoder, is_native = _load_vision(config, checkpoint, weights, backend)
     if is_native:
@@ -83,11 +83,10 @@ def quantise(config: EngineConfig, *, progress: Progress | None = None) -> list[
         load_encoder(config, progress=progress)
     checkpoint = read_config(Path(config.model))
     dtype = DTYPES[checkpoint.dtype if config.dtype == "auto" else config.dtype]
+    weights = Weights(checkpoint.folder, checkpoint.family.names, checkpoint.stored)
     kept = []
     for part in checkpoint.family.names.parts:
-        with open_store(
-            config, Weights(checkpoint.folder, checkpoint.family.names, checkpoint.stored), part, dtype
-        ) as store:
+        with open_store(config, weights, part, dtype, device_of(config, ALONE)) as store:
             if store is not None and not store.found:
                 raise DashInferError(f"{store.path} could not be kept; the log says why")
             kept += [store.path] if store is not None else []

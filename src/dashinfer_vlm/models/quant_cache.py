@@ -324,11 +324,14 @@ class QuantStore:
 
 
 def open_store(
-    config: EngineConfig, weights: Weights, part: Part, dtype: torch.dtype
+    config: EngineConfig, weights: Weights, part: Part, dtype: torch.dtype, device: torch.device
 ) -> QuantStore | nullcontext[None]:
-    """The store for a part that `config` wants quantised; a context of None where it does not, or keeps nothing."""
+    """The store for a part that `config` wants quantised; a context of None where it does not, or keeps nothing, and on
+    a card, which quantises in seconds."""
     quant_type = config.quant_type if part == "text" else config.vision_quant_type
-    if quant_type not in QUANT_TYPES or not config.quant_cache_gib or not cpu_ops.available():
+    if quant_type not in QUANT_TYPES or not config.quant_cache_gib:
+        return nullcontext()
+    if device.type != "cpu" or not cpu_ops.available():
         return nullcontext()
     try:
         path = Path(config.quant_cache).expanduser() if config.quant_cache else envs.cache_folder() / "quantised"

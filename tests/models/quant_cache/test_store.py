@@ -17,7 +17,11 @@ from dashinfer_vlm.config import EngineConfig
 from dashinfer_vlm.errors import CheckpointError, ConfigError
 from dashinfer_vlm.kernels import cpu_ops
 from dashinfer_vlm.layers import quantise
+from dashinfer_vlm.models.config import read_config
+from dashinfer_vlm.models.family import Part
 from dashinfer_vlm.models.loading import load_encoder, load_model
+from dashinfer_vlm.models.quant_cache import open_store
+from dashinfer_vlm.models.weights import Weights
 from tests.conftest import CheckpointMaker
 from tests.models.driving import Driver, image, prompt
 
@@ -53,6 +57,24 @@ def config(folder: Path, cache: Path, **options: Any) -> EngineConfig:
 def logits(folder: Path, cache: Path, **options: Any) -> torch.Tensor:
     driver = Driver(load_model(config(folder, cache, **options)))
     return driver.run(driver.start(CASE))
+
+
+@pytest.mark.parametrize(("device", "reads"), [("cpu", True), ("cuda", False)])
+def test_a_card_which_keeps_nothing_does_not_read_the_weights_to_know_them_again(
+    checkpoint: CheckpointMaker, cache: Path, monkeypatch: pytest.MonkeyPatch, device: str, reads: bool
+) -> None:
+    asked = config(checkpoint(), cache, quant_type="a16w4")
+    found = read_config(Path(asked.model))
+    read = []
+
+    def fingerprint(weights: Weights, part: Part) -> bytes:
+        read.append(part)
+        return bytes(32)
+
+    monkeypatch.setattr(Weights, "fingerprint", fingerprint)
+    weights = Weights(found.folder, found.family.names)
+    with open_store(asked, weights, "text", torch.bfloat16, torch.device(device)) as store:
+        assert (store is not None) == bool(read) == reads
 
 
 def entries(cache: Path) -> list[str]:
