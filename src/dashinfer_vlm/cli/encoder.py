@@ -6,7 +6,6 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import time
 from typing import TYPE_CHECKING
 
@@ -17,6 +16,7 @@ from dashinfer_vlm.config import EngineConfig
 from dashinfer_vlm.encoders.cluster.ray_library import RESOURCE, check_head, ray_library
 from dashinfer_vlm.errors import DashInferError
 from dashinfer_vlm.hub import resolve_model
+from dashinfer_vlm.interpreter import running
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -54,7 +54,7 @@ def encoder(address: str, model: str | None, encoders: int, threads: int | None)
 def node_command(address: str, num_encoders: int) -> list[str]:
     """What starts a Ray node that offers room for that many encoders, and nothing else."""
     resources = json.dumps({RESOURCE: num_encoders})
-    start = [sys.executable, "-m", "ray.scripts.scripts", "start", "--block", "--disable-usage-stats", "--num-cpus=0"]
+    start = [*running("ray.scripts.scripts", "start", "--block", "--disable-usage-stats", "--num-cpus=0")]
     return [*start, f"--object-store-memory={OBJECT_STORE_BYTES}", f"--resources={resources}", f"--address={address}"]
 
 

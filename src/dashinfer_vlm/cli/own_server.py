@@ -7,7 +7,6 @@ import secrets
 import signal
 import socket
 import subprocess
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -16,6 +15,7 @@ from typing import NoReturn
 import httpx
 
 from dashinfer_vlm.errors import DashInferError
+from dashinfer_vlm.interpreter import running
 
 __all__ = ["own_server"]
 
@@ -32,7 +32,7 @@ def own_server(model: str, flags: Sequence[str]) -> Iterator[tuple[str, str]]:
     """
     key = secrets.token_urlsafe(32)
     url = f"http://{_HOST}:{_free_port()}"
-    command = [sys.executable, "-m", "dashinfer_vlm.cli.serve", "--log-level", "warning", "--no-ui", *flags]
+    command = [*running("dashinfer_vlm.cli.serve", "--log-level", "warning", "--no-ui", *flags)]
     command += ["--host", _HOST, "--port", url.rpartition(":")[2], *(["--model", model] if model else [])]
     # the key stays out of the list of processes; a session of its own, since Ctrl-C ends an answer and not the server
     environment = {**os.environ, "DASHINFER_API_KEYS": key}

@@ -18,6 +18,7 @@ import msgspec
 
 from dashinfer_vlm.allocator import RETURNED_BYTES
 from dashinfer_vlm.errors import EngineError, MediaError, MediaTooLargeError, OverloadedError
+from dashinfer_vlm.interpreter import running
 from dashinfer_vlm.media.cache import BUSY
 from dashinfer_vlm.media.registry import MEDIA
 from dashinfer_vlm.media.turns import ANYBODY, Party, Turns
@@ -176,7 +177,7 @@ class _Worker:
                 await self._start()
 
     async def _start(self) -> None:
-        command = (sys.executable, "-s", "-m", "dashinfer_vlm.media.decode", str(self._memory_mib))
+        command = running("dashinfer_vlm.media.decode", str(self._memory_mib), options=("-s",))
         pipe = asyncio.subprocess.PIPE
         self._process = await asyncio.create_subprocess_exec(
             *command, stdin=pipe, stdout=pipe, stderr=pipe, env=_environment(), start_new_session=True

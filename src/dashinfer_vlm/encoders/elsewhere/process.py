@@ -6,7 +6,6 @@ import contextlib
 import itertools
 import os
 import subprocess
-import sys
 import time
 from collections.abc import Sequence
 
@@ -34,6 +33,7 @@ from dashinfer_vlm.encoders.elsewhere.wire import (
 )
 from dashinfer_vlm.encoders.queue import grid, raw_patches
 from dashinfer_vlm.errors import EngineError
+from dashinfer_vlm.interpreter import running
 from dashinfer_vlm.log_lines import LogStyle
 from dashinfer_vlm.request import Item
 from dashinfer_vlm.shared_array import SharedFolder
@@ -62,7 +62,7 @@ class ProcessEncoder:
         self, config: EngineConfig, folder: SharedFolder, dtype: torch.dtype, module: str | None = None
     ) -> None:
         """`config` is the worker's own, with its number of threads; `dtype` is that of the embeddings it makes."""
-        self._command = (sys.executable, "-m", module or self.module)
+        self._command = running(module or self.module)
         self._config = config
         self._folder = folder
         self._dtype = dtype

@@ -21,6 +21,7 @@ import llguidance
 import msgspec
 
 from dashinfer_vlm.engine.grammars.forms import compile_for
+from dashinfer_vlm.interpreter import running
 from dashinfer_vlm.request import Grammar
 
 __all__ = ["Trial"]
@@ -37,7 +38,7 @@ _STACK_BYTES = 2 << 20
 class Trial:
     """The process, started when it is first needed and again whenever it has died. For one thread at a time."""
 
-    command: tuple[str, ...] = (sys.executable, "-m", "dashinfer_vlm.engine.grammars.trial")
+    command: tuple[str, ...] = running("dashinfer_vlm.engine.grammars.trial")
 
     def __init__(self) -> None:
         self._process: subprocess.Popen[bytes] | None = None

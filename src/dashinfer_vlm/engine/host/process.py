@@ -6,7 +6,6 @@ import asyncio
 import contextlib
 import logging
 import signal
-import sys
 from collections.abc import Iterator
 from functools import partial
 from typing import Any
@@ -36,6 +35,7 @@ from dashinfer_vlm.engine.info import EngineInfo
 from dashinfer_vlm.engine.stats import EngineStats
 from dashinfer_vlm.errors import EngineDeadError
 from dashinfer_vlm.fault import Fault
+from dashinfer_vlm.interpreter import running
 from dashinfer_vlm.log_lines import LogStyle
 from dashinfer_vlm.request import Finish, Request
 from dashinfer_vlm.shared_array import SharedArray, SharedFolder
@@ -58,7 +58,7 @@ class ProcessEngine:
     The child has a session of its own, so that Ctrl-C reaches the parent only, and it ends when the parent does.
     """
 
-    command: tuple[str, ...] = (sys.executable, "-m", "dashinfer_vlm.engine.host.child")
+    command: tuple[str, ...] = running("dashinfer_vlm.engine.host.child")
     close_timeout_s = 10.0
     """How long the child may take to end by itself: one step and the unloading of its model."""
 

@@ -6,7 +6,6 @@ import contextlib
 import logging
 import signal
 import subprocess
-import sys
 from dataclasses import replace
 
 import msgspec
@@ -28,6 +27,7 @@ from dashinfer_vlm.engine.parallel.wire import (
     news_decoder,
 )
 from dashinfer_vlm.errors import EngineDeadError
+from dashinfer_vlm.interpreter import running
 from dashinfer_vlm.kernels.threads import engine_threads
 from dashinfer_vlm.request import Grid
 from dashinfer_vlm.shared_array import SharedFolder
@@ -46,7 +46,7 @@ class RankProcesses:
     They end with their parent. When one of them ends by itself, the model is gone: every call raises EngineDeadError.
     """
 
-    command: tuple[str, ...] = (sys.executable, "-m", "dashinfer_vlm.engine.parallel.rank")
+    command: tuple[str, ...] = running("dashinfer_vlm.engine.parallel.rank")
 
     def __init__(self, config: EngineConfig) -> None:
         """They load from now on; `wait_loaded` waits for them."""
