@@ -15,7 +15,7 @@ from card_checks.models import checked_backend
 from card_checks.results import Check, Setting, error
 from card_checks.rows import Row
 from dashinfer_vlm.layers import activation, attention, fp8, norm, rotary
-from dashinfer_vlm.layers.backend import Ops
+from dashinfer_vlm.layers.backend import REFERENCE, Ops
 
 BLOCK_SIZE = 16
 BFLOAT16_ERROR = 1e-2
@@ -82,6 +82,8 @@ def cases(setting: Setting, dtype: torch.dtype, *, small: bool) -> Iterator[Case
     for name, rows, contexts in _steps(small):
         for cache in (dtype, torch.int8):
             yield attention_over_a_cache(setting, dtype, f"{name} over {_short(cache)}", heads, rows, contexts, cache)
+    for count, context in ((3, 70),) if small else ((1, 1024), (64, 1024)):
+        yield decode_alone(setting, dtype, f"decode with its rotation, {count} of {context}", heads, [context] * count)
     yield from _single(setting, dtype, small=small)
     if small:
         yield attention_of_pictures(setting, dtype, "frames", [37, 1, 64, 5], 2, 80)
@@ -190,17 +192,24 @@ def _rows(setting: Setting, ops: Ops, dtype: torch.dtype, num_rows: int, size: i
     )
 
 
-def attention_over_a_cache(
-    setting: Setting,
-    dtype: torch.dtype,
-    name: str,
-    heads: Heads,
-    rows: list[int],
-    contexts: list[int],
-    cache: torch.dtype | None = None,
-) -> Case:
-    """A step whose rows are written and then read, in blocks that lie in no order. None: the cache has `dtype`, too."""
-    ops, cache = checked_backend(setting, dtype).ops, cache or dtype
+@dataclass(frozen=True, slots=True)
+class Filled:
+    """A cache of random keys and values, in blocks that lie in no order."""
+
+    keys: Tensor
+    values: Tensor
+    tables: Tensor
+    lengths: Tensor
+    num_bytes: int
+    """Of what all sequences read."""
+
+    def wide(self) -> tuple[Tensor, Tensor]:
+        """Copies in float64, but of int8."""
+        keys, values = (x.clone() if x.dtype == torch.int8 else x.double() for x in (self.keys, self.values))
+        return keys, values
+
+
+def _filled(setting: Setting, heads: Heads, contexts: list[int], cache: torch.dtype) -> Filled:
     needed = [-(-n // BLOCK_SIZE) for n in contexts]
     order = torch.randperm(sum(needed), dtype=torch.int32)
     tables = torch.zeros(len(contexts), max(needed), dtype=torch.int32)
@@ -212,25 +221,55 @@ def attention_over_a_cache(
     for begin in range(0, len(slots), 4096):
         k, v = torch.randn(2, len(slots[begin : begin + 4096]), heads.key, heads.dim, device=setting.device)
         attention.write_kv(k, v, keys, values, slots[begin : begin + 4096])
+    lengths = torch.tensor(contexts, dtype=torch.int32, device=setting.device)
+    return Filled(keys, values, tables.to(setting.device), lengths, 2 * sum(contexts) * keys[0, 0].nbytes)
+
+
+def attention_over_a_cache(
+    setting: Setting,
+    dtype: torch.dtype,
+    name: str,
+    heads: Heads,
+    rows: list[int],
+    contexts: list[int],
+    cache: torch.dtype | None = None,
+) -> Case:
+    """A step whose rows are in the cache already. None: the cache has `dtype`, too."""
+    ops, filled = checked_backend(setting, dtype).ops, _filled(setting, heads, contexts, cache or dtype)
     q = torch.randn(sum(rows), heads.query, heads.dim, device=setting.device).to(dtype)
     starts = torch.tensor([0, *accumulate(rows)], dtype=torch.int32, device=setting.device)
-    lengths = torch.tensor(contexts, dtype=torch.int32, device=setting.device)
-    tables = tables.to(setting.device)
-    scale = heads.dim**-0.5
-
-    def want() -> Tensor:
-        wide = (x if cache == torch.int8 else x.double() for x in (keys, values))
-        return attention.paged_attention(q.double(), *wide, tables, starts, lengths, scale)
-
+    told = (filled.tables, starts, filled.lengths, heads.dim**-0.5)
     pairs = sum(n * (2 * context - n + 1) / 2 for n, context in zip(rows, contexts, strict=True))
-    flops = 4 * heads.query * heads.dim * pairs if max(rows) > 8 else 0  # few rows are bound by reading
-    moved = 2 * sum(contexts) * heads.key * keys.shape[3] * keys.itemsize + 2 * q.nbytes
     return Case(
         name,
-        lambda: ops.paged_attention(q, keys, values, tables, starts, lengths, scale),
-        want,
-        moved,
-        flops,
+        lambda: ops.paged_attention(q, filled.keys, filled.values, *told),
+        lambda: attention.paged_attention(q.double(), *filled.wide(), *told),
+        filled.num_bytes + 2 * q.nbytes,
+        4 * heads.query * heads.dim * pairs if max(rows) > 8 else 0,  # few rows are bound by reading
+        bar=2.0,
+    )
+
+
+def decode_alone(setting: Setting, dtype: torch.dtype, name: str, heads: Heads, contexts: list[int]) -> Case:
+    """A step of decode as it is served: rotation, the write into the cache and attention over it."""
+    ops, filled = checked_backend(setting, dtype).ops, _filled(setting, heads, contexts, dtype)
+    count, device = len(contexts), setting.device
+    joined = torch.randn(count, heads.query + 2 * heads.key, heads.dim, device=device).to(dtype)
+    angles = torch.randn(count, heads.dim // 2, device=device)
+    newest = filled.lengths.long() - 1
+    slots = filled.tables[torch.arange(count, device=device), newest // BLOCK_SIZE] * BLOCK_SIZE + newest % BLOCK_SIZE
+    starts = torch.arange(count + 1, dtype=torch.int32, device=device)
+    tables, told = (angles.cos(), angles.sin()), (slots, filled.tables, starts, filled.lengths, heads.dim**-0.5)
+
+    def attend(ops: Ops, joined: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        q, k, v = torch.split(joined, [heads.query, heads.key, heads.key], dim=1)
+        return ops.attend(q, k, v, *tables, keys, values, *told)
+
+    return Case(
+        name,
+        lambda: attend(ops, joined, filled.keys, filled.values),
+        lambda: attend(REFERENCE, joined.double(), *filled.wide()),
+        filled.num_bytes + joined.nbytes,
         bar=2.0,
     )
 

@@ -11,7 +11,7 @@ from unittest import mock
 
 import torch
 
-from card_checks.kernels import BFLOAT16_ERROR, Case, Heads, attention_of_pictures, attention_over_a_cache
+from card_checks.kernels import BFLOAT16_ERROR, Case, Heads, attention_of_pictures, attention_over_a_cache, decode_alone
 from card_checks.results import Check, Setting, error
 from card_checks.rows import Row
 
@@ -84,18 +84,20 @@ def _contests(setting: Setting) -> Iterator[Contest]:
 
     over_a_cache = partial(attention_over_a_cache, setting, torch.bfloat16)
     if setting.tiny:
-        yield Contest(over_a_cache("decode", TINY, [1, 1], [3, 70]), paged, "few_tile", ((16, 32, 1, 2, None),))
+        decode = decode_alone(setting, torch.bfloat16, "decode", TINY, [3, 70])
+        yield Contest(decode, paged, "few_tile", ((16, 32, 1, 2, None),))
         yield Contest(over_a_cache("prompt", TINY, [40], [60]), paged, "many_tile", ((32, 16, 1, 2, None),))
         pictures = attention_of_pictures(setting, torch.bfloat16, "frames", [37, 5], 2, 80)
         yield Contest(pictures, segments, "tile_for", ((16, 32, 1, 1, None),))
         return
     for size, heads in (("2b", OF_2B), ("7b", OF_7B)):
         for name, count, length in (("1 of 1k", 1, 1024), ("16 of 1k", 16, 1024), ("64 of 1k", 64, 1024)):
-            case = over_a_cache(f"{size} decode {name}", heads, [1] * count, [length] * count)
+            case = decode_alone(setting, torch.bfloat16, f"{size} decode {name}", heads, [length] * count)
             yield Contest(case, paged, "few_tile", FEW)
         yield Contest(over_a_cache(f"{size} prompt 8k", heads, [8192], [8192]), paged, "many_tile", MANY)
         yield Contest(over_a_cache(f"{size} prompt 1k", heads, [1024], [1024]), paged, "many_tile", MANY)
-    yield Contest(over_a_cache("7b decode 8 of 8k", OF_7B, [1] * 8, [8192] * 8), paged, "few_tile", FEW)
+    long = decode_alone(setting, torch.bfloat16, "7b decode 8 of 8k", OF_7B, [8192] * 8)
+    yield Contest(long, paged, "few_tile", FEW)
     for name, lengths, dim, cuts in (
         ("4 pictures of 1024^2", [5476] * 4, 80, FRAMES),
         ("heads of 72", [4096] * 4, 72, FRAMES),

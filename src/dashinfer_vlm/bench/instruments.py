@@ -87,13 +87,15 @@ def _instrumented(backend: Backend, spans: Spans) -> Backend:
     def make_patches(weight: torch.Tensor, bias: torch.Tensor) -> Patches:
         return spans.timed("patch embedding", backend.make_patches(weight, bias).__call__)
 
-    timed = {f.name: _timed_op(f.name, getattr(backend.ops, f.name), spans) for f in fields(Ops)}
+    parts = replace(backend.ops, rope_and_attend=None)
+    ops = {f.name: getattr(parts, f.name) for f in fields(Ops)}
+    timed = {name: _timed_op(name, op, spans) for name, op in ops.items() if op is not None}
     return replace(
         backend,
         make_linear=timed_factory(backend.make_linear, f"linear {_SHAPE}"),
         make_head=timed_factory(backend.make_head or backend.make_linear, "head"),
         make_patches=make_patches,
-        ops=replace(backend.ops, **timed),
+        ops=replace(parts, **timed),
     )
 
 

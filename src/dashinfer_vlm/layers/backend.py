@@ -66,6 +66,30 @@ class Ops:
     rope_write_kv: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], None]
     paged_attention: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, float], Tensor]
     varlen_attention: Callable[[Tensor, Tensor, Tensor, Tensor, float, int, Tensor | None], Tensor]
+    rope_and_attend: Callable[..., Tensor] | None = None
+    """`attend`, where that is more than one after the other."""
+
+    def attend(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        k_cache: Tensor,
+        v_cache: Tensor,
+        slots: Tensor,
+        block_tables: Tensor,
+        query_starts: Tensor,
+        context_lens: Tensor,
+        scale: float,
+    ) -> Tensor:
+        """`rope_write_kv`, then `paged_attention`, whose result it is; q, k and v may be overwritten."""
+        where = (block_tables, query_starts, context_lens, scale)
+        if self.rope_and_attend is not None:
+            return self.rope_and_attend(q, k, v, cos, sin, k_cache, v_cache, slots, *where)
+        self.rope_write_kv(q, k, v, cos, sin, k_cache, v_cache, slots)
+        return self.paged_attention(q, k_cache, v_cache, *where)
 
 
 REFERENCE = Ops(

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from dashinfer_vlm.kernels.cuda import fp8, gemv, paged, rotary, rows, segments, skinny
+from dashinfer_vlm.kernels.cuda import decode, fp8, gemv, paged, rotary, rows, segments, skinny
 from dashinfer_vlm.kernels.cuda.patches import embed_patches, two_halves
 from dashinfer_vlm.kernels.grouped import GroupedWeight
 from dashinfer_vlm.layers.activation import EPILOGUES, Epilogue
@@ -31,6 +31,7 @@ OPS = Ops(
     rope_write_kv=rotary.rope_write_kv,
     paged_attention=paged.paged_attention,
     varlen_attention=segments.varlen_attention,
+    rope_and_attend=decode.rope_and_attend,
 )
 
 _EPILOGUES = {**EPILOGUES, "silu_mul": rows.silu_mul, "quick_gelu": rows.quick_gelu}

@@ -83,11 +83,8 @@ class Attention:
         q, k, v = heads.split_with_sizes([self.num_heads, self.num_kv_heads, self.num_kv_heads], dim=1)
         if self.norms:
             q, k = (self._norm(part, weight) for part, weight in zip((q, k), self.norms, strict=True))
-        self.ops.rope_write_kv(q, k, v, *table, *cache, batch.slots)
-        out = self.ops.paged_attention(
-            q, *cache, batch.block_tables, batch.query_starts, batch.context_lens, c.head_dim**-0.5
-        )
-        return out.flatten(1)
+        where = (batch.slots, batch.block_tables, batch.query_starts, batch.context_lens)
+        return self.ops.attend(q, k, v, *table, *cache, *where, c.head_dim**-0.5).flatten(1)
 
     def _norm(self, heads: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         """[T, H, D], each head by itself."""

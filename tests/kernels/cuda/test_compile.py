@@ -34,8 +34,8 @@ MODELS = ("Qwen2-VL-2B", "Qwen2-VL-7B", "Qwen2.5-VL-7B", "Qwen3-VL-8B")
 class Found:
     variants: list[dict[str, Any]]
 
-    def of(self, kernel: str) -> list[dict[str, Any]]:
-        return [x for x in self.variants if x["kernel"] == kernel]
+    def of(self, *kernels: str) -> list[dict[str, Any]]:
+        return [x for x in self.variants if x["kernel"] in kernels]
 
 
 @pytest.fixture(scope="module")
@@ -66,8 +66,8 @@ def test_every_variant_compiles_and_fits(found: Found) -> None:
 
 
 def test_decode_leaves_room_for_three_programs_side_by_side(found: Found) -> None:
-    decode = [x for x in found.of("_attend") if x["variant"].startswith("decode")]
-    assert decode
+    decode = [x for x in found.of("_decode", "_attend") if x["variant"].startswith(("decode", "few rows"))]
+    assert len(decode) >= 7 * len(MODELS)
     for x in decode:
         assert x["registers"] * x["warps"] * 32 <= REGISTERS // 3, x
         assert x["shared"] <= SHARED // 3, x
@@ -114,7 +114,7 @@ def test_a_row_by_itself_is_multiplied_by_reads_of_128_bits_that_precede_the_wai
 
 def test_keys_and_values_are_copied_by_128_bits_beside_the_arithmetic(found: Found) -> None:
     """Those of 8 bits, too: their rows begin at multiples of 16 bytes."""
-    attention = found.of("_attend")
+    attention = found.of("_decode", "_attend")
     assert attention
     for x in attention:
         assert x["wide_copies"] >= (8 if "int8" in x["variant"] else 12), x
@@ -122,8 +122,8 @@ def test_keys_and_values_are_copied_by_128_bits_beside_the_arithmetic(found: Fou
 
 def test_copies_of_keys_are_under_way_during_the_arithmetic(found: Found) -> None:
     """Those of the next round: a wait for all copies would leave memory idle until the arithmetic is done."""
-    attention = [x for x in found.of("_attend") if x["variant"] != "ViT attention in windows"]
-    assert len(attention) >= 8 * len(MODELS)
+    attention = [x for x in found.of("_decode", "_attend") if x["variant"] != "ViT attention in windows"]
+    assert len(attention) >= 10 * len(MODELS)
     for x in attention:
         assert x["copies_under_way"] >= 3, x
 

@@ -265,18 +265,29 @@ def _few(
     tiles = -(-few // (tile.rows // group)) * num_sequences
     if splits is None:
         splits = num_splits(num_sequences * num_kv_heads, tables.shape[1] * k_cache.shape[1], tile.columns)
+    parts, lse = parts_of(out, num_sequences * few, splits)
     grid = (tiles, num_kv_heads, splits)
-    if splits == 1:
-        _start(grid, q, k_cache, v_cache, tables, starts, contexts, out[None], None, scale, tile, few, many=False)
-        return
-    early = len(q) == 1 and starts_early(q)
-    parts = torch.empty(splits, num_sequences * few, *q.shape[1:], dtype=torch.float32, device=q.device)
-    lse = torch.empty(splits, num_sequences * few, num_heads, dtype=torch.float32, device=q.device)
     _start(grid, q, k_cache, v_cache, tables, starts, contexts, parts, lse, scale, tile, few, many=False)
+    if splits > 1:
+        combine(parts, lse, starts, out, few)
+
+
+def parts_of(out: Tensor, num_rows: int, splits: int) -> tuple[Tensor, Tensor]:
+    """Where programs leave what they found for [T, H, D] `out`: weighted values [splits, num_rows, H, D] and logarithms
+    of sums [splits, num_rows, H], both float32, for `combine`; where nothing is split, `out` itself."""
+    if splits == 1:
+        return out[None], out[None, ..., 0]
+    parts = torch.empty(splits, num_rows, *out.shape[1:], dtype=torch.float32, device=out.device)
+    return parts, torch.empty(parts.shape[:3], dtype=torch.float32, device=out.device)
+
+
+def combine(parts: Tensor, lse: Tensor, starts: Tensor, out: Tensor, few: int) -> None:
+    """The rows of `out` of sequences with at most `few`, the `few` rows of `parts_of` that each has."""
+    splits, num_rows, num_heads, dim = parts.shape
+    early = len(out) == 1 and starts_early(out)
     launch(
-        _combine, (num_sequences * few, num_heads), parts, lse, starts, out, *parts.stride()[:3], *lse.stride()[:2],
-        *out.stride()[:2], q.shape[2], power_of_two(q.shape[2]), splits, few, early, num_warps=4,
-        early=early,
+        _combine, (num_rows, num_heads), parts, lse, starts, out, *parts.stride()[:3], *lse.stride()[:2],
+        *out.stride()[:2], dim, power_of_two(dim), splits, few, early, num_warps=4, early=early,
     )  # fmt: skip
 
 
@@ -293,7 +304,8 @@ def _many(
     group = q.shape[1] // k_cache.shape[2]
     tile = many_tile(q.dtype, k_cache.dtype, group, q.shape[2], is_roomy=is_roomy(q))
     grid = (len(q) // (tile.rows // group) + len(contexts), k_cache.shape[2], 1)
-    _start(grid, q, k_cache, v_cache, tables, starts, contexts, out[None], None, scale, tile, FEW_ROWS, many=True)
+    parts = parts_of(out, len(out), 1)
+    _start(grid, q, k_cache, v_cache, tables, starts, contexts, *parts, scale, tile, FEW_ROWS, many=True)
 
 
 def _start(
@@ -305,22 +317,21 @@ def _start(
     starts: Tensor,
     contexts: Tensor,
     out: Tensor,
-    lse: Tensor | None,
+    lse: Tensor,
     scale: float,
     tile: Tile,
     few: int,
     *,
     many: bool,
 ) -> None:
-    """`out` is [1, T, H, D], or for several splits [splits, S * few, H, D], and `lse` float32 [splits, S * few, H]."""
+    """`out` and `lse` are `parts_of` the result."""
     dim, int8 = q.shape[2], k_cache.dtype == torch.int8
     group = q.shape[1] // k_cache.shape[2]
     early = len(q) == 1 and starts_early(q)
     launch(
-        _attend, grid, q, k_cache, v_cache, tables, starts, contexts, out, out if lse is None else lse, scale,
-        len(contexts), tables.stride(0), *q.stride()[:2], *out.stride()[1:3], out.stride(0),
-        *((0, 0) if lse is None else (lse.stride(1), lse.stride(0))), group, dim, power_of_two(dim, 16),
-        k_cache.shape[1], *k_cache.stride()[:3], tile.rows, tile.rows // group, tile.columns, grid[2], few, many, int8,
-        early, compute_type(q.dtype), num_warps=tile.warps, num_stages=tile.stages,
+        _attend, grid, q, k_cache, v_cache, tables, starts, contexts, out, lse, scale, len(contexts), tables.stride(0),
+        *q.stride()[:2], *out.stride()[1:3], out.stride(0), lse.stride(1), lse.stride(0), group, dim,
+        power_of_two(dim, 16), k_cache.shape[1], *k_cache.stride()[:3], tile.rows, tile.rows // group, tile.columns,
+        grid[2], few, many, int8, early, compute_type(q.dtype), num_warps=tile.warps, num_stages=tile.stages,
         maxnreg=tile.registers, early=early,
     )  # fmt: skip

@@ -10,7 +10,7 @@ from torch import Tensor
 from dashinfer_vlm.kernels.cuda.hadamard import hadamard_blocks
 from dashinfer_vlm.kernels.cuda.launch import check, compute_type, launch, power_of_two, starts_early, wait_for_last
 
-__all__ = ["mrope_cos_sin", "rope", "rope_write_kv"]
+__all__ = ["check_tables", "mrope_cos_sin", "rope", "rope_write_kv"]
 
 HEADS_AT_ONCE = 32
 
@@ -132,7 +132,7 @@ def mrope_cos_sin(positions: Tensor, frequencies: Tensor, axes: Tensor) -> tuple
 def rope(x: Tensor, cos: Tensor, sin: Tensor) -> None:
     """`layers.rotary.rope`: rotate [T, H, D] in place by float32 tables [T, D / 2]; any strides before D."""
     num_rows, num_heads, dim = x.shape
-    _check_tables(x, cos, sin)
+    check_tables(x, cos, sin)
     heads = min(power_of_two(num_heads), HEADS_AT_ONCE)
     grid = (num_rows, -(-num_heads // heads))
     launch(_rope, grid, x, cos, sin, *x.stride()[:2], num_heads, dim, heads, power_of_two(dim // 2), num_warps=4)
@@ -151,7 +151,7 @@ def rope_write_kv(
     """`layers.attention.rope_write_kv`, in one launch; k is left as it is."""
     num_rows, num_heads, dim = q.shape
     num_kv_heads, int8 = k.shape[1], k_cache.dtype == torch.int8
-    _check_tables(q, cos, sin)
+    check_tables(q, cos, sin)
     check(k_cache.is_contiguous() and v_cache.is_contiguous(), "the caches must be contiguous", k_cache, v_cache)
     check(k.stride(2) == v.stride(2) == 1, "channels must be dense", k, v)
     heads = min(power_of_two(num_heads), HEADS_AT_ONCE)
@@ -165,7 +165,8 @@ def rope_write_kv(
     )  # fmt: skip
 
 
-def _check_tables(x: Tensor, cos: Tensor, sin: Tensor) -> None:
+def check_tables(x: Tensor, cos: Tensor, sin: Tensor) -> None:
+    """ValueError unless x is [T, H, D] with dense channels, and the tables are its rows'."""
     check(x.stride(2) == 1, "channels must be dense", x)
     fits = cos.shape == sin.shape == (len(x), x.shape[2] // 2) and cos.is_contiguous() and sin.is_contiguous()
     check(fits, "tables must be contiguous [T, D / 2]", x, cos, sin)

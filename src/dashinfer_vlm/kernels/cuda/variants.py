@@ -15,6 +15,7 @@ from torch import Tensor
 
 from dashinfer_vlm.kernels.choices import Choices
 from dashinfer_vlm.kernels.cuda import fp8, gemv, paged, patches, rotary, rows, sampling, segments, skinny
+from dashinfer_vlm.kernels.cuda.decode import rope_and_attend
 from dashinfer_vlm.kernels.grouped import GROUP, GroupedWeight
 
 __all__ = ["PUBLISHED", "Sizes", "Variant", "variants"]
@@ -99,6 +100,14 @@ def _text(s: Sizes, dtype: torch.dtype, device: torch.device) -> Iterator[Varian
         q, k, v = heads(num_rows)
         rotary.rope_write_kv(q, k, v, table, table, keys, keys, empty(num_rows, dtype=torch.int64))
 
+    def decode(num_rows: int, splits: int) -> Tensor:
+        keys = empty(64, BLOCK_SIZE, s.kv_heads, s.head_dim)
+        table = empty(num_rows, s.head_dim // 2, dtype=torch.float32)
+        starts, contexts = (empty(n, dtype=torch.int32) for n in (num_rows + 1, num_rows))
+        q, k, v = heads(num_rows)
+        slots, blocks = empty(num_rows, dtype=torch.int64), empty(num_rows, 64, dtype=torch.int32)
+        return rope_and_attend(q, k, v, table, table, keys, keys, slots, blocks, starts, contexts, 0.1, splits)
+
     ids, table, is_item = empty(16, dtype=torch.int64), empty(64, s.hidden), empty(16, dtype=torch.bool)
     yield Variant("embed", lambda: rows.embed(ids, table, dtype))
     yield Variant("embed with pictures", lambda: rows.embed(ids, table, dtype, empty(16, s.hidden), is_item))
@@ -115,10 +124,11 @@ def _text(s: Sizes, dtype: torch.dtype, device: torch.device) -> Iterator[Varian
         kind = "int8" if cache == torch.int8 else "plain"
         yield Variant(f"rope_write_kv {kind}", partial(write, cache, 16))
         yield Variant(f"rope_write_kv of one row {kind}", partial(write, cache, 1))
-        yield Variant(f"decode of one row {kind}", partial(attend, [1], cache, 16))
-        yield Variant(f"decode {kind}", partial(attend, [1] * 16, cache, 1))
-        yield Variant(f"decode in 8 splits {kind}", partial(attend, [1] * 16, cache, 8))
+        yield Variant(f"few rows beside others {kind}", partial(attend, [1] * 16 + [100], cache, 1))
         yield Variant(f"prefill {kind}", partial(attend, [1024], cache, None))
+    for num_rows, splits, told in ((1, 16, " of one row"), (16, 1, ""), (16, 8, " in 8 splits")):
+        yield Variant(f"decode{told} plain", partial(decode, num_rows, splits))
+        yield Variant(f"decode{told} int8", partial(attend, [1] * num_rows, torch.int8, splits))
 
 
 def _floats(s: Sizes, dtype: torch.dtype, device: torch.device) -> Iterator[Variant]:

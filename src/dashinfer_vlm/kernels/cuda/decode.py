@@ -1,0 +1,132 @@
+"""A step of decode alone in one launch: rotation, the write into the paged cache, and attention over it.
+
+The newest key and value of a sequence are taken from its row, older ones from the cache; so no program waits for what
+another one writes. As in `paged`, the keys of a sequence are split over several programs.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from dashinfer_vlm.kernels.cuda import paged, rotary
+from dashinfer_vlm.kernels.cuda.launch import check, compute_type, launch, power_of_two, starts_early, wait_for_last
+from dashinfer_vlm.kernels.cuda.paged import _keys
+from dashinfer_vlm.kernels.cuda.rotary import _rotated
+
+__all__ = ["rope_and_attend"]
+
+
+@triton.jit
+def _heads(x, cos, sin, row, x_h, N: tl.constexpr, D: tl.constexpr, BH: tl.constexpr):
+    """[BH, D]: `N` heads of a row, rotated."""
+    low, high, _, _ = _rotated(x, cos, sin, row, 0, x_h, N, D, BH, D // 2)
+    return tl.reshape(tl.permute(tl.join(low, high), (0, 2, 1)), (BH, D))
+
+
+@triton.jit(do_not_specialize=["table_stride", "l_split"])
+def _decode(
+    q_rows, k_rows, v_rows, cos, sin, k_cache, v_cache, slots, tables, starts, contexts, out, lse, scale, table_stride,
+    q_t, q_h, k_t, k_h, v_t, v_h, o_t, o_h, o_split, l_t, l_split, G: tl.constexpr, D: tl.constexpr, BS: tl.constexpr,
+    BLOCK: tl.constexpr, SLOT: tl.constexpr, HEAD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    SPLITS: tl.constexpr, EARLY: tl.constexpr, C: tl.constexpr,
+):  # fmt: skip
+    s = tl.program_id(0)
+    head = tl.program_id(1)
+    split = tl.program_id(2)
+    row = tl.load(starts + s)
+    n = tl.load(starts + s + 1) - row
+    old = tl.load(contexts + s) - 1
+    wait_for_last(EARLY)
+    if n == 0:
+        return
+    at = row.to(tl.int64)
+    d = tl.arange(0, D)
+    q = _heads(q_rows + at * q_t + head * G * q_h, cos, sin, at, q_h, G, D, BM).to(C)
+    k_cache += head * HEAD
+    v_cache += head * HEAD
+    table = tables + s * table_stride
+    base2 = scale * 1.4426950408889634
+    share = tl.cdiv(tl.cdiv(old, BN), SPLITS) * BN
+    begin = split * share
+    end = tl.minimum(old, begin + share)
+    last = tl.full([BM], 0, tl.int32) + (end - 1)
+    top = tl.full([BM], -1e30, tl.float32)
+    total = tl.zeros([BM], tl.float32)
+    acc = tl.zeros([BM, D], tl.float32)
+    for j in tl.range(begin, end, BN):
+        top, total, acc = _keys(q, k_cache, v_cache, table, j, end, last, base2, top, total, acc, D, D, BS, BLOCK,
+                                SLOT, BN, False, True, C)  # fmt: skip
+    if split == 0:  # this one sees to the newest key
+        k = _heads(k_rows + at * k_t + head * k_h, cos, sin, at, k_h, 1, D, 1).to(k_cache.dtype.element_ty)
+        v = tl.load(v_rows + at * v_t + head * v_h + d)[None, :].to(v_cache.dtype.element_ty)
+        place = tl.load(slots + row) * SLOT + d[None, :]
+        tl.store(k_cache + place, k)
+        tl.store(v_cache + place, v)
+        x = tl.sum(q.to(tl.float32) * k.to(tl.float32), 1) * base2
+        highest = tl.maximum(top, x)
+        fade = tl.exp2(top - highest)
+        p = tl.exp2(x - highest)
+        total = total * fade + p
+        acc = acc * fade[:, None] + p[:, None] * v.to(tl.float32)
+        top = highest
+    m = tl.arange(0, BM)
+    some = tl.where(total > 0, total, 1.0)
+    if SPLITS > 1:
+        tl.store(lse + split * l_split + s * l_t + head * G + m,
+                 tl.where(total > 0, top + tl.log2(some), -1e30), mask=m < G)  # fmt: skip
+        at = s.to(tl.int64)
+    place = out + split * o_split + at * o_t + (head * G + m)[:, None] * o_h + d[None, :]
+    tl.store(place, (acc / some[:, None]).to(out.dtype.element_ty), mask=(m < G)[:, None])
+
+
+def rope_and_attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    slots: Tensor,
+    block_tables: Tensor,
+    query_starts: Tensor,
+    context_lens: Tensor,
+    scale: float,
+    splits: int | None = None,
+) -> Tensor:
+    """`layers.backend.Ops.attend`: [T, H, D] of q's dtype. Waits for nothing and reads nothing back.
+
+    Where T equals the number of sequences, each may own one row at most, and all is one launch; not over a cache of
+    int8, nor with heads of other sizes than 32, 64 and 128. Rows that no sequence owns, and their slots, are then
+    neither read nor written. `splits` is as in `paged.paged_attention`. Raises ValueError for shapes that do not
+    fit."""
+    num_rows, num_heads, dim = q.shape
+    if num_rows != len(context_lens) or k_cache.dtype == torch.int8 or dim not in (32, 64, 128):
+        rotary.rope_write_kv(q, k, v, cos, sin, k_cache, v_cache, slots)
+        return paged.paged_attention(q, k_cache, v_cache, block_tables, query_starts, context_lens, scale, splits)
+    num_kv_heads = k_cache.shape[2]
+    rotary.check_tables(q, cos, sin)
+    check(num_heads % num_kv_heads == 0 and k.shape[1] == v.shape[1] == num_kv_heads, "heads must agree", q, k, v)
+    check(k_cache.is_contiguous() and v_cache.is_contiguous(), "the caches must be contiguous", k_cache, v_cache)
+    check(k.stride(2) == v.stride(2) == 1, "channels must be dense", k, v)
+    check(len(query_starts) == num_rows + 1, "query_starts must be [S + 1]", query_starts, context_lens)
+    group, early = num_heads // num_kv_heads, num_rows == 1 and starts_early(q)
+    tile = paged.few_tile(q.dtype, k_cache.dtype, group, dim)
+    if splits is None:
+        max_context = block_tables.shape[1] * k_cache.shape[1]
+        splits = paged.num_splits(num_rows * num_kv_heads, max_context, tile.columns)
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    parts, lse = paged.parts_of(out, num_rows, splits)
+    launch(
+        _decode, (num_rows, num_kv_heads, splits), q, k, v, cos, sin, k_cache, v_cache, slots, block_tables,
+        query_starts, context_lens, parts, lse, scale, block_tables.stride(0), *q.stride()[:2], *k.stride()[:2],
+        *v.stride()[:2], *parts.stride()[1:3], parts.stride(0), lse.stride(1), lse.stride(0), group, dim,
+        k_cache.shape[1], *k_cache.stride()[:3], power_of_two(group, 16), tile.columns, splits, early,
+        compute_type(q.dtype), num_warps=tile.warps, num_stages=tile.stages, early=early,
+    )  # fmt: skip
+    if splits > 1:
+        paged.combine(parts, lse, query_starts, out, 1)
+    return out
