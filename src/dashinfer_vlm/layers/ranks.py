@@ -49,7 +49,7 @@ class Ranks:
         num_rows, width = x.shape
         parts = torch.empty(self.count, num_rows, width, dtype=x.dtype, device=x.device)
         distributed.all_gather(list(parts), x.contiguous())
-        return parts.transpose(0, 1).reshape(num_rows, -1)
+        return parts.transpose(0, 1).reshape(num_rows, self.count * width)
 
     def broadcast(self, x: Tensor) -> None:
         """Rank 0's x, in place."""

@@ -6,10 +6,14 @@ import signal
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
 from dashinfer_vlm.config import EngineConfig
+from dashinfer_vlm.encoders.elsewhere.worker import encode_at_once
+from dashinfer_vlm.encoders.queue import grid
 from dashinfer_vlm.engine import load
 from dashinfer_vlm.engine.engine import Engine
 from dashinfer_vlm.engine.host.loop import EngineLoop
@@ -19,6 +23,7 @@ from dashinfer_vlm.engine.parallel import crew
 from dashinfer_vlm.engine.parallel.crew import RankProcesses
 from dashinfer_vlm.engine.parallel.encoder import DealtEncoder, deal
 from dashinfer_vlm.errors import ConfigError, EngineDeadError
+from dashinfer_vlm.models.base import EncoderState
 from dashinfer_vlm.models.loading import load_model
 from tests.conftest import CheckpointMaker
 from tests.engine.test_parity import Family, mixed_prompts, run
@@ -63,6 +68,14 @@ def test_two_ranks_say_what_one_says(folder: Path, shared: Engine) -> None:
     assert shared.stats().num_items_encoded_total >= 2
 
 
+def test_a_step_that_wants_no_token_is_shared_too(folder: Path, shared: Engine) -> None:
+    """As of a prompt that nobody decodes beside, up to its last chunk."""
+    family = Family(folder, None, load_model(config_of(folder, 1)))
+    request = family.request("long", family.prompt(130), max_tokens=4)
+    alone, _ = load_engine(config_of(folder, 1), lambda *_: None)
+    assert run(shared, request) == run(alone, request)
+
+
 class Silence:
     """A channel whose only command asks for the engine's state."""
 
@@ -74,6 +87,50 @@ class Silence:
 
     def send(self, event: Event) -> None:
         self.events.append(event)
+
+
+@pytest.mark.timeout(120)
+def test_pictures_that_the_first_rank_fails_to_finish_are_encoded_again(
+    folder: Path, shared: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the other one has made of its own is on its way by then."""
+    encoder = shared.model.encoder
+    assert isinstance(encoder, DealtEncoder)
+    finish, left = encoder._own.finish, [torch.OutOfMemoryError()]
+
+    def narrow(state: EncoderState) -> list[torch.Tensor]:
+        if left:
+            raise left.pop()
+        return finish(state)
+
+    monkeypatch.setattr(encoder._own, "finish", narrow)
+    family = Family(folder, None, load_model(config_of(folder, 1)))
+    request = family.request("two1", mixed_prompts(family)["two1"], max_tokens=8)
+    alone, _ = load_engine(config_of(folder, 1), lambda *_: None)
+    assert run(shared, request) == run(alone, request)
+    assert not left
+    assert shared.stats().num_encoder_retries_total == 2
+
+
+class Unmovable(torch.Tensor):
+    """Patches for which a device has no memory."""
+
+    def to(self, *args: Any, **options: Any) -> Any:
+        raise torch.OutOfMemoryError
+
+
+@pytest.mark.timeout(120)
+def test_pictures_that_cannot_be_dealt_out_keep_nobody_waiting(folder: Path, shared: Engine) -> None:
+    encoder = shared.model.encoder
+    assert isinstance(encoder, DealtEncoder)
+    family = Family(folder, None, load_model(config_of(folder, 1)))
+    request = family.request("two0", mixed_prompts(family)["two0"], max_tokens=8)
+    small, large = sorted(request.items, key=lambda item: item.work)
+    patches, grids = [torch.as_tensor(item.patches) for item in (small, large)], [grid(small), grid(large)]
+    with pytest.raises(torch.OutOfMemoryError):
+        encoder.begin([patches[0].as_subclass(Unmovable), patches[1]], grids)
+    made = encode_at_once(encoder, patches, grids)
+    assert all(torch.isfinite(each).all() for each in made)
 
 
 def test_the_death_of_a_rank_ends_the_engine(shared: Engine) -> None:

@@ -56,10 +56,11 @@ class DealtEncoder:
 
     def begin(self, patches: Sequence[Tensor], grids: Sequence[Grid]) -> DealtState:
         hands = deal([len(item) for item in patches], self._model.ranks.count)
-        for rank in self._others(hands):
+        given = {i: patches[i].to(self._model.device).contiguous() for hand in hands[1:] for i in hand}
+        for rank in self._others(hands):  # which wait for what they are told of: nothing may fail from here on
             self._processes.begin_encoding(rank, [grids[i] for i in hands[rank]])
             for i in hands[rank]:
-                self._model.ranks.send(patches[i].to(self._model.device).contiguous(), rank)
+                self._model.ranks.send(given[i], rank)
         own = self._own.begin([patches[i] for i in hands[0]], [grids[i] for i in hands[0]])
         return DealtState(own, hands, grids)
 
@@ -70,13 +71,16 @@ class DealtEncoder:
         self._own.run(state.own, num_slices)
 
     def finish(self, state: Any) -> list[Tensor]:
+        """Whatever goes wrong with its own pictures, it takes those that the others send: they wait for that."""
         assert isinstance(state, DealtState)
+        others = [(rank, i) for rank in self._others(state.hands) for i in state.hands[rank]]
+        found = {i: self._place_for(state.grids[i]) for _, i in others}
         for rank in self._others(state.hands):
             self._processes.finish_encoding(rank)
-        found = dict(zip(state.hands[0], self._own.finish(state.own), strict=True))
-        for rank in self._others(state.hands):
-            for i in state.hands[rank]:
-                found[i] = self._place_for(state.grids[i])
+        try:
+            found |= dict(zip(state.hands[0], self._own.finish(state.own), strict=True))
+        finally:
+            for rank, i in others:
                 self._model.ranks.receive(found[i], rank)
         return [found[i] for i in range(len(state.grids))]
 
