@@ -180,11 +180,13 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
         for token in self.allowed_token_ids:
             if not 0 <= token < vocab_size:
                 raise InvalidRequestError(
-                    f"allowed_token_ids has {token}; ids are below {vocab_size}", param="allowed_token_ids"
+                    f"allowed_token_ids has {token}; ids are from 0 to {vocab_size - 1}", param="allowed_token_ids"
                 )
         for token in (*self.stop_token_ids, *(t for s in self.stop_sequences for t in s)):
             if not 0 <= token < vocab_size:
-                raise InvalidRequestError(f"stop token {token} is not below {vocab_size}", param="stop_token_ids")
+                raise InvalidRequestError(
+                    f"stop_token_ids has {token}; ids are from 0 to {vocab_size - 1}", param="stop_token_ids"
+                )
         if not all(0 <= token < vocab_size for word in self.bad_words for token in word):
             raise InvalidRequestError(f"bad_words has a token that is not below {vocab_size}", param="bad_words")
         if not all(self.bad_words):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any, Literal
 
+import httpx
 import openai
 import pytest
 from openai import OpenAI, pydantic_function_tool
@@ -67,6 +68,29 @@ def test_a_model_that_may_call_strict_tools_goes_on_as_it_likes(client: OpenAI) 
     assert reply.choices[0].finish_reason in ("length", "stop", "tool_calls")
     assert reply.usage is not None
     assert reply.usage.completion_tokens > 0
+
+
+@pytest.mark.parametrize("schema", [{}, {"properties": {"a": {"const": 1}}}, {"type": ["object", "string"]}])
+def test_arguments_are_an_object_also_where_the_schema_does_not_say_so(
+    server: Server, client: OpenAI, schema: Any
+) -> None:
+    tool: Any = {"type": "function", "function": {"name": "f", "parameters": {**schema, "additionalProperties": False}}}
+    (quote,) = httpx.post(f"{server.address}/tokenize", json={"prompt": '"'}).json()["tokens"]
+    fields: Any = {"tools": [tool], "tool_choice": "required", "parallel_tool_calls": False}
+    reply = client.chat.completions.create(
+        model="model", messages=ASK, max_completion_tokens=300, logit_bias={quote: 100}, **fields
+    )
+    calls: Any = reply.choices[0].message.tool_calls
+    assert [type(json.loads(call.function.arguments)) for call in calls] == [dict], "a text was likelier"
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_schema_of_something_else_is_refused(client: OpenAI, stream: bool) -> None:
+    tool: Any = {"type": "function", "function": {"name": "f", "parameters": {"type": "string"}}}
+    with pytest.raises(openai.BadRequestError, match="incompatible types"):
+        client.chat.completions.create(
+            model="model", messages=ASK, tools=[tool], tool_choice="required", stream=stream, max_completion_tokens=20
+        )
 
 
 @pytest.mark.parametrize("stream", [False, True])

@@ -214,6 +214,12 @@ def test_templates_may_use_what_transformers_offers(tokenizer: Tokenizer) -> Non
     assert tokenizer.decode(ids, skip_special=False) == '{"role": "user", "content": "é<b>"}%<|im_end|>'
 
 
+def test_a_call_without_arguments_has_an_empty_object(tokenizer: Tokenizer) -> None:
+    turn = Message(role="assistant", tool_calls=(ToolCall(name="now", arguments=""),))
+    ids = ChatTemplate("{{ messages[0].tool_calls[0].function | tojson }}", tokenizer).encode(Dialogue([turn]))
+    assert tokenizer.decode(ids) == '{"name": "now", "arguments": {}}'
+
+
 def test_tool_calls_reach_the_template_as_objects(tokenizer: Tokenizer) -> None:
     source = "{% for m in messages %}{% for c in m.tool_calls %}{{ c.function.arguments.city }}{% endfor %}{% endfor %}"
     turn = Message(role="assistant", tool_calls=(ToolCall(name="weather", arguments='{"city": "<|im_end|>"}'),))

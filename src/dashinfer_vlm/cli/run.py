@@ -46,7 +46,7 @@ def run(input_file: Path, output_file: Path, chat_template: str | None, **values
     """Answer the requests of INPUT.jsonl, a file in the format of OpenAI's Batch API.
 
     Answers are written as they come, in any order, with errors in the lines that they belong to. The exit code is 1
-    when a line has one.
+    when a line that this run has answered has one.
 
     As INPUT.jsonl, - is standard input; as OUTPUT.jsonl, it is standard output. A pipe has no known number of lines,
     and a run that reads or writes one cannot go on after its end.

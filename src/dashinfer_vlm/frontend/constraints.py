@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import replace
+from typing import Any
 
 import msgspec
 
@@ -54,4 +55,12 @@ def _calls(dialogue: Dialogue, marks: Collection[str], content: Grammar | None) 
 def _form(tool: Tool, must_call: bool) -> CallForm:
     """A call as the models were trained to write it."""
     schema = tool.parameters if tool.strict or must_call else ANY_OBJECT
-    return CallForm(f'\n{{"name": {json.dumps(tool.name)}, "arguments": ', dict(schema), "}\n")
+    return CallForm(f'\n{{"name": {json.dumps(tool.name)}, "arguments": ', _of_object(schema), "}\n")
+
+
+def _of_object(schema: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments are an object, also where their schema does not say so; one that says another type cannot be kept."""
+    others = schema.get("allOf", [])
+    if schema.get("type") == "object" or not isinstance(others, list):
+        return dict(schema)
+    return {**schema, "allOf": [*others, ANY_OBJECT]}

@@ -34,7 +34,8 @@ Part = TextPart | MediaPart
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ToolCall:
-    """A call that the assistant made in an earlier turn; `arguments` is the text of a JSON object."""
+    """A call that the assistant made in an earlier turn; `arguments` is the text of a JSON object, or empty for one
+    without fields, as some clients write it."""
 
     name: str
     arguments: str
@@ -156,7 +157,7 @@ def validate_messages(messages: Sequence[Message]) -> None:
 
 
 def _template_call(call: ToolCall) -> dict[str, Any]:
-    arguments = call.read_arguments()
+    arguments = call.read_arguments() if call.arguments else {}
     if not isinstance(arguments, dict) or _is_deeper(arguments, MAX_DEPTH):
         raise InvalidRequestError(
             f"the arguments of the tool call {call.name!r} are not a JSON object of at most {MAX_DEPTH} levels; "
