@@ -15,9 +15,8 @@ from dashinfer_vlm.engine.client import Listener
 from dashinfer_vlm.engine.info import EngineInfo
 from dashinfer_vlm.engine.stats import EngineStats
 from dashinfer_vlm.errors import EngineDeadError
-from dashinfer_vlm.media.loader import MediaCounters
 from dashinfer_vlm.media.turns import ANYBODY, Party
-from dashinfer_vlm.media.types import LoadedMedia, MediaRef
+from dashinfer_vlm.media.types import LoadedMedia, MediaCounters, MediaRef
 from dashinfer_vlm.request import Finish, Output, Request, TokenLogprob
 from dashinfer_vlm.shared_array import SharedArray
 from dashinfer_vlm.stages import Span

@@ -24,7 +24,8 @@ from dashinfer_vlm.errors import (
     MediaTooLargeError,
     OverloadedError,
 )
-from dashinfer_vlm.media.loader import MediaLoader, _decode_spans
+from dashinfer_vlm.media.features import decode_spans
+from dashinfer_vlm.media.loader import MediaLoader
 from dashinfer_vlm.media.medium import MediaLimits
 from dashinfer_vlm.media.turns import Party
 from dashinfer_vlm.media.types import LoadedMedia, MediaRef
@@ -490,6 +491,6 @@ def test_a_decoding_process_cannot_make_times_up(said: float) -> None:
     decoded = Decoded(
         grid=(1, 2, 2), content_hash=b"", seconds_per_grid=1.0, timestamps=(), decode_s=said, preprocess_s=said
     )
-    spans = _decode_spans(decoded, 10.0, 12.0)
+    spans = decode_spans(decoded, 10.0, 12.0)
     assert [span.start_s for span in spans] == sorted(span.start_s for span in spans)
     assert sum(span.seconds for span in spans) == 2.0

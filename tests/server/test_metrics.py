@@ -12,7 +12,7 @@ from prometheus_client import CollectorRegistry, Histogram
 from prometheus_client.parser import text_string_to_metric_families
 
 from dashinfer_vlm.engine.stats import EngineStats
-from dashinfer_vlm.media.loader import MediaCounters
+from dashinfer_vlm.media.types import MediaCounters
 from dashinfer_vlm.server.metrics import HELP, Metrics
 from dashinfer_vlm.server.token_metrics import TokenMetrics
 from dashinfer_vlm.stages import STAGES, Span

@@ -9,9 +9,9 @@ from dashinfer_vlm.config import DeviceName, EngineConfig, MediaConfig
 from dashinfer_vlm.cores import usable_cores
 from dashinfer_vlm.errors import ConfigError, InvalidRequestError
 from dashinfer_vlm.frontend.prompt import Loader
-from dashinfer_vlm.media.loader import MediaCounters, MediaLoader
+from dashinfer_vlm.media.loader import MediaLoader
 from dashinfer_vlm.media.turns import ANYBODY, Party
-from dashinfer_vlm.media.types import LoadedMedia, MediaRef
+from dashinfer_vlm.media.types import LoadedMedia, MediaCounters, MediaRef
 from dashinfer_vlm.models.config import read_config
 
 __all__ = ["NoLoader", "default_workers", "open_loader"]

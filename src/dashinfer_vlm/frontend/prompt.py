@@ -17,9 +17,8 @@ from dashinfer_vlm.frontend.params import DEFAULT_PARAMS, GenerationParams
 from dashinfer_vlm.frontend.template import ChatTemplate
 from dashinfer_vlm.frontend.tenants import current_tenant
 from dashinfer_vlm.frontend.tokenizer import Tokenizer
-from dashinfer_vlm.media.loader import MediaCounters
 from dashinfer_vlm.media.turns import ANYBODY, Party
-from dashinfer_vlm.media.types import LoadedMedia, MediaRef
+from dashinfer_vlm.media.types import LoadedMedia, MediaCounters, MediaRef
 from dashinfer_vlm.models.family import BoxUnit
 from dashinfer_vlm.request import Item, ItemKind
 

@@ -10,14 +10,10 @@ fetches it again.
 from __future__ import annotations
 
 import asyncio
-import errno
 import hashlib
-import logging
-import shutil
 import time
 from collections.abc import Callable, Hashable
 from contextlib import ExitStack
-from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
@@ -27,50 +23,20 @@ from dashinfer_vlm.errors import MediaError, MediaRefusedError, MediaTooLargeErr
 from dashinfer_vlm.media.cache import Lease, LeasedCache
 from dashinfer_vlm.media.decode import content_hash
 from dashinfer_vlm.media.embeddings import embedding_hash, read_embedding
+from dashinfer_vlm.media.features import Features, cache_bytes, decode_spans, put_features, salted
 from dashinfer_vlm.media.fetch import Resolver
 from dashinfer_vlm.media.medium import DEFAULT_LIMITS, MediaLimits, Medium
 from dashinfer_vlm.media.policy import MediaPolicy
 from dashinfer_vlm.media.registry import MEDIA
 from dashinfer_vlm.media.sources import Encoded, Sources
 from dashinfer_vlm.media.turns import ANYBODY, Party
-from dashinfer_vlm.media.types import GivenEmbedding, LoadedMedia, MediaRef, Source
-from dashinfer_vlm.media.wire import NO_ROOM, Decoded, DecodeJob, Terms
+from dashinfer_vlm.media.types import GivenEmbedding, LoadedMedia, MediaCounters, MediaRef, Source
+from dashinfer_vlm.media.wire import DecodeJob, Terms
 from dashinfer_vlm.media.workers import SharedMemoryFullError, WorkerPool
 from dashinfer_vlm.processors.qwen import ProcessorConfig
 from dashinfer_vlm.processors.videos import Sampling
-from dashinfer_vlm.request import Grid
-from dashinfer_vlm.shared_array import SharedArray, SharedFolder
+from dashinfer_vlm.shared_array import SharedFolder
 from dashinfer_vlm.stages import Span, since, timed
-
-log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class MediaCounters:
-    """What the room has done since it was opened, but for `cache_bytes`, which is what it holds now."""
-
-    fetches: int = 0
-    """GETs of http and https URLs; redirects not counted."""
-    fetched_bytes: int = 0
-    decodes: int = 0
-    cache_hits: int = 0
-    cache_misses: int = 0
-    cache_bytes: int = 0
-    refusals: int = 0
-    failures: int = 0
-    """Loads that ended in a MediaError, refusals included."""
-    worker_restarts: int = 0
-
-
-@dataclass(frozen=True, slots=True)
-class _Features:
-    grid: Grid
-    content_hash: bytes
-    seconds_per_grid: float
-    timestamps: tuple[float, ...]
-    array: SharedArray
-    spans: tuple[Span, ...] = ()
-    """How they were made."""
 
 
 class MediaLoader:
@@ -104,8 +70,8 @@ class MediaLoader:
             folder=self._folder.path,
             wait_timeout_s=limits.wait_timeout_s,
         )
-        self._features = LeasedCache[_Features](
-            _cache_bytes(config.media_cache_mib << 20, self._folder),
+        self._features = LeasedCache[Features](
+            cache_bytes(config.media_cache_mib << 20, self._folder),
             size_of=lambda p: p.array.nbytes,
             dispose=lambda p: p.array.remove(),
         )
@@ -174,7 +140,7 @@ class MediaLoader:
             kind=ref.kind,
             grid=made.grid,
             num_tokens=medium.num_tokens(made.grid, terms.config),
-            content_hash=_salted(made.content_hash, salt),
+            content_hash=salted(made.content_hash, salt),
             features=made.array,
             release=lease.release,
             seconds_per_grid=made.seconds_per_grid,
@@ -203,7 +169,7 @@ class MediaLoader:
 
     async def _load(
         self, medium: Medium, source: Source, terms: Terms, party: Party, fetches: list[Span]
-    ) -> Lease[_Features]:
+    ) -> Lease[Features]:
         if isinstance(source, np.ndarray):
             return await self._load_array(medium, source, terms)
         if isinstance(source, tuple):
@@ -219,7 +185,7 @@ class MediaLoader:
 
     async def _load_parts(
         self, medium: Medium, sources: tuple[str | bytes, ...], terms: Terms, party: Party, fetches: list[Span]
-    ) -> Lease[_Features]:
+    ) -> Lease[Features]:
         medium.check_parts(len(sources), terms.config)
         most = medium.limits(self._config, self._limits).max_bytes
         limits = medium.part_limits(self._config, self._limits)
@@ -244,7 +210,7 @@ class MediaLoader:
 
     async def _decoded(
         self, medium: Medium, sources: tuple[Encoded, ...], terms: Terms, party: Party, *, in_parts: bool
-    ) -> Lease[_Features]:
+    ) -> Lease[Features]:
         key: Hashable = (medium.kind, in_parts, tuple(source.digest for source in sources), terms)
         job = DecodeJob(
             kind=medium.kind,
@@ -257,7 +223,7 @@ class MediaLoader:
         timeout_s = medium.limits(self._config, self._limits).decode_timeout_s
         return await self._features.lease(key, partial(self._decode, job, timeout_s, party))
 
-    async def _decode(self, job: DecodeJob, timeout_s: float, party: Party) -> _Features:
+    async def _decode(self, job: DecodeJob, timeout_s: float, party: Party) -> Features:
         self._decodes += 1
         start_s = time.perf_counter()
         try:
@@ -265,16 +231,16 @@ class MediaLoader:
         except SharedMemoryFullError:
             self._features.drop_unused()
             decoded, array = await self._workers.run(job, timeout_s, party)
-        return _Features(
+        return Features(
             decoded.grid,
             decoded.content_hash,
             decoded.seconds_per_grid,
             decoded.timestamps,
             array,
-            _decode_spans(decoded, start_s, time.perf_counter()),
+            decode_spans(decoded, start_s, time.perf_counter()),
         )
 
-    async def _load_array(self, medium: Medium, array: np.ndarray, terms: Terms) -> Lease[_Features]:
+    async def _load_array(self, medium: Medium, array: np.ndarray, terms: Terms) -> Lease[Features]:
         """Decoded items come from this process's own caller: they are processed here, in a thread."""
         medium.check_array(array, terms)
         array = np.ascontiguousarray(array)
@@ -284,7 +250,7 @@ class MediaLoader:
 
     async def _load_embedding(
         self, medium: Medium, source: GivenEmbedding, terms: Terms, party: Party
-    ) -> Lease[_Features]:
+    ) -> Lease[Features]:
         limits = medium.limits(self._config, self._limits)
         with ExitStack() as stack:
             files: list[Encoded] = []
@@ -293,76 +259,37 @@ class MediaLoader:
                 stack.callback(lease.release)
                 files.append(lease.value)
 
-            def work() -> _Features:
+            def work() -> Features:
                 rows, grid = read_embedding(files[0].data, files[1].data, merge_size=terms.config.merge_size)
-                return _Features(grid, embedding_hash(rows), 1.0, (), _put(self._folder, rows))
+                return Features(grid, embedding_hash(rows), 1.0, (), put_features(self._folder, rows))
 
             key = ("embedding", terms.salt, *(file.digest for file in files))
             return await self._features.lease(key, partial(self._in_thread, work))
 
-    async def _process(self, medium: Medium, array: np.ndarray, terms: Terms) -> _Features:
+    async def _process(self, medium: Medium, array: np.ndarray, terms: Terms) -> Features:
         self._decodes += 1
 
-        def work() -> _Features:
+        def work() -> Features:
             spans: list[Span] = []
             with timed("preprocess", spans):
                 processed = medium.process_array(array, terms)
-            return _Features(
+            return Features(
                 processed.grid,
                 content_hash(processed, terms.config),
                 processed.seconds_per_grid,
                 processed.timestamps,
-                _put(self._folder, processed.features),
+                put_features(self._folder, processed.features),
                 tuple(spans),
             )
 
         return await self._in_thread(work)
 
-    async def _in_thread(self, work: Callable[[], _Features]) -> _Features:
+    async def _in_thread(self, work: Callable[[], Features]) -> Features:
         try:
             return await asyncio.to_thread(work)
         except SharedMemoryFullError:
             self._features.drop_unused()
             return await asyncio.to_thread(work)
-
-
-def _decode_spans(decoded: Decoded, start_s: float, end_s: float) -> tuple[Span, ...]:
-    """The process says how long it took, which is believed as far as it can be; before that it was waited for."""
-    decoded_s = end_s - min(max(0.0, decoded.preprocess_s), end_s - start_s)
-    began_s = decoded_s - min(max(0.0, decoded.decode_s), decoded_s - start_s)
-    return (
-        Span("decode_wait", start_s, began_s),
-        Span("decode", began_s, decoded_s),
-        Span("preprocess", decoded_s, end_s),
-    )
-
-
-def _salted(content_hash: bytes, salt: str) -> bytes:
-    """32 bytes."""
-    return hashlib.sha256(salt.encode() + b"\0" + content_hash).digest() if salt else content_hash
-
-
-def _put(folder: SharedFolder, features: np.ndarray) -> SharedArray:
-    try:
-        return folder.put(features)
-    except OSError as error:
-        if error.errno != errno.ENOSPC:
-            raise
-        raise SharedMemoryFullError(NO_ROOM) from error
-
-
-def _cache_bytes(wanted: int, folder: SharedFolder) -> int:
-    """No more than half of the memory folder: the rest is for items of running requests, and for other users of it."""
-    allowed = min(wanted, shutil.disk_usage(folder.path).total // 2)
-    if allowed < wanted:
-        log.warning(
-            "the cache of decoded media holds %d MiB instead of %d: half of what the memory folder %s has; give it "
-            "more room (docker: --shm-size)",
-            allowed >> 20,
-            wanted >> 20,
-            folder.path.parent,
-        )
-    return allowed
 
 
 def _resized(ref: MediaRef) -> tuple[int, int] | None:

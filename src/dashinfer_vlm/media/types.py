@@ -74,3 +74,20 @@ class LoadedMedia:
     """There is nothing left to encode."""
     spans: tuple[Span, ...] = ()
     """What the load has waited for; nothing of what was there already."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MediaCounters:
+    """What the room has done since it was opened, but for `cache_bytes`, which is what it holds now."""
+
+    fetches: int = 0
+    """GETs of http and https URLs; redirects not counted."""
+    fetched_bytes: int = 0
+    decodes: int = 0
+    cache_hits: int = 0
+    cache_misses: int = 0
+    cache_bytes: int = 0
+    refusals: int = 0
+    failures: int = 0
+    """Loads that ended in a MediaError, refusals included."""
+    worker_restarts: int = 0

@@ -28,7 +28,7 @@ from dashinfer_vlm.errors import EngineDeadError
 from dashinfer_vlm.frontend.observer import CallReport
 from dashinfer_vlm.frontend.service import Service
 from dashinfer_vlm.frontend.tenants import Tenant
-from dashinfer_vlm.media.loader import MediaCounters
+from dashinfer_vlm.media.types import MediaCounters
 from dashinfer_vlm.server.described import Operation
 from dashinfer_vlm.server.token_metrics import TokenMetrics
 from dashinfer_vlm.server.vllm_metrics import VllmMetrics

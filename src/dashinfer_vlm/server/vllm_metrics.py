@@ -11,7 +11,7 @@ from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamil
 from dashinfer_vlm.engine.info import EngineInfo
 from dashinfer_vlm.engine.stats import EngineStats
 from dashinfer_vlm.frontend.observer import AnswerReport, CallReport
-from dashinfer_vlm.media.loader import MediaCounters
+from dashinfer_vlm.media.types import MediaCounters
 from dashinfer_vlm.server.token_metrics import TokenMetrics
 
 _LABELS = ("model_name", "engine")
