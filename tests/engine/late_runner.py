@@ -68,6 +68,10 @@ class LateRunner(Runner):
         self._flights.append(LateStep(done))
         return self._flights[-1]
 
+    def forget(self, sequence: Sequence) -> None:
+        self._newest.pop(sequence, None)
+        self._flights = [flight for flight in self._flights if not flight.is_landed]
+
     def batch(self, chunks: tuple[Chunk, ...]) -> StepBatch:
         batch = super().batch(chunks)
         starts = [0, *accumulate(chunk.num_rows for chunk in chunks)]

@@ -1,9 +1,10 @@
 """What single requests ask of the engine beyond their tokens: the prompt's log probabilities, words that it must not
-say, and their rank; with every runner."""
+say, their rank, and that nothing is kept of them; with every runner."""
 
 from __future__ import annotations
 
 import math
+import weakref
 from typing import Any
 
 import pytest
@@ -15,7 +16,7 @@ from dashinfer_vlm.errors import InvalidRequestError
 from dashinfer_vlm.request import Output, Request, SamplingParams, TokenLogprob
 from tests.engine.runners import RUNNERS
 from tests.engine.scripted_model import VOCAB, ScriptedModel, answer, expected
-from tests.engine.test_engine import greedy, image, make_engine, run, tokens
+from tests.engine.test_engine import greedy, image, make_engine, reason, run, tokens, with_image
 
 PROMPT = [5, 6, 7, 6, 5, 9, 1, 1, 2, 3, 3, 8, 13, 21, 34, 55, 89, 44, 33, 77]
 
@@ -162,3 +163,15 @@ def test_the_one_of_the_lowest_rank_is_preempted_whenever_it_came() -> None:
     ended = finished(*requests, num_blocks=20, max_model_len=80)
     assert sorted(ended) == ["r0", "r1", "r2"]
     assert ended[-1] == "r0"
+
+
+def test_nothing_is_kept_of_a_request_that_has_ended() -> None:
+    """Its pictures are memory that others could have."""
+    engine = make_engine()
+    request, _ = with_image("a", 3)
+    patches = request.items[0].patches
+    assert patches is not None
+    kept = weakref.ref(patches)
+    assert reason(run(engine, request)["a"]) == "length"
+    del patches, request
+    assert kept() is None

@@ -318,6 +318,7 @@ class Engine:
     def _forget(self, sequence: Sequence, finish: Finish) -> None:
         sequence.finish = finish
         self.scheduler.remove(sequence)
+        self.runner.forget(sequence)
         del self._sequences[sequence.id]
 
     def _take_news(self) -> list[Output]:

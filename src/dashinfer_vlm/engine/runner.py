@@ -74,6 +74,9 @@ class Runner:
     def needs_tokens(self, sequence: Sequence) -> bool:
         return sequence.shaping.follows_output or sequence.matcher is not None
 
+    def forget(self, sequence: Sequence) -> None:
+        """Nothing is kept from step to step."""
+
     def batch(self, chunks: tuple[Chunk, ...]) -> StepBatch:
         """The chunks as one model call. Its logits: those of the `num_logits` of all chunks, then those of all `scored`
         tokens."""

@@ -141,3 +141,7 @@ class StepRunner(Protocol):
         """Whether a step of the sequence cannot be started while a token of it is PENDING, because of something that
         the host must work out from its value. Such steps wait for the one before."""
         ...
+
+    def forget(self, sequence: Sequence) -> None:
+        """It has ended, whatever is under way for it: keep nothing of it, which may hold pictures."""
+        ...

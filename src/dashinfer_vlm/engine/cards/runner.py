@@ -137,6 +137,9 @@ class CardRunner:
         """Never: what the host must apply is applied when the tokens are there, while the model computes."""
         return False
 
+    def forget(self, sequence: Sequence) -> None:
+        self._seats.leave(sequence)
+
     def _take_seat(self, chunk: Chunk, block_size: int) -> Seat:
         seat = self._seats.take(chunk, block_size)
         if not seat.is_counted:

@@ -64,7 +64,8 @@ class Seats:
 
     def _seat(self, sequence: Sequence) -> Seat:
         if not self._free:
-            self._clear()
+            for preempted in [other for other in self._seats if not other.blocks]:
+                self.leave(preempted)
         seat = Seat(self._free.pop(), sequence, sequence.blocks)
         params = sequence.request.params
         self.position_offsets[seat.index] = sequence.position_offset
@@ -74,10 +75,8 @@ class Seats:
             self.columns["temperature"][seat.index] = max(params.temperature, LEAST_TEMPERATURE)
         return seat
 
-    def _clear(self) -> None:
-        """Take the seats of those that have ended or were preempted. What is under way for them ends before anything
-        that is started for the next owner."""
-        for sequence, seat in list(self._seats.items()):
-            if sequence.finish is not None or not sequence.blocks:
-                del self._seats[sequence]
-                self._free.append(seat.index)
+    def leave(self, sequence: Sequence) -> None:
+        """Its seat is free, if it has one. What is under way for it ends before anything that is started for the next
+        owner."""
+        if (seat := self._seats.pop(sequence, None)) is not None:
+            self._free.append(seat.index)
