@@ -283,6 +283,8 @@ class Finish(msgspec.Struct, frozen=True, array_like=True):
     """The token that ended it (an end-of-sequence or stop token; it is not among the output tokens)."""
     message: str | None = None
     """For `error`: what went wrong, fit for the client's eyes."""
+    impossible: bool = False
+    """For `error`: whether the request asks for what cannot be, however often."""
 
 
 class Output(msgspec.Struct, frozen=True, array_like=True):

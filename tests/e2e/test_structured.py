@@ -72,6 +72,13 @@ def test_the_names_of_vllm_work_in_chats_and_in_texts(
         assert http.post("/completions", json=text).json()["choices"][0]["text"] in answers
 
 
+def test_a_request_that_allows_no_token_is_told_that_it_cannot_be(client: OpenAI) -> None:
+    """Clients send what a server has failed with again."""
+    extra = {"structured_outputs": {"regex": "[ab]+"}, "bad_words": ["a", "b"], "allowed_token_ids": [0]}
+    with pytest.raises(BadRequestError, match="forbid every token"):
+        client.chat.completions.create(model="model", messages=ASK, extra_body=extra, max_completion_tokens=9)
+
+
 def test_a_grammar_that_blows_up_costs_its_sender_alone(server: Server) -> None:
     links = {f"d{i}": {"type": "array", "items": {"$ref": f"#/$defs/d{i + 1}"}} for i in range(1000)}
     schema = {"$ref": "#/$defs/d0", "$defs": {**links, "d1000": {"type": "null"}}}

@@ -31,6 +31,8 @@ NEIGHBOUR = Request(id="neighbour", prompt_ids=[5, 6, 7], params=greedy(120))
 def test_a_request_that_forbids_everything_fails_alone(params: SamplingParams, most_tokens: int) -> None:
     outputs = run(make_engine(), NEIGHBOUR, Request(id="stuck", prompt_ids=[1, 2], params=params))
     assert reason(outputs["stuck"]) == "error"
+    assert (finish := outputs["stuck"][-1].finish) is not None
+    assert finish.impossible
     assert len(tokens(outputs["stuck"])) == most_tokens
     assert tokens(outputs["neighbour"]) == expected([5, 6, 7], 120)
 

@@ -22,7 +22,7 @@ from dashinfer_vlm.engine.devices import first_cost, make_runner, max_batched_to
 from dashinfer_vlm.engine.drafts import Drafter
 from dashinfer_vlm.engine.grammars.compiler import Compiler
 from dashinfer_vlm.engine.memory import max_item_patches, max_pinned_tokens
-from dashinfer_vlm.engine.sampler import Sampled
+from dashinfer_vlm.engine.sampler import NO_TOKEN_LEFT, Sampled
 from dashinfer_vlm.engine.scheduler import Scheduler
 from dashinfer_vlm.engine.sequence import Sequence
 from dashinfer_vlm.engine.share import SHARES
@@ -262,7 +262,7 @@ class Engine:
         """Append the token, or end the sequence by it, or both."""
         params = sequence.request.params
         if sampled.problem is not None:
-            return Finish("error", message=sampled.problem)
+            return Finish("error", message=sampled.problem, impossible=sampled.problem == NO_TOKEN_LEFT)
         if sequence.matcher is not None and (problem := sequence.matcher.problem):
             return Finish("error", message=problem)
         is_end = sampled.token in self.model.eos_token_ids and not params.ignore_eos

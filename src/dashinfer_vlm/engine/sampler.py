@@ -31,11 +31,11 @@ _NOTHING = np.zeros(0, np.int32)
 _NO_BIASES = np.zeros(0, np.float32)
 LEAST_TEMPERATURE = float(np.finfo(np.float32).tiny)
 """Above 0, which means the largest."""
-PROBLEMS = {
-    NOT_A_NUMBER: "the model produced a value that is not a number",
-    NOTHING_ALLOWED: "min_tokens, no_repeat_ngram_size, bad_words, the stop tokens and the mask of allowed tokens "
-    "forbid every token that could come next; ask for fewer tokens or relax one of them",
-}
+NO_TOKEN_LEFT = (
+    "min_tokens, no_repeat_ngram_size, bad_words, the stop tokens and the mask of allowed tokens "
+    "forbid every token that could come next; ask for fewer tokens or relax one of them"
+)
+PROBLEMS = {NOT_A_NUMBER: "the model produced a value that is not a number", NOTHING_ALLOWED: NO_TOKEN_LEFT}
 FAILED = "no token could be chosen with these sampling parameters; the server's log says more"
 
 

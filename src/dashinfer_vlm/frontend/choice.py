@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 
-from dashinfer_vlm.errors import EngineError
+from dashinfer_vlm.errors import EngineError, InvalidRequestError
 from dashinfer_vlm.frontend.answer_parser import TAGS, AnswerParser
 from dashinfer_vlm.frontend.deltas import Delta, EndReason
 from dashinfer_vlm.frontend.detokenizer import Detokenizer
@@ -55,7 +55,8 @@ class Choice:
         """Read, and not told yet."""
 
     def feed(self, output: Output) -> Delta | None:
-        """The news in `output`, if any; raises EngineError when the engine gave up on the sequence."""
+        """The news in `output`, if any; raises EngineError when the engine gave up on the
+        sequence, InvalidRequestError when that asks for what cannot be."""
         start_s = time.perf_counter()
         try:
             if output.spans:
@@ -146,4 +147,5 @@ class Choice:
         assert output.finish is not None, output
         if output.finish.reason in ("stop", "length"):
             return output.finish.reason
-        raise EngineError(output.finish.message or "the engine gave up on this request")
+        kind = InvalidRequestError if output.finish.impossible else EngineError
+        raise kind(output.finish.message or "the engine gave up on this request")
