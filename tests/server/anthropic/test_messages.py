@@ -19,6 +19,7 @@ from tests.server.conftest import Running, Serve
 ASK: Any = [{"role": "user", "content": "say it"}]
 PICTURE = base64.b64encode(b"a picture").decode()
 BASE64: Any = {"type": "image", "source": {"type": "base64", "media_type": "image/png", "data": PICTURE}}
+DATA_URL: Any = {"type": "base64", "media_type": "image/png", "data": f"data:image/png;base64,{PICTURE}"}
 URL: Any = {"type": "image", "source": {"type": "url", "url": "http://host/cat.jpg"}}
 
 
@@ -265,6 +266,10 @@ async def test_an_error_in_a_stream_is_an_event(serve: Serve, anthropic_client: 
             {"messages": [{"role": "user", "content": [{"type": "tool_use"}]}]},
             "messages[0].content[0] has type 'tool_use'",
         ),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "image", "source": DATA_URL}]}]},
+            "messages[0].content[0].source.data is a data URL; send what stands behind its comma",
+        ),
         ({"messages": [{"role": "assistant", "content": [BASE64]}]}, "messages[0].content[0] has type 'image'"),
         (
             {
@@ -272,7 +277,7 @@ async def test_an_error_in_a_stream_is_an_event(serve: Serve, anthropic_client: 
                     {"role": "user", "content": [{"type": "image", "source": {"type": "file", "file_id": "f"}}]}
                 ]
             },
-            "messages[0].content[0].source has type 'file'",
+            "messages[0].content[0].source has type 'file'; here base64, url are known; send the picture itself",
         ),
         ({"stop_sequences": [""]}, "stop_sequences[0]"),
         ({"stop_sequences": ["x"] * 65}, "stop_sequences"),

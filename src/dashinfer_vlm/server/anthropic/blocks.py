@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Discriminator, Tag
@@ -11,8 +11,8 @@ from dashinfer_vlm.frontend.parts import instead_of
 from dashinfer_vlm.frontend.schema import Body, by_shape, json_type, meant, no_effect, only, unsupported
 
 
-def _known(field: str, *values: str) -> BeforeValidator:
-    """Checks that an object says which of several it is."""
+def _known(field: str, *values: str, instead: Callable[[str], str] = instead_of) -> BeforeValidator:
+    """Checks that an object says which of several it is; `instead` has a hint for one that says something else."""
 
     def check(value: Any) -> Any:
         if not isinstance(value, dict):
@@ -21,7 +21,7 @@ def _known(field: str, *values: str) -> BeforeValidator:
             raise meant(f"has no {field}; it must be one of {', '.join(values)}", field=field)
         if value[field] not in values:
             told = f"has {field} {str(value[field])[:80]!r}; here {', '.join(values)} are known"
-            raise unsupported(told + instead_of(value[field]), field=field)
+            raise unsupported(told + instead(value[field]), field=field)
         return value
 
     return BeforeValidator(check)
@@ -58,7 +58,7 @@ class UrlSourceBody(Body):
 SourceBody = Annotated[
     Annotated[Base64SourceBody, Tag(":base64")] | Annotated[UrlSourceBody, Tag(":url")],
     _by("type"),
-    _known("type", "base64", "url"),
+    _known("type", "base64", "url", instead=lambda _: "; send the picture itself"),
 ]
 
 

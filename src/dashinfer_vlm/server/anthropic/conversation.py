@@ -98,5 +98,7 @@ def _part(block: TextBlockBody | ImageBlockBody, where: str) -> Part:
     source = block.source
     if isinstance(source, UrlSourceBody):
         return MediaPart(MediaRef(kind="image", source=source.url, param=f"{where}.source.url"))
+    if source.data.startswith("data:"):
+        raise InvalidRequestError(f"{where}.source.data is a data URL; send what stands behind its comma", param=where)
     url = f"data:image/*;base64,{source.data}"
     return MediaPart(MediaRef(kind="image", source=url, param=f"{where}.source.data"))
