@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import weakref
 from collections.abc import Coroutine
+from contextvars import ContextVar
 from typing import Any
 
 import pytest
@@ -206,3 +208,27 @@ async def test_when_all_who_hold_bytes_want_more_the_last_one_gives_way() -> Non
     second.close()
     await waiting
     assert (first.num_bytes, budget.free_bytes) == (7, 3)
+
+
+async def test_a_kept_value_keeps_nothing_of_who_had_it_made() -> None:
+    """What runs for a request has all that is known of the request around it, its prompt for example."""
+    current = ContextVar[object]("current")
+    cache = LeasedCache[bytes](100, size_of=len, dispose=lambda _: None)
+
+    class Known:
+        pass
+
+    async def made() -> bytes:
+        return b"value"
+
+    async def ask() -> weakref.ref[Known]:
+        known = Known()
+        current.set(known)
+        (await cache.lease("a", made)).release()
+        return weakref.ref(known)
+
+    known = await asyncio.create_task(ask())
+    for _ in range(3):  # the loop itself lets go of it a turn later
+        await asyncio.sleep(0)
+    assert cache.num_bytes == 5
+    assert known() is None

@@ -33,10 +33,11 @@ class Lease(Generic[V]):
 
 @dataclass(slots=True, eq=False)
 class _Entry(Generic[V]):
-    task: asyncio.Task[V]
+    making: asyncio.Task[V] | None
+    """None once the value is there: a task keeps all that is known around whoever it was begun for."""
+    made: tuple[V, int] | None = None
+    """The value and its bytes."""
     leases: int = 0
-    num_bytes: int | None = None
-    """None until the value is there."""
 
 
 class LeasedCache(Generic[V]):
@@ -65,14 +66,15 @@ class LeasedCache(Generic[V]):
         entry = self._entries.get(key)
         if entry is None:
             self.num_misses += 1
-            entry = self._entries[key] = _Entry(asyncio.create_task(make()))
-            entry.task.add_done_callback(partial(self._made, key, entry))
+            task = asyncio.create_task(make())
+            entry = self._entries[key] = _Entry(task)
+            task.add_done_callback(partial(self._made, key, entry))
         else:
             self.num_hits += 1
             self._entries.move_to_end(key)
         entry.leases += 1
         try:
-            value = await asyncio.shield(entry.task)
+            value = await _value_of(entry)
         except BaseException:
             self._give_back(key, entry)
             raise
@@ -80,7 +82,7 @@ class LeasedCache(Generic[V]):
 
     def drop_unused(self) -> int:
         """Remove every value that nobody leases; how many there were."""
-        unused = [(k, e) for k, e in self._entries.items() if e.leases == 0 and e.num_bytes is not None]
+        unused = self._unused()
         for key, entry in unused:
             self._remove(key, entry)
         return len(unused)
@@ -88,9 +90,10 @@ class LeasedCache(Generic[V]):
     async def close(self) -> None:
         """Cancel what is in the making and dispose of everything, leased or not."""
         entries = list(self._entries.items())
+        making = [entry.making for _, entry in entries if entry.making is not None]
         for key, entry in entries:
             self._remove(key, entry)
-        await asyncio.gather(*(entry.task for _, entry in entries), return_exceptions=True)
+        await asyncio.gather(*making, return_exceptions=True)
 
     def _made(self, key: Hashable, entry: _Entry[V], task: asyncio.Task[V]) -> None:
         """Runs before those who wait, so that the value cannot be evicted before they hold it."""
@@ -99,33 +102,46 @@ class LeasedCache(Generic[V]):
         elif self._entries.get(key) is not entry:  # everybody left while its last line ran
             self._dispose(task.result())
         else:
-            entry.num_bytes = self._size_of(task.result())
-            self.num_bytes += entry.num_bytes
+            value = task.result()
+            entry.making, entry.made = None, (value, self._size_of(value))
+            self.num_bytes += entry.made[1]
             self._evict()
 
     def _give_back(self, key: Hashable, entry: _Entry[V]) -> None:
         entry.leases -= 1
-        if entry.leases == 0 and not entry.task.done():
+        if entry.leases == 0 and entry.making is not None and not entry.making.done():
             self._remove(key, entry)
         self._evict()
 
     def _evict(self) -> None:
         if self.num_bytes <= self._budget:
             return  # as after nearly every lease: there may be thousands to look through
-        unused = [(k, e) for k, e in self._entries.items() if e.leases == 0 and e.num_bytes is not None]
-        for key, entry in unused:
+        for key, entry in self._unused():
             if self.num_bytes <= self._budget:
                 return
             self._remove(key, entry)
+
+    def _unused(self) -> list[tuple[Hashable, _Entry[V]]]:
+        """What is there and nobody leases, the least recently used first."""
+        return [(key, entry) for key, entry in self._entries.items() if entry.leases == 0 and entry.made is not None]
 
     def _remove(self, key: Hashable, entry: _Entry[V]) -> None:
         if self._entries.get(key) is not entry:
             return
         del self._entries[key]
-        entry.task.cancel()
-        if entry.num_bytes is not None:
-            self.num_bytes -= entry.num_bytes
-            self._dispose(entry.task.result())
+        if entry.making is not None:
+            entry.making.cancel()
+        if entry.made is not None:
+            value, num_bytes = entry.made
+            self.num_bytes -= num_bytes
+            self._dispose(value)
+
+
+async def _value_of(entry: _Entry[V]) -> V:
+    if entry.made is not None:
+        return entry.made[0]
+    assert entry.making is not None, entry
+    return await asyncio.shield(entry.making)
 
 
 class ByteBudget:
