@@ -193,12 +193,17 @@ class Engine:
 
     def _start(self, plan: Plan) -> None:
         """A step that finds no memory costs the request that asks for most of it, the newest of equal ones. Nothing has
-        happened to the others, which are planned again."""
+        happened to the others, which are planned again. Other ranks cannot be brought back from within a step."""
         try:
             flight = self.runner.start(plan)
-        except torch.OutOfMemoryError as error:
+        except EngineDeadError:
+            raise
+        except Exception as error:
             if self._followers is not None:
-                raise EngineDeadError("the first rank has no memory for what the others have begun") from error
+                why = type(error).__name__
+                raise EngineDeadError(f"the first rank failed ({why}) at what the others have begun") from error
+            if not isinstance(error, torch.OutOfMemoryError):
+                raise
             log.error("no memory for a step of %d rows: %s", plan.num_tokens, error)
             largest = max(reversed(plan.chunks), key=lambda chunk: chunk.num_rows)
             self._end(largest.sequence, _NO_MEMORY)

@@ -8,13 +8,16 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
 
 from dashinfer_vlm.config import EngineConfig
 from dashinfer_vlm.encoders.elsewhere.worker import encode_at_once
 from dashinfer_vlm.encoders.queue import grid
 from dashinfer_vlm.engine import load
+from dashinfer_vlm.engine.cards.calls import Call
 from dashinfer_vlm.engine.engine import Engine
 from dashinfer_vlm.engine.host.loop import EngineLoop
 from dashinfer_vlm.engine.host.wire import AskStats, Command, Event, Failed
@@ -25,7 +28,10 @@ from dashinfer_vlm.engine.parallel.encoder import DealtEncoder, deal
 from dashinfer_vlm.errors import ConfigError, EngineDeadError
 from dashinfer_vlm.models.base import EncoderState
 from dashinfer_vlm.models.loading import load_model
+from dashinfer_vlm.request import Request
 from tests.conftest import CheckpointMaker
+from tests.engine.card_runner import with_spare_block
+from tests.engine.scripted_model import ScriptedModel
 from tests.engine.test_parity import Family, mixed_prompts, run
 
 NAMES = ("text0", "text2", "one1", "two0")
@@ -110,6 +116,29 @@ def test_pictures_that_the_first_rank_fails_to_finish_are_encoded_again(
     assert run(shared, request) == run(alone, request)
     assert not left
     assert shared.stats().num_encoder_retries_total == 2
+
+
+class Silent:
+    """Other ranks that do what they are told."""
+
+    def call(self, call: Call, flat: NDArray[np.uint8]) -> None: ...
+    def check(self) -> None: ...
+    def close(self) -> None: ...
+
+
+@pytest.mark.parametrize("failure", [torch.OutOfMemoryError(), RuntimeError("a kernel failed")])
+def test_a_call_that_fails_on_the_first_rank_ends_the_engine(failure: Exception) -> None:
+    """The others are somewhere within it: what they sum next would be added to something else."""
+    model = ScriptedModel()
+    engine = Engine(model, with_spare_block(model.kv()), EngineConfig(max_model_len=200), followers=Silent())
+    engine.add(Request(id="a", prompt_ids=[1, 2]))
+
+    def broken(*args: object) -> None:
+        raise failure
+
+    model.forward = broken  # type: ignore[method-assign, assignment]
+    with pytest.raises(EngineDeadError, match="the first rank"):
+        engine.step()
 
 
 class Unmovable(torch.Tensor):
