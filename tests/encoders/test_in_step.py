@@ -18,9 +18,9 @@ from dashinfer_vlm.encoders.elsewhere.stage import WorkerEncoder
 from dashinfer_vlm.encoders.in_step import InStepEncoder
 from dashinfer_vlm.encoders.placement import config_of_worker
 from dashinfer_vlm.encoders.queue import ItemQueue
-from dashinfer_vlm.errors import ConfigError
+from dashinfer_vlm.errors import ConfigError, EngineDeadError
 from tests.encoders.told import TIMEOUT_S, Told, item
-from tests.engine.scripted_model import ScriptedEncoder
+from tests.engine.scripted_model import ScriptedEncoder, ScriptedState
 
 
 class WatchedCrew(Crew):
@@ -56,6 +56,20 @@ def stage(told: Told) -> Iterator[WorkerEncoder]:
 def waits(stage: WorkerEncoder) -> list[float]:
     assert isinstance(stage.crew, WatchedCrew)
     return stage.crew.waits_s
+
+
+class Orphaned(ScriptedEncoder):
+    """One whose other ranks have ended."""
+
+    def run(self, state: ScriptedState, num_slices: int) -> None:
+        raise EngineDeadError("rank 1 of the model was killed by signal SIGKILL")
+
+
+def test_the_end_of_the_engine_is_no_fault_of_a_picture() -> None:
+    stage = InStepEncoder(Orphaned(), ItemQueue(EmbeddingCache(1 << 20)), torch.device("cpu"), 1024)
+    stage.request(item(0))
+    with pytest.raises(EngineDeadError, match="rank 1"):
+        stage.advance(1.0)
 
 
 def test_nobody_waits_for_a_result_while_streams_do(stage: WorkerEncoder) -> None:

@@ -19,6 +19,7 @@ from dashinfer_vlm.encoders.clock import SliceClock, slice_clock
 from dashinfer_vlm.encoders.copies import PatchCopies
 from dashinfer_vlm.encoders.queue import ItemQueue, grid, raw_patches
 from dashinfer_vlm.encoders.stats import StageStats
+from dashinfer_vlm.errors import EngineDeadError
 from dashinfer_vlm.models.base import EncoderState, VisionEncoder
 from dashinfer_vlm.request import Item
 
@@ -115,6 +116,8 @@ class InStepEncoder:
         self._clock.start()
         try:
             self._advance_one_slice(items)
+        except EngineDeadError:
+            raise
         except Exception as error:  # noqa: BLE001 - one item's failure must not end the engine's step
             self._batch = None
             self.queue.fail(items, error)
