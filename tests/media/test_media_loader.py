@@ -494,3 +494,13 @@ def test_a_decoding_process_cannot_make_times_up(said: float) -> None:
     spans = decode_spans(decoded, 10.0, 12.0)
     assert [span.start_s for span in spans] == sorted(span.start_s for span in spans)
     assert sum(span.seconds for span in spans) == 2.0
+
+
+@pytest.mark.parametrize("number", [0, 2**64, 10**400])
+@pytest.mark.parametrize("names", [("resized_width", "resized_height"), ("total_pixels",)])
+async def test_numbers_of_pixels_that_nothing_has_are_refused(
+    make_loader: LoaderMaker, picture: PictureMaker, names: tuple[str, ...], number: int
+) -> None:
+    loader = make_loader()
+    with pytest.raises(MediaError, match=f"{names[0]} is"):
+        await loader.load(ref(picture(), **dict.fromkeys(names, number)))

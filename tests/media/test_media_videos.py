@@ -243,6 +243,7 @@ async def test_what_a_request_asks_of_a_video_is_done_or_refused_by_name(make_lo
         ({"resized_height": 56}, "go together"),
         ({"total_pixels": 0}, "total_pixels is 0"),
         ({"fps": float("nan")}, "fps is nan"),
+        ({"fps": 1e-9}, "fps is 1e-09; it must be 1e-05 or more"),
     ):
         with pytest.raises(MediaError, match=message):
             await grid(**fields)

@@ -26,6 +26,10 @@ from dashinfer_vlm.request import Grid
 
 Pixels = NDArray[np.uint8]
 
+_MOST_PIXELS = 2**53
+"""That a request may speak of, in all or along a side: whole numbers of JSON go no further."""
+_RESIZED = ("resized_width", "resized_height")
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ProcessorConfig:
@@ -109,8 +113,9 @@ class ProcessorConfig:
         low, high = min_pixels or self.min_pixels, max_pixels or self.max_pixels
         if low > high:
             raise MediaError(f"min_pixels {low} is above max_pixels {high}", param=param)
-        if total_pixels is not None and total_pixels < 1:
-            raise MediaError(f"total_pixels is {total_pixels}; it must be at least 1", param=param)
+        for name, value in (("total_pixels", total_pixels), *zip(_RESIZED, resized or (), strict=False)):
+            if value is not None and not 1 <= value <= _MOST_PIXELS:
+                raise MediaError(f"{name} is {value}; it must be from 1 to {_MOST_PIXELS}", param=param)
         if resized is not None:
             check_shape(*resized)
         video = self.video.for_request(min_pixels, max_pixels, total_pixels)

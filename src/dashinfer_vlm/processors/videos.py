@@ -17,6 +17,10 @@ import numpy as np
 from dashinfer_vlm.errors import MediaError
 from dashinfer_vlm.processors.sizes import check_shape, fit, pixel_bounds, smart_resize
 
+LEAST_FPS = 1e-5
+"""A frame in a day. Models count the seconds between frames of a list, and at lower rates would count beyond their
+numbers."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sampling:
@@ -31,8 +35,8 @@ class Sampling:
 
     def check(self, most_frames: int, param: str | None = None) -> None:
         """Raise MediaError, naming the field, for what contradicts itself or exceeds `most_frames`."""
-        if self.fps is not None and not (math.isfinite(self.fps) and self.fps > 0):
-            raise MediaError(f"fps is {self.fps}; it must be above 0", param=param)
+        if self.fps is not None and not (math.isfinite(self.fps) and self.fps >= LEAST_FPS):
+            raise MediaError(f"fps is {self.fps}; it must be {LEAST_FPS:g} or more", param=param)
         for name in ("num_frames", "min_frames", "max_frames"):
             value = getattr(self, name)
             if value is not None and not 1 <= value <= most_frames:
