@@ -22,7 +22,6 @@ from dashinfer_vlm.engine.engine import Engine
 from dashinfer_vlm.engine.host.loop import EngineLoop
 from dashinfer_vlm.engine.host.wire import AskStats, Command, Event, Failed
 from dashinfer_vlm.engine.load import load_engine
-from dashinfer_vlm.engine.parallel import crew
 from dashinfer_vlm.engine.parallel.crew import RankProcesses
 from dashinfer_vlm.engine.parallel.encoder import DealtEncoder, deal
 from dashinfer_vlm.errors import ConfigError, EngineDeadError
@@ -206,4 +205,3 @@ def test_pictures_are_dealt_to_who_has_least() -> None:
     assert deal([5, 9, 1, 4], 2) == [[1, 2], [0, 3]]
     assert deal([5], 3) == [[0], [], []]
     assert deal([3, 3], 2) == [[0], [1]]
-    assert crew._how_it_ended(3) == "ended with status 3"

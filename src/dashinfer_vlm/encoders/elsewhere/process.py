@@ -14,6 +14,7 @@ import numpy as np
 import torch
 import zmq
 
+from dashinfer_vlm.child_process import how_it_ended, is_stopped
 from dashinfer_vlm.config import EngineConfig
 from dashinfer_vlm.encoders.elsewhere.crew import EncoderDiedError, EncodeRefusedError, NoPlaceError
 from dashinfer_vlm.encoders.elsewhere.wire import (
@@ -37,7 +38,6 @@ from dashinfer_vlm.interpreter import running
 from dashinfer_vlm.log_lines import LogStyle
 from dashinfer_vlm.request import Item
 from dashinfer_vlm.shared_array import SharedFolder
-from dashinfer_vlm.stopped import is_stopped
 
 START_TIMEOUT_S = 300.0
 JOB_TIMEOUT_S = 600.0
@@ -177,7 +177,7 @@ class ProcessEncoder:
         while not self._socket.poll(_LOOK_MS):
             status = self._process.poll()
             if status is not None and not self._socket.poll(_LAST_WORDS_MS):
-                raise EncoderDiedError(f"the vision worker ended with status {status}")
+                raise EncoderDiedError(f"the vision worker {how_it_ended(status)}")
             patience_s = min(STOP_TIMEOUT_S, timeout_s) if is_stopped(self._process.pid) else timeout_s
             if time.monotonic() - start_s > patience_s:
                 self._process.kill()

@@ -8,9 +8,7 @@ the parent is gone or done, and so is this process. Jobs and replies go over one
 from __future__ import annotations
 
 import logging
-import os
 import sys
-import threading
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -19,6 +17,7 @@ import msgspec
 import torch
 import zmq
 
+from dashinfer_vlm.child_process import exit_with_parent
 from dashinfer_vlm.config import EngineConfig
 from dashinfer_vlm.cores import parse_list
 from dashinfer_vlm.encoders.elsewhere.wire import (
@@ -57,7 +56,7 @@ _LINGER_MS = 2000
 def serve(load: Loader) -> int:
     """Be the worker: load, then encode one job after the other until the parent ends it. Returns the exit status."""
     start = msgspec.json.decode(sys.stdin.buffer.readline(), type=Start)
-    threading.Thread(target=_exit_with_parent, name="parent-watch", daemon=True).start()
+    exit_with_parent(0, leave)
     start.log.apply()
     context = zmq.Context()
     socket = context.socket(zmq.PAIR)
@@ -116,13 +115,6 @@ def _do(job: EncodeJob, encode: Encode, start: Start) -> Reply:
     except Exception as error:
         logger.exception("a batch of %d items failed", len(job.pictures))
         return JobRefused(job.id, f"{type(error).__name__}: {error}")
-
-
-def _exit_with_parent() -> None:
-    while os.read(sys.stdin.fileno(), 4096):
-        pass
-    leave()
-    os._exit(0)
 
 
 def main() -> int:

@@ -10,15 +10,14 @@ from __future__ import annotations
 
 import gc
 import logging
-import os
 import sys
-import threading
 from collections.abc import Callable
 
 import msgspec
 import zmq
 
 from dashinfer_vlm.allocator import keep_freed_memory
+from dashinfer_vlm.child_process import exit_with_parent
 from dashinfer_vlm.config import EngineConfig
 from dashinfer_vlm.engine.client import OnProgress
 from dashinfer_vlm.engine.host.loop import EngineLoop, SteppedEngine
@@ -85,7 +84,7 @@ class SocketChannel:
 def serve(load: Loader) -> int:
     """Be the engine process: load, then run the loop until the parent closes it. Returns the exit status."""
     start = msgspec.json.decode(sys.stdin.buffer.readline(), type=Start)
-    threading.Thread(target=_exit_with_parent, name="parent-watch", daemon=True).start()
+    exit_with_parent(1, leave)
     start.log.apply()
     channel = SocketChannel(start.address)
     try:
@@ -106,13 +105,6 @@ def serve(load: Loader) -> int:
         return 0
     finally:
         channel.close()
-
-
-def _exit_with_parent() -> None:
-    while os.read(sys.stdin.fileno(), 4096):
-        pass
-    leave()
-    os._exit(1)
 
 
 def main() -> int:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import signal
 from collections.abc import Iterator
 from functools import partial
 from typing import Any
@@ -14,6 +13,7 @@ import msgspec
 import zmq
 import zmq.asyncio
 
+from dashinfer_vlm.child_process import how_it_ended, is_stopped
 from dashinfer_vlm.config import EngineConfig
 from dashinfer_vlm.engine.client import Listener, OnProgress
 from dashinfer_vlm.engine.host.streams import CLOSED, Listeners, silent, stats_or_raise
@@ -39,7 +39,6 @@ from dashinfer_vlm.interpreter import running
 from dashinfer_vlm.log_lines import LogStyle
 from dashinfer_vlm.request import Finish, Request
 from dashinfer_vlm.shared_array import SharedArray, SharedFolder
-from dashinfer_vlm.stopped import is_stopped
 
 __all__ = ["ProcessEngine"]
 
@@ -235,7 +234,7 @@ class ProcessEngine:
             await asyncio.wait({receiving}, timeout=_LAST_WORDS_S)
         if was_killed or not receiving.done():
             receiving.cancel()
-            raise EngineDeadError(f"the engine process {self._why_ended or _how_it_ended(self._exit.result())}")
+            raise EngineDeadError(f"the engine process {self._why_ended or how_it_ended(self._exit.result())}")
         return event_decoder.decode(receiving.result())
 
     def _remove_arrays(self) -> None:
@@ -259,10 +258,6 @@ def _parts(event: Event) -> Iterator[Event]:
             yield Outputs(event.outputs[start : start + _OUTPUTS_AT_ONCE])
     else:
         yield event
-
-
-def _how_it_ended(status: int) -> str:
-    return f"was killed by signal {signal.Signals(-status).name}" if status < 0 else f"ended with status {status}"
 
 
 def _note_failure(sent: asyncio.Future[Any]) -> None:

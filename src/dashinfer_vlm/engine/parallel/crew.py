@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import signal
 import subprocess
 from dataclasses import replace
 
@@ -13,6 +12,7 @@ import numpy as np
 import zmq
 from numpy.typing import NDArray
 
+from dashinfer_vlm.child_process import how_it_ended
 from dashinfer_vlm.config import EngineConfig
 from dashinfer_vlm.engine.cards.calls import Call
 from dashinfer_vlm.engine.parallel.meeting import leave
@@ -89,7 +89,7 @@ class RankProcesses:
         for index, process in self._processes.items():
             status = process.poll()
             if status is not None:
-                raise EngineDeadError(f"rank {index} of the model {_how_it_ended(status)}")
+                raise EngineDeadError(f"rank {index} of the model {how_it_ended(status)}")
 
     def call(self, call: Call, flat: NDArray[np.uint8]) -> None:
         self.check()
@@ -126,7 +126,3 @@ class RankProcesses:
                 process.wait()
         self._context.destroy(linger=0)
         self._folder.close()
-
-
-def _how_it_ended(status: int) -> str:
-    return f"was killed by signal {signal.Signals(-status).name}" if status < 0 else f"ended with status {status}"

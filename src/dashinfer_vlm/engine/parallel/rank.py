@@ -10,9 +10,7 @@ from __future__ import annotations
 
 import logging
 import math
-import os
 import sys
-import threading
 from typing import Any
 
 import msgspec
@@ -20,6 +18,7 @@ import numpy as np
 import torch
 import zmq
 
+from dashinfer_vlm.child_process import exit_with_parent
 from dashinfer_vlm.engine.cards.calls import ModelCalls
 from dashinfer_vlm.engine.devices import captures_graphs, step_shapes
 from dashinfer_vlm.engine.load import make_cache
@@ -99,7 +98,7 @@ class Rank:
 def serve() -> int:
     """Load this rank's part, then obey until the parent ends it. Returns the exit status."""
     start = msgspec.json.decode(sys.stdin.buffer.readline(), type=Start)
-    threading.Thread(target=_exit_with_parent, name="parent-watch", daemon=True).start()
+    exit_with_parent(0)
     logging.basicConfig(level=start.log_level, format=f"%(asctime)s %(levelname)s rank {start.index}: %(message)s")
     context = zmq.Context()
     socket = context.socket(zmq.PAIR)
@@ -134,12 +133,6 @@ def _join(start: Start, model: LoadedModel) -> Rank:
     if captures_graphs(model):
         calls.capture()
     return Rank(model, calls)
-
-
-def _exit_with_parent() -> None:
-    while os.read(sys.stdin.fileno(), 4096):
-        pass
-    os._exit(0)
 
 
 if __name__ == "__main__":
