@@ -66,7 +66,8 @@ def test_every_variant_compiles_and_fits(found: Found) -> None:
 
 
 def test_decode_leaves_room_for_three_programs_side_by_side(found: Found) -> None:
-    decode = [x for x in found.of("_decode", "_attend") if x["variant"].startswith(("decode", "few rows"))]
+    few = (x for x in found.of("_decode", "_attend") if x["variant"].startswith(("decode", "few rows")))
+    decode = [x for x in few if not x["hgmma"]]  # those of the prompt beside them multiply in warp groups
     assert len(decode) >= 7 * len(MODELS)
     for x in decode:
         assert x["registers"] * x["warps"] * 32 <= REGISTERS // 3, x
