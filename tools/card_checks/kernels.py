@@ -14,7 +14,8 @@ from torch.nn import functional as F
 from card_checks.models import checked_backend
 from card_checks.results import Check, Setting, error
 from card_checks.rows import Row
-from dashinfer_vlm.layers import activation, attention, fp8, norm, rotary
+from dashinfer_vlm.kernels.grouped import GroupedWeight
+from dashinfer_vlm.layers import activation, attention, fp8, grouped, norm, rotary
 from dashinfer_vlm.layers.backend import REFERENCE, Ops
 
 BLOCK_SIZE = 16
@@ -118,6 +119,34 @@ def _single(setting: Setting, dtype: torch.dtype, *, small: bool) -> Iterator[Ca
             residual=residual,
         )  # fmt: skip
         yield Case(f"one row of {name}", run, want, weight.nbytes, bar=1.4)
+        yield from _narrow(setting, name, x, weight, residual, is_gated=is_gated)
+
+
+def _narrow(
+    setting: Setting, name: str, x: Tensor, weight: Tensor, residual: Tensor, *, is_gated: bool
+) -> Iterator[Case]:
+    """The same of 8 and 4 bits, and of 8-bit floats, which nothing but the residual rides in."""
+    from dashinfer_vlm.kernels.cuda import narrow  # triton reads the environment when it is imported
+
+    for bits in (8, 4):
+        few = grouped.rounded(weight, bits)
+
+        def want(few: GroupedWeight = few) -> Tensor:
+            y = F.linear(x.double(), grouped.expand(few, torch.float64))
+            return (activation.silu_mul(y) if is_gated else y) + residual.double()
+
+        run = partial(narrow.of_groups, x, few, silu_mul=is_gated, residual=residual)
+        yield Case(f"one row of {name} in {bits} bits", run, want, few.numbers.nbytes + few.scales.nbytes, bar=1.6)
+    if not setting.multiplies_floats_of_8_bits or is_gated:
+        return
+    (numbers, scales), (row, of_row) = fp8.quantise(weight), fp8.quantise(x)
+    yield Case(
+        f"one row of {name} in 8-bit floats",
+        partial(narrow.of_floats, row, of_row, numbers, scales, x.dtype, None, residual),
+        lambda: F.linear(row.double() * of_row, numbers.double() * scales) + residual.double(),
+        numbers.nbytes,
+        bar=1.6,
+    )
 
 
 def _floats(setting: Setting, dtype: torch.dtype, *, small: bool) -> Iterator[Case]:

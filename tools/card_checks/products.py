@@ -1,5 +1,4 @@
-"""Products of few rows as they are served, beside torch's, those of 8 and 4 bits by `kernels.cuda.skinny`, and of
-8-bit floats."""
+"""Products of few rows as they are served, in every precision, beside torch's alone."""
 
 from __future__ import annotations
 
@@ -14,10 +13,10 @@ from torch.nn import functional as F
 
 from card_checks.results import Check, Setting
 from card_checks.rows import Row
-from dashinfer_vlm.kernels.grouped import GroupedWeight
+from dashinfer_vlm.layers.activation import Epilogue
 from dashinfer_vlm.layers.fp8 import Fp8Linear
 from dashinfer_vlm.layers.fp8 import rounded as in_floats
-from dashinfer_vlm.layers.grouped import rounded
+from dashinfer_vlm.layers.grouped import GroupedLinear, rounded
 
 EPS = 1e-6
 SHAPES = {
@@ -70,26 +69,20 @@ def _tensors(
 def _ways(
     setting: Setting, x: Tensor, weight: Tensor, gains: Tensor, residual: Tensor | None, layer: str
 ) -> dict[str, Callable[[], Any]]:
-    from dashinfer_vlm.kernels.cuda import rows, skinny  # triton reads the environment when it is imported
-    from dashinfer_vlm.layers.cuda import FP8_OPS, CudaLinear
+    from dashinfer_vlm.layers.cuda import FP8_OPS, CudaHead, CudaLinear, grouped_ops  # imports triton
 
-    is_gated, has_norm = layer == "gate_up", layer in ("qkv", "gate_up")
-    epilogue = "silu_mul" if is_gated else "none"
-    whole = CudaLinear(weight, None, epilogue)
+    epilogue: Epilogue = "silu_mul" if layer == "gate_up" else "none"
+    has_norm = layer in ("qkv", "gate_up")
 
-    def before() -> Tensor:
-        return rows.rms_norm(x, gains, EPS) if has_norm else x
-
-    def few(weight: GroupedWeight) -> Callable[[], Tensor]:
-        return lambda: skinny.product(before(), weight, silu_mul=is_gated, residual=residual)
+    def served(linear: Any) -> Callable[[], Tensor]:
+        return lambda: linear(linear.normed(x, gains, EPS) if has_norm else x, residual=residual)
 
     ways: dict[str, Callable[[], Any]] = {
-        "served": lambda: whole(whole.normed(x, gains, EPS) if has_norm else x, residual=residual),
+        "served": served(CudaLinear(weight, None, epilogue)),
         "bare": lambda: F.linear(x, weight),
-        "a16w8": few(rounded(weight, 8)),
-        "a16w4": few(rounded(weight, 4)),
     }
+    for bits in (8, 4):
+        ways[f"a16w{bits}"] = served(GroupedLinear(rounded(weight, bits), None, epilogue, grouped_ops(CudaHead)))
     if setting.multiplies_floats_of_8_bits:
-        floats = Fp8Linear(in_floats(weight, FP8_OPS), None, epilogue, FP8_OPS)
-        ways["fp8"] = lambda: floats(before(), residual=residual)
+        ways["fp8"] = served(Fp8Linear(in_floats(weight, FP8_OPS), None, epilogue, FP8_OPS))
     return ways

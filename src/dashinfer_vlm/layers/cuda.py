@@ -5,20 +5,19 @@ imported by `backend` alone, when a card is chosen.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from dashinfer_vlm.kernels.cuda import decode, fp8, gemv, paged, rotary, rows, segments, skinny
+from dashinfer_vlm.kernels.cuda import decode, fp8, gemv, narrow, paged, rotary, rows, segments, skinny
 from dashinfer_vlm.kernels.cuda.patches import embed_patches, two_halves
 from dashinfer_vlm.kernels.grouped import GroupedWeight
 from dashinfer_vlm.layers.activation import EPILOGUES, Epilogue
 from dashinfer_vlm.layers.backend import Ops
 from dashinfer_vlm.layers.fp8 import Fp8Ops
 from dashinfer_vlm.layers.grouped import GroupedOps
-from dashinfer_vlm.layers.linear import Linear
+from dashinfer_vlm.layers.linear import Linear, RowToNorm
 
 __all__ = ["FP8_OPS", "OPS", "CudaHead", "CudaLinear", "CudaPatches", "grouped_ops", "multiplies_into_float32"]
 
@@ -38,17 +37,7 @@ _EPILOGUES = {**EPILOGUES, "silu_mul": rows.silu_mul, "quick_gelu": rows.quick_g
 """One launch each: torch's GELU is one already."""
 
 
-FP8_OPS = Fp8Ops(fp8.quantise, fp8.block_product, fp8.rms_norm, fp8.silu_mul, _EPILOGUES)
-
-
-@dataclass(frozen=True, slots=True)
-class RowToNorm:
-    """A row whose norm the product takes."""
-
-    x: Tensor
-    """[1, K]."""
-    weight: Tensor
-    eps: float
+FP8_OPS = Fp8Ops(fp8.quantise, fp8.block_product, fp8.rms_norm, fp8.silu_mul, _EPILOGUES, narrow.of_floats)
 
 
 class CudaLinear:
@@ -123,7 +112,7 @@ def grouped_ops(head: Callable[[Tensor, Tensor | None, Epilogue], Linear]) -> Gr
     """`head` is the class of whole heads."""
 
     def few(
-        x: Tensor,
+        x: Tensor | RowToNorm,
         weight: GroupedWeight,
         bias: Tensor | None,
         silu_mul: bool,
@@ -131,9 +120,14 @@ def grouped_ops(head: Callable[[Tensor, Tensor | None, Epilogue], Linear]) -> Gr
         dtype: torch.dtype,
         out: Tensor | None,
     ) -> Tensor:
-        return skinny.product(x, weight, bias, silu_mul=silu_mul, residual=residual, dtype=dtype, out=out)
+        if isinstance(x, RowToNorm):
+            return narrow.of_groups(
+                x.x, weight, bias, gains=x.weight, eps=x.eps, silu_mul=silu_mul, residual=residual, dtype=dtype, out=out
+            )
+        product = narrow.of_groups if len(x) == 1 else skinny.product
+        return product(x, weight, bias, silu_mul=silu_mul, residual=residual, dtype=dtype, out=out)
 
-    return GroupedOps(few, skinny.MOST_ROWS, skinny.expand, CudaLinear, head)
+    return GroupedOps(few, skinny.MOST_ROWS, gemv.MOST_NORMED, rows.rms_norm, skinny.expand, CudaLinear, head)
 
 
 class CudaPatches:

@@ -73,6 +73,9 @@ class Fp8Ops:
     rms_norm: Callable[[Tensor, Tensor, float, int], tuple[Tensor, Tensor]]
     silu_mul: Callable[[Tensor, int], tuple[Tensor, Tensor]]
     epilogues: Mapping[Epilogue, Callable[[Tensor], Tensor]]
+    row_product: Callable[..., Tensor] | None = None
+    """Of a row by itself: numbers, scales, those of the weight, type of the result, bias, residual, memory for the
+    result; None: as several rows."""
 
 
 REFERENCE = Fp8Ops(quantise, block_product, rms_norm, silu_mul, EPILOGUES)
@@ -107,6 +110,9 @@ class Fp8Linear:
         """Columns of a row that share a scale; 0: all."""
 
     def __call__(self, x: Tensor | RoundedRows, *, residual: Tensor | None = None, out: Tensor | None = None) -> Tensor:
+        x = self._rounded(x)
+        if self.epilogue == "none" and len(x.numbers) == 1 and self.ops.row_product is not None:
+            return self._row_times(x, residual, out)
         y = self.ops.epilogues[self.epilogue](self._product(x))
         if residual is not None:
             return torch.add(y, residual, out=out)
@@ -119,13 +125,21 @@ class Fp8Linear:
     def into(self, x: Tensor | RoundedRows, then: Fp8Linear) -> RoundedRows:
         """This layer, whose epilogue is `silu_mul`, to what `then` takes."""
         assert self.epilogue == "silu_mul", self.epilogue
-        y = self._product(x)
+        y = self._product(self._rounded(x))
         return RoundedRows(*self.ops.silu_mul(y, then.group), y.dtype)
 
-    def _product(self, x: Tensor | RoundedRows) -> Tensor:
-        if isinstance(x, Tensor):
-            x = RoundedRows(*self.ops.quantise(x, self.group), x.dtype)
+    def _rounded(self, x: Tensor | RoundedRows) -> RoundedRows:
+        return x if isinstance(x, RoundedRows) else RoundedRows(*self.ops.quantise(x, self.group), x.dtype)
+
+    def _product(self, x: RoundedRows) -> Tensor:
+        if len(x.numbers) == 1 and self.ops.row_product is not None:
+            return self._row_times(x)
         return self._in_blocks(x) if self.weight.is_in_blocks else self._by_rows(x)
+
+    def _row_times(self, x: RoundedRows, residual: Tensor | None = None, out: Tensor | None = None) -> Tensor:
+        assert self.ops.row_product is not None
+        weight = (self.weight.numbers, self.weight.scales)
+        return self.ops.row_product(x.numbers, x.scales, *weight, x.dtype, self.bias, residual, out)
 
     def _by_rows(self, x: RoundedRows) -> Tensor:
         if not len(x.numbers):  # of a step that wants no logits; torch's product takes no empty scales

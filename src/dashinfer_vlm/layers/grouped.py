@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from dashinfer_vlm.kernels.grouped import GROUP, GroupedWeight
 from dashinfer_vlm.layers.activation import Epilogue
-from dashinfer_vlm.layers.linear import Linear
+from dashinfer_vlm.layers.linear import Linear, RowToNorm
 
 __all__ = ["BITS", "GroupedLinear", "GroupedOps", "expand", "rounded"]
 
@@ -54,10 +54,15 @@ def expand(weight: GroupedWeight, dtype: torch.dtype) -> Tensor:
 class GroupedOps:
     """How one device multiplies."""
 
-    few: Callable[[Tensor, GroupedWeight, Tensor | None, bool, Tensor | None, torch.dtype, Tensor | None], Tensor]
+    few: Callable[
+        [Tensor | RowToNorm, GroupedWeight, Tensor | None, bool, Tensor | None, torch.dtype, Tensor | None], Tensor
+    ]
     """x [T, K], weight, bias, whether the epilogue is `silu_mul`, residual, type of the result, memory for it; for up
     to `most_rows` of x."""
     most_rows: int
+    most_normed: int
+    """Columns of a row by itself that `few` can norm."""
+    rms_norm: Callable[[Tensor, Tensor, float], Tensor]
     expand: Callable[[GroupedWeight, torch.dtype], Tensor]
     plain: Callable[[Tensor, Tensor | None, Epilogue], Linear]
     """The layer of an expanded weight, for more rows."""
@@ -76,8 +81,14 @@ class GroupedLinear:
         self.ops = ops
         self.is_head = is_head
 
-    def __call__(self, x: Tensor, *, residual: Tensor | None = None, out: Tensor | None = None) -> Tensor:
-        if len(x) > self.ops.most_rows or self.epilogue not in ("none", "silu_mul"):
+    def normed(self, x: Tensor, weight: Tensor, eps: float) -> Tensor | RowToNorm:
+        """See `layers.linear.NormingLinear`."""
+        if len(x) == 1 and x.shape[1] <= self.ops.most_normed:
+            return RowToNorm(x, weight, eps)
+        return self.ops.rms_norm(x, weight, eps)
+
+    def __call__(self, x: Tensor | RowToNorm, *, residual: Tensor | None = None, out: Tensor | None = None) -> Tensor:
+        if isinstance(x, Tensor) and (len(x) > self.ops.most_rows or self.epilogue not in ("none", "silu_mul")):
             plain = self.ops.plain_head if self.is_head else self.ops.plain
             return plain(self.ops.expand(self.weight, x.dtype), self.bias, self.epilogue)(x, residual=residual, out=out)
         dtype = torch.float32 if self.is_head else x.dtype

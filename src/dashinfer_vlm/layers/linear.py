@@ -24,6 +24,7 @@ __all__ = [
     "NativeLinear",
     "NormingLinear",
     "OneDnnLinear",
+    "RowToNorm",
     "TorchLinear",
     "padded",
 ]
@@ -90,6 +91,20 @@ class NormingLinear(Protocol):
     def normed(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> Any:
         """RMSNorm of the rows, as this layer takes them in the fewest launches."""
         ...
+
+
+@dataclass(frozen=True, slots=True)
+class RowToNorm:
+    """A row whose norm the product takes."""
+
+    x: torch.Tensor
+    """[1, K]."""
+    weight: torch.Tensor
+    eps: float
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.x.dtype
 
 
 def _finish(

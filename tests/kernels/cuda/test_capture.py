@@ -18,7 +18,19 @@ from dashinfer_vlm.config import EngineConfig
 from dashinfer_vlm.engine.cards.calls import ModelCalls
 from dashinfer_vlm.engine.cards.graphs import Shapes
 from dashinfer_vlm.engine.cards.worst_step import worst_step_bytes
-from dashinfer_vlm.kernels.cuda import decode, fp8, gemv, hadamard, paged, patches, rotary, rows, segments, skinny
+from dashinfer_vlm.kernels.cuda import (
+    decode,
+    fp8,
+    gemv,
+    hadamard,
+    narrow,
+    paged,
+    patches,
+    rotary,
+    rows,
+    segments,
+    skinny,
+)
 from dashinfer_vlm.layers.backend import in_floats, in_groups, on_card
 from dashinfer_vlm.models.loading import allocate_kv
 from dashinfer_vlm.models.model import LoadedModel
@@ -41,7 +53,7 @@ class OnTheDevice(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 @pytest.fixture(autouse=True)
 def _nothing_starts(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (decode, fp8, gemv, hadamard, paged, patches, rotary, rows, segments, skinny):
+    for module in (decode, fp8, gemv, hadamard, narrow, paged, patches, rotary, rows, segments, skinny):
         monkeypatch.setattr(module, "launch", lambda *_, **__: None)
 
 

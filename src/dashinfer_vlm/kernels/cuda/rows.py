@@ -13,10 +13,12 @@ __all__ = [
     "add_to_rows",
     "embed",
     "layer_norm",
+    "norm_scale",
     "norm_times",
     "normed",
     "quick_gelu",
     "rms_norm",
+    "scaled",
     "silu_mul",
     "silu_times",
     "silu_times_up",
@@ -24,11 +26,22 @@ __all__ = [
 
 
 @triton.jit
-def norm_times(x, w, eps, kind: tl.constexpr, N: tl.constexpr):
-    """RMSNorm of a row of `kind`, rounded as the reference rounds it; all float32."""
-    scale = tl.rsqrt(tl.sum(x * x, 0) / N + eps)
+def norm_scale(x, eps, N: tl.constexpr):
+    """What RMSNorm multiplies a row with."""
+    return tl.rsqrt(tl.sum(x * x, 0) / N + eps)
+
+
+@triton.jit
+def scaled(x, scale, w, kind: tl.constexpr):
+    """A part of a row of `kind` times its `norm_scale` and the norm's weight; all float32."""
     rounded = (x * scale).to(kind).to(tl.float32)  # as the reference, which multiplies in x's type
     return (rounded * w).to(kind).to(tl.float32)
+
+
+@triton.jit
+def norm_times(x, w, eps, kind: tl.constexpr, N: tl.constexpr):
+    """RMSNorm of a row of `kind`, rounded as the reference rounds it; all float32."""
+    return scaled(x, norm_scale(x, eps, N), w, kind)
 
 
 @triton.jit

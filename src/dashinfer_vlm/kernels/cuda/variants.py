@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from dashinfer_vlm.kernels.choices import Choices
-from dashinfer_vlm.kernels.cuda import fp8, gemv, paged, patches, rotary, rows, sampling, segments, skinny
+from dashinfer_vlm.kernels.cuda import fp8, gemv, narrow, paged, patches, rotary, rows, sampling, segments, skinny
 from dashinfer_vlm.kernels.cuda.decode import rope_and_attend
 from dashinfer_vlm.kernels.grouped import GROUP, GroupedWeight
 
@@ -152,6 +152,18 @@ def _floats(s: Sizes, dtype: torch.dtype, device: torch.device) -> Iterator[Vari
     for group, told in ((0, "rows"), (fp8.BLOCK, "groups")):
         yield Variant(f"fp8 {told} of a norm", partial(fp8.rms_norm, x, gains, 1e-6, group))
         yield Variant(f"fp8 {told} of silu_mul", partial(fp8.silu_mul, wide, group))
+
+    def row(num_rows: int, depth: int, *, in_blocks: bool) -> Tensor:
+        sides = [(-(-num_rows // fp8.BLOCK), -(-depth // fp8.BLOCK))] if in_blocks else [(num_rows, 1)]
+        sides.append((1, sides[0][1]))
+        of_weight, of_row = (torch.empty(*side, dtype=torch.float32, device=device) for side in sides)
+        numbers, matrix = (torch.empty(n, depth, dtype=weight.dtype, device=device) for n in (1, num_rows))
+        residual = torch.empty(1, num_rows, dtype=dtype, device=device)
+        return narrow.of_floats(numbers, of_row, matrix, of_weight, dtype, None, residual)
+
+    for told, in_blocks in (("", False), (" in blocks", True)):
+        yield Variant(f"fp8 row{told}", partial(row, 2 * s.inner, s.hidden, in_blocks=in_blocks))
+        yield Variant(f"fp8 row of an MLP{told}", partial(row, s.hidden, s.inner, in_blocks=in_blocks))
     yield Variant("fp8 product, few rows", lambda: product(16))
     yield Variant("fp8 product", lambda: product(1024))
 
@@ -177,6 +189,15 @@ def _few_rows(s: Sizes, dtype: torch.dtype, device: torch.device) -> Iterator[Va
             yield Variant(f"{bits} bits, MLP of {told}", partial(skinny.product, x, gate_up, silu_mul=True))
             yield Variant(f"{bits} bits, down of {told}", partial(skinny.product, inner, down, residual=x))
         yield Variant(f"{bits} bits, expanded", partial(skinny.expand, weight(s.hidden, s.inner, bits), dtype))
+        row, out = empty(1, s.hidden), weight(s.hidden, s.heads * s.head_dim, bits)
+        of_row = partial(narrow.of_groups, row, gains=empty(s.hidden))
+        yield Variant(f"{bits} bits, qkv of one row", partial(of_row, qkv, empty(queries)))
+        yield Variant(f"{bits} bits, MLP of one row", partial(of_row, gate_up, silu_mul=True))
+        attended, one_inner = empty(1, s.heads * s.head_dim), empty(1, s.inner)
+        yield Variant(f"{bits} bits, out of one row", partial(narrow.of_groups, attended, out, residual=row))
+        yield Variant(f"{bits} bits, down of one row", partial(narrow.of_groups, one_inner, down, residual=row))
+    head = weight(s.vocab, s.hidden, 8)
+    yield Variant("8 bits, head of one row", partial(narrow.of_groups, empty(1, s.hidden), head, dtype=torch.float32))
 
 
 def _single(s: Sizes, dtype: torch.dtype, device: torch.device) -> Iterator[Variant]:
