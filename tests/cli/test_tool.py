@@ -45,6 +45,28 @@ def test_a_near_miss_is_told_what_was_meant(typed: str, hint: str, capsys: pytes
     assert hint in capsys.readouterr().err
 
 
+CLOSED = """
+import os, subprocess, sys
+import click
+from dashinfer_vlm.cli.command import execute
+
+@click.command("x")
+def command():
+    sys.stdout.isatty(), sys.stderr.isatty()
+    opened = os.open("/dev/zero", os.O_RDONLY)
+    child = subprocess.run([sys.executable, "-c", "import sys; sys.exit(sys.stdout is None)"])
+    sys.exit(opened < 3 or child.returncode)
+
+sys.exit(execute(command, []))
+"""
+
+
+def test_standard_streams_that_are_closed_are_opened_to_nothing() -> None:
+    """As some supervisors start a server."""
+    done = subprocess.run(["sh", "-c", 'exec "$0" "$@" <&- >&- 2>&-', sys.executable, "-c", CLOSED], timeout=60)
+    assert done.returncode == 0
+
+
 @pytest.mark.parametrize("module", ["dashinfer_vlm", "dashinfer_vlm.cli.serve"])
 def test_both_commands_say_their_version_without_torch(module: str) -> None:
     command = [sys.executable, "-X", "importtime", "-m", module, "--version"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
@@ -32,6 +33,7 @@ def version_option(command: Command) -> Command:
 
 def execute(command: click.Command, args: Sequence[str] | None = None) -> int:
     """Run `command` and return its exit code: 0; 1 for a failure; 2 for a wrong flag or setting; 130 after Ctrl-C."""
+    _open_closed_streams()
     try:
         code = command.main(args, standalone_mode=False)
     except click.ClickException as error:
@@ -43,6 +45,16 @@ def execute(command: click.Command, args: Sequence[str] | None = None) -> int:
     except (click.Abort, KeyboardInterrupt):
         return _report(command, "interrupted", _INTERRUPTED)
     return code if isinstance(code, int) else 0
+
+
+def _open_closed_streams() -> None:
+    """Whoever starts us may have closed a standard stream. Its number would go to the next file or socket, into which
+    everything that prints would write."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            stream = open(os.devnull, mode)  # noqa: SIM115  for as long as the process lives
+            os.set_inheritable(stream.fileno(), True)
+            setattr(sys, name, stream)
 
 
 def _report(command: click.Command, message: str, code: int) -> int:
