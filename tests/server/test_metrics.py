@@ -103,7 +103,12 @@ async def test_seconds_of_decode_stand_by_the_number_of_streams(serve: Serve, mo
     assert found["dashinfer_engine_decode_seconds_total{streams=2}"] == 0.5
     assert found["dashinfer_engine_decode_seconds_total{streams=8}"] == 1.5
     assert found["dashinfer_engine_decode_steps_total{streams=8}"] == 10
-    facts = "device=none,dtype=none,model=models/scripted,quant_type=none,vision_quant_type=none"
+
+
+async def test_what_the_engine_runs_has_the_name_that_clients_know(serve: Serve) -> None:
+    """Where its files are is nobody's business."""
+    found = await scrape(await serve(config={"served_model_name": ("mine", "also")}))
+    facts = "device=none,dtype=none,model=mine,quant_type=none,vision_quant_type=none"
     assert {key for key in found if key.startswith("dashinfer_engine_info")} == {f"dashinfer_engine_info{{{facts}}}"}
 
 

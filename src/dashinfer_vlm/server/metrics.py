@@ -133,11 +133,10 @@ class Metrics:
         stages = Histogram(f"{_PREFIX}stage_seconds", words, ["stage"], buckets=_STAGE_SECONDS, registry=registry)
         self._stages = {stage: stages.labels(stage) for stage in STAGES}
         info = service.engine.info
-        facts = ("model", "device", "dtype", "quant_type", "vision_quant_type")
-        Info(f"{_PREFIX}engine", "What the engine runs.", registry=registry).info(
-            {name: getattr(info, name) for name in facts}
-        )
-        self._vllm = VllmMetrics(registry, model_name or info.model, info, self._tokens)
+        name = model_name or info.model
+        facts = {fact: getattr(info, fact) for fact in ("device", "dtype", "quant_type", "vision_quant_type")}
+        Info(f"{_PREFIX}engine", "What the engine runs.", registry=registry).info({"model": name, **facts})
+        self._vllm = VllmMetrics(registry, name, info, self._tokens)
         ProcessCollector(registry=registry)
 
     def _add_gauges(self, service: Service) -> None:
