@@ -15,6 +15,7 @@ from torch import Tensor
 
 from dashinfer_vlm.errors import ConfigError
 from dashinfer_vlm.kernels import cpu_ops, cuda
+from dashinfer_vlm.kernels.head_norms import HeadNorms
 from dashinfer_vlm.layers import attention, grouped, norm, onednn, rotary
 from dashinfer_vlm.layers.activation import Epilogue
 from dashinfer_vlm.layers.embed import embed
@@ -83,11 +84,15 @@ class Ops:
         query_starts: Tensor,
         context_lens: Tensor,
         scale: float,
+        norms: HeadNorms | None = None,
     ) -> Tensor:
-        """`rope_write_kv`, then `paged_attention`, whose result it is; q, k and v may be overwritten."""
+        """`norms`, `rope_write_kv`, then `paged_attention`, whose result it is; q, k and v may be overwritten."""
         where = (block_tables, query_starts, context_lens, scale)
         if self.rope_and_attend is not None:
-            return self.rope_and_attend(q, k, v, cos, sin, k_cache, v_cache, slots, *where)
+            return self.rope_and_attend(q, k, v, cos, sin, k_cache, v_cache, slots, *where, norms)
+        if norms is not None:
+            of_heads = ((q, norms.queries), (k, norms.keys))
+            q, k = (self.rms_norm(x.flatten(0, 1), gains, norms.eps).view(x.shape) for x, gains in of_heads)
         self.rope_write_kv(q, k, v, cos, sin, k_cache, v_cache, slots)
         return self.paged_attention(q, k_cache, v_cache, *where)
 

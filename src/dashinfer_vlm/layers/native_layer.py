@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from torch import Tensor
 
 from dashinfer_vlm.kernels.decoder_layer import DecoderLayer
+from dashinfer_vlm.kernels.head_norms import HeadNorms
 from dashinfer_vlm.layers.backend import NATIVE, Backend
 from dashinfer_vlm.layers.linear import Linear, NativeLinear
 
@@ -18,7 +17,7 @@ def native_layer(
     *,
     norms: tuple[Tensor, Tensor],
     qkv: Linear,
-    head_norms: Sequence[Tensor],
+    head_norms: HeadNorms | None,
     out: Linear,
     gate_up: Linear,
     down: Linear,
@@ -42,7 +41,7 @@ def native_layer(
         norms=norms,
         qkv=qkv.packed,
         qkv_bias=qkv.bias,
-        head_norms=(head_norms[0], head_norms[1]) if head_norms else None,
+        head_norms=None if head_norms is None else (head_norms.queries, head_norms.keys),
         out=out.packed,
         gate_up=gate_up.packed,
         down=down.packed,

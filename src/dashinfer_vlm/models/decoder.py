@@ -11,6 +11,7 @@ from typing import Any, Protocol
 import torch
 
 from dashinfer_vlm.errors import CheckpointError
+from dashinfer_vlm.kernels.head_norms import HeadNorms
 from dashinfer_vlm.layers.backend import Backend
 from dashinfer_vlm.layers.linear import Linear, Matrix
 from dashinfer_vlm.layers.native_layer import native_layer
@@ -69,10 +70,10 @@ class Attention:
         self.qkv = _joined(names, sizes, parts, config.hidden_size, weights, backend, has_bias=qkv_bias)
         out = weights.matrix({f"{prefix}.o_proj.weight": config.hidden_size}, query, Cut(columns=of_queries))
         self.out = backend.summed(out)
-        self.norms = [
-            backend.vector(weights.take(f"{prefix}.{x}_norm.weight", config.head_dim))
-            for x in ("qk" if qk_norm else "")
-        ]
+        self.norms: HeadNorms | None = None
+        if qk_norm:
+            of_q, of_k = (backend.vector(weights.take(f"{prefix}.{x}_norm.weight", config.head_dim)) for x in "qk")
+            self.norms = HeadNorms(of_q, of_k, config.rms_norm_eps)
 
     def attend(self, x: Any, table: Table, batch: StepBatch, cache: Cache) -> torch.Tensor:
         """[T, hidden], as `Backend.norm_before` makes it for `qkv`, -> [T, heads * head_dim], which `out` projects; K
@@ -81,14 +82,8 @@ class Attention:
         joined = self.qkv(x)
         heads = joined.view(len(joined), -1, c.head_dim)
         q, k, v = heads.split_with_sizes([self.num_heads, self.num_kv_heads, self.num_kv_heads], dim=1)
-        if self.norms:
-            q, k = (self._norm(part, weight) for part, weight in zip((q, k), self.norms, strict=True))
         where = (batch.slots, batch.block_tables, batch.query_starts, batch.context_lens)
-        return self.ops.attend(q, k, v, *table, *cache, *where, c.head_dim**-0.5).flatten(1)
-
-    def _norm(self, heads: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        """[T, H, D], each head by itself."""
-        return self.ops.rms_norm(heads.flatten(0, 1), weight, self.config.rms_norm_eps).view(heads.shape)
+        return self.ops.attend(q, k, v, *table, *cache, *where, c.head_dim**-0.5, self.norms).flatten(1)
 
 
 def _joined(

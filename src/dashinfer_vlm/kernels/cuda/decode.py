@@ -14,24 +14,27 @@ from torch import Tensor
 from dashinfer_vlm.kernels.cuda import paged, rotary
 from dashinfer_vlm.kernels.cuda.launch import check, compute_type, launch, power_of_two, starts_early, wait_for_last
 from dashinfer_vlm.kernels.cuda.paged import _keys
-from dashinfer_vlm.kernels.cuda.rotary import _rotated
+from dashinfer_vlm.kernels.cuda.rotary import rotated
+from dashinfer_vlm.kernels.head_norms import HeadNorms
 
 __all__ = ["rope_and_attend"]
 
 
 @triton.jit
-def _heads(x, cos, sin, row, x_h, N: tl.constexpr, D: tl.constexpr, BH: tl.constexpr):
-    """[BH, D]: `N` heads of a row, rotated."""
-    low, high, _, _ = _rotated(x, cos, sin, row, 0, x_h, N, D, BH, D // 2)
+def _heads(
+    x, cos, sin, row, x_h, gains, eps, N: tl.constexpr, D: tl.constexpr, BH: tl.constexpr, NORM: tl.constexpr
+):  # fmt: skip
+    """[BH, D]: `N` heads of a row, rotated, and normed before with `NORM`."""
+    low, high, _, _ = rotated(x, cos, sin, row, 0, x_h, gains, eps, N, D, BH, D // 2, NORM)
     return tl.reshape(tl.permute(tl.join(low, high), (0, 2, 1)), (BH, D))
 
 
 @triton.jit(do_not_specialize=["table_stride", "l_split"])
 def _decode(
-    q_rows, k_rows, v_rows, cos, sin, k_cache, v_cache, slots, tables, starts, contexts, out, lse, scale, table_stride,
-    q_t, q_h, k_t, k_h, v_t, v_h, o_t, o_h, o_split, l_t, l_split, G: tl.constexpr, D: tl.constexpr, BS: tl.constexpr,
-    BLOCK: tl.constexpr, SLOT: tl.constexpr, HEAD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-    SPLITS: tl.constexpr, EARLY: tl.constexpr, C: tl.constexpr,
+    q_rows, k_rows, v_rows, cos, sin, q_gains, k_gains, eps, k_cache, v_cache, slots, tables, starts, contexts, out,
+    lse, scale, table_stride, q_t, q_h, k_t, k_h, v_t, v_h, o_t, o_h, o_split, l_t, l_split, G: tl.constexpr,
+    D: tl.constexpr, BS: tl.constexpr, BLOCK: tl.constexpr, SLOT: tl.constexpr, HEAD: tl.constexpr, BM: tl.constexpr,
+    BN: tl.constexpr, SPLITS: tl.constexpr, NORM: tl.constexpr, EARLY: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
     s = tl.program_id(0)
     head = tl.program_id(1)
@@ -44,7 +47,7 @@ def _decode(
         return
     at = row.to(tl.int64)
     d = tl.arange(0, D)
-    q = _heads(q_rows + at * q_t + head * G * q_h, cos, sin, at, q_h, G, D, BM).to(C)
+    q = _heads(q_rows + at * q_t + head * G * q_h, cos, sin, at, q_h, q_gains, eps, G, D, BM, NORM).to(C)
     k_cache += head * HEAD
     v_cache += head * HEAD
     table = tables + s * table_stride
@@ -60,7 +63,8 @@ def _decode(
         top, total, acc = _keys(q, k_cache, v_cache, table, j, end, last, base2, top, total, acc, D, D, BS, BLOCK,
                                 SLOT, BN, False, True, C)  # fmt: skip
     if split == 0:  # this one sees to the newest key
-        k = _heads(k_rows + at * k_t + head * k_h, cos, sin, at, k_h, 1, D, 1).to(k_cache.dtype.element_ty)
+        k = _heads(k_rows + at * k_t + head * k_h, cos, sin, at, k_h, k_gains, eps, 1, D, 1, NORM)
+        k = k.to(k_cache.dtype.element_ty)
         v = tl.load(v_rows + at * v_t + head * v_h + d)[None, :].to(v_cache.dtype.element_ty)
         place = tl.load(slots + row) * SLOT + d[None, :]
         tl.store(k_cache + place, k)
@@ -95,6 +99,7 @@ def rope_and_attend(
     query_starts: Tensor,
     context_lens: Tensor,
     scale: float,
+    norms: HeadNorms | None = None,
     splits: int | None = None,
 ) -> Tensor:
     """`layers.backend.Ops.attend`: [T, H, D] of q's dtype. Waits for nothing and reads nothing back.
@@ -105,7 +110,7 @@ def rope_and_attend(
     fit."""
     num_rows, num_heads, dim = q.shape
     if num_rows != len(context_lens) or k_cache.dtype == torch.int8 or dim not in (32, 64, 128):
-        rotary.rope_write_kv(q, k, v, cos, sin, k_cache, v_cache, slots)
+        rotary.rope_write_kv(q, k, v, cos, sin, k_cache, v_cache, slots, norms)
         return paged.paged_attention(q, k_cache, v_cache, block_tables, query_starts, context_lens, scale, splits)
     num_kv_heads = k_cache.shape[2]
     rotary.check_tables(q, cos, sin)
@@ -120,12 +125,13 @@ def rope_and_attend(
         splits = paged.num_splits(num_rows * num_kv_heads, max_context, tile.columns)
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     parts, lse = paged.parts_of(out, num_rows, splits)
+    gains = (cos, cos, 0.0) if norms is None else (norms.queries, norms.keys, norms.eps)  # what is there is not read
     launch(
-        _decode, (num_rows, num_kv_heads, splits), q, k, v, cos, sin, k_cache, v_cache, slots, block_tables,
+        _decode, (num_rows, num_kv_heads, splits), q, k, v, cos, sin, *gains, k_cache, v_cache, slots, block_tables,
         query_starts, context_lens, parts, lse, scale, block_tables.stride(0), *q.stride()[:2], *k.stride()[:2],
         *v.stride()[:2], *parts.stride()[1:3], parts.stride(0), lse.stride(1), lse.stride(0), group, dim,
-        k_cache.shape[1], *k_cache.stride()[:3], power_of_two(group, 16), tile.columns, splits, early,
-        compute_type(q.dtype), num_warps=tile.warps, num_stages=tile.stages, early=early,
+        k_cache.shape[1], *k_cache.stride()[:3], power_of_two(group, 16), tile.columns, splits, norms is not None,
+        early, compute_type(q.dtype), num_warps=tile.warps, num_stages=tile.stages, early=early,
     )  # fmt: skip
     if splits > 1:
         paged.combine(parts, lse, query_starts, out, 1)

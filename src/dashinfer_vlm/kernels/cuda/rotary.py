@@ -9,8 +9,10 @@ from torch import Tensor
 
 from dashinfer_vlm.kernels.cuda.hadamard import hadamard_blocks
 from dashinfer_vlm.kernels.cuda.launch import check, compute_type, launch, power_of_two, starts_early, wait_for_last
+from dashinfer_vlm.kernels.cuda.rows import scaled
+from dashinfer_vlm.kernels.head_norms import HeadNorms
 
-__all__ = ["check_tables", "mrope_cos_sin", "rope", "rope_write_kv"]
+__all__ = ["check_tables", "mrope_cos_sin", "rope", "rope_write_kv", "rotated"]
 
 HEADS_AT_ONCE = 32
 
@@ -27,8 +29,12 @@ def _tables(positions, frequencies, axes, cos, sin, axis_stride, p_t, HALF: tl.c
 
 
 @triton.jit
-def _rotated(x, cos, sin, row, first, x_h, N: tl.constexpr, D: tl.constexpr, BH: tl.constexpr, BD: tl.constexpr):
-    """Both halves of heads `first ..` of one row, rounded to x's type, with pointers and mask for the lower half."""
+def rotated(
+    x, cos, sin, row, first, x_h, gains, eps, N: tl.constexpr, D: tl.constexpr, BH: tl.constexpr, BD: tl.constexpr,
+    NORM: tl.constexpr,
+):  # fmt: skip
+    """Both halves of heads `first ..` of one row, each normed before with `NORM`, rounded to x's type, with pointers
+    and mask for the lower half."""
     half: tl.constexpr = D // 2
     head = first + tl.arange(0, BH)
     i = tl.arange(0, BD)
@@ -39,13 +45,19 @@ def _rotated(x, cos, sin, row, first, x_h, N: tl.constexpr, D: tl.constexpr, BH:
     low = tl.load(place, mask=inside, other=0.0).to(tl.float32)
     high = tl.load(place + half, mask=inside, other=0.0).to(tl.float32)
     kind = x.dtype.element_ty
+    if NORM:
+        scale = tl.rsqrt(tl.sum(low * low + high * high, 1) / D + eps)[:, None]
+        low = scaled(low, scale, tl.load(gains + i, mask=i < half, other=0.0).to(tl.float32)[None, :], kind)
+        high = scaled(high, scale, tl.load(gains + half + i, mask=i < half, other=0.0).to(tl.float32)[None, :], kind)
     return (low * c - high * s).to(kind), (high * c + low * s).to(kind), place, inside
 
 
 @triton.jit
 def _rope(x, cos, sin, x_t, x_h, N: tl.constexpr, D: tl.constexpr, BH: tl.constexpr, BD: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
-    low, high, place, inside = _rotated(x + row * x_t, cos, sin, row, tl.program_id(1) * BH, x_h, N, D, BH, BD)
+    low, high, place, inside = rotated(
+        x + row * x_t, cos, sin, row, tl.program_id(1) * BH, x_h, x, 0.0, N, D, BH, BD, False
+    )
     tl.store(place, low, mask=inside)
     tl.store(place + D // 2, high, mask=inside)
 
@@ -93,21 +105,23 @@ def _mixed(low, high, mixer, D: tl.constexpr, BD: tl.constexpr, C: tl.constexpr)
 
 @triton.jit
 def _rope_write_kv(
-    q, k, v, cos, sin, k_cache, v_cache, slots, mixer, q_t, q_h, k_t, k_h, v_t, v_h, slot_stride, c_h, H: tl.constexpr,
-    HK: tl.constexpr, D: tl.constexpr, BH: tl.constexpr, BK: tl.constexpr, BD: tl.constexpr, INT8: tl.constexpr,
-    EARLY: tl.constexpr, C: tl.constexpr,
+    q, k, v, cos, sin, k_cache, v_cache, slots, mixer, q_gains, k_gains, eps, q_t, q_h, k_t, k_h, v_t, v_h,
+    slot_stride, c_h, H: tl.constexpr, HK: tl.constexpr, D: tl.constexpr, BH: tl.constexpr, BK: tl.constexpr,
+    BD: tl.constexpr, NORM: tl.constexpr, INT8: tl.constexpr, EARLY: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     part = tl.program_id(1)
     wait_for_last(EARLY)
     if part > 0:
-        q_low, q_high, q_place, in_q = _rotated(q + row * q_t, cos, sin, row, (part - 1) * BH, q_h, H, D, BH, BD)
+        q_low, q_high, q_place, in_q = rotated(
+            q + row * q_t, cos, sin, row, (part - 1) * BH, q_h, q_gains, eps, H, D, BH, BD, NORM
+        )
         tl.store(q_place, q_low, mask=in_q)
         tl.store(q_place + D // 2, q_high, mask=in_q)
         return
     slot = tl.load(slots + row) * slot_stride
     head = tl.arange(0, BK)
-    k_low, k_high, _, inside = _rotated(k + row * k_t, cos, sin, row, 0, k_h, HK, D, BK, BD)
+    k_low, k_high, _, inside = rotated(k + row * k_t, cos, sin, row, 0, k_h, k_gains, eps, HK, D, BK, BD, NORM)
     if INT8:
         mixed_low, mixed_high = _mixed(k_low, k_high, mixer, D, BD, C)
         _write(k_cache + slot, mixed_low, mixed_high, head, HK, D, c_h, BD, INT8)
@@ -147,8 +161,10 @@ def rope_write_kv(
     k_cache: Tensor,
     v_cache: Tensor,
     slots: Tensor,
+    norms: HeadNorms | None = None,
 ) -> None:
-    """`layers.attention.rope_write_kv`, in one launch; k is left as it is."""
+    """`layers.attention.rope_write_kv`, in one launch; k is left as it is. With `norms` each head of q and k is normed
+    first."""
     num_rows, num_heads, dim = q.shape
     num_kv_heads, int8 = k.shape[1], k_cache.dtype == torch.int8
     check_tables(q, cos, sin)
@@ -157,11 +173,12 @@ def rope_write_kv(
     heads = min(power_of_two(num_heads), HEADS_AT_ONCE)
     early = num_rows == 1 and starts_early(q)
     mixer = hadamard_blocks(dim, q.device)[0] if int8 else cos
+    gains = (cos, cos, 0.0) if norms is None else (norms.queries, norms.keys, norms.eps)  # what is there is not read
     launch(
         _rope_write_kv, (num_rows, 1 + -(-num_heads // heads)), q, k, v, cos, sin, k_cache, v_cache, slots, mixer,
-        *q.stride()[:2], *k.stride()[:2], *v.stride()[:2], k_cache.stride(1), k_cache.stride(2), num_heads,
-        num_kv_heads, dim, heads, power_of_two(num_kv_heads, 16 if int8 else 1), power_of_two(dim // 2, 16), int8,
-        early, compute_type(q.dtype), num_warps=4, early=early,
+        *gains, *q.stride()[:2], *k.stride()[:2], *v.stride()[:2], k_cache.stride(1), k_cache.stride(2), num_heads,
+        num_kv_heads, dim, heads, power_of_two(num_kv_heads, 16 if int8 else 1), power_of_two(dim // 2, 16),
+        norms is not None, int8, early, compute_type(q.dtype), num_warps=4, early=early,
     )  # fmt: skip
 
 

@@ -17,6 +17,7 @@ from dashinfer_vlm.kernels.choices import Choices
 from dashinfer_vlm.kernels.cuda import fp8, gemv, narrow, paged, patches, rotary, rows, sampling, segments, skinny
 from dashinfer_vlm.kernels.cuda.decode import rope_and_attend
 from dashinfer_vlm.kernels.grouped import GROUP, GroupedWeight
+from dashinfer_vlm.kernels.head_norms import HeadNorms
 
 __all__ = ["PUBLISHED", "Sizes", "Variant", "variants"]
 
@@ -33,6 +34,7 @@ class Sizes:
     kv_heads: int
     head_dim: int
     vocab: int = 151_936
+    norms_heads: bool = False
     vit_width: int = 0
     """0 for a model without a ViT."""
     vit_inner: int = 0
@@ -53,8 +55,8 @@ PUBLISHED = {
         vit_inner=3420, vit_heads=16,
     ),
     "Qwen3-VL-8B": Sizes(
-        hidden=4096, inner=12288, heads=32, kv_heads=8, head_dim=128, vit_width=1152, vit_inner=4304, vit_heads=16,
-        patch_dim=1536,
+        hidden=4096, inner=12288, heads=32, kv_heads=8, head_dim=128, norms_heads=True, vit_width=1152,
+        vit_inner=4304, vit_heads=16, patch_dim=1536,
     ),
 }  # fmt: skip
 """Of the published models, those whose kernels differ."""
@@ -83,6 +85,8 @@ def _text(s: Sizes, dtype: torch.dtype, device: torch.device) -> Iterator[Varian
     def empty(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
         return torch.empty(*shape, dtype=dtype, device=device)
 
+    norms = HeadNorms(empty(s.head_dim), empty(s.head_dim), 1e-6) if s.norms_heads else None
+
     def heads(num_rows: int) -> tuple[Tensor, ...]:
         joined = empty(num_rows, s.heads + 2 * s.kv_heads, s.head_dim)
         return torch.split(joined, [s.heads, s.kv_heads, s.kv_heads], dim=1)
@@ -98,7 +102,7 @@ def _text(s: Sizes, dtype: torch.dtype, device: torch.device) -> Iterator[Varian
         keys = empty(64, BLOCK_SIZE, s.kv_heads, s.head_dim + 16 * (cache == torch.int8), dtype=cache)
         table = empty(num_rows, s.head_dim // 2, dtype=torch.float32)
         q, k, v = heads(num_rows)
-        rotary.rope_write_kv(q, k, v, table, table, keys, keys, empty(num_rows, dtype=torch.int64))
+        rotary.rope_write_kv(q, k, v, table, table, keys, keys, empty(num_rows, dtype=torch.int64), norms)
 
     def decode(num_rows: int, splits: int) -> Tensor:
         keys = empty(64, BLOCK_SIZE, s.kv_heads, s.head_dim)
@@ -106,7 +110,7 @@ def _text(s: Sizes, dtype: torch.dtype, device: torch.device) -> Iterator[Varian
         starts, contexts = (empty(n, dtype=torch.int32) for n in (num_rows + 1, num_rows))
         q, k, v = heads(num_rows)
         slots, blocks = empty(num_rows, dtype=torch.int64), empty(num_rows, 64, dtype=torch.int32)
-        return rope_and_attend(q, k, v, table, table, keys, keys, slots, blocks, starts, contexts, 0.1, splits)
+        return rope_and_attend(q, k, v, table, table, keys, keys, slots, blocks, starts, contexts, 0.1, norms, splits)
 
     ids, table, is_item = empty(16, dtype=torch.int64), empty(64, s.hidden), empty(16, dtype=torch.bool)
     yield Variant("embed", lambda: rows.embed(ids, table, dtype))
