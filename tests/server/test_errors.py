@@ -324,6 +324,9 @@ def test_unknown_routes_and_methods_get_error_objects(shared: httpx.Client) -> N
         ("/v1/assistants", "/v1/chat/completions"),
         ("/v1/complete", "/v1/messages"),
         ("/v1/conversations", "previous_response_id"),
+        ("/v1/v1/messages", "ends before /v1"),
+        ("/chat/completions", "ends in /v1"),
+        ("/models", "ends in /v1"),
     ],
 )
 def test_what_other_servers_have_is_refused_with_a_reason(shared: httpx.Client, path: str, told: str) -> None:

@@ -32,6 +32,11 @@ _MISSING = {
     "/v1/files": "start the server with --files-path to keep files",
     "/v1/batches": "start the server with --files-path to keep batches, or answer them with dashinfer-vlm run",
     "/v1/complete": "Anthropic's older API is not served; use /v1/messages",
+    "/v1/v1": "the base URL of a client of Anthropic's API ends before /v1",
+    **{
+        f"/{name}": "the base URL of a client of OpenAI's API ends in /v1"
+        for name in ("chat", "completions", "embeddings", "responses", "models", "files", "batches")
+    },
 }
 _FILES = {"/v1/files", "/v1/batches"}
 _METHODS = ["GET", "POST", "PUT", "PATCH", "DELETE"]
