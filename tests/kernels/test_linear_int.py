@@ -126,15 +126,38 @@ def test_the_largest_sums_do_not_overflow() -> None:
     assert_relative(got, seen_by_4_bits(x) @ weight_to_4_bits(weight, 128).T, 1e-4)
 
 
-@pytest.mark.parametrize(
-    "pack",
-    [cpu_ops.pack_linear_int8, partial(cpu_ops.pack_linear_int8, group_size=128), cpu_ops.pack_linear_int4],
-    ids=["int8", "int8 in groups", "int4"],
-)
+PACKS = [cpu_ops.pack_linear_int8, partial(cpu_ops.pack_linear_int8, group_size=128), cpu_ops.pack_linear_int4]
+PACK_NAMES = ["int8", "int8 in groups", "int4"]
+
+
+@pytest.mark.parametrize("pack", PACKS, ids=PACK_NAMES)
 def test_zeros_give_zeros(pack: Callable[[Tensor], cpu_ops.PackedWeight]) -> None:
     zeros, values = torch.zeros(5, 40), torch.randn(5, 40)
     assert (cpu_ops.linear(values, pack(zeros)) == 0).all()
     assert (cpu_ops.linear(zeros, pack(values)) == 0).all()
+
+
+@pytest.mark.parametrize("rows", [1, 7, 40])
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+@pytest.mark.parametrize("pack", PACKS, ids=PACK_NAMES)
+def test_what_is_no_number_spoils_its_row_alone(
+    pack: Callable[[Tensor], cpu_ops.PackedWeight], bad: float, rows: int
+) -> None:
+    x, packed = torch.randn(rows, 300), pack(torch.randn(20, 300))
+    want = cpu_ops.linear(x, packed)
+    x[rows // 2, 130] = bad
+    got = cpu_ops.linear(x, packed)
+    assert not got[rows // 2].isfinite().any()
+    want[rows // 2] = got[rows // 2]
+    torch.testing.assert_close(got, want, equal_nan=True)
+
+
+@pytest.mark.parametrize("pack", PACKS, ids=PACK_NAMES)
+def test_a_weight_that_is_no_number_gives_none(pack: Callable[[Tensor], cpu_ops.PackedWeight]) -> None:
+    weight = torch.randn(20, 300)
+    weight[3, 130] = torch.tensor(-1, dtype=torch.int32).view(torch.float32)  # all bits are set
+    got = cpu_ops.linear(torch.ones(5, 300), pack(weight))
+    assert got.isnan().nonzero().tolist() == [[row, 3] for row in range(5)]
 
 
 @pytest.mark.parametrize("inner", [8, 13, 40])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 import threading
@@ -11,6 +12,7 @@ import torch
 
 from dashinfer_vlm.kernels import cpu_ops
 
+linux = pytest.mark.skipif(sys.platform != "linux", reason="limits of the address space are Linux's")
 needs_kernels = pytest.mark.skipif(not cpu_ops.available(), reason=f"no native kernels: {cpu_ops.why_unavailable()}")
 
 
@@ -85,6 +87,67 @@ print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
 """
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "0"
+
+
+def with_little_memory(code: str) -> str:
+    """What `code` prints in a process of its own; `allow(mib)` in it bounds the address space to that much more."""
+    begin = """
+import resource, torch
+from dashinfer_vlm.kernels import cpu_ops as c
+def allow(mib):
+    used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (used + mib * 2**20, resource.RLIM_INFINITY))
+"""
+    result = subprocess.run([sys.executable, "-c", begin + code], capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+@linux
+@needs_kernels
+def test_threads_that_cannot_be_started_are_counted_in_an_error() -> None:
+    code = """
+x, w = torch.randn(40, 64), c.pack_linear(torch.randn(300, 64))
+want = c.linear(x, w)
+c.set_num_threads(200)
+allow(64)
+try:
+    c.linear(x, w)
+except RuntimeError as error:
+    print(error)
+c.set_num_threads(1)
+assert torch.equal(c.linear(x, w), want)
+"""
+    assert re.match(r"only \d+ of 200 compute threads could be started: ", with_little_memory(code))
+
+
+@linux
+@needs_kernels
+def test_a_thread_without_memory_costs_the_call_alone() -> None:
+    code = """
+def likeliest(rows):
+    return c.likeliest(rows, torch.arange(len(rows), dtype=torch.int32), torch.zeros(len(rows), dtype=torch.int32), 0)
+wide, narrow = torch.zeros(32, 500_000), torch.zeros(32, 100)
+c.set_num_threads(1)
+likeliest(wide)  # the caller's own buffer
+c.set_num_threads(3)
+likeliest(narrow)  # threads are there
+allow(4)
+try:
+    likeliest(wide)
+except MemoryError:
+    print("too wide")
+assert likeliest(narrow).ranks.tolist() == [1] * 32
+"""
+    assert with_little_memory(code) == "too wide\n"
+
+
+@needs_kernels
+def test_a_number_of_threads_for_which_there_is_no_memory_changes_nothing() -> None:
+    before = cpu_ops.num_threads()
+    with pytest.raises(MemoryError):
+        cpu_ops.set_num_threads(2**31 - 1)
+    assert cpu_ops.num_threads() == before
 
 
 @needs_kernels

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -61,6 +62,21 @@ def test_a_row_that_is_not_a_number_gives_none_and_harms_no_other(bad: float, pl
         token, none, nothing = cpu_ops.choose(logits, given).tolist()
         assert 0 <= token < 257
         assert (none, nothing) == (NOT_A_NUMBER, NOTHING_ALLOWED)
+
+
+@pytest.mark.parametrize("choose", [cpu_ops.choose, sampling.choose])
+@pytest.mark.parametrize("width", [20, 3000])
+def test_a_logit_that_a_penalty_makes_infinite_gives_none(choose: Callable[..., Tensor], width: int) -> None:
+    logits = torch.zeros(1, width)
+    logits[0, 7] = 3e38
+    for how in (
+        {"temperature": 0},
+        {"temperature": 1},
+        {"temperature": 1, "top_p": 0.9},
+        {"temperature": 1, "top_k": 5},
+    ):
+        given = choices(1, repetition_penalty=1e-3, seen=[[(7, 0)]], **how)
+        assert choose(logits, given).tolist() == [NOT_A_NUMBER]
 
 
 def test_the_last_token_is_drawn_by_the_largest_random_number_and_none_of_no_weight() -> None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 NOT_A_NUMBER = -1
-"""In place of a token: the row holds NaN, or its largest logit is infinite."""
+"""In place of a token: the row holds NaN or its largest logit is infinite, with or without penalties."""
 NOTHING_ALLOWED = -2
 """In place of a token: penalties and mask forbid everything."""
 

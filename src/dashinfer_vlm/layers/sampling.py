@@ -96,7 +96,8 @@ def _shaped(logits: Row, choices: Choices, row: int) -> Row:
     part = _part(choices.seen_starts, row)
     seen, counts = choices.seen_ids[part].numpy(), choices.seen_counts[part].numpy()
     penalty = choices.repetition_penalty[row].numpy()
-    values = np.where(logits[seen] > 0, logits[seen] / penalty, logits[seen] * penalty)
+    with np.errstate(over="ignore"):  # whoever chooses looks for infinite ones
+        values = np.where(logits[seen] > 0, logits[seen] / penalty, logits[seen] * penalty)
     per_output = choices.presence_penalty[row].numpy() + choices.frequency_penalty[row].numpy() * counts
     logits[seen] = values - np.where(counts > 0, per_output, 0)
     logits[choices.forbidden_ids[_part(choices.forbidden_starts, row)].numpy()] = -np.inf
@@ -113,6 +114,8 @@ def _part(starts: Tensor, row: int) -> slice:
 def _choose_row(row: Row, choices: Choices, index: int) -> int:
     if row.max() == -np.inf:
         return NOTHING_ALLOWED
+    if not np.isfinite(row.max()):
+        return NOT_A_NUMBER
     if choices.temperature[index] == 0:
         return int(row.argmax())
     top_k, top_p, min_p = int(choices.top_k[index]), float(choices.top_p[index]), float(choices.min_p[index])

@@ -44,14 +44,8 @@ DI_INLINE void store_bytes(int8_t* p, I8 v) {
 // A NaN or an infinity makes the scale one, so that it is not lost.
 DI_INLINE void quantise_row(const float* x, int8_t* dst, int n) {
   I8 top = {};
-  for_columns(n, [&](int c, int lanes) {
-    const I8 magnitude = (I8)load_lanes(x + c, lanes) & 0x7FFFFFFF;
-    top = magnitude > top ? magnitude : top;  // as integers: a NaN is above all
-  });
-  int32_t bits = 0;
-  for (int i = 0; i < 8; ++i) bits = top[i] > bits ? top[i] : bits;
-  float largest;
-  __builtin_memcpy(&largest, &bits, sizeof largest);
+  for_columns(n, [&](int c, int lanes) { top = max(top, magnitudes<I8>(load_lanes(x + c, lanes))); });
+  const float largest = largest_of(top);
   const F8 inverse = splat(largest > kSmallestTop ? 127.f / largest : 0.f);
   for_columns(n, [&](int c, int lanes) {
     const F8 magic = splat(12582912.f);  // adding 1.5 * 2^23 rounds to nearest

@@ -76,15 +76,16 @@ DI_INLINE void store_two_bytes(char* p, I16 v) {
 }
 
 // Rounds x[n] so that max |x| becomes `levels`, and hands it on in sixteens, with zeros up to column `to`, a multiple of 16.
-// put returns what is to be summed.
+// put returns what is to be summed. A NaN or an infinity makes the scale one, so that it is not lost.
 template <class Put>
 DI_INLINE void quantise(const float* x, int n, int to, float levels, float* scale, int32_t* total, const Put& put) {
-  F16 top{};
+  I16 top{};
   for (int c = 0; c < n; c += 16) {
-    const F16 v = wide_columns_at(x, c, n);
-    top = max(top, max(v, -v));
+    const I16 found = magnitudes<I16>(wide_columns_at(x, c, n));
+    top = found > top ? found : top;
   }
-  const float largest = max_lane(max(lower(top), upper(top))), inverse = largest > 0.f ? levels / largest : 0.f;
+  const float largest = largest_of(max((I8)lower((F16)top), (I8)upper((F16)top)));
+  const float inverse = largest > 0.f ? levels / largest : 0.f;
   const F16 magic = 12582912.f - F16{};  // 1.5 * 2^23: adding it rounds to nearest
   I16 sums{};
   for (int c = 0; c < to; c += 16) sums += put(c, (I16)(wide_columns_at(x, c, n) * inverse + magic) - (I16)magic);

@@ -164,7 +164,7 @@ struct RopeArgs {
 };
 
 // What `choose` gives where there is no token.
-constexpr std::int32_t kNotANumber = -1;      // the row holds NaN, or its largest logit is infinite
+constexpr std::int32_t kNotANumber = -1;      // the row holds NaN or its largest logit is infinite, with or without penalties
 constexpr std::int32_t kNothingAllowed = -2;  // everything is forbidden
 
 // Chooses a token for every row of logits [rows, width], which stay as they are. Lists of ids belong to row r from

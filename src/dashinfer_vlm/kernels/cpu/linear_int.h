@@ -62,14 +62,11 @@ DI_INLINE void store_words(int16_t* p, I8 v) {
 #endif
 }
 
-// max |x| becomes `levels`; returns the scale.
+// max |x| becomes `levels`; returns the scale, which a NaN or an infinity makes one, so that it is not lost.
 DI_INLINE float quantise_group(const float* x, int n, float levels, int16_t* q, int32_t* total) {
-  F8 top = splat(0.f);
-  for_columns(n, [&](int c, int lanes) {
-    const F8 v = load_lanes(x + c, lanes);
-    top = max(top, max(v, -v));
-  });
-  const float largest = max_lane(top);
+  I8 top = {};
+  for_columns(n, [&](int c, int lanes) { top = max(top, magnitudes<I8>(load_lanes(x + c, lanes))); });
+  const float largest = largest_of(top);
   const F8 inverse = splat(largest > 0.f ? levels / largest : 0.f), magic = splat(12582912.f);
   I8 sums = splat_int(0);
   for_columns(n, [&](int c, int lanes) {

@@ -45,6 +45,7 @@ float to_float(std::uint16_t bits) {
 std::uint16_t to_bf16(float value) {
   std::uint32_t word;
   std::memcpy(&word, &value, sizeof word);
+  if (value != value) return static_cast<std::uint16_t>(word >> 16 | 0x40u);  // rounding could carry it to a zero
   return static_cast<std::uint16_t>((word + 0x7FFFu + ((word >> 16) & 1u)) >> 16);
 }
 

@@ -7,9 +7,12 @@
 
 #include <atomic>
 #include <chrono>
+#include <exception>
 #include <memory>
 #include <mutex>
 #include <stdexcept>
+#include <string>
+#include <system_error>
 #include <thread>
 #include <utility>
 #include <vector>
@@ -67,21 +70,18 @@ int processors_of_this_process() {
 
 class Pool {
  public:
+  // Throws std::runtime_error where the system starts fewer threads.
   Pool(int threads, const std::vector<int>& cores) {
-    for (int t = 1; t < threads; ++t) {
-      const int core = cores.empty() ? -1 : cores[static_cast<std::size_t>(t) % cores.size()];
-      workers_.emplace_back([this, t, core] {
-        if (core >= 0) pin_this_thread(core);
-        work(t);
-      });
+    try {
+      for (int t = 1; t < threads; ++t) start(t, cores);
+    } catch (const std::system_error& error) {
+      end();
+      throw std::runtime_error("only " + std::to_string(workers_.size() + 1) + " of " + std::to_string(threads) +
+                               " compute threads could be started: " + error.code().message());
     }
   }
 
-  ~Pool() {
-    stop_.store(true);
-    wake();
-    for (auto& w : workers_) w.join();
-  }
+  ~Pool() { end(); }
 
   Pool(const Pool&) = delete;
   Pool& operator=(const Pool&) = delete;
@@ -94,22 +94,51 @@ class Pool {
     remaining_.store(static_cast<std::uint32_t>(num_tasks));
     if (sleepers_.load() > 0) wake();
     take_tasks(0);
+    wait_for(num_tasks);
+    if (error_) std::rethrow_exception(std::exchange(error_, nullptr));
+  }
+
+ private:
+  void start(int thread, const std::vector<int>& cores) {
+    const int core = cores.empty() ? -1 : cores[static_cast<std::size_t>(thread) % cores.size()];
+    workers_.emplace_back([this, thread, core] {
+      if (core >= 0) pin_this_thread(core);
+      work(thread);
+    });
+  }
+
+  void end() {
+    stop_.store(true);
+    wake();
+    for (auto& w : workers_) w.join();
+  }
+
+  void wait_for(int num_tasks) {
     if (spin_until([&] { return done_.load(std::memory_order_acquire) == num_tasks; })) return;
     // A worker that lost its core inside a task may be waiting for this one.
     for (int done = done_.load(); done != num_tasks; done = done_.load()) done_.wait(done);
   }
 
- private:
   // The region cannot end, and its description cannot change, between a successful decrement and the task's end.
   void take_tasks(int thread) {
     std::uint32_t left = remaining_.load(std::memory_order_acquire);
     while (left != 0) {
       if (!remaining_.compare_exchange_weak(left, left - 1, std::memory_order_acq_rel)) continue;
       const int num_tasks = num_tasks_;
-      fn_(context_, num_tasks - static_cast<int>(left), thread);
+      try {
+        fn_(context_, num_tasks - static_cast<int>(left), thread);
+      } catch (...) {
+        keep_error();
+      }
       if (done_.fetch_add(1) + 1 == num_tasks) done_.notify_one();
       left = remaining_.load(std::memory_order_acquire);
     }
+  }
+
+  // The region goes on to its end: other threads still read what its caller owns.
+  void keep_error() {
+    std::lock_guard<std::mutex> lock(error_mutex_);
+    if (!error_) error_ = std::current_exception();
   }
 
   void work(int thread) {
@@ -131,6 +160,8 @@ class Pool {
   TaskFn fn_ = nullptr;
   void* context_ = nullptr;
   int num_tasks_ = 0;
+  std::mutex error_mutex_;
+  std::exception_ptr error_;  // the first of the region's
   alignas(64) std::atomic<std::uint32_t> remaining_{0};
   alignas(64) std::atomic<int> done_{0};
   alignas(64) std::atomic<std::uint32_t> epoch_{0};
@@ -186,10 +217,10 @@ void set_num_threads(int n) {
   if (n < 1) throw std::invalid_argument("number of kernel threads must be at least 1, got " + std::to_string(n));
   State& s = state();
   if (n == s.threads) return;
+  s.scratch.resize(static_cast<std::size_t>(n));  // first: where it throws, nothing has changed
   delete s.pool;
   s.pool = nullptr;
   s.threads = n;
-  s.scratch.resize(static_cast<std::size_t>(n));
 }
 
 void set_cores(std::vector<int> cores) {

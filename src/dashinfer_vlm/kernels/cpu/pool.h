@@ -23,7 +23,8 @@ void set_num_threads(int n);
 void set_cores(std::vector<int> cores);
 
 // Runs fn(context, task, thread) for every task in [0, num_tasks) and returns when all are done. The caller takes part
-// as thread 0. Tasks must not throw and must not open a region.
+// as thread 0. Tasks must not open a region. Where one throws the others are done all the same, then the first exception
+// is thrown here. Throws std::runtime_error where the threads cannot be started.
 void run_tasks(int num_tasks, TaskFn fn, void* context);
 
 // A 64-byte aligned buffer of the given thread, kept between calls; valid until the thread's next request.

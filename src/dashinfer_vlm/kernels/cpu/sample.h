@@ -352,7 +352,8 @@ static int choose_row(const ChooseArgs& args, int row, const SampleBuffers& b) {
   shape_row(args, row, b.copy);
   const Spans shaped(b.copy, args.width);
   top = find_largest(shaped, b.largest);
-  return top == -INFINITY ? kNothingAllowed : choose_from(args, row, shaped, top, b);
+  if (top == -INFINITY) return kNothingAllowed;
+  return top - top == 0 ? choose_from(args, row, shaped, top, b) : kNotANumber;
 }
 
 static void choose(const ChooseArgs& args) {

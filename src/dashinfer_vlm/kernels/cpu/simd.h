@@ -162,10 +162,26 @@ DI_INLINE auto sum(V v) {
   return v[0] + v[1];
 }
 
-DI_INLINE float max_lane(F8 v) {
+// Of floats or integers.
+template <class V>
+DI_INLINE auto max_lane(V v) {
   v = max(v, DI_SHUFFLE(v, v, 4, 5, 6, 7, 0, 1, 2, 3));
   v = max(v, DI_SHUFFLE(v, v, 2, 3, 0, 1, 6, 7, 4, 5));
   return v[0] > v[1] ? v[0] : v[1];
+}
+
+// Bits of |v|. They are in the order of the magnitudes, and those of a NaN are above all others.
+template <class I, class F>
+DI_INLINE I magnitudes(F v) {
+  return (I)v & 0x7FFFFFFF;
+}
+
+// The largest of eight magnitudes.
+DI_INLINE float largest_of(I8 magnitudes) {
+  const int32_t bits = max_lane(magnitudes);
+  float largest;
+  __builtin_memcpy(&largest, &bits, sizeof largest);
+  return largest;
 }
 
 // In-place transpose of an 8 x 8 block.
