@@ -83,6 +83,26 @@ async def test_the_answer_streams_and_tells_its_figures(serve: Serve, visit: Vis
     await visit.sees("#send[aria-label=Send]")
 
 
+COSTS = """[...document.querySelectorAll(".figures span")].map((span) => {
+    const range = document.createRange();
+    range.selectNodeContents(span.firstChild);
+    const { left, top } = range.getBoundingClientRect();
+    return [Math.round(top), Math.round(left)];
+})"""
+
+
+async def test_figures_that_need_two_lines_on_a_phone_begin_below_each_other(serve: Serve, visit: Visit) -> None:
+    running = await serve(STORY)
+    await visit.page.set_viewport_size({"width": 320, "height": 700})
+    await visit.open(running.url)
+    await visit.ask("Tell me a story.")
+    await visit.answered()
+    places = await visit.page.evaluate(COSTS)
+    starts = [min(left for at, left in places if at == top) for top in {at for at, _ in places}]
+    assert len(starts) > 1
+    assert len(set(starts)) == 1, places
+
+
 async def test_reasoning_is_in_sight_until_the_answer_begins(tokenizer: Tokenizer, visit: Visit) -> None:
     thinking = Parts(tokenizer, ChatTemplate(ALWAYS, tokenizer))
     pause = len(tokenizer.encode_text("\nhm, so\n\nyes"))

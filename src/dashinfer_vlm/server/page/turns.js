@@ -101,7 +101,7 @@ export class AnswerTurn {
     const ended = { length: "ended by the limit of tokens", stopped: "stopped" }[turn.finish];
     const figures = [ended, ...figuresOf(turn)].filter(Boolean).map((text) => el("span", {}, text));
     const buttons = el("div", { class: "actions" }, ...(turn.text ? [copy] : []), retry);
-    return [...(problem ? [problem] : []), el("div", { class: "figures" }, buttons, ...figures)];
+    return [...(problem ? [problem] : []), el("div", { class: "figures" }, buttons, el("div", { class: "costs" }, ...figures))];
   }
 }
 
