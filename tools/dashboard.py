@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import sys
 from typing import Any
@@ -207,5 +208,6 @@ def dashboard() -> dict[str, Any]:
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(description=__doc__).parse_args()
     json.dump(dashboard(), sys.stdout, indent=2)
     sys.stdout.write("\n")

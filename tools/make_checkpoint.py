@@ -1,8 +1,7 @@
 #!/usr/bin/env python3
 """Write a random-weight Qwen checkpoint in the published format: real tensor names, real config keys, a tokenizer.
 
-    make_checkpoint.py OUT --arch qwen2_vl|qwen2_5_vl|qwen2|qwen3 --size tiny|small|2b|7b|8b
-        [--seed 0] [--dtype bfloat16]
+    make_checkpoint.py OUT --arch qwen2_vl --size tiny [--seed 0] [--dtype bfloat16]
 
 `2b`, `7b` and `8b` (Qwen3-VL) have the published shapes, so that speed and memory are the real ones; the text that
 comes out is noise.

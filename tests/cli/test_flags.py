@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +71,13 @@ def test_no_flags_give_the_defaults_of_the_fields(parsed: Parsed) -> None:
 def test_documented_spellings_are_alike(parsed: Parsed, spelling: str, field: str) -> None:
     engine, _, _ = parsed.config(spelling, "77")
     assert getattr(engine, field) == 77
+
+
+def test_the_help_tells_defaults_as_they_are_typed(parsed: Parsed, capsys: pytest.CaptureFixture[str]) -> None:
+    assert parsed("-h") == 0
+    defaults = re.findall(r"\[default: (\S+)\]", re.sub(r"[│\s]+", " ", capsys.readouterr().out))
+    assert {"auto", "bfloat16", "0", "0.5", "localhost", "8000"} <= set(defaults)
+    assert not [default for default in defaults if default.startswith("(")]
 
 
 def test_booleans_can_be_said_and_unsaid(parsed: Parsed) -> None:

@@ -49,8 +49,11 @@ def _samples(family: Any) -> set[str]:
 
 
 def test_the_dashboard_is_what_its_tool_makes() -> None:
-    made = subprocess.run([sys.executable, str(ROOT / "tools" / "dashboard.py")], capture_output=True, check=True)
+    command = [sys.executable, str(ROOT / "tools" / "dashboard.py")]
+    made = subprocess.run(command, capture_output=True, check=True)
     assert made.stdout == (DEPLOY / "grafana" / "dashboard.json").read_bytes()
+    refused = subprocess.run([*command, "--out"], capture_output=True, check=False)
+    assert (refused.returncode, refused.stdout) == (2, b"")
 
 
 def test_the_charts_values_fit_their_schema() -> None:

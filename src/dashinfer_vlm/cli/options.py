@@ -99,7 +99,6 @@ def reference_page() -> str:
 def _option(item: Flag) -> Callable[[Command], Command]:
     """The click option; its default is the field's own."""
     values = [str(value) for value in item.offered or (get_args(item.type) if get_origin(item.type) is Literal else ())]
-    shown = ",".join(item.default) if isinstance(item.default, tuple) else item.default
     details: dict[str, Any] = {} if item.type is bool else {"type": _param_type(item.type), "metavar": _metavar(item)}
     return click.option(
         *item.spellings,
@@ -108,7 +107,7 @@ def _option(item: Flag) -> Callable[[Command], Command]:
         help=f"{item.help} One of {', '.join(values)}." if values else item.help,
         envvar=item.envs,
         callback=named if item.type is str else None,
-        show_default=False if item.secret or shown in (None, "", False) else str(shown),
+        show_default=not item.secret and item.default is not False and item.default not in (None, "", ()),
         **details,
     )
 
