@@ -3,11 +3,11 @@
 
     compile_kernels.py [--target 90] [--model Qwen2-VL-7B]... | [--checks] [--only ViT] [--first 5]
 
-Prints one JSON object a line: model, variant, kernel, registers, bytes of stack, spills, bytes of shared memory, and
-how often the instructions occur that decide the speed: `HGMMA` (products of a warp group), `HMMA` (of a warp), `QGMMA`
-(of a warp group, 8-bit floats), and asynchronous copies, those of 128 bits apart; how many groups of copies may be
-under way while one is waited for; sines that are only approximate; reads of 128 bits before a kernel waits for the one
-before it; products that read from a wrong address (see sass.py).
+Prints one JSON object a line: model, variant, kernel, registers, bytes of stack, spills, those in loops, bytes of
+shared memory, and how often the instructions occur that decide the speed: `HGMMA` (products of a warp group), `HMMA`
+(of a warp), `QGMMA` (of a warp group, 8-bit floats), and asynchronous copies, those of 128 bits apart; how many groups
+of copies may be under way while one is waited for; sines that are only approximate; reads of 128 bits before a kernel
+waits for the one before it; products that read from a wrong address (see sass.py).
 """
 
 from __future__ import annotations
@@ -42,6 +42,7 @@ class Compiled:
     registers: int
     stack: int
     spills: int
+    spills_in_loops: int
     shared: int
     warps: int
     hgmma: int
@@ -165,6 +166,7 @@ def _read(model: str, variant: str, kernel: str, compiled: Any) -> Compiled:
         int(registers),
         int(stack),
         len(re.findall(r"\bSTL\b", code)),
+        _spills_in_loops(code),
         compiled.metadata.shared,
         compiled.metadata.num_warps,
         len(re.findall(r"\bHGMMA\b", code)),
@@ -177,6 +179,15 @@ def _read(model: str, variant: str, kernel: str, compiled: Any) -> Compiled:
         len(re.findall(r"\bLDG\S*\.128", code.partition("ACQBULK")[0])),
         len(raw_descriptors(code)),
     )
+
+
+def _spills_in_loops(code: str) -> int:
+    """Writes and reads of spilt registers between a branch and what it goes back to."""
+    places = [(int(at, 16), text) for at, text in re.findall(r"/\*([0-9a-f]{4,5})\*/\s+(.*?);", code)]
+    branches = ((at, re.search(r"\bBRA\b.*?0x([0-9a-f]+)", text)) for at, text in places)
+    loops = [(int(found[1], 16), at) for at, found in branches if found and int(found[1], 16) < at]
+    spilt = (at for at, text in places if re.search(r"\b(?:STL|LDL)\b", text))
+    return sum(any(start <= at <= stop for start, stop in loops) for at in spilt)
 
 
 def _dump(flag: str, file: str) -> str:

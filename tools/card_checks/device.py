@@ -79,11 +79,11 @@ def _compile(setting: Setting, *what: str) -> Row:
     ]
     lines = [json.loads(line) for process in started for line in process.communicate()[0].splitlines()]
     # exact sines of angles beyond 100,000 reduce them in local memory, which counts as spilt here
-    spilt = [f"{x['model']}: {x['variant']}" for x in lines if x.get("spills") and x["kernel"] != "_tables"]
+    spilt = [f"{x['model']}: {x['variant']}" for x in lines if x.get("spills_in_loops") and x["kernel"] != "_tables"]
     failed = [f"{x['model']}: {x['variant']}: {x['failed']}" for x in lines if "failed" in x]
     failed += [f"{x['model']}: {x['variant']} reads from a wrong address" for x in lines if x.get("raw_descriptors")]
     ended = sorted({process.returncode for process in started})
-    note = f"{len(lines)} kernels, {num_parts} processes; spills: {', '.join(spilt) or 'none'}"
+    note = f"{len(lines)} kernels, {num_parts} processes; spills in loops: {', '.join(spilt) or 'none'}"
     wrong = 0.0 if ended == [0] and not failed else float("nan")
     if failed or ended != [0]:
         note += f"; exit {ended}; failed: {'; '.join(failed)}"

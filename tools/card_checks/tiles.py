@@ -60,6 +60,7 @@ MANY: tuple[Cut, ...] = (
 )
 FRAMES: tuple[Cut, ...] = (
     *((128, 64, 8, stages, 128) for stages in (2, 4)),
+    (128, 64, 8, 3, None),
     (128, 64, 4, 3, None),
     (64, 64, 4, 3, 128),
     (128, 128, 8, 3, None),

@@ -25,8 +25,8 @@ PRODUCTS_OF_WARP_GROUPS = (
     *("prefill plain", "prefill int8", "embed_patches", "ViT attention in frames"),
     *(f"{bits} bits, {name} of some" for bits in (8, 4) for name in ("qkv", "MLP", "down")),
 )
-FASTEST_ALL_THE_SAME = {("ViT attention in frames", 128): 4, ("ViT attention in frames", 255): 48}
-"""Spilt registers by variant and registers, where a card took the tile that has none for slower (docs/log.md)."""
+HELD = "ViT attention in frames"
+"""To half the registers, so that two programs fit beside each other; what is spilt then is spilt outside of loops."""
 MODELS = ("Qwen2-VL-2B", "Qwen2-VL-7B", "Qwen2.5-VL-7B", "Qwen3-VL-8B")
 
 
@@ -59,7 +59,8 @@ def test_every_variant_compiles_and_fits(found: Found) -> None:
     assert len(found.variants) >= 40 * len(MODELS)
     for x in found.variants:
         if x["kernel"] != "_tables":  # exact sines of angles beyond 100,000 reduce them in local memory
-            assert x["spills"] <= FASTEST_ALL_THE_SAME.get((x["variant"], x["registers"]), 0), x
+            assert x["spills_in_loops"] == 0, x
+            assert x["spills"] == 0 or x["variant"] == HELD, x
         assert x["shared"] <= SHARED, x
         assert x["registers"] * x["warps"] * 32 <= REGISTERS, x
         assert x["raw_descriptors"] == 0, x
@@ -76,7 +77,7 @@ def test_decode_leaves_room_for_three_programs_side_by_side(found: Found) -> Non
 
 def test_two_programs_of_many_rows_fit_beside_each_other(found: Found) -> None:
     """One multiplies while the other does its softmax."""
-    frames = [x for x in found.of("_attend") if x["variant"] == "ViT attention in frames" and x["model"] != MODELS[3]]
+    frames = [x for x in found.of("_attend") if x["variant"] == HELD]
     prompts = [x for x in found.of("_attend") if x["variant"] == "prefill plain"]
     assert frames
     assert prompts
