@@ -359,6 +359,20 @@ async def test_parameters_out_of_range_are_refused(
         await Bench(folder, tokenizer).service.chat(Dialogue([PICTURE]), wrong)
 
 
+@pytest.mark.parametrize(
+    ("said", "told"),
+    [({"temperature": -3}, "temperature is -3"), ({"top_p": "high"}, "Expected `float`"), ({"top_k": 2.5}, "top_k")],
+)
+def test_sampling_defaults_that_no_request_could_ask_for_are_the_checkpoints_mistake(
+    folder: Path, tmp_path: Path, said: dict[str, Any], told: str
+) -> None:
+    for path in folder.glob("*config.json"):
+        shutil.copy(path, tmp_path)
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": 1, **said}))
+    with pytest.raises(CheckpointError, match=f"generation_config.json: .*{told}"):
+        FrontendConfig.from_folder(tmp_path)
+
+
 def test_generation_config_gives_the_sampling_defaults(folder: Path, tmp_path: Path) -> None:
     defaults = FrontendConfig.from_folder(folder).sampling_defaults
     assert defaults == {"temperature": 0.01, "top_k": 1, "top_p": 0.001, "repetition_penalty": 1.0}

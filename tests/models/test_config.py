@@ -177,6 +177,13 @@ def test_an_end_token_must_be_known(folder: Path) -> None:
         read_config(folder)
 
 
+@pytest.mark.parametrize("ids", [10**6, [1, 10**6]])
+def test_ends_of_text_are_ids_of_the_vocabulary(folder: Path, ids: object) -> None:
+    change(folder, "eos_token_id", ids, "generation_config.json")
+    with pytest.raises(CheckpointError, match=r"generation_config.json: eos_token_id is \[.*; ids are from 0 to "):
+        read_config(folder)
+
+
 def test_an_unknown_architecture_comes_with_the_supported_ones() -> None:
     with pytest.raises(CheckpointError, match="LlamaForCausalLM is not supported; supported: Qwen2VLFor"):
         family_of("LlamaForCausalLM")

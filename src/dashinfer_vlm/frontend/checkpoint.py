@@ -8,9 +8,12 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import msgspec
+
+from dashinfer_vlm.errors import CheckpointError, InvalidRequestError
 from dashinfer_vlm.models.config import read_config
 from dashinfer_vlm.models.family import BoxUnit
-from dashinfer_vlm.request import ItemKind
+from dashinfer_vlm.request import ItemKind, SamplingParams
 from dashinfer_vlm.tokenizer_file import read_json
 
 if TYPE_CHECKING:  # the tokenizer stands on this module
@@ -45,11 +48,20 @@ class FrontendConfig:
 
 
 def _sampling_defaults(path: Path) -> dict[str, float | int]:
-    """The published recommendation: `do_sample: false` means greedy, absent fields keep the API's defaults."""
+    """The published recommendation: `do_sample: false` means greedy, absent fields keep the API's defaults.
+
+    Raises CheckpointError for what no request could ask for: every request that says nothing would be refused.
+    """
     if not path.is_file():
         return {}
     config = read_json(path)
-    defaults = {name: config[name] for name in _DEFAULTED if isinstance(config.get(name), (int, float))}
+    defaults = {name: config[name] for name in _DEFAULTED if config.get(name) is not None}
     if config.get("do_sample") is False:
         defaults["temperature"] = 0.0
+    if defaults.get("top_k") == -1:
+        defaults["top_k"] = 0  # off, as some publishers write it
+    try:
+        msgspec.convert(defaults, SamplingParams).validate(1)
+    except (msgspec.ValidationError, InvalidRequestError) as error:
+        raise CheckpointError(f"{path}: {error}") from error
     return defaults

@@ -256,10 +256,13 @@ def _dtype(root: Section, text: Section) -> str:
 
 
 def _eos_token_ids(folder: Path, root: Section, text: Section) -> tuple[int, ...]:
-    sections = [root, text]
+    sections, vocab_size = [root, text], text.integer("vocab_size")
     if (folder / "generation_config.json").exists():
         sections.insert(0, read_section(folder, "generation_config.json"))
     for section in sections:
         if section.has("eos_token_id"):
-            return section.integers("eos_token_id")
+            ids = section.integers("eos_token_id")
+            if max(ids, default=0) >= vocab_size:
+                raise section.error("eos_token_id", f"is {list(ids)}; ids are from 0 to {vocab_size - 1}")
+            return ids
     raise root.error("eos_token_id", "is missing, here and in generation_config.json")
