@@ -69,6 +69,8 @@ def test_a_plot_is_drawn(tmp_path: Path) -> None:
         ([], "no --target is given"),
         (["--target", "a=http://h", "--pid", "a=x"], "--pid is 'a=x'; it must be NAME=PID"),
         (["--target", "a=http://h", "--image-size", "4x"], "--image-size is '4x'"),
+        (["--target", "a=http://h", "--image-size", "60000"], "--image-size is 60000; it must be at most 8192"),
+        (["--target", "a=http://h", "--seconds", "inf"], "--seconds is inf; it must be at most 86400"),
         (["--target", "a=http://h", "--plot", "waits.doc"], "must end in .png"),
         (["--target", "a=http://h", "--workload", "other"], "'other'"),
     ],

@@ -6,8 +6,11 @@ import re
 from collections import Counter
 
 import pytest
+import rich_click as click
 
+from dashinfer_vlm.cli.command import execute
 from tests.conftest import ROOT
+from trust import crowd, faults, soak
 from trust.answers import Answer
 from trust.crowd import Row, Stream
 from trust.server import Metrics
@@ -129,3 +132,9 @@ def test_every_test_that_the_page_names_is_there() -> None:
     assert len(named) > 20
     missing = [f"{file}::{test}" for file, test in named if f"def {test}(" not in (ROOT / file).read_text()]
     assert missing == []
+
+
+@pytest.mark.parametrize("command", [soak.main, faults.main, crowd.main], ids=["soak", "faults", "crowd"])
+def test_every_command_has_short_help(command: click.Command, capsys: pytest.CaptureFixture[str]) -> None:
+    assert execute(command, ["-h"]) == 0
+    assert "Show this message and exit" in capsys.readouterr().out

@@ -157,6 +157,8 @@ def main() -> int:
     parser.add_argument("--record", type=Path, help="folder for these questions and answers, as the tests read them")
     parser.add_argument("--cluster", action="store_true", help="of all: also two nodes of a Ray cluster")
     args = parser.parse_args()
+    if args.questions < 1:
+        parser.error(f"--questions is {args.questions}; it must be at least 1")
     args.out.mkdir(parents=True, exist_ok=True)
     cases = list(held_out_cases(args.questions))
     answers, code = (answer_all_ways(args, cases)) if args.through == "all" else (answer_one_way(args, cases), 0)

@@ -34,6 +34,7 @@ import rich_click as click
 from tests.e2e.serving import Server
 
 from dashinfer_vlm.bench.processes import ProcessTree
+from dashinfer_vlm.cli.command import CONTEXT
 from dashinfer_vlm.server.connection import raise_file_limit
 from trust import paced
 from trust.mix import CHAT
@@ -223,7 +224,7 @@ def _is_open(connection: socket.socket) -> bool:
         return True
 
 
-@click.command()
+@click.command(context_settings=CONTEXT)
 @click.option("--streams", "num_streams", default=1000, show_default=True)
 @click.option(
     "--every",

@@ -24,6 +24,7 @@ from pathlib import Path
 import rich_click as click
 from tests.e2e.serving import Server, run_to_end
 
+from dashinfer_vlm.cli.command import CONTEXT
 from trust.page import write_section
 from trust.server import model_folder, serving
 from trust.stage import ENGINE, MEDIA, VISION, Seen, Stage, Strike, told
@@ -249,7 +250,7 @@ def _skipped() -> dict[str, str]:
     return why
 
 
-@click.command()
+@click.command(context_settings=CONTEXT)
 @click.option("--only", multiple=True, help="Names of faults; all when absent. Repeatable.")
 @click.option("--page", "path", default="", help="Page whose section is written anew.")
 def main(only: tuple[str, ...], path: str) -> None:

@@ -21,6 +21,7 @@ from typing import Any
 import rich_click as click
 
 from dashinfer_vlm.bench.processes import ProcessTree
+from dashinfer_vlm.cli.command import CONTEXT
 from trust.answers import Answer, Asked, ask, connect
 from trust.mix import KINDS
 from trust.page import write_section
@@ -205,7 +206,7 @@ def page(told: dict[str, Any]) -> str:
     return "\n".join(["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows)])
 
 
-@click.command()
+@click.command(context_settings=CONTEXT)
 @click.option("--minutes", default=30.0, show_default=True)
 @click.option("--warm-minutes", default=2.0, show_default=True, help="Caches fill before the first third begins.")
 @click.option("--clients", "num_clients", default=16, show_default=True)

@@ -49,7 +49,7 @@ def breakdown_rows(found: Breakdown) -> Iterator[tuple[str, ...]]:
         yield _row(part.name, part, found, before_s)
         inner_s = before_s
         for streams in part.streams:
-            yield _row(f"… of {streams.name} streams", streams, found, inner_s)
+            yield _row(f"… of {streams.name} stream{'s' * (streams.name != '1')}", streams, found, inner_s)
             inner_s += streams.seconds
         before_s += part.seconds
 

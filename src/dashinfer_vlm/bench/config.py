@@ -11,6 +11,10 @@ from dashinfer_vlm.errors import ConfigError
 
 __all__ = ["ServeBench", "parse_size"]
 
+MAX_IMAGE_SIDE = 8192
+"""Pixels. Pictures are made before the first request; a server of ours takes 64 million pixels."""
+MAX_SECONDS = 86_400
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServeBench:
@@ -79,6 +83,12 @@ class ServeBench:
         ):
             if not value >= least:  # also false for NaN
                 raise ConfigError(f"{name} is {value}; it must be at least {least}")
+        for name, value, most in (
+            ("--image-size", max(self.image_size or (28, 28)), MAX_IMAGE_SIDE),
+            ("--seconds", self.seconds, MAX_SECONDS),
+        ):
+            if value > most:
+                raise ConfigError(f"{name} is {value}; it must be at most {most}")
         turns = WORKLOADS[self.workload].num_turns
         if self.requests % turns:
             raise ConfigError(f"--requests is {self.requests}; {self.workload} needs a multiple of its {turns} turns")
