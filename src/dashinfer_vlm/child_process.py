@@ -1,5 +1,5 @@
-"""What a parent asks of a process of its own, and how that process notices the parent's end: free of torch, for a child
-watches its parent before it loads anything."""
+"""How a process of our own is started, what its parent asks of it, and how it notices the parent's end: free of torch,
+for a child watches its parent before it loads anything."""
 
 from __future__ import annotations
 
@@ -10,7 +10,16 @@ import threading
 from collections.abc import Callable
 from pathlib import Path
 
-__all__ = ["exit_with_parent", "how_it_ended", "is_stopped"]
+__all__ = ["exit_with_parent", "how_it_ended", "is_stopped", "running"]
+
+_SAFE_PATH = ("-P",) if sys.version_info >= (3, 11) else ()
+"""Else Python would import whatever has the name of a module in the working directory, which may be a model's folder;
+Python 3.10 cannot be told not to."""
+
+
+def running(module: str, *args: str, options: tuple[str, ...] = ()) -> tuple[str, ...]:
+    """The command that runs `module` in this interpreter; `options` are the interpreter's."""
+    return (sys.executable, *_SAFE_PATH, *options, "-m", module, *args)
 
 
 def is_stopped(pid: int) -> bool:

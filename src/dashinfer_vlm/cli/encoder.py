@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING
 
 import rich_click as click
 
+from dashinfer_vlm.child_process import running
 from dashinfer_vlm.cli.command import CONTEXT
 from dashinfer_vlm.config import EngineConfig
 from dashinfer_vlm.encoders.cluster.ray_library import RESOURCE, check_head, ray_library
 from dashinfer_vlm.errors import DashInferError
 from dashinfer_vlm.hub import resolve_model
-from dashinfer_vlm.interpreter import running
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

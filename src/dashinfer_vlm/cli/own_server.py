@@ -14,8 +14,8 @@ from typing import NoReturn
 
 import httpx
 
+from dashinfer_vlm.child_process import running
 from dashinfer_vlm.errors import DashInferError
-from dashinfer_vlm.interpreter import running
 
 __all__ = ["own_server"]
 

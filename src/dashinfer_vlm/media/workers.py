@@ -17,8 +17,8 @@ import anyio
 import msgspec
 
 from dashinfer_vlm.allocator import RETURNED_BYTES
+from dashinfer_vlm.child_process import running
 from dashinfer_vlm.errors import EngineError, MediaError, MediaTooLargeError, OverloadedError
-from dashinfer_vlm.interpreter import running
 from dashinfer_vlm.media.cache import BUSY
 from dashinfer_vlm.media.registry import MEDIA
 from dashinfer_vlm.media.turns import ANYBODY, Party, Turns

@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from dashinfer_vlm.child_process import running
 from dashinfer_vlm.config import EngineConfig
 from dashinfer_vlm.engine.host.process import ProcessEngine
 from dashinfer_vlm.errors import CheckpointError, EngineDeadError, EngineError
@@ -211,7 +212,7 @@ async def test_a_close_that_nobody_waits_for_any_more_goes_on_and_the_next_one_w
 async def test_a_real_checkpoint_is_loaded_and_answers(
     monkeypatch: pytest.MonkeyPatch, checkpoint: CheckpointMaker
 ) -> None:
-    monkeypatch.setattr(ProcessEngine, "command", (sys.executable, "-m", "dashinfer_vlm.engine.host.child"))
+    monkeypatch.setattr(ProcessEngine, "command", running("dashinfer_vlm.engine.host.child"))
     stages: list[tuple[str, int, int]] = []
     config = EngineConfig(model=str(checkpoint()), device="cpu", dtype="float32", kv_cache_gib=0.1, max_model_len=256)
     engine = await ProcessEngine.start(config, progress=lambda *news: stages.append(news))
@@ -226,7 +227,7 @@ async def test_a_real_checkpoint_is_loaded_and_answers(
 
 
 async def test_a_folder_without_a_model_is_a_checkpoint_error(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(ProcessEngine, "command", (sys.executable, "-m", "dashinfer_vlm.engine.host.child"))
+    monkeypatch.setattr(ProcessEngine, "command", running("dashinfer_vlm.engine.host.child"))
     with pytest.raises(CheckpointError, match=r"config\.json"):
         await ProcessEngine.start(EngineConfig(model=str(tmp_path)))
 

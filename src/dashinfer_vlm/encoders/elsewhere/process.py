@@ -14,7 +14,7 @@ import numpy as np
 import torch
 import zmq
 
-from dashinfer_vlm.child_process import how_it_ended, is_stopped
+from dashinfer_vlm.child_process import how_it_ended, is_stopped, running
 from dashinfer_vlm.config import EngineConfig
 from dashinfer_vlm.encoders.elsewhere.crew import EncoderDiedError, EncodeRefusedError, NoPlaceError
 from dashinfer_vlm.encoders.elsewhere.wire import (
@@ -34,7 +34,6 @@ from dashinfer_vlm.encoders.elsewhere.wire import (
 )
 from dashinfer_vlm.encoders.queue import grid, raw_patches
 from dashinfer_vlm.errors import EngineError
-from dashinfer_vlm.interpreter import running
 from dashinfer_vlm.log_lines import LogStyle
 from dashinfer_vlm.request import Item
 from dashinfer_vlm.shared_array import SharedFolder

@@ -20,8 +20,8 @@ from typing import cast
 import llguidance
 import msgspec
 
+from dashinfer_vlm.child_process import running
 from dashinfer_vlm.engine.grammars.forms import compile_for
-from dashinfer_vlm.interpreter import running
 from dashinfer_vlm.request import Grammar
 
 __all__ = ["Trial"]

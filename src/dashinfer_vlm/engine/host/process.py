@@ -13,7 +13,7 @@ import msgspec
 import zmq
 import zmq.asyncio
 
-from dashinfer_vlm.child_process import how_it_ended, is_stopped
+from dashinfer_vlm.child_process import how_it_ended, is_stopped, running
 from dashinfer_vlm.config import EngineConfig
 from dashinfer_vlm.engine.client import Listener, OnProgress
 from dashinfer_vlm.engine.host.streams import CLOSED, Listeners, silent, stats_or_raise
@@ -35,7 +35,6 @@ from dashinfer_vlm.engine.info import EngineInfo
 from dashinfer_vlm.engine.stats import EngineStats
 from dashinfer_vlm.errors import EngineDeadError
 from dashinfer_vlm.fault import Fault
-from dashinfer_vlm.interpreter import running
 from dashinfer_vlm.log_lines import LogStyle
 from dashinfer_vlm.request import Finish, Request
 from dashinfer_vlm.shared_array import SharedArray, SharedFolder

@@ -12,7 +12,7 @@ import numpy as np
 import zmq
 from numpy.typing import NDArray
 
-from dashinfer_vlm.child_process import how_it_ended
+from dashinfer_vlm.child_process import how_it_ended, running
 from dashinfer_vlm.config import EngineConfig
 from dashinfer_vlm.engine.cards.calls import Call
 from dashinfer_vlm.engine.parallel.meeting import leave
@@ -27,7 +27,6 @@ from dashinfer_vlm.engine.parallel.wire import (
     news_decoder,
 )
 from dashinfer_vlm.errors import EngineDeadError
-from dashinfer_vlm.interpreter import running
 from dashinfer_vlm.kernels.threads import engine_threads
 from dashinfer_vlm.request import Grid
 from dashinfer_vlm.shared_array import SharedFolder
