@@ -96,7 +96,7 @@ def test_a_token_of_kv_is_what_the_cache_takes() -> None:
 
 
 def demo_weights() -> Weights:
-    return Weights(DEMO_MODEL, read_config(DEMO_MODEL).family.names)
+    return Weights(DEMO_MODEL, read_config(DEMO_MODEL).family.names, None)
 
 
 def held_bytes(thing: object, seen: set[int]) -> int:

@@ -210,11 +210,11 @@ def test_cut_off_blocks_have_their_own_scales(shape: tuple[int, int]) -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"quant_method": "awq", "bits": 4}, "quant_method is 'awq'; supported: fp8, compressed-tensors"),
+        ({"quant_method": "aqlm"}, "quant_method is 'aqlm'; supported: fp8, compressed-tensors, awq, gptq"),
         ({"bits": 4}, "quant_method is ''; supported: fp8, compressed-tensors"),
         (QWEN | {"fmt": "e5m2"}, "fmt is 'e5m2'; supported: e4m3"),
         (QWEN | {"weight_block_size": [128]}, r"weight_block_size is \[128\]; it must be two numbers"),
-        (compressed("channel") | {"format": "pack-quantized"}, "format is 'pack-quantized'; supported: float-quant"),
+        (compressed("channel") | {"format": "nvfp4-pack-quantized"}, "supported: float-quantized, pack-quantized"),
         (compressed("channel", num_bits=4), "num_bits is 4; supported: 8"),
         (compressed("channel", type="int"), "type is 'int'; supported: float"),
         (compressed("group"), "strategy is 'group'; supported: tensor, channel, block"),

@@ -117,7 +117,7 @@ def small(tmp_path: Path) -> Path:
 
 def test_tensors_come_with_progress_in_bytes(small: Path) -> None:
     seen: list[tuple[int, int]] = []
-    weights = Weights(small, NAMES, progress=lambda done, total: seen.append((done, total)))
+    weights = Weights(small, NAMES, None, progress=lambda done, total: seen.append((done, total)))
     assert torch.equal(weights.take("model.a", 2, 3), torch.arange(6.0).view(2, 3))
     with pytest.raises(CheckpointError, match=r"no place for tensor visual\.b"):
         weights.finish()
@@ -132,19 +132,19 @@ def test_a_file_that_was_cut_off_is_named(small: Path) -> None:
     for size in (len(whole) - 1, 20, 4, 0):
         path.write_bytes(whole[:size])
         with pytest.raises(CheckpointError, match=r"model\.safetensors is damaged or cut off"):
-            Weights(small, NAMES)
+            Weights(small, NAMES, None)
 
 
 def test_a_file_of_another_kind_is_named(small: Path) -> None:
     (small / "model.safetensors").write_bytes(b"\x80\x02}q\x00." * 100)
     with pytest.raises(CheckpointError, match=r"model\.safetensors is damaged or cut off"):
-        Weights(small, NAMES)
+        Weights(small, NAMES, None)
 
 
 def test_a_tensor_of_whole_numbers_is_named(small: Path) -> None:
     save_file({"model.a": torch.arange(6)}, small / "model.safetensors")
     with pytest.raises(CheckpointError, match=r"tensor model\.a is I64; supported: BF16, F16, F32"):
-        Weights(small, NAMES)
+        Weights(small, NAMES, None)
 
 
 def test_a_tensor_in_two_shards_is_named(small: Path) -> None:
@@ -152,7 +152,7 @@ def test_a_tensor_in_two_shards_is_named(small: Path) -> None:
     places = {"model.a": "model.safetensors", "visual.b": "second.safetensors"}
     (small / "model.safetensors.index.json").write_text(json.dumps({"weight_map": places}))
     with pytest.raises(CheckpointError, match=r"tensor model\.a is also in"):
-        Weights(small, NAMES)
+        Weights(small, NAMES, None)
 
 
 @pytest.mark.parametrize(
@@ -169,9 +169,9 @@ def test_a_tensor_in_two_shards_is_named(small: Path) -> None:
 def test_a_bad_index_says_what_is_wrong(small: Path, index: str, message: str) -> None:
     (small / "model.safetensors.index.json").write_text(index)
     with pytest.raises(CheckpointError, match=message):
-        Weights(small, NAMES)
+        Weights(small, NAMES, None)
 
 
 def test_a_folder_without_weights_is_named(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"neither model\.safetensors nor"):
-        Weights(tmp_path, NAMES)
+        Weights(tmp_path, NAMES, None)

@@ -102,7 +102,7 @@ def read_work(facts: Mapping[str, str]) -> Work | None:
     from dashinfer_vlm.models.weights import Weights
 
     config = read_config(folder)
-    weights, text = Weights(folder, config.family.names), config.text
+    weights, text = Weights(folder, config.family.names, config.stored), config.text
     shapes = weights.shapes("text")
     layers, head = layer_parameters(shapes)
     precision = facts["quant_type"] if facts["quant_type"] != "none" else facts["dtype"]

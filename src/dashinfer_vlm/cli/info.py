@@ -55,7 +55,7 @@ def info(model: str, **values: Any) -> None:
     from dashinfer_vlm.models.weights import Weights
 
     checkpoint = read_config(folder)
-    weights = Weights(folder, checkpoint.family.names)
+    weights = Weights(folder, checkpoint.family.names, checkpoint.stored)
     model_parts = Parts(weights.shapes("text"), weights.shapes("vision"))
     console = Console(soft_wrap=True, highlight=False)
     console.print(model or DEMO_NAME, style="bold", markup=False)
@@ -72,7 +72,7 @@ def _facts(checkpoint: CheckpointConfig, parts: Parts) -> Table:
     rows = (
         ("family", checkpoint.architecture),
         ("parameters", f"{_count(text + vision)}: text {_count(text)}, vision {_count(vision)}"),
-        ("stored as", checkpoint.dtype),
+        ("stored as", checkpoint.dtype if checkpoint.stored is None else f"{checkpoint.stored}, {checkpoint.dtype}"),
         ("context", f"{checkpoint.text.max_position_embeddings:,} tokens"),
     )
     table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))

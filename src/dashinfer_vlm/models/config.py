@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from dashinfer_vlm.errors import CheckpointError
 from dashinfer_vlm.models.registry import family_of
 from dashinfer_vlm.models.section import Section, read_section
-from dashinfer_vlm.models.stored import StoredFloats, read_stored
+from dashinfer_vlm.models.stored import Stored, read_stored
 from dashinfer_vlm.processors.qwen import ProcessorConfig
 from dashinfer_vlm.request import ItemKind
 
@@ -103,7 +103,7 @@ class CheckpointConfig:
     placeholder_ids: Mapping[ItemKind, int]
     """The token that stands for each kind of item; a kind that is absent cannot be sent to this model."""
     eos_token_ids: tuple[int, ...]
-    stored: StoredFloats | None
+    stored: Stored | None
     """How quantised weights are stored; None: there are none."""
     root: Section
     """The whole `config.json`, for what one family adds."""

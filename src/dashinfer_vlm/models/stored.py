@@ -1,14 +1,16 @@
 """Checkpoints that are stored quantised: what `quantization_config` says, and how their numbers are read.
 
 Weights of 8-bit floats are read as bfloat16, w = q * scale with the product in float32. Formats: Qwen's own `fp8`, with
-a scale per block, row or tensor, and `compressed-tensors` in `float-quantized`.
+a scale per block, row or tensor, and `compressed-tensors` in `float-quantized`. Those of integers: `models.packed`.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from dashinfer_vlm.models.packed import StoredIntegers, read_awq, read_compressed_integers, read_gptq
 from dashinfer_vlm.models.section import Section
 
 if TYPE_CHECKING:  # configurations are read without torch
@@ -16,7 +18,7 @@ if TYPE_CHECKING:  # configurations are read without torch
 
     import torch
 
-__all__ = ["StoredFloats", "read_stored"]
+__all__ = ["Stored", "StoredFloats", "read_stored"]
 
 
 _EDGE = 128
@@ -29,6 +31,9 @@ class StoredFloats:
 
     block: tuple[int, int] | None
     """Rows and columns of the blocks that share a scale; None: a scale per row, or one for the whole matrix."""
+
+    def __str__(self) -> str:
+        return "8-bit floats"
 
     scale_suffixes = (".weight_scale_inv", ".weight_scale")
     """How the scales of `X.weight` are called; both multiply."""
@@ -77,13 +82,15 @@ class StoredFloats:
         return out
 
 
-def read_stored(root: Section) -> StoredFloats | None:
+Stored = StoredFloats | StoredIntegers
+
+
+def read_stored(root: Section) -> Stored | None:
     """How the weights of a checkpoint are stored; None: as they are. Raises CheckpointError for what is not read."""
     if not root.has("quantization_config"):
         return None
     section = root.section("quantization_config")
-    method = section.choice("quant_method", ("fp8", "compressed-tensors"), "")
-    return _read_fp8(section) if method == "fp8" else _read_compressed(section)
+    return _READERS[section.choice("quant_method", tuple(_READERS), "")](section)
 
 
 def _read_fp8(section: Section) -> StoredFloats:
@@ -92,12 +99,16 @@ def _read_fp8(section: Section) -> StoredFloats:
     return StoredFloats(_block(section, "weight_block_size"))
 
 
-def _read_compressed(section: Section) -> StoredFloats:
-    section.choice("format", ("float-quantized",), "")
+def _read_compressed(section: Section) -> Stored:
+    form = section.choice("format", ("float-quantized", "pack-quantized", "int-quantized"), "")
     if section.has("kv_cache_scheme"):
         raise section.error("kv_cache_scheme", "is set; a quantised KV cache comes from --kv-cache-dtype alone")
     groups = section.section("config_groups")
-    found = {_read_weights(groups.section(name).section("weights")) for name in groups.values}
+    kinds = (groups.section(name).section("weights") for name in groups.values)
+    if form == "float-quantized":
+        found: set[Stored] = {_read_weights(weights) for weights in kinds}
+    else:
+        found = {read_compressed_integers(weights, are_packed=form == "pack-quantized") for weights in kinds}
     if len(found) != 1:
         raise section.error("config_groups", f"has {len(found)} kinds of weights; one is supported")
     return found.pop()
@@ -120,3 +131,12 @@ def _block(section: Section, key: str) -> tuple[int, int] | None:
     if len(edges) != 2 or min(edges) < 1:
         raise section.error(key, f"is {list(edges)}; it must be two numbers of rows and columns")
     return edges[0], edges[1]
+
+
+_READERS: dict[str, Callable[[Section], Stored]] = {
+    "fp8": _read_fp8,
+    "compressed-tensors": _read_compressed,
+    "awq": read_awq,
+    "gptq": read_gptq,
+}
+"""By `quant_method`."""

@@ -10,7 +10,7 @@ import json
 import os
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
@@ -22,7 +22,8 @@ from dashinfer_vlm.layers.linear import Floats, Matrix
 from dashinfer_vlm.layers.memory import huge_zeros
 from dashinfer_vlm.layers.ranks import WHOLE, Cut
 from dashinfer_vlm.models.family import Names, Part
-from dashinfer_vlm.models.stored import StoredFloats
+from dashinfer_vlm.models.packed import StoredIntegers
+from dashinfer_vlm.models.stored import Stored, StoredFloats
 
 __all__ = ["Progress", "Weights"]
 
@@ -32,6 +33,8 @@ Progress = Callable[[int, int], None]
 FP8 = "F8_E4M3"
 SIZES = {"BF16": 2, "F16": 2, "F32": 4, FP8: 1}
 """Bytes of one number of each type that is read."""
+INTEGERS = {"I8": 1, "I32": 4, "I64": 8}
+"""The same of parts of matrices that are stored quantised."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,20 +48,20 @@ class _Entry:
     """As safetensors writes it."""
     scale: _Entry | None = None
     """What a weight of 8-bit floats is multiplied with."""
-    stored: StoredFloats | None = None
-    """How; with `scale` only."""
+    stored: Stored | None = None
+    """How it is stored, with `scale` or `parts` only."""
+    parts: Mapping[str, _Entry] = field(default_factory=dict)
+    """What lies beside a weight of few bits, whose shape is that of the matrix."""
 
 
 class Weights:
     """The tensors of a model folder: `model.safetensors`, or the shards that `model.safetensors.index.json` names.
 
     Only headers are read at first. Each tensor is to be taken once; `finish()` then complains about those that nobody
-    took. Every error is a CheckpointError that names the tensor or the file.
+    took. Every error is a CheckpointError that names the tensor or the file. `stored` is what `read_stored` found.
     """
 
-    def __init__(
-        self, folder: Path, names: Names, stored: StoredFloats | None = None, *, progress: Progress | None = None
-    ) -> None:
+    def __init__(self, folder: Path, names: Names, stored: Stored | None, *, progress: Progress | None = None) -> None:
         self.folder = folder
         self.names = names
         self._progress = progress
@@ -66,8 +69,10 @@ class Weights:
         self.paths = _files(folder)
         for path in self.paths:
             self._add(path)
-        if stored is not None:
+        if isinstance(stored, StoredFloats):
             self._entries = _with_scales(self._entries, stored)
+        elif stored is not None:
+            self._entries = _with_parts(self._entries, stored)
         self._check_types(stored)
         self._left = set(self._entries)
         self._bytes_done = 0
@@ -121,10 +126,16 @@ class Weights:
 
     def finish(self) -> None:
         """Raise CheckpointError when tensors are left over."""
-        if self._left:
-            names = sorted(self._left)
+        if left := [name for name in self._left if not self._is_nothing(name)]:
+            names = sorted(left)
             more = f" and {len(names) - 3} more" if len(names) > 3 else ""
             raise CheckpointError(f"{self.folder}: the model has no place for tensor {', '.join(names[:3])}{more}")
+
+    def _is_nothing(self, name: str) -> bool:
+        """GPTQ writes biases of zeros for layers that have none."""
+        weight = self._entries.get(f"{name.removesuffix('.bias')}.weight")
+        is_of_integers = weight is not None and isinstance(weight.stored, StoredIntegers)
+        return name.endswith(".bias") and is_of_integers and not _read(self._entries[name]).any()
 
     def _claim(self, name: str, shape: tuple[int, ...]) -> _Entry:
         entry = self._entries.get(name)
@@ -166,9 +177,11 @@ class Weights:
                 raise CheckpointError(f"{path}: tensor {name} is also in {self._entries[name].path.name}")
             self._entries[name] = entry
 
-    def _check_types(self, stored: StoredFloats | None) -> None:
-        """What is left of 8-bit floats cannot be read."""
+    def _check_types(self, stored: Stored | None) -> None:
+        """What is left of 8-bit floats and of integers cannot be read."""
         for name, entry in self._entries.items():
+            if entry.dtype in INTEGERS and not entry.parts:
+                raise CheckpointError(f"{entry.path}: tensor {name} is {entry.dtype}; supported: {', '.join(SIZES)}")
             if entry.dtype == FP8 and entry.scale is None:
                 reason = (
                     "config.json has no quantization_config" if stored is None else "the checkpoint has no scale for it"
@@ -180,7 +193,11 @@ def _floats(entries: list[_Entry], parts: list[slice], columns: slice) -> Callab
     """Reads them joined as they are stored, where all are 8-bit floats that can be."""
     stored, scales = entries[0].stored, [entry.scale for entry in entries if entry.scale is not None]
     shapes = [entry.shape for entry in entries]
-    if stored is None or len(scales) < len(entries) or not stored.can_be_joined(shapes, parts, columns):
+    if (
+        not isinstance(stored, StoredFloats)
+        or len(scales) < len(entries)
+        or not stored.can_be_joined(shapes, parts, columns)
+    ):
         return None
 
     def read() -> Floats:
@@ -213,6 +230,35 @@ def _with_scales(entries: dict[str, _Entry], stored: StoredFloats) -> dict[str, 
     return found
 
 
+def _with_parts(entries: dict[str, _Entry], stored: StoredIntegers) -> dict[str, _Entry]:
+    """Weights of few bits under the name of the matrix, with what lies beside their numbers."""
+    found: dict[str, _Entry] = {}
+    for name, entry in entries.items():
+        base = name.removesuffix(stored.numbers_suffix)
+        if name.endswith(stored.numbers_suffix) and entry.dtype in INTEGERS:
+            beside = {part: base + suffix for part, suffix in stored.part_suffixes.items()}
+            if absent := [other for part, other in beside.items() if other not in entries and stored.is_needed(part)]:
+                raise CheckpointError(f"{entry.path}: tensor {absent[0]} is missing")
+            parts = {part: entries[other] for part, other in beside.items() if other in entries}
+            try:
+                shape = stored.shape(entry.shape, {part: other.shape for part, other in parts.items()})
+            except ValueError as error:
+                raise CheckpointError(f"{entry.path}: tensor {name} {error}") from error
+            num_bytes = entry.num_bytes + sum(part.num_bytes for part in parts.values())
+            found[f"{base}.weight"] = replace(entry, shape=shape, num_bytes=num_bytes, parts=parts, stored=stored)
+        elif not _belongs(name, entries, stored):
+            found[name] = entry
+    return found
+
+
+def _belongs(name: str, entries: Mapping[str, _Entry], stored: StoredIntegers) -> bool:
+    """Whether this is a part of a weight of few bits, or says nothing about it."""
+    for suffix in (*stored.part_suffixes.values(), *stored.ignored_suffixes):
+        if name.endswith(suffix) and name.removesuffix(suffix) + stored.numbers_suffix in entries:
+            return True
+    return False
+
+
 def _files(folder: Path) -> list[Path]:
     index = folder / "model.safetensors.index.json"
     if not index.exists():
@@ -239,9 +285,10 @@ def _header(path: Path) -> list[_Entry]:
             for name in file.keys():  # noqa: SIM118 - the handle is not a mapping
                 piece = file.get_slice(name)
                 dtype, shape = piece.get_dtype(), tuple(piece.get_shape())
-                if dtype not in SIZES:
+                size = (SIZES | INTEGERS).get(dtype)
+                if size is None:
                     raise CheckpointError(f"{path}: tensor {name} is {dtype}; supported: {', '.join(SIZES)}")
-                num_bytes = SIZES[dtype] * torch.Size(shape).numel()
+                num_bytes = size * torch.Size(shape).numel()
                 entries.append(_Entry(path, name, shape, num_bytes, dtype))
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{path} is damaged or cut off: {error}") from error
@@ -249,6 +296,9 @@ def _header(path: Path) -> list[_Entry]:
 
 
 def _read(entry: _Entry) -> torch.Tensor:
+    if isinstance(entry.stored, StoredIntegers):
+        parts = {part: _read_whole(other) for part, other in entry.parts.items()}
+        return entry.stored.restore(_read_whole(entry), parts, entry.shape)
     if entry.scale is not None and entry.stored is not None:
         return entry.stored.restore(_read_whole(entry), _read_whole(entry.scale))
     return _read_whole(entry)

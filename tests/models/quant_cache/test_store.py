@@ -72,7 +72,7 @@ def test_a_card_which_keeps_nothing_does_not_read_the_weights_to_know_them_again
         return bytes(32)
 
     monkeypatch.setattr(Weights, "fingerprint", fingerprint)
-    weights = Weights(found.folder, found.family.names)
+    weights = Weights(found.folder, found.family.names, found.stored)
     with open_store(asked, weights, "text", torch.bfloat16, torch.device(device)) as store:
         assert (store is not None) == bool(read) == reads
 

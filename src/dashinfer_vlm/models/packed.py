@@ -1,0 +1,194 @@
+"""Checkpoints of few bits, whose integers lie packed in int32: AWQ, GPTQ and `compressed-tensors`.
+
+They are read as floats of the scales' type, w = (q - zero) * scale with the product in float32. Where a matrix [N, K]
+has what, g being groups of columns (or one of all) and n the numbers in a word:
+
+| layout | numbers | zeros | scales | a word holds |
+|---|---|---|---|---|
+| `awq` | `qweight` [K, N / 8] | `qzeros` [g, N / 8] | `scales` [g, N] | 8 columns, in the order of `_AWQ` |
+| `gptq` | `qweight` [K / n, N] | `qzeros` [g, N / n] | `scales` [g, N] | rows or columns; zeros less 1 |
+| `compressed` | `weight_packed` [N, K / n] | `weight_zero_point` [N / n, g] | `weight_scale` [N, g] | the same |
+| `bytes` | `weight` [N, K] | `weight_zero_point` [N, 1] | `weight_scale` [N, 1] | nothing: all are int8 |
+
+Formats as written by AutoAWQ 0.2.9 (`awq/utils/packing_utils.py`), AutoGPTQ 0.7.1 (`qlinear_cuda_old.py`) and
+compressed-tensors 0.20 (`compressors/pack_quantized`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+from dashinfer_vlm.models.section import Section
+
+if TYPE_CHECKING:  # configurations are read without torch
+    import torch
+
+__all__ = ["StoredIntegers", "read_awq", "read_compressed_integers", "read_gptq"]
+
+Layout = Literal["awq", "gptq", "compressed", "bytes"]
+Shape = tuple[int, ...]
+
+_AWQ = (0, 4, 1, 5, 2, 6, 3, 7)
+"""Which of its word's eight numbers belongs to the first column, the second, ..."""
+_NAMES: dict[Layout, tuple[str, dict[str, str]]] = {
+    "awq": (".qweight", {"scales": ".scales", "zeros": ".qzeros"}),
+    "gptq": (".qweight", {"scales": ".scales", "zeros": ".qzeros", "groups": ".g_idx"}),
+    "compressed": (
+        ".weight_packed",
+        {"scales": ".weight_scale", "zeros": ".weight_zero_point", "shape": ".weight_shape", "groups": ".weight_g_idx"},
+    ),
+    "bytes": (".weight", {"scales": ".weight_scale", "zeros": ".weight_zero_point"}),
+}
+"""How the numbers of `X.weight` are called, and what lies beside them."""
+_OPTIONAL = ("groups", "shape")
+
+
+@dataclass(frozen=True, slots=True)
+class StoredIntegers:
+    """Matrices of few bits; what has no scales is stored whole."""
+
+    layout: Layout
+    bits: int
+    group: int
+    """Columns that share a scale; 0: all of a row."""
+    has_zeros: bool = True
+    zeros_less_one: bool = False
+
+    def __str__(self) -> str:
+        return f"{self.bits} bits ({'compressed-tensors' if self.layout in ('compressed', 'bytes') else self.layout})"
+
+    @property
+    def numbers_suffix(self) -> str:
+        return _NAMES[self.layout][0]
+
+    @property
+    def part_suffixes(self) -> dict[str, str]:
+        """By what the parts are."""
+        suffixes = _NAMES[self.layout][1]
+        return {part: name for part, name in suffixes.items() if part != "zeros" or self.has_zeros}
+
+    @property
+    def ignored_suffixes(self) -> tuple[str, ...]:
+        """Scales of activations, which are not rounded here, and zeros that say nothing."""
+        return (".input_scale", ".input_zero_point", *(() if self.has_zeros else (".weight_zero_point",)))
+
+    def is_needed(self, part: str) -> bool:
+        return part not in _OPTIONAL
+
+    def shape(self, numbers: Shape, parts: Mapping[str, Shape]) -> Shape:
+        """[N, K] of the matrix. Raises ValueError where the shapes of its parts do not fit each other."""
+        scales = parts["scales"]
+        if len(numbers) != 2 or len(scales) not in (1, 2):
+            raise ValueError(f"has shape {list(numbers)}, and scales of {list(scales)}")
+        each = 32 // self.bits
+        by_rows = self.layout in ("compressed", "bytes")
+        if by_rows:
+            rows, columns = numbers[0], numbers[1] * (1 if self.layout == "bytes" else each)
+            groups = scales[1] if len(scales) == 2 else 1
+        else:
+            rows = numbers[1] * (each if self.layout == "awq" else 1)
+            columns = numbers[0] * (each if self.layout == "gptq" else 1)
+            groups = scales[0]
+        if by_rows and self.group and self.layout == "compressed":
+            columns = min(columns, groups * self.group)  # the last word may be filled up
+        wanted_groups = -(-columns // self.group) if self.group else 1
+        if groups != wanted_groups or scales[0 if by_rows else -1] != rows:
+            wanted = [rows, wanted_groups] if by_rows else [wanted_groups, rows]
+            raise ValueError(f"of {rows} x {columns} numbers has scales of {list(scales)}, not {wanted}")
+        return rows, columns
+
+    def restore(self, numbers: torch.Tensor, parts: Mapping[str, torch.Tensor], shape: Shape) -> torch.Tensor:
+        """[N, K] of the scales' type."""
+        import torch
+
+        rows, columns = shape
+        scales = parts["scales"]
+        kind = scales.dtype
+        wide, zeros = self._unpacked(numbers, rows, columns), self._zeros(parts.get("zeros"), rows)
+        scales = (scales.reshape(rows, -1) if self.layout in ("compressed", "bytes") else scales.t()).float()
+        group = parts["groups"].long() if "groups" in parts else torch.arange(columns) // (self.group or columns)
+        out = torch.empty(rows, columns, dtype=kind)
+        for i in range(0, rows, 1024):  # so that what lies between stays small
+            part = slice(i, i + 1024)
+            of_zeros = zeros[part][:, group] if isinstance(zeros, torch.Tensor) else zeros
+            out[part] = (wide[part].float() - of_zeros) * scales[part][:, group]
+        return out
+
+    def _unpacked(self, numbers: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
+        """[N, K] of bytes."""
+        if self.layout == "bytes":
+            return numbers
+        if self.layout == "awq":
+            return _split(numbers, self.bits, _AWQ).t()
+        if self.layout == "gptq":
+            return _split(numbers.t(), self.bits)[:, :columns]
+        return _split(numbers, self.bits)[:rows, :columns]
+
+    def _zeros(self, zeros: torch.Tensor | None, rows: int) -> torch.Tensor | int:
+        """[N, groups], or the one number that all have."""
+        middle = 1 << (self.bits - 1)
+        if self.layout == "bytes":
+            return 0 if zeros is None else zeros.reshape(rows, -1).float()
+        if zeros is None:
+            return middle
+        if self.layout == "awq":
+            return _split(zeros, self.bits, _AWQ).t().float()
+        if self.layout == "gptq":
+            found = _split(zeros, self.bits)[:, :rows].t()
+            return ((found + self.zeros_less_one) & (2 * middle - 1)).float()
+        return _split(zeros.t(), self.bits)[:, :rows].t().float()
+
+
+def _split(words: torch.Tensor, bits: int, order: tuple[int, ...] | None = None) -> torch.Tensor:
+    """uint8 [A, B * n]: the n numbers of each word of int32 [A, B], the first in the lowest bits."""
+    import torch
+
+    each = 32 // bits
+    out = torch.empty(*words.shape, each, dtype=torch.uint8)
+    for i in range(each):
+        place = i if order is None else order[i]
+        out[..., i] = (words >> (bits * place)) & ((1 << bits) - 1)
+    return out.flatten(1)
+
+
+def read_awq(section: Section) -> StoredIntegers:
+    """AutoAWQ's `gemm`."""
+    section.choice("version", ("gemm", "GEMM"), "gemm")
+    if section.integer("bits", 4) != 4:
+        raise section.error("bits", f"is {section.integer('bits')}; supported: 4")
+    if not section.boolean("zero_point", True):
+        raise section.error("zero_point", "is false; numbers without zeros are not read")
+    return StoredIntegers("awq", 4, _group(section))
+
+
+def read_gptq(section: Section) -> StoredIntegers:
+    version = section.choice("checkpoint_format", ("gptq", "gptq_v2"), "gptq")
+    bits = section.integer("bits")
+    if bits not in (4, 8):
+        raise section.error("bits", f"is {bits}; supported: 4, 8")
+    if section.boolean("is_marlin_format", False):
+        raise section.error("is_marlin_format", "is true; repacked numbers are not read")
+    if section.has("dynamic") and any(not rule.startswith("-") for rule in section.section("dynamic").values):
+        raise section.error("dynamic", "gives some layers other bits; one kind of weights is supported")
+    return StoredIntegers("gptq", bits, _group(section), zeros_less_one=version == "gptq")
+
+
+def _group(section: Section) -> int:
+    size = section.integer("group_size", 128, minimum=-1)
+    if size == 0:
+        raise section.error("group_size", "is 0; it must be a number of columns, or -1 for all")
+    return max(size, 0)
+
+
+def read_compressed_integers(weights: Section, *, are_packed: bool) -> StoredIntegers:
+    """`weights` of a group of `compressed-tensors`, in `pack-quantized`, else `int-quantized`."""
+    weights.choice("type", ("int",), "int")
+    bits = weights.integer("num_bits", 8)
+    if bits not in ((4, 8) if are_packed else (8,)):
+        raise weights.error("num_bits", f"is {bits}; supported: {'4, 8' if are_packed else '8'}")
+    strategy = weights.choice("strategy", ("group", "channel"), "channel")
+    group = _group(weights) if strategy == "group" else 0
+    layout: Layout = "compressed" if are_packed else "bytes"
+    return StoredIntegers(layout, bits, group, has_zeros=not weights.boolean("symmetric", True))

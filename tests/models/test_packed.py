@@ -1,0 +1,265 @@
+"""Checkpoints of few bits give what the same numbers give when they are written out."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from dashinfer_vlm.cli.command import execute
+from dashinfer_vlm.cli.info import info
+from dashinfer_vlm.config import EngineConfig
+from dashinfer_vlm.errors import CheckpointError
+from dashinfer_vlm.kernels import cpu_ops
+from dashinfer_vlm.models.config import read_config
+from dashinfer_vlm.models.loading import load_model
+from tests.conftest import CheckpointMaker
+from tests.models.driving import Driver, prompt
+
+Tensors = dict[str, Tensor]
+Write = Callable[[Tensor], tuple[Tensors, Tensor]]
+"""A weight [N, K] as the tensors `X` + name of a checkpoint, and the numbers that they stand for."""
+
+GROUP = 32
+CASE = prompt(20)
+
+
+def in_groups(weight: Tensor, bits: int, group: int = GROUP) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Numbers from 0 on [N, K], zeros and float16 scales [N, groups], and what they stand for, one after the other."""
+    rows, columns = weight.shape
+    top = 2**bits - 1
+    count = -(-columns // group)
+    numbers, wide = torch.zeros(rows, columns, dtype=torch.int64), torch.zeros(rows, columns)
+    zeros, scales = torch.zeros(rows, count, dtype=torch.int64), torch.zeros(rows, count, dtype=torch.float16)
+    for j in range(count):
+        part = weight[:, j * group : (j + 1) * group].float()
+        low, high = part.amin(1).clamp(max=0), part.amax(1).clamp(min=0)
+        scales[:, j] = ((high - low) / top).half()
+        # as GPTQ writes them, less 1, zeros from 1 on alone have a place
+        zeros[:, j] = (-low / scales[:, j].float()).round().clamp(1, top).long()
+        found = (part / scales[:, j : j + 1].float()).round() + zeros[:, j : j + 1]
+        numbers[:, j * group : (j + 1) * group] = found.clamp(0, top).long()
+    for k in range(columns):
+        wide[:, k] = (numbers[:, k] - zeros[:, k // group]).float() * scales[:, k // group].float()
+    return numbers, zeros, scales, wide.half()
+
+
+def words(numbers: Tensor, bits: int, order: tuple[int, ...] | None = None) -> Tensor:
+    """int32 [A, B / n] of numbers [A, B]: number `order[i]` of n at bit `i * bits`."""
+    each = 32 // bits
+    out = torch.zeros(numbers.shape[0], numbers.shape[1] // each, dtype=torch.int64)
+    for i in range(each):
+        out |= numbers[:, (i if order is None else order[i]) :: each] << (bits * i)
+    return torch.where(out >= 2**31, out - 2**32, out).to(torch.int32)
+
+
+def awq(weight: Tensor) -> tuple[Tensors, Tensor]:
+    numbers, zeros, scales, wide = in_groups(weight, 4)
+    order = (0, 2, 4, 6, 1, 3, 5, 7)
+    packed, of_zeros = words(numbers.t(), 4, order), words(zeros.t(), 4, order)
+    return {".qweight": packed, ".qzeros": of_zeros, ".scales": scales.t().contiguous()}, wide
+
+
+def gptq(bits: int, less: int = 1, *, shuffled: bool = False) -> Write:
+    """`shuffled` columns are those of another order of groups (`desc_act`)."""
+
+    def write(weight: Tensor) -> tuple[Tensors, Tensor]:
+        columns = weight.shape[1]
+        order = torch.randperm(columns, generator=torch.Generator().manual_seed(0)) if shuffled else None
+        numbers, zeros, scales, wide = in_groups(weight if order is None else weight[:, order], bits)
+        group = torch.arange(columns) // GROUP
+        if order is not None:
+            back = order.argsort()
+            numbers, wide, group = numbers[:, back], wide[:, back], group[back]
+        tensors = {
+            ".qweight": words(numbers.t().contiguous().t(), bits).t().contiguous(),
+            ".qzeros": words((zeros - less).t(), bits),
+            ".scales": scales.t().contiguous(),
+            ".g_idx": group.to(torch.int32),
+        }
+        return tensors, wide
+
+    return write
+
+
+def compressed(bits: int, *, symmetric: bool) -> Write:
+    """By the library itself."""
+
+    def write(weight: Tensor) -> tuple[Tensors, Tensor]:
+        pytest.importorskip("compressed_tensors", reason="its library needs Python 3.11")
+        from compressed_tensors.compressors.pack_quantized.base import PackedQuantizationCompressor
+        from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
+
+        weights = QuantizationArgs(num_bits=bits, type="int", symmetric=symmetric, strategy="group", group_size=GROUP)
+        scheme = QuantizationScheme(targets=["Linear"], weights=weights)
+        middle = 2 ** (bits - 1)
+        _, zeros, scales, _ = in_groups(weight, bits)
+        if symmetric:
+            scales = (weight.float().view(len(weight), -1, GROUP).abs().amax(2) / middle).half()
+        state = {"weight": weight.half(), "weight_scale": scales}
+        if not symmetric:
+            state["weight_zero_point"] = (zeros - middle).to(torch.int8)
+        packed = PackedQuantizationCompressor.compress(state, scheme)
+        wide = PackedQuantizationCompressor.decompress(packed, scheme)["weight"]
+        return {f".{name}": tensor for name, tensor in packed.items()}, wide
+
+    return write
+
+
+def int8(weight: Tensor) -> tuple[Tensors, Tensor]:
+    scale = (weight.float().abs().amax(1, keepdim=True) / 127).half()
+    numbers = (weight.float() / scale.float()).round().clamp(-128, 127)
+    return {".weight": numbers.to(torch.int8), ".weight_scale": scale}, (numbers * scale.float()).half()
+
+
+def of_library(form: str, **weights: Any) -> dict[str, Any]:
+    kinds = {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group", "group_size": GROUP, **weights}
+    groups = {"group_0": {"targets": ["Linear"], "weights": kinds, "input_activations": None}}
+    return {"quant_method": "compressed-tensors", "format": form, "config_groups": groups}
+
+
+AWQ = {"quant_method": "awq", "bits": 4, "group_size": GROUP, "version": "gemm", "zero_point": True}
+GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": GROUP, "desc_act": False, "sym": False}
+FORMATS: dict[str, tuple[dict[str, Any], Write]] = {
+    "awq": (AWQ, awq),
+    "gptq": (GPTQ, gptq(4)),
+    "gptq of 8 bits": (GPTQ | {"bits": 8}, gptq(8)),
+    "gptq_v2": (GPTQ | {"checkpoint_format": "gptq_v2"}, gptq(4, less=0)),
+    "gptq in another order": (GPTQ | {"desc_act": True}, gptq(4, shuffled=True)),
+    "compressed-tensors": (of_library("pack-quantized"), compressed(4, symmetric=True)),
+    "compressed-tensors with zeros": (of_library("pack-quantized", symmetric=False), compressed(4, symmetric=False)),
+    "compressed-tensors of 8 bits": (of_library("pack-quantized", num_bits=8), compressed(8, symmetric=True)),
+    "compressed-tensors of bytes": (
+        of_library("int-quantized", num_bits=8, strategy="channel", group_size=None),
+        int8,
+    ),
+}
+
+
+def write_pair(origin: Path, to: Path, settings: dict[str, Any], write: Write) -> tuple[Path, Path]:
+    """Two folders: stored in few bits, and the same numbers written out in 16."""
+    folders = to / "stored", to / "written"
+    for folder in folders:
+        folder.mkdir()
+        for path in origin.glob("*.json"):
+            shutil.copy(path, folder)
+    config = json.loads((origin / "config.json").read_text())
+    (folders[0] / "config.json").write_text(json.dumps(config | {"quantization_config": settings}))
+    stored: Tensors = {}
+    written: Tensors = {}
+    for name, tensor in load_file(origin / "model.safetensors").items():
+        if name.endswith("_proj.weight") and "visual" not in name:
+            base = name.removesuffix(".weight")
+            tensors, written[name] = write(tensor)
+            stored |= {base + suffix: x.contiguous() for suffix, x in tensors.items()}
+            if settings["quant_method"] == "gptq" and "mlp" in name:
+                stored[f"{base}.bias"] = torch.zeros(len(tensor), dtype=torch.float16)
+        else:
+            stored[name] = written[name] = tensor
+    save_file(stored, folders[0] / "model.safetensors")
+    save_file(written, folders[1] / "model.safetensors")
+    return folders
+
+
+def logits(folder: Path, **options: Any) -> Tensor:
+    config: dict[str, Any] = {"model": str(folder), "dtype": "float32", "device": "cpu", "quant_cache_gib": 0}
+    driver = Driver(load_model(EngineConfig(**config | options)))
+    return driver.run(driver.start(CASE))
+
+
+@pytest.fixture(scope="module", params=FORMATS)
+def pair(request: pytest.FixtureRequest, checkpoint: CheckpointMaker, tmp_path_factory: Any) -> tuple[Path, Path]:
+    return write_pair(checkpoint("qwen3", dtype="float16"), tmp_path_factory.mktemp("pair"), *FORMATS[request.param])
+
+
+def test_logits_are_those_of_the_numbers_written_out(pair: tuple[Path, Path]) -> None:
+    assert torch.equal(logits(pair[0]), logits(pair[1]))
+
+
+def test_what_it_is_and_takes_is_told(pair: tuple[Path, Path], capsys: pytest.CaptureFixture[str]) -> None:
+    told = []
+    for folder in pair:
+        assert execute(info, [str(folder)]) == 0
+        told.append([line.split() for line in capsys.readouterr().out.splitlines()])
+    stored, written = ({tuple(line[:1]): line for line in lines if line} for lines in told)
+    assert "bits" in stored["stored",]
+    assert "bits" not in written["stored",]
+    assert stored["bfloat16",] == written["bfloat16",]
+
+
+@pytest.mark.skipif(not cpu_ops.available(), reason="needs the native kernels")
+def test_it_can_be_quantised_anew(pair: tuple[Path, Path]) -> None:
+    assert torch.equal(logits(pair[0], quant_type="a16w8"), logits(pair[1], quant_type="a16w8"))
+
+
+@pytest.mark.parametrize("arch", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl"])
+def test_a_model_that_sees_is_read_too(checkpoint: CheckpointMaker, tmp_path: Path, arch: str) -> None:
+    pair = write_pair(checkpoint(arch, dtype="float16"), tmp_path, *FORMATS["awq"])
+    assert torch.equal(logits(pair[0]), logits(pair[1]))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (AWQ | {"version": "gemv"}, "version is 'gemv'; supported: gemm"),
+        (AWQ | {"bits": 3}, "bits is 3; supported: 4"),
+        (AWQ | {"zero_point": False}, "zero_point is false"),
+        (AWQ | {"group_size": 0}, "group_size is 0"),
+        (GPTQ | {"bits": 3}, "bits is 3; supported: 4, 8"),
+        (GPTQ | {"checkpoint_format": "marlin"}, "checkpoint_format is 'marlin'; supported: gptq, gptq_v2"),
+        (GPTQ | {"is_marlin_format": True}, "is_marlin_format is true"),
+        (GPTQ | {"dynamic": {"+:.*": {"bits": 8}}}, "dynamic gives some layers other bits"),
+        (of_library("pack-quantized", num_bits=2), "num_bits is 2; supported: 4, 8"),
+        (of_library("pack-quantized", type="float"), "type is 'float'; supported: int"),
+        (of_library("int-quantized"), "num_bits is 4; supported: 8"),
+        (of_library("pack-quantized", strategy="block"), "strategy is 'block'; supported: group, channel"),
+    ],
+)
+def test_what_is_not_read_is_named(
+    checkpoint: CheckpointMaker, tmp_path: Path, settings: dict[str, Any], message: str
+) -> None:
+    for path in checkpoint("qwen3").glob("*.json"):
+        shutil.copy(path, tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"quantization_config": settings}))
+    with pytest.raises(CheckpointError, match=message):
+        read_config(tmp_path)
+
+
+def test_layers_that_a_rule_leaves_whole_are_no_other_kind(checkpoint: CheckpointMaker, tmp_path: Path) -> None:
+    settings = GPTQ | {"dynamic": {"-:.*visual.*": {}}}
+    pair = write_pair(checkpoint("qwen3", dtype="float16"), tmp_path, settings, gptq(4))
+    assert read_config(pair[0]).stored is not None
+
+
+def test_parts_that_are_missing_or_of_another_shape_are_named(checkpoint: CheckpointMaker, tmp_path: Path) -> None:
+    folder, _ = write_pair(checkpoint("qwen3", dtype="float16"), tmp_path, *FORMATS["awq"])
+    tensors = load_file(folder / "model.safetensors")
+    name = "model.layers.0.self_attn.q_proj.scales"
+    save_file({key: value for key, value in tensors.items() if key != name}, folder / "model.safetensors")
+    with pytest.raises(CheckpointError, match=r"q_proj\.scales is missing"):
+        logits(folder)
+    save_file(tensors | {name: torch.ones(9, 9).half()}, folder / "model.safetensors")
+    with pytest.raises(CheckpointError, match=r"q_proj\.qweight of .* numbers has scales of \[9, 9\], not \["):
+        logits(folder)
+    config = json.loads((folder / "config.json").read_text())
+    del config["quantization_config"]
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match=r"is I32; supported: BF16"):
+        logits(folder)
+
+
+def test_a_bias_that_the_model_has_no_place_for_must_be_zero(checkpoint: CheckpointMaker, tmp_path: Path) -> None:
+    folder, _ = write_pair(checkpoint("qwen3", dtype="float16"), tmp_path, *FORMATS["gptq"])
+    tensors = load_file(folder / "model.safetensors")
+    name = "model.layers.0.mlp.down_proj.bias"
+    save_file(tensors | {name: torch.ones_like(tensors[name])}, folder / "model.safetensors")
+    with pytest.raises(CheckpointError, match=rf"the model has no place for tensor {name}"):
+        logits(folder)
