@@ -87,6 +87,7 @@ def test_booleans_can_be_said_and_unsaid(parsed: Parsed) -> None:
 
 def test_lists_are_comma_separated_or_json(parsed: Parsed) -> None:
     assert parsed.config("--api-keys", "a, b")[2].api_keys == ("a", "b")
+    assert parsed.config("--api-keys", "a", "--api-key", "b,c")[2].api_keys == ("a", "b", "c")
     assert parsed.config("--allowed-origins", '["https://a", "https://b"]')[2].allowed_origins == (
         "https://a",
         "https://b",
@@ -151,8 +152,11 @@ def test_a_broken_table_is_refused(parsed: Parsed, value: str, capsys: pytest.Ca
 def test_variables_stand_in_for_flags_and_flags_win(parsed: Parsed, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DASHINFER_PORT", "1234")
     monkeypatch.setenv("DASHINFER_PREFIX_CACHE", "false")
+    monkeypatch.setenv("DASHINFER_ALLOWED_ORIGINS", '["https://a", "https://b"]')
     engine, _, server = parsed.config()
     assert (engine.prefix_cache, server.port) == (False, 1234)
+    assert server.allowed_origins == ("https://a", "https://b")
+    assert parsed.config("--allowed-origins", "https://c")[2].allowed_origins == ("https://c",)
     assert parsed.config("--port", "5")[2].port == 5
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Collection
+from itertools import chain
 from typing import Any, Literal, TypeVar, get_args, get_origin
 
 import rich_click as click
@@ -17,13 +18,11 @@ __all__ = ["options", "reference_page"]
 Command = TypeVar("Command", bound=Callable[..., Any])
 
 
-def string_list(value: str | tuple[str, ...]) -> tuple[str, ...]:
+def string_list(value: str) -> tuple[str, ...]:
     """`a,b` or `["a", "b"]` as a tuple of strings, none of them empty.
 
     A list that names nothing is refused: an empty list of keys or hosts would mean "everybody".
     """
-    if isinstance(value, tuple):
-        return value
     items = _parse_json(value) if value.startswith("[") else value.split(",")
     if not all(isinstance(item, str) for item in items):
         raise click.BadParameter("a list of strings is wanted")
@@ -31,6 +30,23 @@ def string_list(value: str | tuple[str, ...]) -> tuple[str, ...]:
     if not named:
         raise click.BadParameter("the list is empty; name something or leave the flag out")
     return named
+
+
+class StringList(click.ParamType):  # type: ignore[type-arg]  # older versions of click take none
+    """A flag that may stand several times, each with one name or more; its variable stands once, blanks and all."""
+
+    name = "list"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, ...]:
+        return string_list(value)
+
+    def split_envvar_value(self, rv: str) -> list[str]:
+        return [rv]
+
+
+def all_named(context: click.Context, option: click.Parameter, lists: tuple[tuple[str, ...], ...]) -> tuple[str, ...]:
+    """Those of all places where the flag stands."""
+    return tuple(chain.from_iterable(lists))
 
 
 def count_table(value: str) -> dict[str, int]:
@@ -84,7 +100,7 @@ def reference_page() -> str:
         "# Flags of `dashinfer_vlm_serve`",
         "",
         "Made from the fields of `src/dashinfer_vlm/config.py` by `make docs`. `-` and `_` are alike in flags; lists",
-        "are comma separated or JSON; a flag on the command line wins over its variable.",
+        "are comma separated, JSON, or the flag several times; a flag on the command line wins over its variable.",
     ]
     group = ""
     for item in (item for face in FACES for item in flags_of(face)):
@@ -100,13 +116,15 @@ def _option(item: Flag) -> Callable[[Command], Command]:
     """The click option; its default is the field's own."""
     values = [str(value) for value in item.offered or (get_args(item.type) if get_origin(item.type) is Literal else ())]
     details: dict[str, Any] = {} if item.type is bool else {"type": _param_type(item.type), "metavar": _metavar(item)}
+    callbacks: dict[Any, Callable[..., Any]] = {str: named, tuple[str, ...]: all_named}
     return click.option(
         *item.spellings,
         item.field,
         default=item.default,
         help=f"{item.help} One of {', '.join(values)}." if values else item.help,
         envvar=item.envs,
-        callback=named if item.type is str else None,
+        multiple=item.type == tuple[str, ...],
+        callback=callbacks.get(item.type),
         show_default=not item.secret and item.default is not False and item.default not in (None, "", ()),
         **details,
     )
@@ -129,11 +147,10 @@ def _param_type(kind: Any) -> Any:
     if get_origin(kind) is Literal:
         return click.Choice(get_args(kind))
     converters: dict[Any, Callable[..., Any]] = {
-        tuple[str, ...]: string_list,
         dict[str, int]: count_table,
         dict[str, str | int]: settings_table,
     }
-    return converters.get(kind, kind)
+    return StringList() if kind == tuple[str, ...] else converters.get(kind, kind)
 
 
 def _values(item: Flag) -> str:
