@@ -65,6 +65,16 @@ def test_the_charts_values_fit_their_schema() -> None:
         jsonschema.validate({**values, "replica": 2}, schema)
 
 
+def test_a_chart_with_keys_and_a_monitor_needs_the_key_of_the_monitor() -> None:
+    schema = json.loads((CHART / "values.schema.json").read_text())
+    values = yaml.safe_load((CHART / "values.yaml").read_text())
+    keys, monitor = {"apiKeysSecret": "keys"}, {"monitoring": {"enabled": True, "apiKeySecret": "key"}}
+    for good in (keys, monitor, {**keys, **monitor}):
+        jsonschema.validate({**values, **good}, schema)
+    with pytest.raises(jsonschema.ValidationError):
+        jsonschema.validate({**values, **keys, "monitoring": {"enabled": True, "apiKeySecret": ""}}, schema)
+
+
 def test_the_chart_uses_its_values_and_no_others() -> None:
     values = yaml.safe_load((CHART / "values.yaml").read_text())
     templates = "".join(path.read_text() for path in (CHART / "templates").iterdir())
