@@ -20,6 +20,7 @@ from dashinfer_vlm.errors import CheckpointError
 from dashinfer_vlm.kernels import cpu_ops
 from dashinfer_vlm.models.config import read_config
 from dashinfer_vlm.models.loading import load_model
+from dashinfer_vlm.models.packed import StoredIntegers
 from tests.conftest import CheckpointMaker
 from tests.models.driving import Driver, prompt
 
@@ -199,6 +200,18 @@ def test_it_can_be_quantised_anew(pair: tuple[Path, Path]) -> None:
     assert torch.equal(logits(pair[0], quant_type="a16w8"), logits(pair[1], quant_type="a16w8"))
 
 
+@pytest.mark.parametrize("bits", [4, 8])
+def test_groups_that_are_cut_off_or_lie_in_another_order(bits: int) -> None:
+    weight = torch.randn(6, 80)
+    numbers, _, scales, _ = in_groups(weight, bits)
+    of_column = torch.randint(3, (80,))
+    stored, middle = StoredIntegers("compressed", bits, GROUP, has_zeros=False), 2 ** (bits - 1)
+    for given, group in ((None, torch.arange(80) // GROUP), (of_column, of_column)):
+        parts = {"scales": scales} | ({} if given is None else {"groups": given.int()})
+        got = stored.restore(words(numbers, bits), parts, (6, 80))
+        assert torch.equal(got, ((numbers - middle).float() * scales.float()[:, group]).half())
+
+
 @pytest.mark.parametrize("arch", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl"])
 def test_a_model_that_sees_is_read_too(checkpoint: CheckpointMaker, tmp_path: Path, arch: str) -> None:
     pair = write_pair(checkpoint(arch, dtype="float16"), tmp_path, *FORMATS["awq"])
@@ -246,13 +259,30 @@ def test_parts_that_are_missing_or_of_another_shape_are_named(checkpoint: Checkp
     save_file({key: value for key, value in tensors.items() if key != name}, folder / "model.safetensors")
     with pytest.raises(CheckpointError, match=r"q_proj\.scales is missing"):
         logits(folder)
-    save_file(tensors | {name: torch.ones(9, 9).half()}, folder / "model.safetensors")
-    with pytest.raises(CheckpointError, match=r"q_proj\.qweight of .* numbers has scales of \[9, 9\], not \["):
-        logits(folder)
+    zeros = name.replace("scales", "qzeros")
+    for changed, message in (
+        ({name: torch.ones(9, 9).half()}, r"q_proj\.qweight of .* numbers has scales of \[9, 9\], not \["),
+        ({name: torch.ones(9, 9, 9).half()}, r"q_proj\.qweight has shape .* and scales of \[9, 9, 9\]"),
+        ({zeros: tensors[zeros][:1]}, r"q_proj\.qweight of .* numbers has zeros of \[1, "),
+        ({name: tensors[name].int()}, r"q_proj\.scales is I32, not BF16 or F16 or F32"),
+        ({zeros: tensors[zeros].half()}, r"q_proj\.qzeros is F16, not I8 or I32 or I64"),
+    ):
+        save_file(tensors | changed, folder / "model.safetensors")
+        with pytest.raises(CheckpointError, match=message):
+            logits(folder)
     config = json.loads((folder / "config.json").read_text())
     del config["quantization_config"]
     (folder / "config.json").write_text(json.dumps(config))
     with pytest.raises(CheckpointError, match=r"is I32; supported: BF16"):
+        logits(folder)
+
+
+def test_columns_of_groups_that_there_are_not_are_named(checkpoint: CheckpointMaker, tmp_path: Path) -> None:
+    folder, _ = write_pair(checkpoint("qwen3", dtype="float16"), tmp_path, *FORMATS["gptq"])
+    tensors = load_file(folder / "model.safetensors")
+    name = "model.layers.0.self_attn.q_proj.g_idx"
+    save_file(tensors | {name: tensors[name] + 1}, folder / "model.safetensors")
+    with pytest.raises(CheckpointError, match=r"q_proj\.qweight has \d+ groups of columns, and columns of others"):
         logits(folder)
 
 

@@ -79,41 +79,53 @@ class StoredIntegers:
 
     def shape(self, numbers: Shape, parts: Mapping[str, Shape]) -> Shape:
         """[N, K] of the matrix. Raises ValueError where the shapes of its parts do not fit each other."""
-        scales = parts["scales"]
-        if len(numbers) != 2 or len(scales) not in (1, 2):
-            raise ValueError(f"has shape {list(numbers)}, and scales of {list(scales)}")
-        each = 32 // self.bits
-        by_rows = self.layout in ("compressed", "bytes")
-        if by_rows:
-            rows, columns = numbers[0], numbers[1] * (1 if self.layout == "bytes" else each)
-            groups = scales[1] if len(scales) == 2 else 1
+        each = 1 if self.layout == "bytes" else 32 // self.bits
+        if len(numbers) != 2 or not 0 < len(parts["scales"]) < 3:
+            raise ValueError(f"has shape {list(numbers)}, and scales of {list(parts['scales'])}")
+        if self.layout in ("compressed", "bytes"):
+            scales: Shape = (*parts["scales"], 1)[:2]  # of whole rows they may be a vector
+            rows, columns = numbers[0], numbers[1] * each
+            if self.group:
+                columns = min(columns, scales[1] * self.group)  # the last word may be filled up
+            groups = -(-columns // self.group) if self.group else 1
+            wanted: dict[str, Shape] = {"scales": (rows, groups), "zeros": (-(-rows // each), groups)}
         else:
-            rows = numbers[1] * (each if self.layout == "awq" else 1)
-            columns = numbers[0] * (each if self.layout == "gptq" else 1)
-            groups = scales[0]
-        if by_rows and self.group and self.layout == "compressed":
-            columns = min(columns, groups * self.group)  # the last word may be filled up
-        wanted_groups = -(-columns // self.group) if self.group else 1
-        if groups != wanted_groups or scales[0 if by_rows else -1] != rows:
-            wanted = [rows, wanted_groups] if by_rows else [wanted_groups, rows]
-            raise ValueError(f"of {rows} x {columns} numbers has scales of {list(scales)}, not {wanted}")
+            scales = parts["scales"]
+            across, down = (each, 1) if self.layout == "awq" else (1, each)
+            rows, columns = numbers[1] * across, numbers[0] * down
+            groups = -(-columns // self.group) if self.group else 1
+            wanted = {"scales": (groups, rows), "zeros": (groups, -(-rows // each))}
+        wanted["groups"] = (columns,)
+        for part, shape in {**parts, "scales": scales}.items():
+            if part in wanted and shape != wanted[part]:
+                raise ValueError(f"of {rows} x {columns} numbers has {part} of {list(shape)}, not {list(wanted[part])}")
         return rows, columns
 
     def restore(self, numbers: torch.Tensor, parts: Mapping[str, torch.Tensor], shape: Shape) -> torch.Tensor:
-        """[N, K] of the scales' type."""
+        """[N, K] of the scales' type. Raises ValueError for columns of groups that there are not."""
         import torch
 
         rows, columns = shape
         scales = parts["scales"]
         kind = scales.dtype
         wide, zeros = self._unpacked(numbers, rows, columns), self._zeros(parts.get("zeros"), rows)
-        scales = (scales.reshape(rows, -1) if self.layout in ("compressed", "bytes") else scales.t()).float()
-        group = parts["groups"].long() if "groups" in parts else torch.arange(columns) // (self.group or columns)
+        scales = scales.reshape(rows, -1) if self.layout in ("compressed", "bytes") else scales.t()
+        zeros = zeros.expand(scales.shape)
+        group = self.group or columns
+        is_even = "groups" not in parts and columns % group == 0
+        of_column = parts["groups"].long() if "groups" in parts else torch.arange(columns) // group
+        if not 0 <= int(of_column.min()) <= int(of_column.max()) < scales.shape[1]:
+            raise ValueError(f"has {scales.shape[1]} groups of columns, and columns of others")
         out = torch.empty(rows, columns, dtype=kind)
-        for i in range(0, rows, 1024):  # so that what lies between stays small
-            part = slice(i, i + 1024)
-            of_zeros = zeros[part][:, group] if isinstance(zeros, torch.Tensor) else zeros
-            out[part] = (wide[part].float() - of_zeros) * scales[part][:, group]
+        for i in range(0, rows, 512):  # so that what lies between stays small
+            part = slice(i, i + 512)
+            # whole numbers of 9 bits at the most are exact in 16 bits as well, so that only the product is rounded
+            factors, less = (x[part].to(kind) for x in (scales, zeros))
+            if is_even:
+                y = wide[part].to(kind).view(-1, columns // group, group)
+                out[part] = y.sub_(less[..., None]).mul_(factors[..., None]).flatten(1)
+            else:
+                out[part] = wide[part].to(kind).sub_(less[:, of_column]).mul_(factors[:, of_column])
         return out
 
     def _unpacked(self, numbers: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
@@ -121,36 +133,37 @@ class StoredIntegers:
         if self.layout == "bytes":
             return numbers
         if self.layout == "awq":
-            return _split(numbers, self.bits, _AWQ).t()
+            return _split(numbers, self.bits, _AWQ).t().contiguous()
         if self.layout == "gptq":
             return _split(numbers.t(), self.bits)[:, :columns]
         return _split(numbers, self.bits)[:rows, :columns]
 
-    def _zeros(self, zeros: torch.Tensor | None, rows: int) -> torch.Tensor | int:
-        """[N, groups], or the one number that all have."""
+    def _zeros(self, zeros: torch.Tensor | None, rows: int) -> torch.Tensor:
+        """[N, groups], or [N, 1] where all are one number."""
+        import torch
+
         middle = 1 << (self.bits - 1)
-        if self.layout == "bytes":
-            return 0 if zeros is None else zeros.reshape(rows, -1).float()
         if zeros is None:
-            return middle
+            return torch.full((rows, 1), 0 if self.layout == "bytes" else middle)
+        if self.layout == "bytes":
+            return zeros.reshape(rows, -1)
         if self.layout == "awq":
-            return _split(zeros, self.bits, _AWQ).t().float()
+            return _split(zeros, self.bits, _AWQ).t()
         if self.layout == "gptq":
-            found = _split(zeros, self.bits)[:, :rows].t()
-            return ((found + self.zeros_less_one) & (2 * middle - 1)).float()
-        return _split(zeros.t(), self.bits)[:, :rows].t().float()
+            return (_split(zeros, self.bits)[:, :rows].t() + self.zeros_less_one) & (2 * middle - 1)
+        return _split(zeros.t(), self.bits)[:, :rows].t()
 
 
 def _split(words: torch.Tensor, bits: int, order: tuple[int, ...] | None = None) -> torch.Tensor:
     """uint8 [A, B * n]: the n numbers of each word of int32 [A, B], the first in the lowest bits."""
     import torch
 
-    each = 32 // bits
-    out = torch.empty(*words.shape, each, dtype=torch.uint8)
-    for i in range(each):
-        place = i if order is None else order[i]
-        out[..., i] = (words >> (bits * place)) & ((1 << bits) - 1)
-    return out.flatten(1)
+    found = words.contiguous().view(torch.uint8)
+    if bits == 4:
+        found = torch.stack((found & 15, found >> 4), dim=2)
+    if order is not None:
+        found = found.view(len(words), -1, len(order))[..., list(order)]
+    return found.view(len(words), -1)
 
 
 def read_awq(section: Section) -> StoredIntegers:

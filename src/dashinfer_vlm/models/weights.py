@@ -240,6 +240,12 @@ def _with_parts(entries: dict[str, _Entry], stored: StoredIntegers) -> dict[str,
             if absent := [other for part, other in beside.items() if other not in entries and stored.is_needed(part)]:
                 raise CheckpointError(f"{entry.path}: tensor {absent[0]} is missing")
             parts = {part: entries[other] for part, other in beside.items() if other in entries}
+            for part, other in parts.items():
+                wanted = ("BF16", "F16", "F32") if part == "scales" else tuple(INTEGERS)
+                if other.dtype not in wanted:
+                    raise CheckpointError(
+                        f"{other.path}: tensor {other.name} is {other.dtype}, not {' or '.join(wanted)}"
+                    )
             try:
                 shape = stored.shape(entry.shape, {part: other.shape for part, other in parts.items()})
             except ValueError as error:
@@ -298,7 +304,10 @@ def _header(path: Path) -> list[_Entry]:
 def _read(entry: _Entry) -> torch.Tensor:
     if isinstance(entry.stored, StoredIntegers):
         parts = {part: _read_whole(other) for part, other in entry.parts.items()}
-        return entry.stored.restore(_read_whole(entry), parts, entry.shape)
+        try:
+            return entry.stored.restore(_read_whole(entry), parts, entry.shape)
+        except ValueError as error:
+            raise CheckpointError(f"{entry.path}: tensor {entry.name} {error}") from error
     if entry.scale is not None and entry.stored is not None:
         return entry.stored.restore(_read_whole(entry), _read_whole(entry.scale))
     return _read_whole(entry)
