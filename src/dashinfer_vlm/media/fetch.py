@@ -215,7 +215,7 @@ def decode_data_url(url: str, max_bytes: int) -> bytes:
     try:
         return check_size(_decode_base64(text), max_bytes, "the data URL")
     except ValueError as error:
-        raise MediaError("the data URL is not valid base64 behind its comma") from error
+        raise MediaError("the data is not valid base64; in a data URL it stands behind the comma") from error
 
 
 def _without_padding(text: str) -> str:
