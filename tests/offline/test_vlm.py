@@ -23,7 +23,7 @@ import pytest
 from PIL import Image
 
 import dashinfer_vlm
-from dashinfer_vlm import VLM, GenerationParams, SamplingParams, offline
+from dashinfer_vlm import VLM, GenerationParams, Grammar, SamplingParams, offline
 from dashinfer_vlm.errors import (
     CheckpointError,
     ConfigError,
@@ -274,9 +274,37 @@ def test_a_path_may_be_an_object(tmp_path: Path) -> None:
     assert media.allowed_local_media_path == str(tmp_path)
 
 
-def test_params_of_another_kind_are_refused(vlm: VLM) -> None:
-    with pytest.raises(InvalidRequestError, match="params is a dict; pass SamplingParams"):
-        vlm.chat("Hello", {"temperature": 0})  # type: ignore[call-overload]
+@pytest.mark.parametrize(
+    ("params", "told"),
+    [
+        ({"temperature": 0}, "params is a dict; pass SamplingParams"),
+        (SamplingParams(max_tokens="5"), r"Expected `int \| null`, got `str`"),  # type: ignore[arg-type]
+        (SamplingParams(temperature="hot"), "Expected `float`"),  # type: ignore[arg-type]
+        (SamplingParams(top_k=1.5), "Expected `int`, got `float`"),  # type: ignore[arg-type]
+        (SamplingParams(grammar=Grammar("nonsense", "x")), "Invalid enum value 'nonsense'"),  # type: ignore[arg-type]
+        (GenerationParams(stop="ab"), "Expected `array`, got `str`"),  # type: ignore[arg-type]
+        (GenerationParams(n=np.int64(2)), "numpy.int64"),
+    ],
+)
+def test_params_of_another_kind_are_refused(vlm: VLM, params: Any, told: str) -> None:
+    with pytest.raises(InvalidRequestError, match=told):
+        vlm.chat("Hello", params)
+
+
+@pytest.mark.parametrize("wrong", [None, 5, b"abc", np.array([1, 2])])
+def test_what_is_neither_one_prompt_nor_a_list_is_refused(vlm: VLM, wrong: Any) -> None:
+    with pytest.raises(InvalidRequestError, match=f"messages is a {type(wrong).__name__}"):
+        vlm.chat(wrong)
+    with pytest.raises(InvalidRequestError, match=f"prompts is a {type(wrong).__name__}"):
+        vlm.generate(wrong)
+
+
+def test_ids_may_be_numpys(vlm: VLM) -> None:
+    assert vlm.generate(list(np.array([1, 2, 3])), GREEDY).token_ids == vlm.generate([1, 2, 3], GREEDY).token_ids
+    with pytest.raises(InvalidRequestError, match="a text or a list of ids"):
+        vlm.generate([1, "x"], GREEDY)  # type: ignore[list-item]
+    wrong: Any = [[1.5]]
+    assert isinstance(vlm.generate(wrong, GREEDY)[0].error, InvalidRequestError)
 
 
 FORKED = """

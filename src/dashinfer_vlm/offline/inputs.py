@@ -47,7 +47,9 @@ def to_messages(conversation: Conversation, bounds: tuple[int, int]) -> list[Mes
 
 def is_conversation(value: Conversation | Sequence[Conversation]) -> bool:
     """Whether `value` is one conversation rather than a list of them."""
-    return isinstance(value, str | Mapping) or (len(value) > 0 and isinstance(value[0], Mapping))
+    if isinstance(value, str | Mapping):
+        return True
+    return isinstance(value, Sequence) and len(value) > 0 and isinstance(value[0], Mapping)
 
 
 def _message(message: Any, where: str) -> Any:

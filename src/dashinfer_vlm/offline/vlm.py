@@ -17,6 +17,7 @@ import weakref
 from collections.abc import AsyncGenerator, Callable, Coroutine, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
+from numbers import Integral
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeAlias, cast, overload
@@ -206,16 +207,16 @@ class VLM:
     ) -> Result | list[Result]:
         if is_conversation(messages):
             return await self._collected(self._begin_chat(cast(Conversation, messages), _one(params), offered))
-        conversations = cast("Sequence[Conversation]", messages)
+        conversations = cast("Sequence[Conversation]", _sequence(messages, "messages"))
         jobs = zip(conversations, _each(params, len(conversations)), strict=True)
         return await self._collect_all([partial(self._begin_chat, *job, offered) for job in jobs])
 
     async def _generate(
         self, prompts: Prompt | Sequence[Prompt], params: Params | Sequence[Params]
     ) -> Result | list[Result]:
-        if isinstance(prompts, str) or (prompts and isinstance(prompts[0], int)):
+        many = cast("Sequence[Prompt]", _sequence(prompts, "prompts"))
+        if isinstance(prompts, str) or (many and isinstance(many[0], Integral)):
             return await self._collected(self._begin_generate(cast(Prompt, prompts), _one(params)))
-        many = cast("Sequence[Prompt]", prompts)
         jobs = zip(many, _each(params, len(many)), strict=True)
         return await self._collect_all([partial(self._begin_generate, *job) for job in jobs])
 
@@ -233,16 +234,16 @@ class VLM:
         return await self._service.chat(Dialogue(messages, tools=tools, choice=choice), self._generation_params(params))
 
     async def _begin_generate(self, prompt: Prompt, params: Params) -> Generation:
-        return await self._service.complete([prompt], self._generation_params(params))
+        return await self._service.complete([_text_or_ids(prompt)], self._generation_params(params))
 
     def _generation_params(self, params: Params) -> GenerationParams:
-        if isinstance(params, GenerationParams):
-            return params
-        if not isinstance(params, SamplingParams | None):
+        if params is None:
+            return GenerationParams(sampling=self.default_params)
+        if not isinstance(params, SamplingParams | GenerationParams):
             raise InvalidRequestError(
                 f"params is a {type(params).__name__}; pass SamplingParams or GenerationParams", param="params"
             )
-        return GenerationParams(sampling=self.default_params if params is None else params)
+        return _checked(GenerationParams(sampling=params) if isinstance(params, SamplingParams) else params)
 
     async def _collected(self, begin: Coroutine[Any, Any, Generation]) -> Result:
         generation = await begin
@@ -278,6 +279,31 @@ def _close(reference: weakref.ref[VLM]) -> None:
     """At the interpreter's exit: threads in the middle of a computation would crash it."""
     if (vlm := reference()) is not None:
         vlm.close()
+
+
+def _checked(params: GenerationParams) -> GenerationParams:
+    """Their fields by their types, which Python does not look at: `stop="ab"` would be two strings. Raises
+    InvalidRequestError."""
+    try:
+        return msgspec.convert(msgspec.to_builtins(params), GenerationParams)
+    except (msgspec.ValidationError, TypeError) as error:
+        raise InvalidRequestError(f"params: {error}", param="params") from error
+
+
+def _sequence(value: object, name: str) -> Sequence[Any]:
+    if isinstance(value, Sequence) and not isinstance(value, bytes):
+        return value
+    raise InvalidRequestError(f"{name} is a {type(value).__name__}; pass one, or a list", param=name)
+
+
+def _text_or_ids(prompt: Prompt) -> Prompt:
+    """Ids may be those of numpy, one by one."""
+    if isinstance(prompt, str):
+        return prompt
+    ids = _sequence(prompt, "a prompt")
+    if not all(isinstance(token, Integral) for token in ids):
+        raise InvalidRequestError("a prompt is a text or a list of ids", param="prompts")
+    return [int(token) for token in ids]
 
 
 def _one(params: Params | Sequence[Params]) -> Params:
