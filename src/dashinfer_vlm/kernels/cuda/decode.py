@@ -13,7 +13,7 @@ from torch import Tensor
 
 from dashinfer_vlm.kernels.cuda import paged, rotary
 from dashinfer_vlm.kernels.cuda.launch import check, compute_type, launch, power_of_two, starts_early, wait_for_last
-from dashinfer_vlm.kernels.cuda.paged import _keys
+from dashinfer_vlm.kernels.cuda.paged import over_keys
 from dashinfer_vlm.kernels.cuda.rotary import rotated
 from dashinfer_vlm.kernels.head_norms import HeadNorms
 
@@ -60,7 +60,7 @@ def _decode(
     total = tl.zeros([BM], tl.float32)
     acc = tl.zeros([BM, D], tl.float32)
     for j in tl.range(begin, end, BN):
-        top, total, acc = _keys(q, k_cache, v_cache, table, j, end, last, base2, top, total, acc, D, D, BS, BLOCK,
+        top, total, acc = over_keys(q, k_cache, v_cache, table, j, end, last, base2, top, total, acc, D, D, BS, BLOCK,
                                 SLOT, BN, False, True, C)  # fmt: skip
     if split == 0:  # this one sees to the newest key
         k = _heads(k_rows + at * k_t + head * k_h, cos, sin, at, k_h, k_gains, eps, 1, D, 1, NORM)

@@ -22,14 +22,14 @@ from dashinfer_vlm.kernels.cuda.launch import (
 )
 from dashinfer_vlm.kernels.cuda.rows import norm_times, silu_times
 
-__all__ = ["MOST_NORMED", "product"]
+__all__ = ["MOST_NORMED", "columns_of", "product"]
 
 MOST_NORMED = 8192
 """Columns of a row that a program holds as a whole, and whose norm it can take."""
 
 
 @triton.jit
-def _weights(places, k, first: tl.constexpr, K: tl.constexpr, BK: tl.constexpr):
+def columns_of(places, k, first: tl.constexpr, K: tl.constexpr, BK: tl.constexpr):
     """Columns `first + k` of some rows; nothing is masked that need not be."""
     if first + BK <= K:
         return tl.load(places + first, eviction_policy="evict_first")
@@ -55,9 +55,9 @@ def _row_times(
     ups = places + N.to(tl.int64) * w_n
     inside = n < N
     kind = out.dtype.element_ty
-    first = _weights(places, k, 0, K, BK)
+    first = columns_of(places, k, 0, K, BK)
     if GATED:
-        first_up = _weights(ups, k, 0, K, BK)
+        first_up = columns_of(ups, k, 0, K, BK)
     if NORM:
         gain = _row(gains, k, 0, K, BK)
     y = tl.zeros([BN], tl.float32)
@@ -77,9 +77,9 @@ def _row_times(
         acc_up = first_up.to(tl.float32) * row[None, :]
     for i in tl.static_range(1, ROUNDS):
         row = _row(x, k, i * BK, K, BK)
-        acc += _weights(places, k, i * BK, K, BK).to(tl.float32) * row[None, :]
+        acc += columns_of(places, k, i * BK, K, BK).to(tl.float32) * row[None, :]
         if GATED:
-            acc_up += _weights(ups, k, i * BK, K, BK).to(tl.float32) * row[None, :]
+            acc_up += columns_of(ups, k, i * BK, K, BK).to(tl.float32) * row[None, :]
     y += tl.sum(acc, 1)
     if GATED:
         y = silu_times(y.to(kind).to(tl.float32), (up + tl.sum(acc_up, 1)).to(kind).to(tl.float32), kind)

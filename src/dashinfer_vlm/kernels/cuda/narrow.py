@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dashinfer_vlm.kernels.cuda.gemv import MOST_NORMED, _weights
+from dashinfer_vlm.kernels.cuda.gemv import MOST_NORMED, columns_of
 from dashinfer_vlm.kernels.cuda.launch import (
     INTERPRETED,
     Tile,
@@ -155,7 +155,7 @@ def _floats(
     inside = n < N
     k = tl.arange(0, BK)
     places = w + tl.minimum(n, N - 1).to(tl.int64)[:, None] * w_n + k[None, :]
-    numbers = _weights(places, k, 0, K, BK)
+    numbers = columns_of(places, k, 0, K, BK)
     wait_for_last(EARLY)
     acc = tl.zeros([BN, BK], tl.float32)
     for i in tl.range(0, K, BK):  # the numbers of the next round are under way

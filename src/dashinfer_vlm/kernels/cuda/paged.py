@@ -25,7 +25,7 @@ from dashinfer_vlm.kernels.cuda.launch import (
     wait_for_last,
 )
 
-__all__ = ["FEW_ROWS", "paged_attention"]
+__all__ = ["FEW_ROWS", "combine", "few_tile", "num_splits", "over_keys", "paged_attention", "parts_of"]
 
 FEW_ROWS = 8
 """Rows up to which a sequence belongs to the launch with splits."""
@@ -64,7 +64,7 @@ def _load(places, live, d, D: tl.constexpr, DP: tl.constexpr, MASKED: tl.constex
 
 
 @triton.jit
-def _keys(
+def over_keys(
     q, k_cache, v_cache, table, j, stop, last, scale, top, total, acc, D: tl.constexpr, DP: tl.constexpr,
     BS: tl.constexpr, BLOCK: tl.constexpr, SLOT: tl.constexpr, BN: tl.constexpr, INT8: tl.constexpr,
     MASKED: tl.constexpr, C: tl.constexpr,
@@ -150,10 +150,10 @@ def _attend(
         seen_by_all = tl.minimum(end, context - n + local + 1)
         masked = begin + tl.maximum(seen_by_all - begin, 0) // BN * BN
         for j in tl.range(begin, masked, BN):
-            top, total, acc = _keys(q, k_cache, v_cache, table, j, end, last, base2, top, total, acc, D, DP, BS,
+            top, total, acc = over_keys(q, k_cache, v_cache, table, j, end, last, base2, top, total, acc, D, DP, BS,
                                     BLOCK, SLOT, BN, INT8, False, C)  # fmt: skip
     for j in tl.range(masked, end, BN):
-        top, total, acc = _keys(q, k_cache, v_cache, table, j, end, last, base2, top, total, acc, D, DP, BS,
+        top, total, acc = over_keys(q, k_cache, v_cache, table, j, end, last, base2, top, total, acc, D, DP, BS,
                                 BLOCK, SLOT, BN, INT8, True, C)  # fmt: skip
     some = tl.where(total > 0, total, 1.0)  # a split may find no key that a row sees
     if SPLITS > 1:  # as many rows as sequences of few rows may have: 32 bits hold their places, and save registers
