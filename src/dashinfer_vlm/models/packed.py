@@ -10,8 +10,8 @@ has what, g being groups of columns (or one of all) and n the numbers in a word:
 | `compressed` | `weight_packed` [N, K / n] | `weight_zero_point` [N / n, g] | `weight_scale` [N, g] | the same |
 | `bytes` | `weight` [N, K] | `weight_zero_point` [N, 1] | `weight_scale` [N, 1] | nothing: all are int8 |
 
-Formats as written by AutoAWQ 0.2.9 (`awq/utils/packing_utils.py`), AutoGPTQ 0.7.1 (`qlinear_cuda_old.py`) and
-compressed-tensors 0.20 (`compressors/pack_quantized`).
+Formats as written by AutoAWQ 0.2.9 (`awq/utils/packing_utils.py`), AutoGPTQ 0.7.1 (`qlinear_cuda_old.py`), GPTQModel
+7.7 (`utils/model.py`) and compressed-tensors 0.20 (`compressors/pack_quantized`).
 """
 
 from __future__ import annotations
@@ -55,6 +55,7 @@ class StoredIntegers:
     """Columns that share a scale; 0: all of a row."""
     has_zeros: bool = True
     zeros_less_one: bool = False
+    """1 was taken from each number of a word at once, so that a 0 borrowed from the next one."""
 
     def __str__(self) -> str:
         return f"{self.bits} bits ({'compressed-tensors' if self.layout in ('compressed', 'bytes') else self.layout})"
@@ -62,6 +63,12 @@ class StoredIntegers:
     @property
     def numbers_suffix(self) -> str:
         return _NAMES[self.layout][0]
+
+    def types(self, part: str) -> tuple[str, ...]:
+        """That `numbers` or what lies beside them may have, as safetensors writes them."""
+        if part in ("numbers", "zeros"):
+            return ("I8",) if self.layout == "bytes" else ("I32",)
+        return ("BF16", "F16", "F32") if part == "scales" else ("I32", "I64")
 
     @property
     def part_suffixes(self) -> dict[str, str]:
@@ -77,16 +84,17 @@ class StoredIntegers:
     def is_needed(self, part: str) -> bool:
         return part not in _OPTIONAL
 
-    def shape(self, numbers: Shape, parts: Mapping[str, Shape]) -> Shape:
-        """[N, K] of the matrix. Raises ValueError where the shapes of its parts do not fit each other."""
+    def shape(self, numbers: Shape, parts: Mapping[str, Shape], told: Shape | None = None) -> Shape:
+        """[N, K] of the matrix, which is `told` where its last word is not full. Raises ValueError where the shapes of
+        its parts do not fit each other."""
         each = 1 if self.layout == "bytes" else 32 // self.bits
         if len(numbers) != 2 or not 0 < len(parts["scales"]) < 3:
             raise ValueError(f"has shape {list(numbers)}, and scales of {list(parts['scales'])}")
         if self.layout in ("compressed", "bytes"):
             scales: Shape = (*parts["scales"], 1)[:2]  # of whole rows they may be a vector
-            rows, columns = numbers[0], numbers[1] * each
-            if self.group:
-                columns = min(columns, scales[1] * self.group)  # the last word may be filled up
+            rows, columns = told or (numbers[0], numbers[1] * each)
+            if (rows, -(-columns // each)) != numbers:
+                raise ValueError(f"has shape {list(numbers)}, which does not hold {rows} x {columns} numbers")
             groups = -(-columns // self.group) if self.group else 1
             wanted: dict[str, Shape] = {"scales": (rows, groups), "zeros": (-(-rows // each), groups)}
         else:
@@ -150,7 +158,8 @@ class StoredIntegers:
         if self.layout == "awq":
             return _split(zeros, self.bits, _AWQ).t()
         if self.layout == "gptq":
-            return (_split(zeros, self.bits)[:, :rows].t() + self.zeros_less_one) & (2 * middle - 1)
+            ones = sum(1 << i for i in range(0, 32, self.bits)) if self.zeros_less_one else 0
+            return _split(zeros + ones, self.bits)[:, :rows].t()
         return _split(zeros.t(), self.bits)[:, :rows].t()
 
 
@@ -177,7 +186,9 @@ def read_awq(section: Section) -> StoredIntegers:
 
 
 def read_gptq(section: Section) -> StoredIntegers:
-    version = section.choice("checkpoint_format", ("gptq", "gptq_v2"), "gptq")
+    versions = "gptq", "gptq_v2"
+    version = section.choice("checkpoint_format", versions, section.choice("format", versions, "gptq"))
+    section.choice("pack_dtype", ("int32",), "int32")
     bits = section.integer("bits")
     if bits not in (4, 8):
         raise section.error("bits", f"is {bits}; supported: 4, 8")

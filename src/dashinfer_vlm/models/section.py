@@ -73,6 +73,13 @@ class Section:
             raise self.error(key, f"is {value!r}; it must be an object")
         return Section(value, f"{self.where}: {key}")
 
+    def sections(self, key: str) -> list[Section]:
+        """A list of objects, none when it is absent."""
+        values = self._get(key, [])
+        if not isinstance(values, list) or not all(isinstance(value, dict) for value in values):
+            raise self.error(key, f"is {values!r}; it must be a list of objects")
+        return [Section(value, f"{self.where}: {key}") for value in values]
+
     def optional(self, key: str) -> Section:
         """The object under `key`, empty when it is absent."""
         return self.section(key) if self.has(key) else Section({}, f"{self.where}: {key}")

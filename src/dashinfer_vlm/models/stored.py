@@ -103,6 +103,7 @@ def _read_compressed(section: Section) -> Stored:
     form = section.choice("format", ("float-quantized", "pack-quantized", "int-quantized"), "")
     if section.has("kv_cache_scheme"):
         raise section.error("kv_cache_scheme", "is set; a quantised KV cache comes from --kv-cache-dtype alone")
+    _check_transforms(section.optional("transform_config").optional("config_groups"))
     groups = section.section("config_groups")
     kinds = (groups.section(name).section("weights") for name in groups.values)
     if form == "float-quantized":
@@ -112,6 +113,13 @@ def _read_compressed(section: Section) -> Stored:
     if len(found) != 1:
         raise section.error("config_groups", f"has {len(found)} kinds of weights; one is supported")
     return found.pop()
+
+
+def _check_transforms(groups: Section) -> None:
+    """What was done to weights is done; what is done to activations while a model runs is not."""
+    for name in groups.values:
+        for args in groups.section(name).sections("apply"):
+            args.choice("location", ("weight_input", "weight_output"), "")
 
 
 def _read_weights(section: Section) -> StoredFloats:

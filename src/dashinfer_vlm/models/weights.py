@@ -64,6 +64,7 @@ class Weights:
     def __init__(self, folder: Path, names: Names, stored: Stored | None, *, progress: Progress | None = None) -> None:
         self.folder = folder
         self.names = names
+        self.stored = stored
         self._progress = progress
         self._entries: dict[str, _Entry] = {}
         self.paths = _files(folder)
@@ -236,18 +237,18 @@ def _with_parts(entries: dict[str, _Entry], stored: StoredIntegers) -> dict[str,
     for name, entry in entries.items():
         base = name.removesuffix(stored.numbers_suffix)
         if name.endswith(stored.numbers_suffix) and entry.dtype in INTEGERS:
+            _check_type(entry, stored.types("numbers"))
+            if name != f"{base}.weight" and f"{base}.weight" in entries:
+                raise CheckpointError(f"{entry.path}: tensor {name} is also stored whole, as {base}.weight")
             beside = {part: base + suffix for part, suffix in stored.part_suffixes.items()}
             if absent := [other for part, other in beside.items() if other not in entries and stored.is_needed(part)]:
                 raise CheckpointError(f"{entry.path}: tensor {absent[0]} is missing")
             parts = {part: entries[other] for part, other in beside.items() if other in entries}
             for part, other in parts.items():
-                wanted = ("BF16", "F16", "F32") if part == "scales" else tuple(INTEGERS)
-                if other.dtype not in wanted:
-                    raise CheckpointError(
-                        f"{other.path}: tensor {other.name} is {other.dtype}, not {' or '.join(wanted)}"
-                    )
+                _check_type(other, stored.types(part))
+            told = _told_shape(parts["shape"]) if "shape" in parts else None
             try:
-                shape = stored.shape(entry.shape, {part: other.shape for part, other in parts.items()})
+                shape = stored.shape(entry.shape, {part: other.shape for part, other in parts.items()}, told)
             except ValueError as error:
                 raise CheckpointError(f"{entry.path}: tensor {name} {error}") from error
             num_bytes = entry.num_bytes + sum(part.num_bytes for part in parts.values())
@@ -255,6 +256,17 @@ def _with_parts(entries: dict[str, _Entry], stored: StoredIntegers) -> dict[str,
         elif not _belongs(name, entries, stored):
             found[name] = entry
     return found
+
+
+def _check_type(entry: _Entry, types: tuple[str, ...]) -> None:
+    if entry.dtype not in types:
+        raise CheckpointError(f"{entry.path}: tensor {entry.name} is {entry.dtype}, not {' or '.join(types)}")
+
+
+def _told_shape(entry: _Entry) -> tuple[int, ...]:
+    if entry.shape != (2,):
+        raise CheckpointError(f"{entry.path}: tensor {entry.name} has shape {list(entry.shape)}, not [2]")
+    return tuple(_read_whole(entry).tolist())
 
 
 def _belongs(name: str, entries: Mapping[str, _Entry], stored: StoredIntegers) -> bool:
