@@ -96,7 +96,7 @@ WRONG_REQUESTS: dict[str, tuple[Callable[[Engine], AsStatus], AsStatus, str]] = 
     "an end beyond the vocabulary": (
         lambda e: started(e, eos_token_id=2**31, early_stopping=True),
         PARAM,
-        "stop token",
+        "stop_token_ids has",
     ),
     "stop words of one level": (lambda e: started(e, stop_words_ids=[1, 2]), PARAM, "list of lists"),
     "an empty stop word": (lambda e: started(e, stop_words_ids=[[]]), PARAM, "list of lists"),
