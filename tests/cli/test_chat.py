@@ -126,6 +126,11 @@ def test_flags_without_a_server_of_its_own_are_refused(capsys: pytest.CaptureFix
     assert "leave out --url" in capsys.readouterr().err
 
 
+def test_a_temperature_that_is_no_number_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert execute(chat, ["--url", "http://localhost:1", "--temperature", "nan"]) == 2
+    assert "--temperature is nan; it must be a finite number" in capsys.readouterr().err
+
+
 def test_what_a_model_writes_cannot_control_the_terminal() -> None:
     assert module._printable("\x1b]0;owned\x07a\x1b[2J\tb\nü\u202e") == "]0;owneda[2J\tb\nü"
 

@@ -7,6 +7,7 @@ would add colours and a dependency.
 
 from __future__ import annotations
 
+import math
 import readline
 import sys
 from collections.abc import Callable, Iterator
@@ -56,6 +57,8 @@ def chat(
     """
     if url and flags:
         raise click.UsageError("flags go to a server that is started here; leave out --url, or the flags")
+    if temperature is not None and not math.isfinite(temperature):  # which JSON cannot say
+        raise click.UsageError(f"--temperature is {temperature}; it must be a finite number")
     with ExitStack() as stack:
         if url is None:
             (url, api_key), model = stack.enter_context(own_server(model, flags)), ""
