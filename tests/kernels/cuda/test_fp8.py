@@ -76,6 +76,19 @@ def test_layers_hand_over_rows_that_are_rounded(ops: Fp8Ops, is_in_blocks: bool)
     assert error(handed, apart) < (1e-6 if ops is REFERENCE else 5e-3)  # a tie may fall to either side
 
 
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+@pytest.mark.parametrize("group", [0, 128])
+def test_what_is_no_number_stays_none(bad: float, group: int) -> None:
+    x = torch.randn(3, 256, device=DEVICE)
+    x[1, 5] = bad
+    ones = torch.ones(256, device=DEVICE)
+    for ops in (REFERENCE, FP8_OPS):
+        made = ops.quantise(x, group), ops.rms_norm(x, ones, 1e-6, group), ops.silu_mul(torch.cat((x, x), 1), group)
+        for numbers, scales in made:
+            wide = numbers.float() * scales.repeat_interleave(group or 256, 1)
+            assert wide.isfinite().all(1).tolist() == [True, False, True]
+
+
 def test_rounding_keeps_three_bits_behind_the_first() -> None:
     x = torch.randn(4, 257, device=DEVICE)
     for group in (0, 128):

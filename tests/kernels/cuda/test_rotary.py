@@ -73,6 +73,21 @@ def test_the_cache_gets_the_rows_of_the_reference(
         assert (rows[0] != rows[1]).float().mean() < 0.01  # on the border between two numbers
 
 
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+@pytest.mark.parametrize("part", [1, 2])
+def test_what_is_no_number_stays_none_in_int8(bad: float, part: int) -> None:
+    """A key or a value; its row has a scale that is none."""
+    rows = torch.randn(3, 2, 1, 64, device=DEVICE)
+    rows[part, 1, 0, 3] = bad
+    shape = (1, 16, 1, attention.cache_row_size(64, torch.int8, "cuda"))
+    caches = [torch.zeros(shape, dtype=torch.int8, device=DEVICE) for _ in range(2)]
+    (q, k, v), (keys, values) = rows, caches
+    rope_write_kv(q, k, v, *tables(2, 64), keys, values, torch.arange(2, device=DEVICE))
+    scales = [cache[0, :2, 0, 64:68].contiguous().view(torch.float32).isfinite().flatten().tolist() for cache in caches]
+    assert scales[part - 1] == [True, False]
+    assert scales[2 - part] == [True, True]
+
+
 def test_a_row_of_zeros_stays_one_in_int8() -> None:
     cos, sin = tables(1, 32)
     q, k, v = torch.zeros(3, 1, 1, 32, device=DEVICE)

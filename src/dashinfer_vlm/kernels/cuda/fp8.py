@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from dashinfer_vlm.kernels.cuda.launch import INTERPRETED, check, launch, power_of_two
-from dashinfer_vlm.kernels.cuda.rows import normed, silu_times_up
+from dashinfer_vlm.kernels.cuda.rows import magnitudes, normed, silu_times_up
 
 __all__ = ["BLOCK", "block_product", "quantise", "rms_norm", "silu_mul"]
 
@@ -36,8 +36,10 @@ def _nearest(x):
 
 @triton.jit
 def _rounded(x, largest, TOP: tl.constexpr, CUTS: tl.constexpr):
-    """8-bit floats as float32, and their scale; `largest` is of x's shape, or of what broadcasts to it."""
-    scale = tl.maximum(largest, 1e-12) / TOP
+    """8-bit floats as float32, and their scale, which is NaN where one of them is: of the largest of `magnitudes`, of
+    x's shape or of what broadcasts to it."""
+    largest = largest.to(tl.float32, bitcast=True)
+    scale = tl.where(largest < 1e-12, 1e-12, largest) / TOP  # unlike a maximum, which is never NaN
     q = tl.minimum(tl.maximum(tl.div_rn(x, tl.zeros(x.shape, tl.float32) + scale), -TOP), TOP)
     if CUTS:
         q = _nearest(q)
@@ -54,7 +56,7 @@ def _quantise(
     column = group * WIDTH + i
     inside = (i < WIDTH) & (column < K)
     x = tl.load(x_rows + row * x_t + column, mask=inside, other=0.0).to(tl.float32)
-    q, scale = _rounded(x, tl.max(tl.abs(x), 0), TOP, CUTS)
+    q, scale = _rounded(x, tl.max(magnitudes(x), 0), TOP, CUTS)
     tl.store(out + row * o_t + column, q.to(out.dtype.element_ty), mask=inside)
     tl.store(scales + row * s_t + group, scale)
 
@@ -69,7 +71,7 @@ def _silu_mul(
     column = group * WIDTH + i
     inside = (i < WIDTH) & (column < K)
     x = silu_times_up(x_rows + row * x_t + column, K, inside)
-    q, scale = _rounded(x, tl.max(tl.abs(x), 0), TOP, CUTS)
+    q, scale = _rounded(x, tl.max(magnitudes(x), 0), TOP, CUTS)
     tl.store(out + row * o_t + column, q.to(out.dtype.element_ty), mask=inside)
     tl.store(scales + row * s_t + group, scale)
 
@@ -83,11 +85,11 @@ def _rms_norm(
     i = tl.arange(0, B)
     x = normed(x_rows + row * x_t + i, weight + i, eps, i < K, K)
     if WIDTH == K:
-        q, scale = _rounded(x, tl.max(tl.abs(x), 0), TOP, CUTS)
+        q, scale = _rounded(x, tl.max(magnitudes(x), 0), TOP, CUTS)
         tl.store(scales + row * s_t, scale)
     else:
         groups = tl.reshape(x, [B // WIDTH, WIDTH])
-        q, scale = _rounded(groups, tl.max(tl.abs(groups), 1, keep_dims=True), TOP, CUTS)
+        q, scale = _rounded(groups, tl.max(magnitudes(groups), 1, keep_dims=True), TOP, CUTS)
         q = tl.reshape(q, [B])
         group = tl.arange(0, B // WIDTH)[:, None]
         tl.store(scales + row * s_t + group, scale, mask=group * WIDTH < K)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from dashinfer_vlm.kernels.cuda.hadamard import hadamard_blocks
 from dashinfer_vlm.kernels.cuda.launch import check, compute_type, launch, power_of_two, starts_early, wait_for_last
-from dashinfer_vlm.kernels.cuda.rows import scaled
+from dashinfer_vlm.kernels.cuda.rows import magnitudes, scaled
 from dashinfer_vlm.kernels.head_norms import HeadNorms
 
 __all__ = ["check_tables", "mrope_cos_sin", "rope", "rope_write_kv", "rotated"]
@@ -76,7 +76,7 @@ def _write(cache, low, high, head, N: tl.constexpr, D: tl.constexpr, c_h, BD: tl
     inside = (head < N)[:, None] & (i < half)[None, :]
     place = cache + head[:, None] * c_h + i[None, :]
     if INT8:
-        largest = tl.maximum(tl.max(tl.abs(low), 1), tl.max(tl.abs(high), 1))
+        largest = tl.max(tl.maximum(magnitudes(low), magnitudes(high)), 1).to(tl.float32, bitcast=True)
         inverse = tl.where(largest > 1e-30, tl.div_rn(127.0, tl.where(largest > 1e-30, largest, 1.0)), 0.0)
         low = _nearest(low * inverse[:, None])
         high = _nearest(high * inverse[:, None])

@@ -13,6 +13,7 @@ __all__ = [
     "add_to_rows",
     "embed",
     "layer_norm",
+    "magnitudes",
     "norm_scale",
     "norm_times",
     "normed",
@@ -23,6 +24,13 @@ __all__ = [
     "silu_times",
     "silu_times_up",
 ]
+
+
+@triton.jit
+def magnitudes(x):
+    """|x| of float32 as the whole numbers of its bits, whose order is the same, with NaN above all: a largest of floats
+    passes over NaN."""
+    return x.to(tl.int32, bitcast=True) & 0x7FFFFFFF
 
 
 @triton.jit
