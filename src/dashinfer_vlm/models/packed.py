@@ -1,6 +1,6 @@
 """Checkpoints of few bits, whose integers lie packed in int32: AWQ, GPTQ and `compressed-tensors`.
 
-They are read as floats of the scales' type, w = (q - zero) * scale with the product in float32. Where a matrix [N, K]
+They are read as floats of the scales' type, w = (q - zero) * scale, rounded once. Where a matrix [N, K]
 has what, g being groups of columns (or one of all) and n the numbers in a word:
 
 | layout | numbers | zeros | scales | a word holds |

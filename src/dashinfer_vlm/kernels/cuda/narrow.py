@@ -1,8 +1,8 @@
 """A row times a weight of 8 or 4 bits or of 8-bit floats, by plain sums, as `gemv` does it for 16 bits.
 
-Reading a weight takes so little time here that making numbers of its bits would take longer: a card converts integers
-at a quarter of the speed at which it multiplies. So bits are put where the digits of a float are, behind an exponent
-that makes them whole numbers, and what was added by that is taken away again; both are exact.
+Reading a weight takes so little time here that making numbers of its bits counts, and instructions that convert are
+slower than others. So bits are put where the digits of a float are, behind an exponent that makes them whole numbers,
+and what was added by that is taken away again; both are exact.
 """
 
 from __future__ import annotations
