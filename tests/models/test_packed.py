@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -25,9 +25,10 @@ from dashinfer_vlm.models.loading import load_model
 from dashinfer_vlm.models.packed import StoredIntegers
 from dashinfer_vlm.models.weights import Weights
 from tests.conftest import CheckpointMaker
+from tests.models import stored_pairs
 from tests.models.driving import Driver, prompt
+from tests.models.stored_pairs import Tensors
 
-Tensors = dict[str, Tensor]
 Write = Callable[[Tensor], tuple[Tensors, Tensor]]
 """A weight [N, K] as the tensors `X` + name of a checkpoint, and the numbers that they stand for."""
 
@@ -93,16 +94,20 @@ def gptq(bits: int, less: int = 1, *, shuffled: bool = False) -> Write:
     return write
 
 
+def by_library(state: Tensors, **weights: Any) -> tuple[Tensors, Tensor]:
+    """What compressed-tensors itself writes of a weight and its scales, and reads of that."""
+    if sys.version_info < (3, 11) or tuple(map(int, torch.__version__.split(".")[:2])) < (2, 10):
+        pytest.skip("compressed-tensors needs Python 3.11 and torch 2.10")
+    from compressed_tensors.compressors.pack_quantized.base import PackedQuantizationCompressor
+    from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
+
+    scheme = QuantizationScheme(targets=["Linear"], weights=QuantizationArgs(type="int", **weights))
+    packed = PackedQuantizationCompressor.compress(state, scheme)
+    return packed, PackedQuantizationCompressor.decompress(packed, scheme)["weight"]
+
+
 def compressed(bits: int, *, symmetric: bool) -> Write:
-    """By the library itself."""
-
     def write(weight: Tensor) -> tuple[Tensors, Tensor]:
-        pytest.importorskip("compressed_tensors", reason="its library needs Python 3.11")
-        from compressed_tensors.compressors.pack_quantized.base import PackedQuantizationCompressor
-        from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
-
-        weights = QuantizationArgs(num_bits=bits, type="int", symmetric=symmetric, strategy="group", group_size=GROUP)
-        scheme = QuantizationScheme(targets=["Linear"], weights=weights)
         middle = 2 ** (bits - 1)
         _, zeros, scales, _ = in_groups(weight, bits)
         if symmetric:
@@ -110,8 +115,7 @@ def compressed(bits: int, *, symmetric: bool) -> Write:
         state = {"weight": weight.half(), "weight_scale": scales}
         if not symmetric:
             state["weight_zero_point"] = (zeros - middle).to(torch.int8)
-        packed = PackedQuantizationCompressor.compress(state, scheme)
-        wide = PackedQuantizationCompressor.decompress(packed, scheme)["weight"]
+        packed, wide = by_library(state, num_bits=bits, symmetric=symmetric, strategy="group", group_size=GROUP)
         return {f".{name}": tensor for name, tensor in packed.items()}, wide
 
     return write
@@ -155,28 +159,15 @@ FORMATS: dict[str, tuple[dict[str, Any], Write]] = {
 
 
 def write_pair(origin: Path, to: Path, settings: dict[str, Any], write: Write) -> tuple[Path, Path]:
-    """Two folders: stored in few bits, and the same numbers written out in 16."""
-    folders = to / "stored", to / "written"
-    for folder in folders:
-        folder.mkdir()
-        for path in origin.glob("*.json"):
-            shutil.copy(path, folder)
-    config = json.loads((origin / "config.json").read_text())
-    (folders[0] / "config.json").write_text(json.dumps(config | {"quantization_config": settings}))
-    stored: Tensors = {}
-    written: Tensors = {}
-    for name, tensor in load_file(origin / "model.safetensors").items():
-        if name.endswith("_proj.weight") and "visual" not in name:
-            base = name.removesuffix(".weight")
-            tensors, written[name] = write(tensor)
-            stored |= {base + suffix: x.contiguous() for suffix, x in tensors.items()}
-            if settings["quant_method"] == "gptq" and "mlp" in name:
-                stored[f"{base}.bias"] = torch.zeros(len(tensor), dtype=torch.float16)
-        else:
-            stored[name] = written[name] = tensor
-    save_file(stored, folders[0] / "model.safetensors")
-    save_file(written, folders[1] / "model.safetensors")
-    return folders
+    """`stored_pairs.write_pair`, with the biases of zeros that GPTQ writes for layers that have none."""
+
+    def named(base: str, weight: Tensor) -> tuple[Tensors, Tensor]:
+        tensors, whole = write(weight)
+        if settings["quant_method"] == "gptq" and "mlp" in base:
+            tensors[".bias"] = torch.zeros(len(weight), dtype=torch.float16)
+        return {base + suffix: x for suffix, x in tensors.items()}, whole
+
+    return stored_pairs.write_pair(origin, to, settings, named)
 
 
 def logits(folder: Path, **options: Any) -> Tensor:
@@ -255,20 +246,15 @@ def test_zeros_that_borrowed_from_their_neighbours(bits: int) -> None:
 @pytest.mark.parametrize("group", [12, None])
 def test_rows_whose_last_word_is_not_full(group: int | None, tmp_path: Path) -> None:
     """Such as the 3,420 columns of a matrix of Qwen2.5-VL's ViT."""
-    base = pytest.importorskip("compressed_tensors.compressors.pack_quantized.base")
-    from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
-
     strategy = "channel" if group is None else "group"
-    args = QuantizationArgs(num_bits=4, type="int", symmetric=True, strategy=strategy, group_size=group)
     weight = torch.randn(6, columns := 60)
     scales = weight.view(6, -1, group or columns).abs().amax(2) / 8
     state = {"weight": weight, "weight_scale": scales}
-    packed = base.PackedQuantizationCompressor.compress(state, QuantizationScheme(targets=["Linear"], weights=args))
+    packed, whole = by_library(state, num_bits=4, symmetric=True, strategy=strategy, group_size=group)
     save_file({f"x.{name}": tensor for name, tensor in packed.items()}, tmp_path / "model.safetensors")
     stored = StoredIntegers("compressed", 4, group or 0, has_zeros=False)
     weights = Weights(tmp_path, Names(parts={"text": ("x.",)}), stored)
-    whole = base.PackedQuantizationCompressor.decompress(packed, QuantizationScheme(targets=["Linear"], weights=args))
-    assert torch.equal(weights.take("x.weight", 6, columns), whole["weight"])
+    assert torch.equal(weights.take("x.weight", 6, columns), whole)
 
 
 @pytest.mark.parametrize("arch", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl"])
@@ -300,12 +286,7 @@ def test_a_model_that_sees_is_read_too(checkpoint: CheckpointMaker, tmp_path: Pa
 def test_what_is_not_read_is_named(
     checkpoint: CheckpointMaker, tmp_path: Path, settings: dict[str, Any], message: str
 ) -> None:
-    for path in checkpoint("qwen3").glob("*.json"):
-        shutil.copy(path, tmp_path)
-    config = json.loads((tmp_path / "config.json").read_text())
-    (tmp_path / "config.json").write_text(json.dumps(config | {"quantization_config": settings}))
-    with pytest.raises(CheckpointError, match=message):
-        read_config(tmp_path)
+    stored_pairs.assert_refused(checkpoint("qwen3"), tmp_path, settings, message)
 
 
 def test_layers_that_a_rule_leaves_whole_are_no_other_kind(checkpoint: CheckpointMaker, tmp_path: Path) -> None:

@@ -4,7 +4,6 @@ off."""
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,18 +16,19 @@ from dashinfer_vlm.config import EngineConfig
 from dashinfer_vlm.errors import CheckpointError
 from dashinfer_vlm.kernels import cpu_ops
 from dashinfer_vlm.layers import fp8
-from dashinfer_vlm.layers.backend import REFERENCE, Backend, float_linears
+from dashinfer_vlm.layers.backend import Backend, float_linears
 from dashinfer_vlm.layers.linear import TorchLinear
+from dashinfer_vlm.layers.ops import REFERENCE
 from dashinfer_vlm.models import loading
 from dashinfer_vlm.models.config import read_config
 from dashinfer_vlm.models.loading import load_model
 from dashinfer_vlm.models.stored import StoredFloats
 from dashinfer_vlm.models.weights import Weights
 from tests.conftest import CheckpointMaker
-from tests.models import driving
+from tests.models import driving, stored_pairs
 from tests.models.driving import Driver, prompt
+from tests.models.stored_pairs import Tensors
 
-Tensors = dict[str, torch.Tensor]
 Write = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
 """A weight as 8-bit floats, their scales, and the numbers that both stand for."""
 
@@ -73,31 +73,14 @@ def whole(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tenso
     return stored, scale, (stored.float() * scale).to(torch.bfloat16)
 
 
-def is_quantised(name: str) -> bool:
-    """What published checkpoints quantise: the text model's linear layers, not its head and not the ViT."""
-    return name.endswith("_proj.weight") and "visual" not in name
-
-
 def write_pair(origin: Path, to: Path, settings: dict[str, Any], suffix: str, write: Write) -> tuple[Path, Path]:
-    """Two folders: stored in 8 bits, and the same numbers written out in 16."""
-    folders = to / "stored", to / "written"
-    for folder in folders:
-        folder.mkdir()
-        for path in origin.glob("*.json"):
-            shutil.copy(path, folder)
-    config = json.loads((origin / "config.json").read_text())
-    (folders[0] / "config.json").write_text(json.dumps(config | {"quantization_config": settings}))
-    stored: Tensors = {}
-    written: Tensors = {}
-    for name, tensor in load_file(origin / "model.safetensors").items():
-        stored[name] = written[name] = tensor
-        if is_quantised(name):
-            stored[name], scale, written[name] = write(tensor.float())
-            stored[name.removesuffix(".weight") + suffix] = scale
-            stored[name.removesuffix(".weight") + ".input_scale"] = torch.ones(1)
-    save_file(stored, folders[0] / "model.safetensors")
-    save_file(written, folders[1] / "model.safetensors")
-    return folders
+    """`stored_pairs.write_pair` with scales called X + suffix, and one of activations beside them."""
+
+    def named(base: str, weight: torch.Tensor) -> tuple[Tensors, torch.Tensor]:
+        numbers, scale, whole = write(weight.float())
+        return {f"{base}.weight": numbers, base + suffix: scale, f"{base}.input_scale": torch.ones(1)}, whole
+
+    return stored_pairs.write_pair(origin, to, settings, named)
 
 
 def logits(folder: Path, **options: Any) -> torch.Tensor:
@@ -226,12 +209,7 @@ def test_cut_off_blocks_have_their_own_scales(shape: tuple[int, int]) -> None:
 def test_what_is_not_read_is_named(
     checkpoint: CheckpointMaker, tmp_path: Path, settings: dict[str, Any], message: str
 ) -> None:
-    for path in checkpoint("qwen3").glob("*.json"):
-        shutil.copy(path, tmp_path)
-    config = json.loads((tmp_path / "config.json").read_text())
-    (tmp_path / "config.json").write_text(json.dumps(config | {"quantization_config": settings}))
-    with pytest.raises(CheckpointError, match=message):
-        read_config(tmp_path)
+    stored_pairs.assert_refused(checkpoint("qwen3"), tmp_path, settings, message)
 
 
 def test_scales_of_another_shape_and_missing_ones_are_named(checkpoint: CheckpointMaker, tmp_path: Path) -> None:

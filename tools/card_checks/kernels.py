@@ -16,7 +16,7 @@ from card_checks.results import Check, Setting, error
 from card_checks.rows import Row
 from dashinfer_vlm.kernels.grouped import GroupedWeight
 from dashinfer_vlm.layers import activation, attention, fp8, grouped, norm, rotary
-from dashinfer_vlm.layers.backend import REFERENCE, Ops
+from dashinfer_vlm.layers.ops import REFERENCE, Ops
 
 BLOCK_SIZE = 16
 BFLOAT16_ERROR = 1e-2

@@ -19,8 +19,9 @@ from dashinfer_vlm.engine.engine import Engine
 from dashinfer_vlm.engine.runner import Runner
 from dashinfer_vlm.kernels.cpu_ops import PackedWeight
 from dashinfer_vlm.layers.activation import Epilogue
-from dashinfer_vlm.layers.backend import Backend, LinearFactory, Ops
+from dashinfer_vlm.layers.backend import Backend, LinearFactory
 from dashinfer_vlm.layers.linear import Linear, Matrix
+from dashinfer_vlm.layers.ops import Ops
 from dashinfer_vlm.layers.patches import Patches
 from dashinfer_vlm.models import loading
 from dashinfer_vlm.models.base import KVCache, Model

@@ -14,10 +14,10 @@ from dashinfer_vlm.kernels.cuda import decode, fp8, gemv, narrow, paged, rotary,
 from dashinfer_vlm.kernels.cuda.patches import embed_patches, two_halves
 from dashinfer_vlm.kernels.grouped import GroupedWeight
 from dashinfer_vlm.layers.activation import EPILOGUES, Epilogue
-from dashinfer_vlm.layers.backend import Ops
 from dashinfer_vlm.layers.fp8 import Fp8Ops
 from dashinfer_vlm.layers.grouped import GroupedOps
 from dashinfer_vlm.layers.linear import Linear, RowToNorm
+from dashinfer_vlm.layers.ops import Ops
 
 __all__ = ["FP8_OPS", "OPS", "CudaHead", "CudaLinear", "CudaPatches", "grouped_ops", "multiplies_into_float32"]
 

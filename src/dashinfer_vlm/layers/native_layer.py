@@ -6,8 +6,9 @@ from torch import Tensor
 
 from dashinfer_vlm.kernels.decoder_layer import DecoderLayer
 from dashinfer_vlm.kernels.head_norms import HeadNorms
-from dashinfer_vlm.layers.backend import NATIVE, Backend
+from dashinfer_vlm.layers.backend import Backend
 from dashinfer_vlm.layers.linear import Linear, NativeLinear
+from dashinfer_vlm.layers.ops import NATIVE
 
 __all__ = ["native_layer"]
 

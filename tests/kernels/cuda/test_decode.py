@@ -15,7 +15,7 @@ pytest.importorskip("triton")
 from dashinfer_vlm.kernels.cuda.decode import rope_and_attend
 from dashinfer_vlm.kernels.head_norms import HeadNorms
 from dashinfer_vlm.layers import attention
-from dashinfer_vlm.layers.backend import REFERENCE
+from dashinfer_vlm.layers.ops import REFERENCE
 from tests.kernels.cuda.numbers import DEVICE, TYPES, allowed, error
 
 BLOCK_SIZE = 16

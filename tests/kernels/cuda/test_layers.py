@@ -16,9 +16,10 @@ triton = pytest.importorskip("triton")
 
 from dashinfer_vlm.kernels import cuda
 from dashinfer_vlm.layers.activation import EPILOGUES, Epilogue
-from dashinfer_vlm.layers.backend import REFERENCE, choose_backend
+from dashinfer_vlm.layers.backend import choose_backend
 from dashinfer_vlm.layers.cuda import OPS, CudaHead, CudaLinear, CudaPatches
 from dashinfer_vlm.layers.linear import Matrix, TorchLinear
+from dashinfer_vlm.layers.ops import REFERENCE
 from dashinfer_vlm.layers.patches import TorchPatches
 from tests.kernels.cuda.numbers import DEVICE, error
 

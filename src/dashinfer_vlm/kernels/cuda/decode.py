@@ -102,7 +102,7 @@ def rope_and_attend(
     norms: HeadNorms | None = None,
     splits: int | None = None,
 ) -> Tensor:
-    """`layers.backend.Ops.attend`: [T, H, D] of q's dtype. Waits for nothing and reads nothing back.
+    """`layers.ops.Ops.attend`: [T, H, D] of q's dtype. Waits for nothing and reads nothing back.
 
     Where T equals the number of sequences, each may own one row at most, and all is one launch; not over a cache of
     int8, nor with heads of other sizes than 32, 64 and 128. Rows that no sequence owns, and their slots, are then

@@ -22,7 +22,7 @@ from dashinfer_vlm.kernels.cuda.launch import (
 )
 from dashinfer_vlm.kernels.cuda.rows import norm_times, silu_times
 
-__all__ = ["MOST_NORMED", "columns_of", "product"]
+__all__ = ["MOST_NORMED", "columns_of", "product", "result_row"]
 
 MOST_NORMED = 8192
 """Columns of a row that a program holds as a whole, and whose norm it can take."""
@@ -110,9 +110,7 @@ def product(
     size = size // 2 if silu_mul else size
     check(gains is None or (depth <= MOST_NORMED and gains.shape == (depth,)), "too long for a norm", x)
     check(bias is None or bias.shape == weight.shape[:1], "a bias must be as long as the weight has rows", weight)
-    out = torch.empty(1, size, dtype=x.dtype, device=x.device) if out is None else out
-    for y in (out,) if residual is None else (out, residual):
-        check(y.shape == (1, size) and y.stride(1) == 1, "residual and result must be one dense row", y, weight)
+    out = result_row(out, residual, size, x.dtype, x.device)
     tile, early = tile_for(size, depth), starts_early(x)
     launch(
         _row_times, (-(-size // tile.rows),), x, x if gains is None else gains, weight, x if bias is None else bias,
@@ -120,6 +118,16 @@ def product(
         -(-depth // tile.columns), gains is not None, silu_mul, bias is not None, residual is not None, early,
         num_warps=tile.warps, early=early,
     )  # fmt: skip
+    return out
+
+
+def result_row(
+    out: Tensor | None, residual: Tensor | None, size: int, dtype: torch.dtype, device: torch.device
+) -> Tensor:
+    """`out` or new memory [1, size]. Raises ValueError unless it and `residual` are one dense row of that size."""
+    out = torch.empty(1, size, dtype=dtype, device=device) if out is None else out
+    for y in (out,) if residual is None else (out, residual):
+        check(y.shape == (1, size) and y.stride(1) == 1, f"residual and result must be one dense row of {size}", y)
     return out
 
 

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dashinfer_vlm.kernels.cuda.gemv import MOST_NORMED, columns_of
+from dashinfer_vlm.kernels.cuda.gemv import MOST_NORMED, columns_of, result_row
 from dashinfer_vlm.kernels.cuda.launch import (
     INTERPRETED,
     Tile,
@@ -199,9 +199,7 @@ def of_groups(
     check(gains is None or (depth <= MOST_NORMED and gains.shape == (depth,)), "too long for a norm", x)
     check(bias is None or bias.shape == (num_rows,), "a bias must be as long as the weight has rows", weight.numbers)
     check(weight.numbers.is_contiguous(), "numbers must be dense", weight.numbers)
-    out = torch.empty(1, size, dtype=dtype or x.dtype, device=x.device) if out is None else out
-    for y in (out,) if residual is None else (out, residual):
-        check(y.shape == (1, size) and y.stride(1) == 1, "residual and result must be one dense row", y)
+    out = result_row(out, residual, size, dtype or x.dtype, x.device)
     words = weight.numbers.view(torch.int32)
     tile, early = grouped_tile(num_rows, depth, weight.bits, is_gated=silu_mul), starts_early(x)
     launch(
@@ -233,9 +231,7 @@ def of_floats(
     fits = weight_scales.shape == blocks and scales.shape == (1, blocks[1]) if in_blocks else scales.shape == (1, 1)
     check(fits, "scales must be those of rows or of blocks", scales, weight_scales)
     check(bias is None or bias.shape == (size,), "a bias must be as long as the weight has rows", weight)
-    out = torch.empty(1, size, dtype=dtype, device=x.device) if out is None else out
-    for y in (out,) if residual is None else (out, residual):
-        check(y.shape == (1, size) and y.stride(1) == 1, "residual and result must be one dense row", y)
+    out = result_row(out, residual, size, dtype, x.device)
     tile, early = float_tile(depth), starts_early(x)
     launch(
         _floats, (-(-size // tile.rows),), x, scales, weight, weight_scales, out if bias is None else bias,

@@ -1,0 +1,85 @@
+"""The functions of the layers that have more than one implementation, by who computes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from dashinfer_vlm.kernels import cpu_ops
+from dashinfer_vlm.kernels.head_norms import HeadNorms
+from dashinfer_vlm.layers import attention, norm, rotary
+from dashinfer_vlm.layers.embed import embed
+
+__all__ = ["NATIVE", "NATIVE_BFLOAT16", "REFERENCE", "Ops"]
+
+
+@dataclass(frozen=True, slots=True)
+class Ops:
+    """The functions of the layers that have more than one implementation; signatures are those of the reference."""
+
+    embed: Callable[[Tensor, Tensor, torch.dtype, Tensor | None, Tensor | None], Tensor]
+    rms_norm: Callable[[Tensor, Tensor, float], Tensor]
+    layer_norm: Callable[[Tensor, Tensor, Tensor, float], Tensor]
+    mrope_cos_sin: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
+    rope: Callable[[Tensor, Tensor, Tensor], None]
+    rope_write_kv: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], None]
+    paged_attention: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, float], Tensor]
+    varlen_attention: Callable[[Tensor, Tensor, Tensor, Tensor, float, int, Tensor | None], Tensor]
+    rope_and_attend: Callable[..., Tensor] | None = None
+    """`attend`, where that is more than one after the other."""
+
+    def attend(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        k_cache: Tensor,
+        v_cache: Tensor,
+        slots: Tensor,
+        block_tables: Tensor,
+        query_starts: Tensor,
+        context_lens: Tensor,
+        scale: float,
+        norms: HeadNorms | None = None,
+    ) -> Tensor:
+        """`norms`, `rope_write_kv`, then `paged_attention`, whose result it is; q, k and v may be overwritten."""
+        where = (block_tables, query_starts, context_lens, scale)
+        if self.rope_and_attend is not None:
+            return self.rope_and_attend(q, k, v, cos, sin, k_cache, v_cache, slots, *where, norms)
+        if norms is not None:
+            of_heads = ((q, norms.queries), (k, norms.keys))
+            q, k = (self.rms_norm(x.flatten(0, 1), gains, norms.eps).view(x.shape) for x, gains in of_heads)
+        self.rope_write_kv(q, k, v, cos, sin, k_cache, v_cache, slots)
+        return self.paged_attention(q, k_cache, v_cache, *where)
+
+
+REFERENCE = Ops(
+    embed=embed,
+    rms_norm=norm.rms_norm,
+    layer_norm=norm.layer_norm,
+    mrope_cos_sin=rotary.mrope_cos_sin,
+    rope=rotary.rope,
+    rope_write_kv=attention.rope_write_kv,
+    paged_attention=attention.paged_attention,
+    varlen_attention=attention.varlen_attention,
+)
+
+NATIVE = Ops(
+    embed=embed,
+    rms_norm=cpu_ops.rms_norm,
+    layer_norm=cpu_ops.layer_norm,
+    mrope_cos_sin=rotary.mrope_cos_sin,
+    rope=cpu_ops.rope,
+    rope_write_kv=cpu_ops.rope_write_kv,
+    paged_attention=cpu_ops.paged_attention,
+    varlen_attention=cpu_ops.varlen_attention,
+)
+
+NATIVE_BFLOAT16 = replace(NATIVE, varlen_attention=partial(cpu_ops.varlen_attention, bfloat16=True))
+"""For models whose weights are bfloat16."""
