@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import defaultdict
 
 __all__ = ["raw_descriptors"]
 
@@ -11,26 +12,36 @@ _NUMBER = re.compile(r"-?(?:0x[0-9a-f]+|\d+)")
 _REGISTER = re.compile(r"UR(\d+)")
 _START = "0x400"
 """Of a program's shared memory in its window, behind what the system keeps."""
-_UNKNOWN, _RAW, _CUT = "unknown", "raw", "cut"
+_UNKNOWN, _RAW, _CUT, _UNWRITTEN = "unknown", "raw", "cut", "unwritten"
 _CUTTING = ("USHF", "USGXT", "ULOP3", "UBFE", "UPRMT")
 _ADDING = ("UIADD3", "ULEA", "USEL", "UIMAD")
+_Held = defaultdict[str, frozenset[str]]
+"""What may be in uniform registers."""
 
 
 def raw_descriptors(code: str) -> list[str]:
-    """Products of warp groups whose descriptor holds the address of shared memory as it is; where one is, the kernel
-    multiplies what lies elsewhere, or faults.
+    """Products of warp groups whose descriptor holds the address of shared memory as it is, or comes of a register that
+    nothing has written; where one is, the kernel multiplies what lies elsewhere, or faults.
 
     A descriptor holds an address without its last four bits. ptxas 12.8, which triton 3.6 and 3.7 bring along, forgets
-    to cut them off for some products behind an `if` (seen on an H200, docs/log.md). `code` is what cuobjdump prints;
-    uniform registers are followed in the order of the listing, whatever jumps there are.
+    to cut them off for some products behind an `if`, and forgets the address where descriptors of two layouts share it
+    (docs/log.md). `code` is what cuobjdump prints; uniform registers are followed in the order of the listing and along
+    jumps forward.
     """
-    held: dict[str, frozenset[str]] = {}
+    held: _Held = defaultdict(lambda: frozenset({_UNWRITTEN}))
+    jumped: defaultdict[int, list[_Held]] = defaultdict(list)
+    """What is held by those who jump, by where to."""
     found = []
     for place, operation, operands in _INSTRUCTION.findall(code):
+        for before in jumped.pop(int(place, 16), []):
+            for name in held.keys() | before.keys():
+                held[name] |= before[name]
         words = [word.strip().removesuffix(".reuse") for word in operands.split(",")]
         if operation.startswith(("HGMMA", "QGMMA")):
-            if any(_RAW in held.get(name, ()) for name in _descriptor_registers(words, operands)):
+            if any(held[name] & {_RAW, _UNWRITTEN} for name in _descriptor_registers(words, operands)):
                 found.append(f"{place}: {operation} {operands}")
+        elif operation.startswith("BRA"):
+            jumped[int(words[-1], 16)].append(held.copy())
         elif _REGISTER.fullmatch(words[0]):
             _follow(operation, words, held)
     return found
@@ -45,13 +56,14 @@ def _descriptor_registers(words: list[str], operands: str) -> list[str]:
     return [f"UR{int(first[1]) + i}" for i in (range(4) if both else (2, 3))]
 
 
-def _follow(operation: str, words: list[str], held: dict[str, frozenset[str]]) -> None:
+def _follow(operation: str, words: list[str], held: _Held) -> None:
     """What the instruction leaves in its uniform register, or its pair of them."""
 
     def value(word: str) -> frozenset[str]:
         if word in ("URZ", "RZ") or _NUMBER.fullmatch(word):
             return frozenset()
-        return held.get(word, frozenset({_UNKNOWN}))
+        word = word.removeprefix("-")
+        return held[word] if _REGISTER.fullmatch(word) else frozenset({_UNKNOWN})
 
     target, base = words[0], operation.split(".")[0]
     sources = [word for word in words[1:] if not word.startswith(("UP", "!UP"))]

@@ -26,6 +26,11 @@ WRONG = """
         /*0330*/                   UMOV UR7, UR5 ;
         /*0340*/                   HGMMA.64x16x16.F32.BF16 R88, R28, gdesc[UR4].tnspB, R88 ;
 """
+FORGOTTEN = """
+        /*0300*/                   UIADD3 UR34, UP0, UR34, 0x20, URZ ;
+        /*0310*/                   UIADD3.X UR35, UR35, -0x3ffffff0, URZ, UP0, !UPT ;
+        /*0320*/                   HGMMA.64x16x16.F32.BF16 R88, R28, gdesc[UR32].tnspB, R88 ;
+"""
 BOTH_SHARED = """
         /*0400*/                   UIADD3 UR8, UR12, 0x8000, URZ ;
         /*0410*/                   HGMMA.64x64x16.F32.BF16 R24, gdesc[UR8], RZ, !UPT ;
@@ -36,8 +41,8 @@ def test_descriptors_of_cut_addresses_are_right() -> None:
     assert raw_descriptors(BASE + RIGHT) == []
 
 
-@pytest.mark.parametrize("code", [WRONG, BOTH_SHARED])
-def test_a_descriptor_of_an_address_as_it_is_is_found(code: str) -> None:
+@pytest.mark.parametrize("code", [WRONG, BOTH_SHARED, FORGOTTEN])
+def test_a_descriptor_of_an_address_as_it_is_or_of_none_is_found(code: str) -> None:
     (found,) = raw_descriptors(BASE + RIGHT + code)
     assert "HGMMA" in found
 
@@ -46,3 +51,9 @@ def test_the_first_pair_of_a_factor_in_registers_is_nobodys() -> None:
     """Whatever it holds: the product reads the second pair."""
     moved = RIGHT.replace("/*0230*/", "/*0228*/                   UMOV UR4, UR12 ;\n        /*0230*/")
     assert raw_descriptors(BASE + moved) == []
+
+
+@pytest.mark.parametrize(("target", "wrong"), [("0x200", 0), ("0x230", 2)])
+def test_a_jump_past_the_address_brings_none_along(target: str, wrong: int) -> None:
+    jump = f"        /*0130*/               @P2 BRA {target} ;\n"
+    assert len(raw_descriptors(BASE + jump + RIGHT)) == wrong

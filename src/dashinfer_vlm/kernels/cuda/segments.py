@@ -185,7 +185,9 @@ def varlen_attention(
 def tile_for(dtype: torch.dtype, dim: int, *, is_short: bool) -> Tile:
     """`is_short` for windows, whose segments are shorter than a tall tile. With 128 registers two programs share a
     multiprocessor, and one multiplies while the other does its softmax: the fastest on an H200 for heads of 80
-    (docs/log.md). What does not fit then is kept elsewhere before and after the loop over keys, not within it."""
+    (docs/log.md). What does not fit then is kept elsewhere before and after the loop over keys, not within it.
+
+    In 16 bits never one stage: values then take the place of keys, whose address ptxas 12.8 forgets (docs/log.md)."""
     if dtype == torch.float32:
         return Tile(32, 32, 4, 1)
     if is_short:
