@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate
+from itertools import product as each
 
 import torch
 from torch import Tensor
@@ -86,6 +87,7 @@ def cases(setting: Setting, dtype: torch.dtype, *, small: bool) -> Iterator[Case
     for count, context in ((3, 70),) if small else ((1, 1024), (64, 1024)):
         yield decode_alone(setting, dtype, f"decode with its rotation, {count} of {context}", heads, [context] * count)
     yield from _single(setting, dtype, small=small)
+    yield from _some(setting, dtype, small=small)
     if small:
         yield attention_of_pictures(setting, dtype, "frames", [37, 1, 64, 5], 2, 80)
         yield attention_of_pictures(setting, dtype, "heads of 72", [30, 9], 2, 72)
@@ -147,6 +149,32 @@ def _narrow(
         numbers.nbytes,
         bar=1.6,
     )
+
+
+def _some(setting: Setting, dtype: torch.dtype, *, small: bool) -> Iterator[Case]:
+    """Few rows, in every layout of the weight, with what rides in their product; columns shared where rows are few."""
+    from dashinfer_vlm.kernels.cuda import skinny  # triton reads the environment when it is imported
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(*shape, device=setting.device).to(dtype) / shape[-1] ** 0.5
+
+    counts, layers = (
+        ((3, 37), (("MLP", 136, 264), ("down", 72, 1032))) if small else ((8, 64), (("down", 3584, 18944),))
+    )
+    for (name, size, depth), count in each(layers, counts):
+        x, weight, bias, is_gated = random(count, depth), random(size, depth), random(size), name == "MLP"
+        residual = random(count, size // 2 if is_gated else size)
+        for bits in (16, 8, 4):
+            few = weight if bits == 16 else grouped.rounded(weight, bits)
+
+            def want(few=few, x=x, bias=bias, residual=residual, is_gated=is_gated) -> Tensor:
+                wide = few.double() if isinstance(few, Tensor) else grouped.expand(few, torch.float64)
+                y = F.linear(x.double(), wide, bias.double())
+                return (activation.silu_mul(y) if is_gated else y) + residual.double()
+
+            run = partial(skinny.product, x, few, bias, silu_mul=is_gated, residual=residual)
+            moved = few.nbytes if isinstance(few, Tensor) else few.numbers.nbytes + few.scales.nbytes
+            yield Case(f"{count} rows of {name} in {bits} bits", run, want, moved, bar=1.3)
 
 
 def _floats(setting: Setting, dtype: torch.dtype, *, small: bool) -> Iterator[Case]:

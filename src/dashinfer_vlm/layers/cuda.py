@@ -37,17 +37,22 @@ _EPILOGUES = {**EPILOGUES, "silu_mul": rows.silu_mul, "quick_gelu": rows.quick_g
 """One launch each: torch's GELU is one already."""
 
 
+_RIDING: tuple[Epilogue, ...] = ("none", "silu_mul")
+"""Those that ride in products of a row and of few."""
+
 FP8_OPS = Fp8Ops(fp8.quantise, fp8.block_product, fp8.rms_norm, fp8.silu_mul, _EPILOGUES, narrow.of_floats)
 
 
 class CudaLinear:
-    """A weight [N, K] of the activations' dtype. A row by itself is one launch, with all that surrounds the product; of
-    several, the residual rides in cuBLAS's product, and the epilogue is one launch."""
+    """A weight [N, K] of the activations' dtype. A row by itself is one launch, with all that surrounds the product;
+    few rows are one with all that comes after it. Of many, the residual rides in cuBLAS's product, and the epilogue is
+    one launch."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None, epilogue: Epilogue) -> None:
         self.weight = weight
         self.bias = bias
         self.epilogue = epilogue
+        self.most_few = skinny.MOST_WHOLE_ROWS if epilogue in _RIDING and skinny.takes(weight) else 1
 
     def normed(self, x: Tensor, weight: Tensor, eps: float) -> Tensor | RowToNorm:
         """See `layers.linear.NormingLinear`."""
@@ -58,8 +63,11 @@ class CudaLinear:
     def __call__(self, x: Tensor | RowToNorm, *, residual: Tensor | None = None, out: Tensor | None = None) -> Tensor:
         if isinstance(x, RowToNorm):
             return self._row_times(x.x, residual, out, x.weight, x.eps)
-        if len(x) == 1 and self.epilogue in ("none", "silu_mul"):
+        if len(x) == 1 and self.epilogue in _RIDING:
             return self._row_times(x, residual, out)
+        if 1 < len(x) <= self.most_few:
+            is_gated = self.epilogue == "silu_mul"
+            return skinny.product(x, self.weight, self.bias, silu_mul=is_gated, residual=residual, out=out)
         if self.epilogue == "none":
             return self._product(x, residual, out)
         y = _EPILOGUES[self.epilogue](F.linear(x, self.weight, self.bias))

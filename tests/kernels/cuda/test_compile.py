@@ -23,7 +23,7 @@ SHARED = 227 << 10
 """Bytes that one program can have; a multiprocessor has 1 KiB more, and takes as much for each."""
 PRODUCTS_OF_WARP_GROUPS = (
     *("prefill plain", "prefill int8", "embed_patches", "ViT attention in frames"),
-    *(f"{bits} bits, {name} of some" for bits in (8, 4) for name in ("qkv", "MLP", "down")),
+    *(f"{bits} bits, {name} of some" for bits in (16, 8, 4) for name in ("qkv", "MLP", "down")),
 )
 HELD = "ViT attention in frames"
 """To half the registers, so that two programs fit beside each other; what is spilt then is spilt outside of loops."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from unittest import mock
+
 import pytest
 import torch
 from torch import Tensor
@@ -13,21 +15,31 @@ from dashinfer_vlm.kernels.cuda import skinny
 from dashinfer_vlm.kernels.cuda.skinny import MOST_ROWS, num_splits, product
 from dashinfer_vlm.kernels.grouped import GroupedWeight
 from dashinfer_vlm.layers.activation import EPILOGUES, Epilogue, silu_mul
-from dashinfer_vlm.layers.cuda import CudaHead, grouped_ops
+from dashinfer_vlm.layers.cuda import CudaHead, CudaLinear, grouped_ops
 from dashinfer_vlm.layers.grouped import GroupedLinear, expand, rounded
-from tests.kernels.cuda.numbers import DEVICE, error
+from tests.kernels.cuda.numbers import DEVICE, allowed, error
 from tests.kernels.test_linear_int import weight_to_4_bits, weight_to_8_bits
 
 
-def stored(weight: Tensor, bits: int) -> tuple[GroupedWeight, Tensor]:
+@pytest.fixture(params=[True, False], ids=["copied by tiles", "by pointers"])
+def _every_card(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Cards before Hopper have no engine that copies tiles."""
+    if not request.param:
+        monkeypatch.setattr(skinny, "has_tiles", lambda x: False)
+
+
+def stored(weight: Tensor, bits: int) -> tuple[GroupedWeight | Tensor, Tensor]:
     """A weight in so many bits, and what its numbers stand for."""
+    if bits == 16:
+        return weight, weight
     grouped = rounded(weight, bits)
     return grouped, expand(grouped, torch.float32)
 
 
-@pytest.mark.parametrize("bits", [8, 4])
-@pytest.mark.parametrize("splits", [1, 2])
-@pytest.mark.parametrize(("num_rows", "size", "depth"), [(1, 40, 384), (5, 34, 300), (18, 66, 256)])
+@pytest.mark.usefixtures("_every_card")
+@pytest.mark.parametrize("bits", [16, 8, 4])
+@pytest.mark.parametrize("splits", [1, 3])
+@pytest.mark.parametrize(("num_rows", "size", "depth"), [(2, 40, 384), (5, 34, 300), (18, 66, 264), (130, 70, 384)])
 def test_a_product_is_that_of_the_numbers(num_rows: int, size: int, depth: int, splits: int, bits: int) -> None:
     x = torch.randn(num_rows, depth + 8, device=DEVICE)[:, :depth]
     weight, numbers = stored(torch.randn(size, depth, device=DEVICE), bits)
@@ -35,7 +47,7 @@ def test_a_product_is_that_of_the_numbers(num_rows: int, size: int, depth: int, 
     assert error(got, x.double() @ numbers.double().t()) < 1e-5
 
 
-@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("bits", [16, 8, 4])
 @pytest.mark.parametrize("splits", [1, 2])
 @pytest.mark.parametrize("is_gated", [False, True])
 @pytest.mark.parametrize("has_more", [False, True])
@@ -53,6 +65,37 @@ def test_what_comes_after_a_product_rides_in_it(bits: int, splits: int, is_gated
     assert error(got, want) < 1e-5
 
 
+def test_a_product_is_the_same_again() -> None:
+    """What its programs count is zero again at the end of each; NaN in fresh memory is not added."""
+    x, weight = torch.randn(5, 384, device=DEVICE), torch.randn(40, 384, device=DEVICE)
+    first = product(x, weight, splits=3)
+    assert error(first, x.double() @ weight.double().t()) < 1e-5
+    assert all(torch.equal(product(x, weight, splits=3), first) for _ in range(3))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("epilogue", ["none", "silu_mul"])
+@pytest.mark.parametrize("num_rows", [2, skinny.MOST_WHOLE_ROWS])
+def test_a_layer_of_16_bits_is_one_launch_for_few_rows(num_rows: int, epilogue: Epilogue, dtype: torch.dtype) -> None:
+    x, weight, bias = (torch.randn(*s, device=DEVICE).to(dtype) for s in ((num_rows, 256), (32, 256), (32,)))
+    layer = CudaLinear(weight, bias, epilogue)
+    want = EPILOGUES[epilogue](F.linear(x.double(), weight.double(), bias.double()))
+    residual = torch.randn_like(want).to(dtype)
+    wanted = want + residual.double()
+    with mock.patch.object(F, "linear", side_effect=AssertionError), mock.patch.object(torch, "addmm", F.linear):
+        assert error(layer(x), want) < allowed(dtype)
+        assert layer(x, residual=residual, out=residual) is residual
+    assert error(residual, wanted) < allowed(dtype)
+
+
+def test_a_weight_whose_rows_begin_anywhere_is_left_to_the_library() -> None:
+    x, weight = torch.randn(3, 258, device=DEVICE).bfloat16()[:, :257], torch.randn(8, 257, device=DEVICE).bfloat16()
+    assert not skinny.takes(weight)
+    assert error(CudaLinear(weight, None, "none")(x), x.double() @ weight.double().t()) < allowed(x.dtype)
+    with pytest.raises(ValueError, match="multiples of 16 bytes"):
+        product(x, weight)
+
+
 @pytest.mark.parametrize("bits", [8, 4])
 @pytest.mark.parametrize("depth", [128, 300])
 def test_the_numbers_are_those_of_processors(bits: int, depth: int) -> None:
@@ -64,8 +107,9 @@ def test_the_numbers_are_those_of_processors(bits: int, depth: int) -> None:
 
 def test_columns_are_shared_until_a_card_is_busy() -> None:
     assert num_splits(1000, 28) == 1
-    assert num_splits(144, 28) == 2
-    assert num_splits(48, 28) == 4  # each with seven groups
+    assert num_splits(132, 28) == 2
+    assert num_splits(56, 28) == 4  # each with seven rounds
+    assert num_splits(24, 70) == 10  # eleven would leave one with nothing to do
     assert num_splits(1, 2) == 1
 
 

@@ -16,6 +16,7 @@ __all__ = [
     "Tile",
     "check",
     "compute_type",
+    "has_tiles",
     "is_roomy",
     "launch",
     "power_of_two",
@@ -57,6 +58,11 @@ def starts_early(x: Tensor) -> bool:
     """Whether the card of x can start a kernel before the one before it has ended: programmatic dependent launch, from
     compute capability 9.0 on."""
     return not INTERPRETED and _capability(x.device) >= 90
+
+
+def has_tiles(x: Tensor) -> bool:
+    """Whether the card of x has an engine that copies tiles by their descriptors: from compute capability 9.0 on."""
+    return INTERPRETED or _capability(x.device) >= 90
 
 
 def is_roomy(x: Tensor) -> bool:

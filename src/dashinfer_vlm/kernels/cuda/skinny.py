@@ -1,48 +1,113 @@
-"""Products of few rows, which are bound by reading the weight: of 8 or 4 bits with a scale per 128 columns.
+"""Products of few rows, which are bound by reading the weight: of 16 bits, or of 8 or 4 with a scale per 128 columns.
 
-What comes after a product rides in it: SiLU times up and the residual. Where the weight has too few rows to keep a card
-busy, several programs share its columns, and `_finish` adds up what they found.
+The weight's rows are the tall side of a tile, as many as the card's product has; the rows of x are its narrow side. So
+few bits become factors in registers, and 16 rows cost the arithmetic of 16. What comes after a product rides in it:
+bias, SiLU times up, the residual. Where the weight has too few rows to keep a card busy, several programs share its
+columns; the last of them to be done adds up what all have found, in their order.
 """
 
 from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.nn import functional as F
+from torch.utils.weak import WeakTensorKeyDictionary
+from triton.tools.tensor_descriptor import TensorDescriptor
 
-from dashinfer_vlm.kernels.cuda.launch import Tile, check, compute_type, launch, power_of_two
+from dashinfer_vlm.kernels.cuda.launch import (
+    check,
+    compute_type,
+    has_tiles,
+    is_roomy,
+    launch,
+    power_of_two,
+)
 from dashinfer_vlm.kernels.grouped import GROUP, GroupedWeight
 
-__all__ = ["MOST_ROWS", "expand", "num_splits", "product"]
+__all__ = ["MOST_ROWS", "MOST_WHOLE_ROWS", "can_multiply", "expand", "num_splits", "product", "takes"]
 
 MOST_ROWS = 128
-"""Beyond them arithmetic counts, and a weight is better expanded once."""
-WANTED_PROGRAMS = 400
-"""About three for each multiprocessor of a large card."""
-LEAST_GROUPS = 4
+"""Beyond them arithmetic counts, and a weight of few bits is better expanded once."""
+MOST_WHOLE_ROWS = 64
+"""The same of 16 bits: cuBLAS is as quick from there on."""
+TALL, WIDE = 64, 64
+"""Rows of the weight of a tile, and of x at the most."""
+WANTED_PROGRAMS = 264
+"""Two for each multiprocessor of a large card."""
+LEAST_ROUNDS = 3
 """Of a split: adding it up costs as much as reading them."""
 
+_FROM_BYTES = tl.constexpr(
+    """{ .reg .b32 t, u, s, one; mov.b32 one, 0x3f803f80;
+    prmt.b32 t, $2, 0, 0x4140; lop3.b32 u, t, 0x007f007f, 0x43004300, 0xea; lop3.b32 s, t, 0x00800080, 0xc300c300, 0xea;
+    fma.rn.bf16x2 $0, u, one, s;
+    prmt.b32 t, $2, 0, 0x4342; lop3.b32 u, t, 0x007f007f, 0x43004300, 0xea; lop3.b32 s, t, 0x00800080, 0xc300c300, 0xea;
+    fma.rn.bf16x2 $1, u, one, s; }"""
+)
+"""Four numbers of int8 as bfloat16: seven bits behind the exponent of 128, less 128, or 256 where the eighth is set."""
+_FROM_LOW_HALVES = tl.constexpr(
+    """{ .reg .b32 t, u, s, one; mov.b32 one, 0x3f803f80; mov.b32 s, 0xc308c308;
+    prmt.b32 t, $2, 0, 0x4140; lop3.b32 u, t, 0x000f000f, 0x43004300, 0xea; fma.rn.bf16x2 $0, u, one, s;
+    prmt.b32 t, $2, 0, 0x4342; lop3.b32 u, t, 0x000f000f, 0x43004300, 0xea; fma.rn.bf16x2 $1, u, one, s; }"""
+)
+"""The low halves of four bytes, less 8: four bits behind the exponent of 128, less 136."""
+_FROM_HIGH_HALVES = tl.constexpr(
+    """{ .reg .b32 t, u, s, h, one; mov.b32 one, 0x3f803f80; mov.b32 s, 0xc308c308; shr.b32 h, $2, 4;
+    prmt.b32 t, h, 0, 0x4140; lop3.b32 u, t, 0x000f000f, 0x43004300, 0xea; fma.rn.bf16x2 $0, u, one, s;
+    prmt.b32 t, h, 0, 0x4342; lop3.b32 u, t, 0x000f000f, 0x43004300, 0xea; fma.rn.bf16x2 $1, u, one, s; }"""
+)
+
 
 @triton.jit
-def _columns(x_places, first, k, K, mine, C: tl.constexpr):
-    """Columns `first + k` of the rows."""
-    return tl.load(x_places + first + k[None, :], mask=mine[:, None] & (first + k < K)[None, :], other=0.0).to(C)
+def _packed(tile, CODE: tl.constexpr):
+    return tl.inline_asm_elementwise(CODE, "=r,=r,r", [tile], dtype=tl.bfloat16, is_pure=True, pack=4)
 
 
 @triton.jit
-def _add(acc, low, high, w_places, scales, group, wanted, BITS: tl.constexpr, C: tl.constexpr):
-    """`acc` [BM, BN] and what a group of columns adds. `low` and `high` are its halves; of 8 bits, `low` is all."""
-    if BITS == 8:
-        k = tl.arange(0, 128)
-        w = tl.load(w_places + group * 128 + k[:, None], mask=wanted & (k < 128)[:, None], other=0)
-        part = tl.dot(low, w.to(C), input_precision="ieee")
+def _of_bytes(tile, C: tl.constexpr):
+    return _packed(tile, _FROM_BYTES) if tl.bfloat16 == C else tile.to(C)
+
+
+@triton.jit
+def _of_low_halves(tile, C: tl.constexpr):
+    return _packed(tile, _FROM_LOW_HALVES) if tl.bfloat16 == C else ((tile & 15).to(tl.int32) - 8).to(C)
+
+
+@triton.jit
+def _of_high_halves(tile, C: tl.constexpr):
+    return _packed(tile, _FROM_HIGH_HALVES) if tl.bfloat16 == C else ((tile >> 4).to(tl.int32) - 8).to(C)
+
+
+@triton.jit
+def _tile(x, first, at, x_t, SIZE, K, HEIGHT: tl.constexpr, WIDTH: tl.constexpr, TILED: tl.constexpr):
+    """[HEIGHT, WIDTH] of [SIZE, K], zeros where there is nothing."""
+    if TILED:
+        tile = x.load([first, at])
     else:
-        k = tl.arange(0, 64)
-        w = tl.load(w_places + group * 64 + k[:, None], mask=wanted & (k < 64)[:, None], other=0).to(tl.int32)
-        part = tl.dot(low, ((w & 15) - 8).to(C), input_precision="ieee")
-        part = tl.dot(high, ((w >> 4) - 8).to(C), part, input_precision="ieee")
-    return acc + part * tl.load(scales + group, mask=wanted, other=0.0).to(tl.float32)
+        i = first + tl.arange(0, HEIGHT)
+        k = at + tl.arange(0, WIDTH)
+        places = x + i.to(tl.int64)[:, None] * x_t + k[None, :]
+        tile = tl.load(places, mask=(i < SIZE)[:, None] & (k < K)[None, :], other=0)
+    return tile
+
+
+@triton.jit
+def _add(acc, w, low, high, scale, BITS: tl.constexpr, C: tl.constexpr):
+    """`acc` [BN, BM] and what a tile of the weight adds, of few bits `scale` [BN] times. `low` and `high` are the
+    halves of x that 4 bits meet, else the same."""
+    if BITS == 16:
+        acc = tl.dot(w.to(C), low, acc, input_precision="ieee")
+    elif BITS == 8:
+        acc += tl.dot(_of_bytes(w, C), low, input_precision="ieee") * scale[:, None]
+    else:
+        part = tl.dot(_of_low_halves(w, C), low, input_precision="ieee")
+        acc += tl.dot(_of_high_halves(w, C), high, part, input_precision="ieee") * scale[:, None]
+    return acc
 
 
 @triton.jit
@@ -50,73 +115,88 @@ def _surrounded(
     acc, up, bias, residual, m, n, inside, r_t, N: tl.constexpr, BIAS: tl.constexpr, GATED: tl.constexpr,
     RESIDUAL: tl.constexpr,
 ):  # fmt: skip
-    """What is done to finished sums [BM, BN]."""
+    """What is done to finished sums [BN, BM]."""
     if BIAS:
-        acc += tl.load(bias + n, mask=n < N, other=0.0).to(tl.float32)[None, :]
+        acc += tl.load(bias + n, mask=n < N, other=0.0).to(tl.float32)[:, None]
     if GATED:
         if BIAS:
-            up += tl.load(bias + N + n, mask=n < N, other=0.0).to(tl.float32)[None, :]
+            up += tl.load(bias + N + n, mask=n < N, other=0.0).to(tl.float32)[:, None]
         acc = acc / (1 + tl.exp(-acc)) * up
     if RESIDUAL:
-        acc += tl.load(residual + m.to(tl.int64)[:, None] * r_t + n[None, :], mask=inside, other=0.0).to(tl.float32)
+        acc += tl.load(residual + m.to(tl.int64)[None, :] * r_t + n[:, None], mask=inside, other=0.0).to(tl.float32)
     return acc
 
 
 @triton.jit(do_not_specialize=["T"])
 def _multiply(
-    x_rows, w, scales, bias, residual, out, T, x_t, w_n, s_n, r_t, o_t, o_split, N: tl.constexpr, K: tl.constexpr,
-    SPLITS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BITS: tl.constexpr, BIAS: tl.constexpr,
-    GATED: tl.constexpr, RESIDUAL: tl.constexpr, C: tl.constexpr,
+    out, x, w, scales, bias, residual, parts, arrived, T, x_t, w_n, s_n, r_t, o_t, N: tl.constexpr, K: tl.constexpr,
+    SPLITS: tl.constexpr, BN: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, BITS: tl.constexpr, BIAS: tl.constexpr,
+    GATED: tl.constexpr, RESIDUAL: tl.constexpr, TILED: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
-    n = tl.program_id(0) * BN + tl.arange(0, BN)
-    m = tl.program_id(1) * BM + tl.arange(0, BM)
+    """`x` and `w` are descriptors of tiles with `TILED`, else pointers."""
+    tile = tl.program_id(0)
+    first_n = tile * BN
+    first_m = tl.program_id(1) * BM
     split = tl.program_id(2)
-    mine = m < T
-    wanted = (n < N)[None, :]
-    x_places = x_rows + m.to(tl.int64)[:, None] * x_t
-    w_places = w + n.to(tl.int64)[None, :] * w_n
-    scale_places = scales + n.to(tl.int64)[None, :] * s_n
-    acc = tl.zeros([BM, BN], tl.float32)
-    up = tl.zeros([BM, BN], tl.float32)
-    groups: tl.constexpr = (K + 127) // 128
-    each: tl.constexpr = (groups + SPLITS - 1) // SPLITS
-    half = tl.arange(0, 64)
-    for group in tl.range(split * each, tl.minimum(split * each + each, groups)):
+    n = first_n + tl.arange(0, BN)
+    m = first_m + tl.arange(0, BM)
+    rounds: tl.constexpr = (K + BK - 1) // BK
+    each: tl.constexpr = (rounds + SPLITS - 1) // SPLITS
+    start = split * each
+    stop = tl.minimum(start + each, rounds)
+    acc = tl.zeros([BN, BM], tl.float32)
+    up = tl.zeros([BN, BM], tl.float32)
+    places = scales + tl.minimum(n, N - 1).to(tl.int64) * s_n
+    ups = places + N * s_n
+    scale = tl.full([BN], 0, tl.float32)
+    scale_up = scale
+    if BITS < 16:
+        scale = tl.load(places + start).to(tl.float32)
+        if GATED:
+            scale_up = tl.load(ups + start).to(tl.float32)
+    width: tl.constexpr = BK // 2 if BITS == 4 else BK  # of what a row of the weight has for a round
+    length: tl.constexpr = (K + 127) // 128 * 64 if BITS == 4 else K
+    rows_of_w: tl.constexpr = 2 * N if GATED else N
+    for i in tl.range(start, stop):
+        low = _tile(x, first_m, i * BK, x_t, T, K, BM, width, TILED).to(C).T
+        high = low
         if BITS == 4:
-            low = _columns(x_places, group * 128, half, K, mine, C)
-            high = _columns(x_places, group * 128 + 64, half, K, mine, C)
-        else:
-            low = _columns(x_places, group * 128, tl.arange(0, 128), K, mine, C)
-            high = low
-        acc = _add(acc, low, high, w_places, scale_places, group, wanted, BITS, C)
+            high = _tile(x, first_m, i * BK + width, x_t, T, K, BM, width, TILED).to(C).T
+        tile_of_w = _tile(w, first_n, i * width, w_n, rows_of_w, length, BN, width, TILED)
+        next_scale = scale
+        next_up = scale_up
+        if BITS < 16:  # scales are asked for a round before they are needed
+            later = tl.minimum(i + 1, stop - 1)
+            next_scale = tl.load(places + later).to(tl.float32)
+            if GATED:
+                next_up = tl.load(ups + later).to(tl.float32)
+        acc = _add(acc, tile_of_w, low, high, scale, BITS, C)
         if GATED:
-            up = _add(up, low, high, w_places + N * w_n, scale_places + N * s_n, group, wanted, BITS, C)
-    inside = mine[:, None] & wanted
-    place = out + split * o_split + m.to(tl.int64)[:, None] * o_t + n[None, :]
-    if SPLITS == 1:
-        acc = _surrounded(acc, up, bias, residual, m, n, inside, r_t, N, BIAS, GATED, RESIDUAL)
-    elif GATED:
-        tl.store(place + N, up, mask=inside)
-    tl.store(place, acc.to(out.dtype.element_ty), mask=inside)
-
-
-@triton.jit
-def _finish(
-    parts, bias, residual, out, p_split, p_t, r_t, o_t, N: tl.constexpr, SPLITS: tl.constexpr, B: tl.constexpr,
-    BIAS: tl.constexpr, GATED: tl.constexpr, RESIDUAL: tl.constexpr,
-):  # fmt: skip
-    m = tl.program_id(1) + tl.arange(0, 1)
-    n = tl.program_id(0) * B + tl.arange(0, B)
-    inside = (n < N)[None, :]
-    acc = tl.zeros([1, B], tl.float32)
-    up = tl.zeros([1, B], tl.float32)
-    place = parts + m.to(tl.int64)[:, None] * p_t + n[None, :]
-    for split in tl.static_range(SPLITS):
-        acc += tl.load(place + split * p_split, mask=inside, other=0.0)
+            tile_of_w = _tile(w, first_n + N, i * width, w_n, rows_of_w, length, BN, width, TILED)
+            up = _add(up, tile_of_w, low, high, scale_up, BITS, C)
+        scale = next_scale
+        scale_up = next_up
+    if SPLITS > 1:
+        tile += tl.program_id(1) * tl.num_programs(0)
+        i = (tl.arange(0, BN) * BM)[:, None] + tl.arange(0, BM)[None, :]
+        kinds: tl.constexpr = 2 if GATED else 1
+        mine = parts + tile.to(tl.int64) * (SPLITS * kinds * BN * BM) + i
+        tl.store(mine + split * (kinds * BN * BM), acc)
         if GATED:
-            up += tl.load(place + split * p_split + N, mask=inside, other=0.0)
+            tl.store(mine + (split * kinds + 1) * (BN * BM), up)
+        tl.debug_barrier()  # all of it is written before it is said
+        if tl.atomic_add(arrived + tile, 1, sem="acq_rel") < SPLITS - 1:
+            return
+        tl.store(arrived + tile, 0)  # for the next launch
+        acc = tl.zeros([BN, BM], tl.float32)
+        up = tl.zeros([BN, BM], tl.float32)
+        for j in tl.static_range(SPLITS):
+            acc += tl.load(mine + j * (kinds * BN * BM), cache_modifier=".cg")
+            if GATED:
+                up += tl.load(mine + (j * kinds + 1) * (BN * BM), cache_modifier=".cg")
+    inside = (n < N)[:, None] & (m < T)[None, :]
     acc = _surrounded(acc, up, bias, residual, m, n, inside, r_t, N, BIAS, GATED, RESIDUAL)
-    tl.store(out + m.to(tl.int64)[:, None] * o_t + n[None, :], acc.to(out.dtype.element_ty), mask=inside)
+    tl.store(out + m.to(tl.int64)[None, :] * o_t + n[:, None], acc.to(out.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -144,20 +224,63 @@ def expand(weight: GroupedWeight, dtype: torch.dtype) -> Tensor:
     return out
 
 
-def tile_for(num_rows: int, *, is_gated: bool) -> Tile:
-    """Two tiles of a gated product at once fill the registers."""
-    return Tile(16, 32, 4, 4) if num_rows <= 16 else Tile(64, 32 if is_gated else 64, 4, 4)
+@dataclass(frozen=True, slots=True)
+class Cut:
+    """How a product is divided."""
+
+    rows: int
+    """Of x."""
+    columns: int
+    stages: int
 
 
-def num_splits(num_programs: int, num_groups: int) -> int:
-    """A power of two, so that `num_programs` times it fill a card, and every split has some groups of columns."""
-    wanted = min(WANTED_PROGRAMS // max(num_programs, 1), num_groups // LEAST_GROUPS, 16)
-    return power_of_two(wanted + 1) // 2 if wanted > 1 else 1
+def cut_for(num_rows: int, num_tiles: int, bits: int, *, is_gated: bool, is_roomy: bool) -> Cut:
+    """The fastest of some on an H200 (docs/log.md). Without `is_roomy`, what most cards have shared memory for."""
+    rows = power_of_two(min(num_rows, WIDE), 16)
+    if bits < 16:
+        return Cut(rows, GROUP, 3 if is_gated else 4)
+    if not is_roomy:
+        return Cut(rows, 64, 3 if is_gated else 4)
+    if not is_gated:
+        return Cut(rows, 128, 4 if num_tiles < 132 else 3)
+    if rows <= 32 and num_tiles <= WANTED_PROGRAMS:
+        return Cut(rows, 128, 3)
+    return Cut(rows, 64, 4 if num_tiles <= WANTED_PROGRAMS or rows <= 32 else 3)
+
+
+def num_splits(num_programs: int, num_rounds: int) -> int:
+    """So many that `num_programs` times it fill a card; every split has some rounds."""
+    wanted = max(1, min(WANTED_PROGRAMS // max(num_programs, 1), num_rounds // LEAST_ROUNDS))
+    return -(-num_rounds // -(-num_rounds // wanted))
+
+
+_ARRIVED: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+"""By weight: how many programs of each tile are done. Zero before and after every launch, of which no two may be under
+way at a time."""
+
+
+def _arrived(weight: Tensor) -> Tensor:
+    if weight not in _ARRIVED:
+        assert weight.device.type != "cuda" or not torch.cuda.is_current_stream_capturing(), "first used in a graph"
+        size = -(-len(weight) // TALL) * -(-MOST_ROWS // 16)
+        _ARRIVED[weight] = torch.zeros(size, dtype=torch.int32, device=weight.device)
+    found: Tensor = _ARRIVED[weight]
+    return found
+
+
+def takes(weight: Tensor) -> bool:
+    """Whether `product` is the one for few rows and a weight of 16 bits: on cards with a copy engine for tiles."""
+    return weight.itemsize == 2 and can_multiply(weight) and has_tiles(weight)
+
+
+def can_multiply(x: Tensor) -> bool:
+    """Whether rows begin where the copy engine can read them: at multiples of 16 bytes."""
+    return x.stride(1) == 1 and x.stride(0) * x.itemsize % 16 == 0 and x.data_ptr() % 16 == 0
 
 
 def product(
     x: Tensor,
-    weight: GroupedWeight,
+    weight: GroupedWeight | Tensor,
     bias: Tensor | None = None,
     *,
     silu_mul: bool = False,
@@ -169,38 +292,43 @@ def product(
     """[T, N] of `dtype`, else of x's (N / 2 with `silu_mul`): x [T, K] times the weight, transposed, plus a bias [N];
     then SiLU of the first half times the second; then plus `residual`, whose memory `out` may be.
 
-    `splits`, a power of two, is how many programs share the columns of a row of the weight; None chooses. Raises
-    ValueError for shapes that do not fit.
+    `splits` is how many programs share the columns of a row of the weight; None chooses. No two products of one weight
+    may be under way at a time. Raises ValueError for shapes that do not fit, and for rows of the weight that
+    `can_multiply` does not take.
     """
+    if isinstance(weight, Tensor):
+        numbers, scales, bits, total = weight, weight, 16, weight.shape[1]
+    else:
+        numbers, scales, bits, total = weight.numbers, weight.scales, weight.bits, weight.depth
     num_rows, depth = x.shape
-    rows_of_weight = len(weight.numbers)
-    size = rows_of_weight // 2 if silu_mul else rows_of_weight
-    check(depth == weight.depth, f"the weight has {weight.depth} columns", x)
-    check(x.stride(1) == weight.numbers.stride(1) == 1, "rows must be dense", x, weight.numbers)
+    size = len(numbers) // 2 if silu_mul else len(numbers)
+    check(depth == total, f"the weight has {total} columns", x)
+    check(can_multiply(numbers), "rows of the weight must be dense and begin at multiples of 16 bytes", numbers)
     check(residual is None or residual.shape == (num_rows, size), "the residual must fit the result", x, *(
         () if residual is None else (residual,)))  # fmt: skip
-    tile = tile_for(num_rows, is_gated=silu_mul)
-    grid = (-(-size // tile.columns), -(-num_rows // tile.rows))
+    x = x if can_multiply(x) else F.pad(x, (0, -depth % 8))
+    num_tiles = -(-size // TALL)
+    cut = cut_for(num_rows, num_tiles, bits, is_gated=silu_mul, is_roomy=is_roomy(x))
+    grid = (num_tiles, -(-num_rows // cut.rows))
     if splits is None:
-        splits = num_splits(grid[0] * grid[1], -(-depth // GROUP))
+        splits = num_splits(grid[0] * grid[1], -(-depth // cut.columns))
     if out is None:
         out = torch.empty(num_rows, size, dtype=dtype or x.dtype, device=x.device)
-    parts = out[None]
-    if splits > 1:
-        parts = torch.empty(splits, num_rows, rows_of_weight, dtype=torch.float32, device=x.device)
     absent = out  # in place of what is not there, and not looked at
-    after = (absent if bias is None else bias, absent if residual is None else residual)
-    r_t = 0 if residual is None else residual.stride(0)
-    kinds = (bias is not None, silu_mul, residual is not None)
-    launch(
-        _multiply, (*grid, splits), x, weight.numbers, weight.scales, *after, parts, num_rows, x.stride(0),
-        weight.numbers.stride(0), weight.scales.stride(0), r_t, parts.stride(1), parts.stride(0), size, depth, splits,
-        tile.rows, tile.columns, weight.bits, *kinds, compute_type(x.dtype), num_warps=tile.warps,
-        num_stages=tile.stages,
-    )  # fmt: skip
+    parts = arrived = absent
     if splits > 1:
-        launch(
-            _finish, (-(-size // 512), num_rows), parts, *after, out, parts.stride(0), parts.stride(1), r_t,
-            out.stride(0), size, splits, 512, *kinds, num_warps=4,
-        )  # fmt: skip
+        shape = (grid[0] * grid[1], splits, 2 if silu_mul else 1, TALL, cut.rows)
+        parts, arrived = torch.empty(shape, dtype=torch.float32, device=x.device), _arrived(numbers)
+    width = cut.columns // 2 if bits == 4 else cut.columns  # of 4 bits, two halves of x meet those of a byte
+    factors: tuple[Any, Any] = (x, numbers)
+    is_tiled = has_tiles(x)
+    if is_tiled:
+        factors = tuple(map(TensorDescriptor.from_tensor, factors, ([cut.rows, width], [TALL, width])))
+    launch(
+        _multiply, (*grid, splits), out, *factors, scales, absent if bias is None else bias,
+        absent if residual is None else residual, parts, arrived, num_rows, x.stride(0), numbers.stride(0),
+        scales.stride(0), 0 if residual is None else residual.stride(0), out.stride(0), size, depth, splits, TALL,
+        cut.rows, cut.columns, bits, bias is not None, silu_mul, residual is not None, is_tiled,
+        compute_type(x.dtype), num_warps=4, num_stages=cut.stages,
+    )  # fmt: skip
     return out

@@ -184,14 +184,21 @@ def _few_rows(s: Sizes, dtype: torch.dtype, device: torch.device) -> Iterator[Va
         return GroupedWeight(empty(size, width, dtype=kind), empty(size, groups, dtype=torch.bfloat16), depth, bits)
 
     queries = (s.heads + 2 * s.kv_heads) * s.head_dim
-    for bits in (8, 4):
-        for num_rows, told in ((16, "few"), (64, "some")):
+    for bits in (16, 8, 4):
+        make = empty if bits == 16 else partial(weight, bits=bits)
+        qkv, gate_up, down = make(queries, s.hidden), make(2 * s.inner, s.hidden), make(s.hidden, s.inner)
+        out = make(s.hidden, s.heads * s.head_dim)
+        for num_rows, told in ((16, "few"), (32, "more"), (64, "some")):
             x, inner = empty(num_rows, s.hidden), empty(num_rows, s.inner)
-            qkv, gate_up = weight(queries, s.hidden, bits), weight(2 * s.inner, s.hidden, bits)
-            down = weight(s.hidden, s.inner, bits)
+            attended = empty(num_rows, s.heads * s.head_dim)
             yield Variant(f"{bits} bits, qkv of {told}", partial(skinny.product, x, qkv, empty(queries)))
+            yield Variant(f"{bits} bits, out of {told}", partial(skinny.product, attended, out, residual=x))
             yield Variant(f"{bits} bits, MLP of {told}", partial(skinny.product, x, gate_up, silu_mul=True))
             yield Variant(f"{bits} bits, down of {told}", partial(skinny.product, inner, down, residual=x))
+    for bits in (8, 4):
+        gate_up, qkv, down = (
+            weight(*sides, bits) for sides in ((2 * s.inner, s.hidden), (queries, s.hidden), (s.hidden, s.inner))
+        )
         yield Variant(f"{bits} bits, expanded", partial(skinny.expand, weight(s.hidden, s.inner, bits), dtype))
         row, out = empty(1, s.hidden), weight(s.hidden, s.heads * s.head_dim, bits)
         of_row = partial(narrow.of_groups, row, gains=empty(s.hidden))
