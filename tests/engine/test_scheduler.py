@@ -269,6 +269,8 @@ def test_the_cost_of_a_card_is_what_its_sizes_took(fixed_s: float, token_s: floa
 def test_what_joins_a_step_of_a_card_fills_what_it_is_padded_up_to() -> None:
     cost = card_cost(FIXED_S, FIXED_S / KNEE)
     assert cost.joining_in(0.0, 64) == 256 - 64
+    assert cost.joining_in(0.0, 250) == 512 - 250, "six more tokens a step would keep a prompt waiting"
+    assert cost.joining_in(0.0, 2040) == 8, "no larger size is left"
     assert cost.joining_in(1.001 * card_seconds(1024) - FIXED_S, 64) == 1024 - 64
     cost.observe(64, 0, FIXED_S)
     cost.observe(64, 256 - 64, 3 * FIXED_S)

@@ -7,6 +7,10 @@ from dataclasses import dataclass, field
 from math import inf
 
 
+LEAST_JOINING = 32
+"""Tokens of prompts that join a step of a card: a prompt would wait longer for fewer than streams would gain."""
+
+
 @dataclass(slots=True)
 class StepCost:
     """Seconds of a model call over T tokens on a processor: `fixed_s + token_s * T`.
@@ -70,11 +74,12 @@ class CardCost(StepCost):
         return max(0.0, self._padded(num_tokens + joining, is_mixed=True) - self.of(num_tokens)) if joining else 0.0
 
     def joining_in(self, seconds: float, num_tokens: int) -> int:
-        """As many as fill the largest size that takes no longer; but those of the smallest size, which one token would
-        cost as well."""
+        """As many as fill the largest size that takes no longer; but those of the smallest size that has room for
+        `LEAST_JOINING`, which one token would cost as well."""
         sizes = [size for size in self.mixed_sizes if size > num_tokens]
         if not sizes:
             return 0
+        sizes = [size for size in sizes if size >= num_tokens + LEAST_JOINING] or sizes[-1:]
         most_s = self.of(num_tokens) + seconds
         fitting = [size for size in sizes if self._padded(size, is_mixed=True) <= most_s]
         return max(fitting, default=sizes[0]) - num_tokens
