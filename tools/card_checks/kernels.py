@@ -183,6 +183,7 @@ def _floats(setting: Setting, dtype: torch.dtype, *, small: bool) -> Iterator[Ca
         return
     from dashinfer_vlm.kernels.cuda import fp8 as kernels  # triton reads the environment when it is imported
 
+    yield from _some_floats(setting, dtype, small=small)
     size, depth = (130, 200) if small else (3584, 18944)
     weight = torch.randn(size, depth, device=setting.device).to(torch.float8_e4m3fn)
     of_blocks = torch.rand(-(-size // fp8.BLOCK), -(-depth // fp8.BLOCK), device=setting.device)
@@ -195,6 +196,23 @@ def _floats(setting: Setting, dtype: torch.dtype, *, small: bool) -> Iterator[Ca
             weight.nbytes + x.nbytes,
             allowed=1e-3,  # a card adds products of 8-bit floats with fewer bits than float32 has: 1.2e-4 on an H200
         )
+
+
+def _some_floats(setting: Setting, dtype: torch.dtype, *, small: bool) -> Iterator[Case]:
+    """Few rows of 8-bit floats, with a scale per row."""
+    from dashinfer_vlm.kernels.cuda import skinny_floats  # triton reads the environment when it is imported
+
+    size, depth = (130, 1040) if small else (3584, 18944)
+    weight, of_weight = fp8.quantise(torch.randn(size, depth, device=setting.device))
+    for count in (3, 37) if small else (8, 64):
+        x, scales = fp8.quantise(torch.randn(count, depth, device=setting.device))
+        residual = torch.randn(count, size, device=setting.device).to(dtype)
+
+        def want(x=x, scales=scales, residual=residual) -> Tensor:
+            return F.linear(x.double() * scales, weight.double() * of_weight) + residual.double()
+
+        run = partial(skinny_floats.product, x, scales, weight, of_weight, dtype, None, residual)
+        yield Case(f"{count} rows in 8-bit floats", run, want, weight.nbytes, bar=1.3, allowed=1e-3)
 
 
 def _steps(small: bool) -> list[tuple[str, list[int], list[int]]]:

@@ -6,7 +6,6 @@ from bisect import bisect_left
 from dataclasses import dataclass, field
 from math import inf
 
-
 LEAST_JOINING = 32
 """Tokens of prompts that join a step of a card: a prompt would wait longer for fewer than streams would gain."""
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from dashinfer_vlm.kernels.cuda import decode, fp8, gemv, narrow, paged, rotary, rows, segments, skinny
+from dashinfer_vlm.kernels.cuda import decode, fp8, gemv, narrow, paged, rotary, rows, segments, skinny, skinny_floats
 from dashinfer_vlm.kernels.cuda.patches import embed_patches, two_halves
 from dashinfer_vlm.kernels.grouped import GroupedWeight
 from dashinfer_vlm.layers.activation import EPILOGUES, Epilogue
@@ -40,7 +40,16 @@ _EPILOGUES = {**EPILOGUES, "silu_mul": rows.silu_mul, "quick_gelu": rows.quick_g
 _RIDING: tuple[Epilogue, ...] = ("none", "silu_mul")
 """Those that ride in products of a row and of few."""
 
-FP8_OPS = Fp8Ops(fp8.quantise, fp8.block_product, fp8.rms_norm, fp8.silu_mul, _EPILOGUES, narrow.of_floats)
+FP8_OPS = Fp8Ops(
+    fp8.quantise,
+    fp8.block_product,
+    fp8.rms_norm,
+    fp8.silu_mul,
+    _EPILOGUES,
+    skinny_floats.product,
+    skinny_floats.MOST_ROWS,
+    unit=16,
+)
 
 
 class CudaLinear:

@@ -73,9 +73,12 @@ class Fp8Ops:
     rms_norm: Callable[[Tensor, Tensor, float, int], tuple[Tensor, Tensor]]
     silu_mul: Callable[[Tensor, int], tuple[Tensor, Tensor]]
     epilogues: Mapping[Epilogue, Callable[[Tensor], Tensor]]
-    row_product: Callable[..., Tensor] | None = None
-    """Of a row by itself: numbers, scales, those of the weight, type of the result, bias, residual, memory for the
-    result; None: as several rows."""
+    few_product: Callable[..., Tensor] | None = None
+    """Of few rows: numbers, scales, those of the weight, type of the result, bias, residual, memory for the result."""
+    most_few: int = 0
+    """Rows that it takes."""
+    unit: int = 1
+    """Of the columns of a weight that it takes."""
 
 
 REFERENCE = Fp8Ops(quantise, block_product, rms_norm, silu_mul, EPILOGUES)
@@ -106,13 +109,14 @@ class Fp8Linear:
         self.bias = bias
         self.epilogue = epilogue
         self.ops = ops
+        self.most_few = ops.most_few if weight.numbers.shape[1] % ops.unit == 0 else min(ops.most_few, 1)
         self.group = BLOCK if weight.is_in_blocks else 0
         """Columns of a row that share a scale; 0: all."""
 
     def __call__(self, x: Tensor | RoundedRows, *, residual: Tensor | None = None, out: Tensor | None = None) -> Tensor:
         x = self._rounded(x)
-        if self.epilogue == "none" and len(x.numbers) == 1 and self.ops.row_product is not None:
-            return self._row_times(x, residual, out)
+        if self.epilogue == "none" and self._is_few(x):
+            return self._few_times(x, residual, out)
         y = self.ops.epilogues[self.epilogue](self._product(x))
         if residual is not None:
             return torch.add(y, residual, out=out)
@@ -132,14 +136,17 @@ class Fp8Linear:
         return x if isinstance(x, RoundedRows) else RoundedRows(*self.ops.quantise(x, self.group), x.dtype)
 
     def _product(self, x: RoundedRows) -> Tensor:
-        if len(x.numbers) == 1 and self.ops.row_product is not None:
-            return self._row_times(x)
+        if self._is_few(x):
+            return self._few_times(x)
         return self._in_blocks(x) if self.weight.is_in_blocks else self._by_rows(x)
 
-    def _row_times(self, x: RoundedRows, residual: Tensor | None = None, out: Tensor | None = None) -> Tensor:
-        assert self.ops.row_product is not None
+    def _is_few(self, x: RoundedRows) -> bool:
+        return 0 < len(x.numbers) <= self.most_few
+
+    def _few_times(self, x: RoundedRows, residual: Tensor | None = None, out: Tensor | None = None) -> Tensor:
+        assert self.ops.few_product is not None
         weight = (self.weight.numbers, self.weight.scales)
-        return self.ops.row_product(x.numbers, x.scales, *weight, x.dtype, self.bias, residual, out)
+        return self.ops.few_product(x.numbers, x.scales, *weight, x.dtype, self.bias, residual, out)
 
     def _by_rows(self, x: RoundedRows) -> Tensor:
         if not len(x.numbers):  # of a step that wants no logits; torch's product takes no empty scales

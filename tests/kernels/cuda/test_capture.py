@@ -30,6 +30,7 @@ from dashinfer_vlm.kernels.cuda import (
     rows,
     segments,
     skinny,
+    skinny_floats,
 )
 from dashinfer_vlm.layers.backend import in_floats, in_groups, on_card
 from dashinfer_vlm.models.loading import allocate_kv
@@ -53,7 +54,7 @@ class OnTheDevice(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 @pytest.fixture(autouse=True)
 def _nothing_starts(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (decode, fp8, gemv, hadamard, narrow, paged, patches, rotary, rows, segments, skinny):
+    for module in (decode, fp8, gemv, hadamard, narrow, paged, patches, rotary, rows, segments, skinny, skinny_floats):
         monkeypatch.setattr(module, "launch", lambda *_, **__: None)
 
 

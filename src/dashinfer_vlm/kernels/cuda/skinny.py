@@ -29,7 +29,20 @@ from dashinfer_vlm.kernels.cuda.launch import (
 )
 from dashinfer_vlm.kernels.grouped import GROUP, GroupedWeight
 
-__all__ = ["MOST_ROWS", "MOST_WHOLE_ROWS", "can_multiply", "expand", "num_splits", "product", "takes"]
+__all__ = [
+    "MOST_ROWS",
+    "MOST_WHOLE_ROWS",
+    "TALL",
+    "WIDE",
+    "arrived_of",
+    "can_multiply",
+    "expand",
+    "joined",
+    "num_splits",
+    "product",
+    "takes",
+    "tile_of",
+]
 
 MOST_ROWS = 128
 """Beyond them arithmetic counts, and a weight of few bits is better expanded once."""
@@ -84,7 +97,33 @@ def _of_high_halves(tile, C: tl.constexpr):
 
 
 @triton.jit
-def _tile(x, first, at, x_t, SIZE, K, HEIGHT: tl.constexpr, WIDTH: tl.constexpr, TILED: tl.constexpr):
+def joined(acc, up, parts, arrived, SPLITS: tl.constexpr, BN: tl.constexpr, BM: tl.constexpr, GATED: tl.constexpr):
+    """Whether this program is the last of those that share its tile; what all have found, in their order, if so. `up`
+    belongs to it with `GATED`."""
+    tile = tl.program_id(0) + tl.program_id(1) * tl.num_programs(0)
+    split = tl.program_id(2)
+    kinds: tl.constexpr = 2 if GATED else 1
+    places = (tl.arange(0, BN) * BM)[:, None] + tl.arange(0, BM)[None, :]
+    places = parts + tile.to(tl.int64) * (SPLITS * kinds * BN * BM) + places
+    tl.store(places + split * (kinds * BN * BM), acc)
+    if GATED:
+        tl.store(places + (split * kinds + 1) * (BN * BM), up)
+    tl.debug_barrier()  # all of it is written before it is said
+    is_last = tl.atomic_add(arrived + tile, 1, sem="acq_rel") == SPLITS - 1
+    if is_last:
+        tl.store(arrived + tile, 0)  # for the next launch
+        acc = tl.zeros([BN, BM], tl.float32)
+        for j in tl.static_range(SPLITS):
+            acc += tl.load(places + j * (kinds * BN * BM), cache_modifier=".cg")
+        if GATED:
+            up = tl.zeros([BN, BM], tl.float32)
+            for j in tl.static_range(SPLITS):
+                up += tl.load(places + (j * kinds + 1) * (BN * BM), cache_modifier=".cg")
+    return is_last, acc, up
+
+
+@triton.jit
+def tile_of(x, first, at, x_t, SIZE, K, HEIGHT: tl.constexpr, WIDTH: tl.constexpr, TILED: tl.constexpr):
     """[HEIGHT, WIDTH] of [SIZE, K], zeros where there is nothing."""
     if TILED:
         tile = x.load([first, at])
@@ -92,7 +131,7 @@ def _tile(x, first, at, x_t, SIZE, K, HEIGHT: tl.constexpr, WIDTH: tl.constexpr,
         i = first + tl.arange(0, HEIGHT)
         k = at + tl.arange(0, WIDTH)
         places = x + i.to(tl.int64)[:, None] * x_t + k[None, :]
-        tile = tl.load(places, mask=(i < SIZE)[:, None] & (k < K)[None, :], other=0)
+        tile = tl.load(places, mask=(i < SIZE)[:, None] & (k < K)[None, :], other=0.0)
     return tile
 
 
@@ -158,11 +197,11 @@ def _multiply(
     length: tl.constexpr = (K + 127) // 128 * 64 if BITS == 4 else K
     rows_of_w: tl.constexpr = 2 * N if GATED else N
     for i in tl.range(start, stop):
-        low = _tile(x, first_m, i * BK, x_t, T, K, BM, width, TILED).to(C).T
+        low = tile_of(x, first_m, i * BK, x_t, T, K, BM, width, TILED).to(C).T
         high = low
         if BITS == 4:
-            high = _tile(x, first_m, i * BK + width, x_t, T, K, BM, width, TILED).to(C).T
-        tile_of_w = _tile(w, first_n, i * width, w_n, rows_of_w, length, BN, width, TILED)
+            high = tile_of(x, first_m, i * BK + width, x_t, T, K, BM, width, TILED).to(C).T
+        tile_of_w = tile_of(w, first_n, i * width, w_n, rows_of_w, length, BN, width, TILED)
         next_scale = scale
         next_up = scale_up
         if BITS < 16:  # scales are asked for a round before they are needed
@@ -172,29 +211,14 @@ def _multiply(
                 next_up = tl.load(ups + later).to(tl.float32)
         acc = _add(acc, tile_of_w, low, high, scale, BITS, C)
         if GATED:
-            tile_of_w = _tile(w, first_n + N, i * width, w_n, rows_of_w, length, BN, width, TILED)
+            tile_of_w = tile_of(w, first_n + N, i * width, w_n, rows_of_w, length, BN, width, TILED)
             up = _add(up, tile_of_w, low, high, scale_up, BITS, C)
         scale = next_scale
         scale_up = next_up
-    if SPLITS > 1:
-        tile += tl.program_id(1) * tl.num_programs(0)
-        i = (tl.arange(0, BN) * BM)[:, None] + tl.arange(0, BM)[None, :]
-        kinds: tl.constexpr = 2 if GATED else 1
-        mine = parts + tile.to(tl.int64) * (SPLITS * kinds * BN * BM) + i
-        tl.store(mine + split * (kinds * BN * BM), acc)
-        if GATED:
-            tl.store(mine + (split * kinds + 1) * (BN * BM), up)
-        tl.debug_barrier()  # all of it is written before it is said
-        if tl.atomic_add(arrived + tile, 1, sem="acq_rel") < SPLITS - 1:
-            return
-        tl.store(arrived + tile, 0)  # for the next launch
-        acc = tl.zeros([BN, BM], tl.float32)
-        up = tl.zeros([BN, BM], tl.float32)
-        for j in tl.static_range(SPLITS):
-            acc += tl.load(mine + j * (kinds * BN * BM), cache_modifier=".cg")
-            if GATED:
-                up += tl.load(mine + (j * kinds + 1) * (BN * BM), cache_modifier=".cg")
     inside = (n < N)[:, None] & (m < T)[None, :]
+    if SPLITS > 1:
+        is_last, acc, up = joined(acc, up, parts, arrived, SPLITS, BN, BM, GATED)
+        inside &= is_last
     acc = _surrounded(acc, up, bias, residual, m, n, inside, r_t, N, BIAS, GATED, RESIDUAL)
     tl.store(out + m.to(tl.int64)[None, :] * o_t + n[:, None], acc.to(out.dtype.element_ty), mask=inside)
 
@@ -259,7 +283,8 @@ _ARRIVED: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 way at a time."""
 
 
-def _arrived(weight: Tensor) -> Tensor:
+def arrived_of(weight: Tensor) -> Tensor:
+    """For `joined`, of this weight: int32, zero."""
     if weight not in _ARRIVED:
         assert weight.device.type != "cuda" or not torch.cuda.is_current_stream_capturing(), "first used in a graph"
         size = -(-len(weight) // TALL) * -(-MOST_ROWS // 16)
@@ -318,7 +343,7 @@ def product(
     parts = arrived = absent
     if splits > 1:
         shape = (grid[0] * grid[1], splits, 2 if silu_mul else 1, TALL, cut.rows)
-        parts, arrived = torch.empty(shape, dtype=torch.float32, device=x.device), _arrived(numbers)
+        parts, arrived = torch.empty(shape, dtype=torch.float32, device=x.device), arrived_of(numbers)
     width = cut.columns // 2 if bits == 4 else cut.columns  # of 4 bits, two halves of x meet those of a byte
     factors: tuple[Any, Any] = (x, numbers)
     is_tiled = has_tiles(x)

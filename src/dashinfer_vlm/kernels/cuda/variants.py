@@ -9,12 +9,25 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from itertools import product as each
 
 import torch
 from torch import Tensor
 
 from dashinfer_vlm.kernels.choices import Choices
-from dashinfer_vlm.kernels.cuda import fp8, gemv, narrow, paged, patches, rotary, rows, sampling, segments, skinny
+from dashinfer_vlm.kernels.cuda import (
+    fp8,
+    gemv,
+    narrow,
+    paged,
+    patches,
+    rotary,
+    rows,
+    sampling,
+    segments,
+    skinny,
+    skinny_floats,
+)
 from dashinfer_vlm.kernels.cuda.decode import rope_and_attend
 from dashinfer_vlm.kernels.grouped import GROUP, GroupedWeight
 from dashinfer_vlm.kernels.head_norms import HeadNorms
@@ -157,17 +170,19 @@ def _floats(s: Sizes, dtype: torch.dtype, device: torch.device) -> Iterator[Vari
         yield Variant(f"fp8 {told} of a norm", partial(fp8.rms_norm, x, gains, 1e-6, group))
         yield Variant(f"fp8 {told} of silu_mul", partial(fp8.silu_mul, wide, group))
 
-    def row(num_rows: int, depth: int, *, in_blocks: bool) -> Tensor:
+    def some(count: int, num_rows: int, depth: int, *, in_blocks: bool) -> Tensor:
         sides = [(-(-num_rows // fp8.BLOCK), -(-depth // fp8.BLOCK))] if in_blocks else [(num_rows, 1)]
-        sides.append((1, sides[0][1]))
-        of_weight, of_row = (torch.empty(*side, dtype=torch.float32, device=device) for side in sides)
-        numbers, matrix = (torch.empty(n, depth, dtype=weight.dtype, device=device) for n in (1, num_rows))
-        residual = torch.empty(1, num_rows, dtype=dtype, device=device)
-        return narrow.of_floats(numbers, of_row, matrix, of_weight, dtype, None, residual)
+        sides.append((count, sides[0][1]))
+        of_weight, of_rows = (torch.empty(*side, dtype=torch.float32, device=device) for side in sides)
+        numbers, matrix = (torch.empty(n, depth, dtype=weight.dtype, device=device) for n in (count, num_rows))
+        residual = torch.empty(count, num_rows, dtype=dtype, device=device)
+        return skinny_floats.product(numbers, of_rows, matrix, of_weight, dtype, None, residual)
 
-    for told, in_blocks in (("", False), (" in blocks", True)):
-        yield Variant(f"fp8 row{told}", partial(row, 2 * s.inner, s.hidden, in_blocks=in_blocks))
-        yield Variant(f"fp8 row of an MLP{told}", partial(row, s.hidden, s.inner, in_blocks=in_blocks))
+    for (told, in_blocks), (name, count) in each(
+        (("", False), (" in blocks", True)), (("row", 1), ("few rows", 16), ("some rows", 64))
+    ):
+        yield Variant(f"fp8 {name}{told}", partial(some, count, 2 * s.inner, s.hidden, in_blocks=in_blocks))
+        yield Variant(f"fp8 {name} of an MLP{told}", partial(some, count, s.hidden, s.inner, in_blocks=in_blocks))
     yield Variant("fp8 product, few rows", lambda: product(16))
     yield Variant("fp8 product", lambda: product(1024))
 
