@@ -72,11 +72,12 @@ class Watch:
     hang_s: float = HANG_S
     found: dict[tuple[str, str], Row] = field(default_factory=dict)
     _ended: set[str] = field(default_factory=set)
+    _given_up: set[str] = field(default_factory=set)
     _current: tuple[str, str] = ("", "")
 
     def run(self) -> list[Row]:
         stop = time.monotonic() + self.total_s
-        while (left := [phase for phase in self.phases if phase not in self._ended]) and time.monotonic() < stop:
+        while (left := self._left()) and time.monotonic() < stop:
             before = len(self.found)
             self._current = (left[0], "start")
             status = self._watch_one(self.command([self._told(phase) for phase in left], stop - time.monotonic()))
@@ -84,11 +85,16 @@ class Watch:
                 break
             self._note(*self._current, failure(self._current[1], f"its process ended with status {status}"))
             if len(self.found) == before:  # it fails at the same place again
-                self._ended.add(self._current[0])
+                self._given_up.add(self._current[0])
         return list(self.found.values())
 
+    def _left(self) -> list[str]:
+        """What is to be done, and before it the ceilings again: every process needs them."""
+        left = [phase for phase in self.phases if phase not in self._ended | self._given_up]
+        again = left and "ceilings" in self._ended - self._given_up
+        return ["ceilings", *left] if again else left
+
     def _told(self, phase: str) -> tuple[str, str, float, list[str]]:
-        """Ceilings are measured again: every process needs them."""
         done = [] if phase == "ceilings" else [name for of, name in self.found if of == phase]
         return (phase, *PHASES[phase], done)
 

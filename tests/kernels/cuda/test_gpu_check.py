@@ -114,6 +114,7 @@ def test_a_card_that_is_lost_ends_the_process(monkeypatch: pytest.MonkeyPatch) -
 
 DIES = """
 import json, os, sys, time
+measured = False
 def tell(phase, **message):
     print(json.dumps({"phase": phase} | message), flush=True)
 for phase, _, _, done in json.loads(sys.argv[1]):
@@ -123,9 +124,10 @@ for phase, _, _, done in json.loads(sys.argv[1]):
         tell(phase, begins=name)
         if (phase, name) == ("kernels", "b"):
             os.abort()
+        measured = measured or phase == "ceilings"
         if (phase, name) == ("steps", "a"):
             time.sleep(100)
-        tell(phase, row={"name": name, "error": 0.0})
+        tell(phase, row={"name": name, "error": 0.0, "floor": 1.0 if measured else float("nan")})
     tell(phase, ends=True)
 """
 """In place of a worker: dies in one check, hangs in another."""
@@ -143,6 +145,18 @@ def test_another_process_goes_on_behind_a_check_that_kills_or_hangs(tmp_path: Pa
         assert len(out.readlines()) == len(found) == 9
     assert {name for name, row in found.items() if row.verdict == "WRONG"} == {"kernels b", "steps a"}
     assert "status -6" in found["kernels b"].note
+    assert found["kernels c"].floor == found["steps c"].floor == 1.0  # by the ceilings of its own process
+
+
+def test_ceilings_that_kill_their_process_are_given_up() -> None:
+    def command(phases: list[tuple[str, str, float, list[str]]], _: float) -> list[str]:
+        broken = DIES.replace('("kernels", "b")', '("ceilings", "b")')
+        return [sys.executable, "-S", "-c", broken, json.dumps(phases)]
+
+    watch = Watch(command, ["ceilings", "kernels"])
+    watch.run()
+    assert [name for name, row in watch.found.items() if row.verdict == "WRONG"] == [("ceilings", "b")]
+    assert ("kernels", "c") in watch.found
 
 
 def test_verdicts() -> None:
