@@ -44,19 +44,26 @@ class Contest:
 
 
 FEW: tuple[Cut, ...] = (
-    *((16, 64, 2, stages, None) for stages in (2, 3, 7)),
-    *((16, 64, 4, stages, None) for stages in (5, 7)),
-    *((16, 32, warps, stages, None) for warps in (1, 2) for stages in (5, 7)),
-    *((16, 128, 4, stages, None) for stages in (2, 5)),
+    *((16, 64, warps, 5, None) for warps in (2, 4)),
+    *((16, 128, warps, 2, None) for warps in (4, 8)),
+    (16, 128, 4, 3, None),
 )
-"""5 stages keep the keys of one round under way, 7 those of two, 3 and less none."""
+FEW_INT8: tuple[Cut, ...] = (
+    *((16, 64, warps, 2, None) for warps in (2, 4)),
+    *((16, 128, warps, 2, None) for warps in (4, 8)),
+    (16, 64, 4, 5, None),
+)
 MANY: tuple[Cut, ...] = (
-    *((64, 64, 4, stages, None) for stages in (2, 3)),
-    *((128, 64, 8, stages, registers) for stages in (2, 5) for registers in (None, 128)),
-    (128, 128, 8, 5, None),
-    (128, 32, 8, 5, 128),
-    (128, 64, 4, 5, None),
-    (64, 32, 4, 5, None),
+    *((64, 64, 4, stages, None) for stages in (2, 3, 5)),
+    *((128, 64, 8, 2, registers) for registers in (None, 128)),
+    *((128, keys, 8, 5, None) for keys in (64, 128)),
+)
+MANY_INT8: tuple[Cut, ...] = (
+    *((128, 64, 8, 2, registers) for registers in (None, 128)),
+    *((rows, 64, 4, 2, None) for rows in (64, 128)),
+    (64, 32, 4, 3, None),
+    (128, 32, 8, 2, 128),
+    (128, 64, 8, 5, None),
 )
 FRAMES: tuple[Cut, ...] = (
     *((128, 64, 8, stages, 128) for stages in (2, 4)),
@@ -88,7 +95,9 @@ def _contests(setting: Setting) -> Iterator[Contest]:
     if setting.tiny:
         decode = decode_alone(setting, torch.bfloat16, "decode", TINY, [3, 70])
         yield Contest(decode, paged, "few_tile", ((16, 32, 1, 2, None),))
-        yield Contest(over_a_cache("prompt", TINY, [40], [60]), paged, "many_tile", ((32, 16, 1, 2, None),))
+        for kind in ("bfloat16", "int8"):
+            prompt = over_a_cache(f"prompt over {kind}", TINY, [40], [60], getattr(torch, kind))
+            yield Contest(prompt, paged, "many_tile", ((32, 16, 1, 2, None),))
         pictures = attention_of_pictures(setting, torch.bfloat16, "frames", [37, 5], 2, 80)
         yield Contest(pictures, segments, "tile_for", ((16, 32, 1, 1, None),))
         return
@@ -96,8 +105,13 @@ def _contests(setting: Setting) -> Iterator[Contest]:
         for name, count, length in (("1 of 1k", 1, 1024), ("16 of 1k", 16, 1024), ("64 of 1k", 64, 1024)):
             case = decode_alone(setting, torch.bfloat16, f"{size} decode {name}", heads, [length] * count)
             yield Contest(case, paged, "few_tile", FEW)
-        yield Contest(over_a_cache(f"{size} prompt 8k", heads, [8192], [8192]), paged, "many_tile", MANY)
-        yield Contest(over_a_cache(f"{size} prompt 1k", heads, [1024], [1024]), paged, "many_tile", MANY)
+        for name, count in (("1 of 1k", 1), ("64 of 1k", 64)):
+            case = over_a_cache(f"{size} decode {name} over int8", heads, [1] * count, [1024] * count, torch.int8)
+            yield Contest(case, paged, "few_tile", FEW_INT8)
+        for name, length in (("8k", 8192), ("1k", 1024)):
+            prompt = partial(over_a_cache, heads=heads, rows=[length], contexts=[length])
+            yield Contest(prompt(f"{size} prompt {name}"), paged, "many_tile", MANY)
+            yield Contest(prompt(f"{size} prompt {name} over int8", cache=torch.int8), paged, "many_tile", MANY_INT8)
     long = decode_alone(setting, torch.bfloat16, "7b decode 8 of 8k", OF_7B, [8192] * 8)
     yield Contest(long, paged, "few_tile", FEW)
     for name, lengths, dim, cuts in (

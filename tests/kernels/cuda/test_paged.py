@@ -13,7 +13,8 @@ from torch import Tensor
 pytest.importorskip("triton")
 
 from dashinfer_vlm.kernels.cuda import paged
-from dashinfer_vlm.kernels.cuda.paged import FEW_ROWS, num_splits, paged_attention
+from dashinfer_vlm.kernels.cuda.launch import launch
+from dashinfer_vlm.kernels.cuda.paged import num_splits, paged_attention
 from dashinfer_vlm.layers import attention
 from tests.kernels.cuda.numbers import DEVICE, TYPES, allowed, error
 
@@ -127,29 +128,59 @@ def test_scores_that_are_all_far_below_zero() -> None:
     assert error(batch.run(4), batch.expected()) < 1e-4
 
 
-def test_splits_fill_a_card_and_no_more(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(paged, "WANTED_PROGRAMS", 384)
-    assert num_splits(4, 1 << 20, 64) == 64
-    assert num_splits(128 * 4, 1024, 64) == 1
-    assert num_splits(64 * 2, 1024, 64) == 2
-    assert num_splits(8 * 4, 1024, 64) == 8
-    assert num_splits(4, 64, 64) == 1
+@pytest.mark.parametrize("splits", [1, 4])
+def test_more_sequences_than_are_looked_at_at_a_time(splits: int) -> None:
+    batch = make([1, 9, *[0] * 130, 11, 2, 1], [20, 30, *[0] * 130, 40, 50, 1], heads=(3, 1))
+    assert error(batch.run(splits), batch.expected()) < 1e-5
 
 
-def test_splits_take_memory_for_sequences_of_few_rows_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A long prompt beside one stream is not split, and its rows would be many times the memory."""
-    batch, taken, empty = make([1, 200], [40, 200]), [], torch.empty
-    expected = batch.expected()
+@pytest.mark.parametrize("cache", [torch.float32, torch.int8])
+def test_splits_that_no_keys_are_left_for(cache: torch.dtype) -> None:
+    """Neither programs nor what joins them look at what such a split would have found."""
+    batch = make([1, 37, 3], [1, 40, 3], (3, 1), cache=cache)
+    assert error(batch.run(8), batch.expected()) < 1e-5
+    batch = make([1, 1], [1, 33], (3, 1), cache=cache)
+    assert error(batch.run(8), batch.expected()) < 1e-5
+
+
+def test_a_chunk_of_a_prompt_is_shared_by_programs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A few rows of it would leave most of a card idle."""
+    batch, launched = make([1, 20], [40, 200]), []
+
+    def counted(kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) -> None:
+        launched.append(grid)
+        launch(kernel, grid, *arguments, **options)
+
+    monkeypatch.setattr(paged, "launch", counted)
+    assert error(batch.run(), batch.expected()) < 1e-5
+    few, many, combined = launched
+    assert few[2] == many[2] == 4
+    assert combined == (21, 6)
+
+
+def test_splits_fill_a_card_and_no_more() -> None:
+    assert num_splits(384, 4, 1 << 20, 64) == 64
+    assert num_splits(384, 128 * 4, 1024, 64) == 1
+    assert num_splits(384, 64 * 2, 1024, 64) == 2
+    assert num_splits(384, 8 * 4, 1024, 64) == 8
+    assert num_splits(384, 4, 64, 64) == 1
+
+
+@pytest.mark.parametrize("num_rows", [128, 256, 512, 1024, 2048])
+def test_what_splits_find_takes_no_more_memory_in_long_steps(num_rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    q, keys = (torch.zeros(*size, device="meta") for size in ((num_rows, 28, 128), (9, 16, 4, 128)))
+    tables, starts, contexts = (torch.zeros(*size, device="meta").int() for size in ((129, 999), (130,), (129,)))
+    taken, empty = [], torch.empty
 
     def measured(*size: Any, **options: Any) -> Tensor:
-        tensor = empty(*size, **options)
-        taken.append(tensor.nbytes)
-        return tensor
+        taken.append(empty(*size, **options))
+        return taken[-1]
 
     monkeypatch.setattr(torch, "empty", measured)
-    got = batch.run(4)
-    assert error(got, expected) < 1e-5
-    assert sum(taken) - got.nbytes <= 4 * 2 * FEW_ROWS * 6 * (32 + 1) * 4
+    monkeypatch.setattr(paged, "launch", lambda *_, **__: None)
+    monkeypatch.setattr(paged, "MANY_PROGRAMS", 264)
+    out = paged_attention(q, keys, keys, tables, starts, contexts, 0.3)
+    assert sum(x.nbytes for x in taken) - out.nbytes <= 264 * 64 * (128 + 1) * 4
 
 
 def test_what_does_not_fit_is_refused() -> None:

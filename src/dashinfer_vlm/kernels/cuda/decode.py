@@ -13,7 +13,7 @@ from torch import Tensor
 
 from dashinfer_vlm.kernels.cuda import paged, rotary
 from dashinfer_vlm.kernels.cuda.launch import check, compute_type, launch, power_of_two, starts_early, wait_for_last
-from dashinfer_vlm.kernels.cuda.paged import over_keys
+from dashinfer_vlm.kernels.cuda.paged import over_keys, share_of
 from dashinfer_vlm.kernels.cuda.rotary import rotated
 from dashinfer_vlm.kernels.head_norms import HeadNorms
 
@@ -41,9 +41,11 @@ def _decode(
     split = tl.program_id(2)
     row = tl.load(starts + s)
     n = tl.load(starts + s + 1) - row
-    old = tl.load(contexts + s) - 1
+    context = tl.load(contexts + s)
+    share = share_of(context, BN, SPLITS)
+    begin = split * share
     wait_for_last(EARLY)
-    if n == 0:
+    if n == 0 or begin >= context:
         return
     at = row.to(tl.int64)
     d = tl.arange(0, D)
@@ -52,9 +54,7 @@ def _decode(
     v_cache += head * HEAD
     table = tables + s * table_stride
     base2 = scale * 1.4426950408889634
-    share = tl.cdiv(tl.cdiv(old, BN), SPLITS) * BN
-    begin = split * share
-    end = tl.minimum(old, begin + share)
+    end = tl.minimum(context - 1, begin + share)
     last = tl.full([BM], 0, tl.int32) + (end - 1)
     top = tl.full([BM], -1e30, tl.float32)
     total = tl.zeros([BM], tl.float32)
@@ -62,7 +62,7 @@ def _decode(
     for j in tl.range(begin, end, BN):
         top, total, acc = over_keys(q, k_cache, v_cache, table, j, end, last, base2, top, total, acc, D, D, BS, BLOCK,
                                 SLOT, BN, False, True, C)  # fmt: skip
-    if split == 0:  # this one sees to the newest key
+    if begin + share >= context:  # this one sees to the newest key
         k = _heads(k_rows + at * k_t + head * k_h, cos, sin, at, k_h, k_gains, eps, 1, D, 1, NORM)
         k = k.to(k_cache.dtype.element_ty)
         v = tl.load(v_rows + at * v_t + head * v_h + d)[None, :].to(v_cache.dtype.element_ty)
@@ -77,13 +77,10 @@ def _decode(
         acc = acc * fade[:, None] + p[:, None] * v.to(tl.float32)
         top = highest
     m = tl.arange(0, BM)
-    some = tl.where(total > 0, total, 1.0)
     if SPLITS > 1:
-        tl.store(lse + split * l_split + s * l_t + head * G + m,
-                 tl.where(total > 0, top + tl.log2(some), -1e30), mask=m < G)  # fmt: skip
-        at = s.to(tl.int64)
+        tl.store(lse + split * l_split + row * l_t + head * G + m, top + tl.log2(total), mask=m < G)
     place = out + split * o_split + at * o_t + (head * G + m)[:, None] * o_h + d[None, :]
-    tl.store(place, (acc / some[:, None]).to(out.dtype.element_ty), mask=(m < G)[:, None])
+    tl.store(place, (acc / total[:, None]).to(out.dtype.element_ty), mask=(m < G)[:, None])
 
 
 def rope_and_attend(
@@ -122,9 +119,9 @@ def rope_and_attend(
     tile = paged.few_tile(q.dtype, k_cache.dtype, group, dim)
     if splits is None:
         max_context = block_tables.shape[1] * k_cache.shape[1]
-        splits = paged.num_splits(num_rows * num_kv_heads, max_context, tile.columns)
+        splits = paged.num_splits(paged.FEW_PROGRAMS, num_rows * num_kv_heads, max_context, tile.columns)
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    parts, lse = paged.parts_of(out, num_rows, splits)
+    parts, lse = paged.parts_of(out, splits)
     gains = (cos, cos, 0.0) if norms is None else (norms.queries, norms.keys, norms.eps)  # what is there is not read
     launch(
         _decode, (num_rows, num_kv_heads, splits), q, k, v, cos, sin, *gains, k_cache, v_cache, slots, block_tables,
@@ -134,5 +131,5 @@ def rope_and_attend(
         early, compute_type(q.dtype), num_warps=tile.warps, num_stages=tile.stages, early=early,
     )  # fmt: skip
     if splits > 1:
-        paged.combine(parts, lse, query_starts, out, 1)
+        paged.combine(parts, lse, query_starts, context_lens, out, 1, tile.columns, tile.columns)
     return out

@@ -1,8 +1,9 @@
 """Causal grouped-query attention over the paged cache, driven by what lies on the device: no length is read back.
 
-One source, two launches. *Few* is for sequences of at most `FEW_ROWS` rows (decode, guesses): small tiles whose keys
-are split over several programs, joined by `_combine`. *Many* is for the rest: tall tiles. A launch leaves the sequences
-of the other alone. A tile's row is a pair (query, head of the group), so that a group reads its keys once.
+One source, two launches. *Few* is for sequences of at most `FEW_ROWS` rows (decode, guesses): small tiles. *Many* is
+for the rest: tall tiles. A launch leaves the sequences of the other alone. A tile's row is a pair (query, head of the
+group), so that a group reads its keys once. Where tiles are too few for a card, several programs share the keys of
+each, by the length of its sequence, and `_combine` joins what they found.
 """
 
 from __future__ import annotations
@@ -18,38 +19,68 @@ from dashinfer_vlm.kernels.cuda.launch import (
     Tile,
     check,
     compute_type,
-    is_roomy,
     launch,
     power_of_two,
     starts_early,
     wait_for_last,
 )
 
-__all__ = ["FEW_ROWS", "combine", "few_tile", "num_splits", "over_keys", "paged_attention", "parts_of"]
+__all__ = [
+    "FEW_PROGRAMS",
+    "FEW_ROWS",
+    "combine",
+    "few_tile",
+    "num_splits",
+    "over_keys",
+    "paged_attention",
+    "parts_of",
+    "share_of",
+]
 
 FEW_ROWS = 8
-"""Rows up to which a sequence belongs to the launch with splits."""
-WANTED_PROGRAMS = 16 if INTERPRETED else 384
-"""At most three for each multiprocessor of a large card, which has room for as many; where they are interpreted, one
-after the other."""
-STAGES = 5
-"""Of a pipeline in which keys are copied two rounds before they are needed, and what the table says of them two rounds
-before that. With 3 and 4 the compiler copies that one round before, as the newest of all copies; to wait for it is to
-wait for all, and nothing is under way during the arithmetic (tests/kernels/cuda/test_compile.py)."""
+"""Rows up to which a sequence belongs to the launch of small tiles."""
+FEW_PROGRAMS, MANY_PROGRAMS = (16, 16) if INTERPRETED else (384, 264)
+"""At most three and two for each multiprocessor of a large card, which has room for as many; where they are
+interpreted, one after the other. The second is of steps with prompts, and bounds what splits find: 64 rows each."""
+TALL_PROGRAMS = 200
+"""From which on tiles of 128 rows are worth it: 96 took 40.8 us where twice as many of 64 rows took 32.7, 224 took 46.6
+against 48.5, and 768 took 551 against 649 (an H200)."""
 
 
 @triton.jit
-def _sequence_of(starts, tile, num_sequences, BQ: tl.constexpr):
-    """The sequence of a tile, by bisection: tiles of sequence s begin at `starts[s] // BQ + s`."""
-    low = 0
-    high = num_sequences
-    while low < high:
-        middle = (low + high) // 2
-        if tl.load(starts + middle) // BQ + middle <= tile:
-            low = middle + 1
-        else:
-            high = middle
-    return low - 1
+def _tile_of(starts, tile, num_sequences, BQ: tl.constexpr, FEW: tl.constexpr, MANY: tl.constexpr):
+    """Sequence and first row of one of the tiles of all sequences of more than `FEW` rows, or of all others with `MANY`
+    False; the number of sequences where there are not so many tiles."""
+    s = 0
+    before = 0
+    passed = 0
+    for j in tl.range(0, num_sequences, 128):
+        i = j + tl.arange(0, 128)
+        inside = i < num_sequences
+        n = tl.load(starts + i + 1, mask=inside, other=0) - tl.load(starts + i, mask=inside, other=0)
+        ends = passed + tl.cumsum(tl.where((n > FEW) == MANY, tl.cdiv(n, BQ), 0), 0)
+        behind = inside & (ends <= tile)
+        s += tl.sum(behind.to(tl.int32), 0)
+        before = tl.maximum(before, tl.max(tl.where(behind, ends, 0), 0))
+        passed = tl.max(ends, 0)
+    return s, (tile - before) * BQ
+
+
+@triton.jit
+def _owner_of(starts, row, num_sequences):
+    """The sequence of a row; the number of sequences where nobody owns it."""
+    s = 0
+    for j in tl.range(0, num_sequences, 128):
+        i = j + tl.arange(0, 128)
+        inside = i < num_sequences
+        s += tl.sum((inside & (tl.load(starts + i + 1, mask=inside, other=0) <= row)).to(tl.int32), 0)
+    return s
+
+
+@triton.jit
+def share_of(context, BN: tl.constexpr, SPLITS: tl.constexpr):
+    """Keys that each of the programs takes that share a tile, in whole rounds; the last ones may find none left."""
+    return tl.cdiv(tl.cdiv(context, BN), SPLITS) * BN
 
 
 @triton.jit
@@ -113,17 +144,19 @@ def _attend(
     tile = tl.program_id(0)
     head = tl.program_id(1)
     split = tl.program_id(2)
-    if MANY:
-        s = _sequence_of(starts, tile, num_sequences, BQ)
-        local = (tile - tl.load(starts + s) // BQ - s) * BQ
+    if FEW == 1:
+        s = tile
+        local = 0
     else:
-        s = tile // ((FEW + BQ - 1) // BQ)
-        local = tile % ((FEW + BQ - 1) // BQ) * BQ
+        s, local = _tile_of(starts, tile, num_sequences, BQ, FEW, MANY)
     first = tl.load(starts + s)
-    n = tl.load(starts + s + 1) - first
-    context = tl.load(contexts + s)
+    n = tl.load(starts + tl.minimum(s + 1, num_sequences)) - first
+    context = tl.load(contexts + tl.minimum(s, num_sequences - 1))
+    stop = tl.minimum(context, context - n + local + BQ)
+    share = share_of(context, BN, SPLITS)
+    begin = split * share
     wait_for_last(EARLY)
-    if local >= n or (n > FEW) != MANY:
+    if local >= n or begin >= stop:
         return
     m = tl.arange(0, BM)
     d = tl.arange(0, DP)
@@ -134,9 +167,6 @@ def _attend(
     inside = mine[:, None] & (d < D)[None, :]
     q = tl.load(q_rows + at[:, None] * q_t + query_head[:, None] * q_h + d[None, :], mask=inside, other=0.0).to(C)
     last = context - n + row
-    stop = tl.minimum(context, context - n + local + BQ)
-    share = tl.cdiv(tl.cdiv(stop, BN), SPLITS) * BN
-    begin = split * share
     end = tl.minimum(stop, begin + share)
     top = tl.full([BM], -1e30, tl.float32)
     total = tl.zeros([BM], tl.float32)
@@ -155,38 +185,40 @@ def _attend(
     for j in tl.range(masked, end, BN):
         top, total, acc = over_keys(q, k_cache, v_cache, table, j, end, last, base2, top, total, acc, D, DP, BS,
                                 BLOCK, SLOT, BN, INT8, True, C)  # fmt: skip
-    some = tl.where(total > 0, total, 1.0)  # a split may find no key that a row sees
-    if SPLITS > 1:  # as many rows as sequences of few rows may have: 32 bits hold their places, and save registers
-        at = s * FEW + row
-        tl.store(lse + split * l_split + at * l_t + query_head,
-                 tl.where(total > 0, top + tl.log2(some), -1e30), mask=mine)  # fmt: skip
+    if SPLITS > 1:  # 32 bits hold places in parts, and save registers
+        at = first + row
+        tl.store(lse + split * l_split + at * l_t + query_head, top + tl.log2(total), mask=mine)
     place = out + split * o_split + at[:, None] * o_t + query_head[:, None] * o_h + d[None, :]
-    tl.store(place, (acc / some[:, None]).to(out.dtype.element_ty), mask=inside)
+    tl.store(place, (acc / total[:, None]).to(out.dtype.element_ty), mask=inside)
 
 
-@triton.jit(do_not_specialize=["l_split"])
+@triton.jit(do_not_specialize=["num_sequences", "l_split"])
 def _combine(
-    parts, lse, starts, out, p_split, p_t, p_h, l_split, l_t, o_t, o_h, D: tl.constexpr, DP: tl.constexpr,
-    SPLITS: tl.constexpr, FEW: tl.constexpr, EARLY: tl.constexpr,
+    parts, lse, starts, contexts, out, num_sequences, p_split, p_t, p_h, l_split, l_t, o_t, o_h, D: tl.constexpr,
+    DP: tl.constexpr, SPLITS: tl.constexpr, FEW: tl.constexpr, FEW_KEYS: tl.constexpr, MANY_KEYS: tl.constexpr,
+    EARLY: tl.constexpr,
 ):  # fmt: skip
-    """Join the splits of one row and head by their shares of the softmax's sum."""
-    s = tl.program_id(0) // FEW
-    row = tl.program_id(0) % FEW
+    """Join the splits of one row and head by their shares of the softmax's sum: of those splits whose keys it sees."""
     head = tl.program_id(1)
+    s = tl.program_id(0) if FEW == 1 else _owner_of(starts, tl.program_id(0), num_sequences)
     first = tl.load(starts + s)
-    n = tl.load(starts + s + 1) - first
+    n = tl.load(starts + tl.minimum(s + 1, num_sequences)) - first
+    context = tl.load(contexts + tl.minimum(s, num_sequences - 1))
     wait_for_last(EARLY)
-    if row >= n or n > FEW:
+    if n == 0:
         return
-    at = tl.program_id(0).to(tl.int64)
+    at = first if FEW == 1 else tl.program_id(0)
+    share = share_of(context, FEW_KEYS, SPLITS) if n <= FEW else share_of(context, MANY_KEYS, SPLITS)
     i = tl.arange(0, SPLITS)
     d = tl.arange(0, DP)
-    sums = tl.load(lse + i * l_split + at * l_t + head)
+    seen = i * share <= context - n + at - first
+    sums = tl.load(lse + i * l_split + at * l_t + head, mask=seen, other=-float("inf"))
     weights = tl.exp2(sums - tl.max(sums, 0))
     weights = weights / tl.sum(weights, 0)
-    x = tl.load(parts + i[:, None] * p_split + at * p_t + head * p_h + d[None, :], mask=(d < D)[None, :], other=0.0)
+    place = parts + i[:, None] * p_split + at * p_t + head * p_h + d[None, :]
+    x = tl.load(place, mask=seen[:, None] & (d < D)[None, :], other=0.0)
     joined = tl.sum(x * weights[:, None], 0)
-    tl.store(out + (first + row).to(tl.int64) * o_t + head * o_h + d, joined.to(out.dtype.element_ty), mask=d < D)
+    tl.store(out + at.to(tl.int64) * o_t + head * o_h + d, joined.to(out.dtype.element_ty), mask=d < D)
 
 
 def few_tile(dtype: torch.dtype, cache: torch.dtype, group: int, dim: int) -> Tile:
@@ -194,23 +226,25 @@ def few_tile(dtype: torch.dtype, cache: torch.dtype, group: int, dim: int) -> Ti
     rows = power_of_two(group, 16)
     if dtype == torch.float32 or dim > 128:
         return Tile(rows, 32, 4, 2)
-    return Tile(rows, 64, 4 if cache == torch.int8 else 2, STAGES)
+    return Tile(rows, 64, 4, 5) if cache == torch.int8 else Tile(rows, 128, 4, 2)
 
 
-def many_tile(dtype: torch.dtype, cache: torch.dtype, group: int, dim: int, *, is_roomy: bool) -> Tile:
-    """For more rows. `is_roomy`: two programs with 112 KiB of shared memory each have room on a multiprocessor."""
+def many_tile(dtype: torch.dtype, cache: torch.dtype, group: int, dim: int, num_pairs: int) -> Tile:
+    """For more rows, of which a step has so many pairs with heads."""
     if dtype == torch.float32:
         return Tile(power_of_two(group, 32), 32, 4, 1)
     if dim > 128:
         return Tile(power_of_two(group, 128), 64, 8, 2)
     if cache == torch.int8:
-        return Tile(power_of_two(group, 128), 64, 8, STAGES)
-    return Tile(power_of_two(group, 64), 64, 4, STAGES if is_roomy else 2)
+        return Tile(power_of_two(group, 128), 64, 8, 5)
+    if num_pairs >= 128 * TALL_PROGRAMS:
+        return Tile(power_of_two(group, 128), 64, 8, 2, 128)
+    return Tile(power_of_two(group, 64), 64, 4, 2)
 
 
-def num_splits(num_programs: int, max_context: int, keys: int) -> int:
-    """A power of two, so that `num_programs` times it fill a card, and every split has a tile of `keys`."""
-    wanted = min(WANTED_PROGRAMS // max(num_programs, 1), max_context // keys, 64)
+def num_splits(wanted: int, num_programs: int, max_context: int, keys: int) -> int:
+    """A power of two, so that `num_programs` times it are at most `wanted`, and every split has a tile of `keys`."""
+    wanted = min(wanted // max(num_programs, 1), max_context // keys, 64)
     return power_of_two(wanted + 1) // 2 if wanted > 1 else 1
 
 
@@ -228,9 +262,9 @@ def paged_attention(
 
     Where T equals the number of sequences, each may own one row at most: such a step is decode alone, and one launch.
     Rows that no sequence owns (equal `query_starts`) are neither read nor written. `splits`, a power of two, is how
-    many programs share the keys of a sequence of few rows; None chooses. Raises ValueError for shapes that do not fit.
+    many programs share the keys of a tile; None chooses. Raises ValueError for shapes that do not fit.
     """
-    num_rows, num_heads, _ = q.shape
+    num_rows, num_heads, dim = q.shape
     num_sequences, num_kv_heads = len(context_lens), k_cache.shape[2]
     check(q.stride(2) == 1 and num_heads % num_kv_heads == 0, "q must be [T, H, D] with dense channels", q, k_cache)
     check(k_cache.stride() == v_cache.stride(), "the caches must have one layout", k_cache, v_cache)
@@ -238,74 +272,47 @@ def paged_attention(
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     if k_cache.dtype == torch.int8:
         q = mixed_queries(q)
-    batch = (q, k_cache, v_cache, block_tables, query_starts, context_lens)
-    is_decode = num_rows == num_sequences
+    group, is_decode = num_heads // num_kv_heads, num_rows == num_sequences
+    few = 1 if is_decode else FEW_ROWS
+    kind = (q.dtype, k_cache.dtype, group, dim)
+    small, tall = few_tile(*kind), many_tile(*kind, num_rows * num_heads)
+    if splits is None:
+        told = (FEW_PROGRAMS, num_rows * num_kv_heads) if is_decode else (MANY_PROGRAMS, -(-num_rows * num_heads // 64))
+        splits = num_splits(*told, block_tables.shape[1] * k_cache.shape[1], small.columns)
+    parts, lse = parts_of(out, splits)
+    batch = (q, k_cache, v_cache, block_tables, query_starts, context_lens, parts, lse, scale)
     if is_decode or num_sequences > 1 or num_rows <= FEW_ROWS:
-        _few(*batch, out, scale, 1 if is_decode else FEW_ROWS, splits)
+        tiles = min(num_rows, num_sequences * -(-few // (small.rows // group)))
+        _start((tiles, num_kv_heads, splits), *batch, small, few, many=False)
     if num_rows > FEW_ROWS and not is_decode:
-        _many(*batch, out, scale)
+        tiles = num_rows // (tall.rows // group) + min(num_sequences, num_rows // (FEW_ROWS + 1))
+        _start((tiles, num_kv_heads, splits), *batch, tall, few, many=True)
+    if splits > 1:
+        combine(parts, lse, query_starts, context_lens, out, few, small.columns, tall.columns)
     return out
 
 
-def _few(
-    q: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    tables: Tensor,
-    starts: Tensor,
-    contexts: Tensor,
-    out: Tensor,
-    scale: float,
-    few: int,
-    splits: int | None,
-) -> None:
-    num_heads, num_kv_heads, num_sequences = q.shape[1], k_cache.shape[2], len(contexts)
-    group = num_heads // num_kv_heads
-    tile = few_tile(q.dtype, k_cache.dtype, group, q.shape[2])
-    tiles = -(-few // (tile.rows // group)) * num_sequences
-    if splits is None:
-        splits = num_splits(num_sequences * num_kv_heads, tables.shape[1] * k_cache.shape[1], tile.columns)
-    parts, lse = parts_of(out, num_sequences * few, splits)
-    grid = (tiles, num_kv_heads, splits)
-    _start(grid, q, k_cache, v_cache, tables, starts, contexts, parts, lse, scale, tile, few, many=False)
-    if splits > 1:
-        combine(parts, lse, starts, out, few)
-
-
-def parts_of(out: Tensor, num_rows: int, splits: int) -> tuple[Tensor, Tensor]:
-    """Where programs leave what they found for [T, H, D] `out`: weighted values [splits, num_rows, H, D] and logarithms
-    of sums [splits, num_rows, H], both float32, for `combine`; where nothing is split, `out` itself."""
+def parts_of(out: Tensor, splits: int) -> tuple[Tensor, Tensor]:
+    """Where programs leave what they found for [T, H, D] `out`: weighted values [splits, T, H, D] and logarithms of
+    sums [splits, T, H], both float32, for `combine`; where nothing is split, `out` itself."""
     if splits == 1:
         return out[None], out[None, ..., 0]
-    parts = torch.empty(splits, num_rows, *out.shape[1:], dtype=torch.float32, device=out.device)
+    parts = torch.empty(splits, *out.shape, dtype=torch.float32, device=out.device)
     return parts, torch.empty(parts.shape[:3], dtype=torch.float32, device=out.device)
 
 
-def combine(parts: Tensor, lse: Tensor, starts: Tensor, out: Tensor, few: int) -> None:
-    """The rows of `out` of sequences with at most `few`, the `few` rows of `parts_of` that each has."""
+def combine(
+    parts: Tensor, lse: Tensor, starts: Tensor, contexts: Tensor, out: Tensor, few: int, few_keys: int, many_keys: int
+) -> None:
+    """`out` from `parts_of` it; tiles of sequences of at most `few` rows had `few_keys`, others `many_keys`. With `few`
+    1 every sequence has one row or none."""
     splits, num_rows, num_heads, dim = parts.shape
     early = len(out) == 1 and starts_early(out)
     launch(
-        _combine, (num_rows, num_heads), parts, lse, starts, out, *parts.stride()[:3], *lse.stride()[:2],
-        *out.stride()[:2], dim, power_of_two(dim), splits, few, early, num_warps=4, early=early,
+        _combine, (num_rows, num_heads), parts, lse, starts, contexts, out, len(contexts), *parts.stride()[:3],
+        *lse.stride()[:2], *out.stride()[:2], dim, power_of_two(dim), splits, few, few_keys, many_keys, early,
+        num_warps=4, early=early,
     )  # fmt: skip
-
-
-def _many(
-    q: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    tables: Tensor,
-    starts: Tensor,
-    contexts: Tensor,
-    out: Tensor,
-    scale: float,
-) -> None:
-    group = q.shape[1] // k_cache.shape[2]
-    tile = many_tile(q.dtype, k_cache.dtype, group, q.shape[2], is_roomy=is_roomy(q))
-    grid = (len(q) // (tile.rows // group) + len(contexts), k_cache.shape[2], 1)
-    parts = parts_of(out, len(out), 1)
-    _start(grid, q, k_cache, v_cache, tables, starts, contexts, *parts, scale, tile, FEW_ROWS, many=True)
 
 
 def _start(

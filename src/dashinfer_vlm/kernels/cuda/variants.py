@@ -141,8 +141,10 @@ def _text(s: Sizes, dtype: torch.dtype, device: torch.device) -> Iterator[Varian
         kind = "int8" if cache == torch.int8 else "plain"
         yield Variant(f"rope_write_kv {kind}", partial(write, cache, 16))
         yield Variant(f"rope_write_kv of one row {kind}", partial(write, cache, 1))
-        yield Variant(f"few rows beside others {kind}", partial(attend, [1] * 16 + [100], cache, 1))
-        yield Variant(f"prefill {kind}", partial(attend, [1024], cache, None))
+        for splits, told in ((1, ""), (8, " in 8 splits")):
+            yield Variant(f"few rows beside others{told} {kind}", partial(attend, [1] * 16 + [100], cache, splits))
+        yield Variant(f"prefill {kind}", partial(attend, [512], cache, 1))
+        yield Variant(f"long prefill {kind}", partial(attend, [8192], cache, 1))
     for num_rows, splits, told in ((1, 16, " of one row"), (16, 1, ""), (16, 8, " in 8 splits")):
         yield Variant(f"decode{told} plain", partial(decode, num_rows, splits))
         yield Variant(f"decode{told} int8", partial(attend, [1] * num_rows, torch.int8, splits))
