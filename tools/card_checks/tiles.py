@@ -61,6 +61,7 @@ MANY: tuple[Cut, ...] = (
 MANY_INT8: tuple[Cut, ...] = (
     *((128, 64, 8, 2, registers) for registers in (None, 128)),
     *((rows, 64, 4, 2, None) for rows in (64, 128)),
+    (64, 128, 4, 2, None),
     (64, 32, 4, 3, None),
     (128, 32, 8, 2, 128),
     (128, 64, 8, 5, None),
