@@ -5,9 +5,9 @@
 
 Prints one JSON object a line: model, variant, kernel, registers, bytes of stack, spills, those in loops, bytes of
 shared memory, and how often the instructions occur that decide the speed: `HGMMA` (products of a warp group), `HMMA`
-(of a warp), `QGMMA` (of a warp group, 8-bit floats), and asynchronous copies, those of 128 bits apart; how many groups
-of copies may be under way while one is waited for; sines that are only approximate; reads of 128 bits before a kernel
-waits for the one before it; products that read from a wrong address (see sass.py).
+(of a warp), `QGMMA` (of a warp group, 8-bit floats), and asynchronous copies, of these the ones of 128 bits, and those
+of whole tiles; how many groups of copies may be under way while one is waited for; sines that are only approximate;
+reads of 128 bits before a kernel waits for the one before it; products that read from a wrong address (see sass.py).
 """
 
 from __future__ import annotations
@@ -50,6 +50,7 @@ class Compiled:
     qgmma: int
     copies: int
     wide_copies: int
+    tile_copies: int
     copies_under_way: int
     fast_sines: int
     wide_reads_before_wait: int
@@ -174,6 +175,7 @@ def _read(model: str, variant: str, kernel: str, compiled: Any) -> Compiled:
         len(re.findall(r"\bQGMMA\b", code)),
         len(re.findall(r"\bLDGSTS\b", code)),
         len(re.findall(r"\bLDGSTS\S*\.128", code)),
+        len(re.findall(r"\bUTMALDG\b", code)),
         max((int(left, 16) for left in re.findall(r"\bDEPBAR\.LE SB0, (0x[0-9a-f]+)", code)), default=0),
         len(re.findall(r"\bMUFU\.(?:SIN|COS)\b", code)),
         len(re.findall(r"\bLDG\S*\.128", code.partition("ACQBULK")[0])),

@@ -164,7 +164,7 @@ def _some(setting: Setting, dtype: torch.dtype, *, small: bool) -> Iterator[Case
     for (name, size, depth), count in each(layers, counts):
         x, weight, bias, is_gated = random(count, depth), random(size, depth), random(size), name == "MLP"
         residual = random(count, size // 2 if is_gated else size)
-        for bits in (16, 8, 4):
+        for bits in (16,) if is_gated else (16, 8, 4):
             few = weight if bits == 16 else grouped.rounded(weight, bits)
 
             def want(few=few, x=x, bias=bias, residual=residual, is_gated=is_gated) -> Tensor:

@@ -61,7 +61,7 @@ class CudaLinear:
         self.weight = weight
         self.bias = bias
         self.epilogue = epilogue
-        self.most_few = skinny.MOST_WHOLE_ROWS if epilogue in _RIDING and skinny.takes(weight) else 1
+        self.most_few = skinny.most_rows(weight, silu_mul=epilogue == "silu_mul") if epilogue in _RIDING else 0
 
     def normed(self, x: Tensor, weight: Tensor, eps: float) -> Tensor | RowToNorm:
         """See `layers.linear.NormingLinear`."""
@@ -141,8 +141,14 @@ def grouped_ops(head: Callable[[Tensor, Tensor | None, Epilogue], Linear]) -> Gr
             return narrow.of_groups(
                 x.x, weight, bias, gains=x.weight, eps=x.eps, silu_mul=silu_mul, residual=residual, dtype=dtype, out=out
             )
-        product = narrow.of_groups if len(x) == 1 else skinny.product
-        return product(x, weight, bias, silu_mul=silu_mul, residual=residual, dtype=dtype, out=out)
+        if len(x) == 1:
+            return narrow.of_groups(x, weight, bias, silu_mul=silu_mul, residual=residual, dtype=dtype, out=out)
+        if not silu_mul:
+            return skinny.product(x, weight, bias, residual=residual, dtype=dtype, out=out)
+        y = rows.silu_mul(skinny.product(x, weight, bias, dtype=dtype))
+        if residual is not None:
+            return torch.add(y, residual, out=out)
+        return y if out is None else out.copy_(y)
 
     return GroupedOps(few, skinny.MOST_ROWS, gemv.MOST_NORMED, rows.rms_norm, skinny.expand, CudaLinear, head)
 

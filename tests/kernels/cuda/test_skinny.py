@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import product as each
 from unittest import mock
 
 import pytest
@@ -47,9 +48,7 @@ def test_a_product_is_that_of_the_numbers(num_rows: int, size: int, depth: int, 
     assert error(got, x.double() @ numbers.double().t()) < 1e-5
 
 
-@pytest.mark.parametrize("bits", [16, 8, 4])
-@pytest.mark.parametrize("splits", [1, 2])
-@pytest.mark.parametrize("is_gated", [False, True])
+@pytest.mark.parametrize(("bits", "splits", "is_gated"), [(16, 1, True), *each((16, 8, 4), (1, 2), (False,))])
 @pytest.mark.parametrize("has_more", [False, True])
 def test_what_comes_after_a_product_rides_in_it(bits: int, splits: int, is_gated: bool, has_more: bool) -> None:
     """With `has_more` a bias and a residual, in whose memory the result is."""
@@ -65,6 +64,13 @@ def test_what_comes_after_a_product_rides_in_it(bits: int, splits: int, is_gated
     assert error(got, want) < 1e-5
 
 
+def test_no_silu_rides_in_few_bits_or_parts() -> None:
+    x, weight = torch.randn(2, 128, device=DEVICE), torch.randn(8, 128, device=DEVICE)
+    for given, splits in ((stored(weight, 8)[0], None), (weight, 2)):
+        with pytest.raises(ValueError, match="SiLU rides in whole products"):
+            product(x, given, silu_mul=True, splits=splits)
+
+
 def test_a_product_is_the_same_again() -> None:
     """What its programs count is zero again at the end of each; NaN in fresh memory is not added."""
     x, weight = torch.randn(5, 384, device=DEVICE), torch.randn(40, 384, device=DEVICE)
@@ -75,9 +81,12 @@ def test_a_product_is_the_same_again() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("epilogue", ["none", "silu_mul"])
-@pytest.mark.parametrize("num_rows", [2, skinny.MOST_WHOLE_ROWS])
-def test_a_layer_of_16_bits_is_one_launch_for_few_rows(num_rows: int, epilogue: Epilogue, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("num_rows", [2, skinny.MOST_SHARED_ROWS])
+def test_a_layer_of_16_bits_is_one_launch_for_few_rows(
+    num_rows: int, epilogue: Epilogue, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
     x, weight, bias = (torch.randn(*s, device=DEVICE).to(dtype) for s in ((num_rows, 256), (32, 256), (32,)))
+    monkeypatch.setattr(skinny, "WANTED_PROGRAMS", 0)  # of so few rows the library takes those with SiLU
     layer = CudaLinear(weight, bias, epilogue)
     want = EPILOGUES[epilogue](F.linear(x.double(), weight.double(), bias.double()))
     residual = torch.randn_like(want).to(dtype)
@@ -90,7 +99,7 @@ def test_a_layer_of_16_bits_is_one_launch_for_few_rows(num_rows: int, epilogue: 
 
 def test_a_weight_whose_rows_begin_anywhere_is_left_to_the_library() -> None:
     x, weight = torch.randn(3, 258, device=DEVICE).bfloat16()[:, :257], torch.randn(8, 257, device=DEVICE).bfloat16()
-    assert not skinny.takes(weight)
+    assert skinny.most_rows(weight, silu_mul=False) == 0
     assert error(CudaLinear(weight, None, "none")(x), x.double() @ weight.double().t()) < allowed(x.dtype)
     with pytest.raises(ValueError, match="multiples of 16 bytes"):
         product(x, weight)
@@ -111,6 +120,16 @@ def test_columns_are_shared_until_a_card_is_busy() -> None:
     assert num_splits(56, 28) == 4  # each with seven rounds
     assert num_splits(24, 70) == 10  # eleven would leave one with nothing to do
     assert num_splits(1, 2) == 1
+
+
+def test_who_multiplies_16_bits() -> None:
+    """A weight whose columns are shared costs more with each row of x; of one with SiLU they are not."""
+    large, small = (torch.empty(n * 64, 64, dtype=torch.bfloat16, device=DEVICE) for n in (133, 132))
+    assert skinny.most_rows(large, silu_mul=False) == skinny.MOST_WHOLE_ROWS
+    assert skinny.most_rows(small, silu_mul=False) == skinny.MOST_SHARED_ROWS
+    assert skinny.most_rows(small, silu_mul=True) == 0
+    assert skinny.most_rows(torch.empty(266 * 64, 64, dtype=torch.bfloat16), silu_mul=True) == skinny.MOST_WHOLE_ROWS
+    assert skinny.most_rows(large.float(), silu_mul=False) == 0
 
 
 def test_a_weight_of_another_depth_is_refused() -> None:

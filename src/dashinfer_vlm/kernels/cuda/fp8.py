@@ -178,7 +178,7 @@ def block_product(x: Tensor, scales: Tensor, weight: Tensor, weight_scales: Tens
     check(scales.shape == (num_rows, wanted[1]), f"scales of the rows must be [T, {wanted[1]}]", x, scales)
     check(x.stride(1) == weight.stride(1) == 1, "rows must be dense", x, weight)
     out = torch.empty(num_rows, size, dtype=dtype, device=x.device)
-    height, width = (16, 64) if num_rows <= 16 else (64, 128)
+    height, width = 64, 128
     launch(
         _multiply, (-(-size // width), -(-num_rows // height)), x, scales, weight, weight_scales, out, num_rows,
         x.stride(0), scales.stride(0), weight.stride(0), weight_scales.stride(0), size, size, depth, height, width,

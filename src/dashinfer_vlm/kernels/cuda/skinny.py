@@ -31,6 +31,7 @@ from dashinfer_vlm.kernels.grouped import GROUP, GroupedWeight
 
 __all__ = [
     "MOST_ROWS",
+    "MOST_SHARED_ROWS",
     "MOST_WHOLE_ROWS",
     "TALL",
     "WIDE",
@@ -38,16 +39,17 @@ __all__ = [
     "can_multiply",
     "expand",
     "joined",
+    "most_rows",
     "num_splits",
     "product",
-    "takes",
     "tile_of",
 ]
 
 MOST_ROWS = 128
 """Beyond them arithmetic counts, and a weight of few bits is better expanded once."""
-MOST_WHOLE_ROWS = 64
-"""The same of 16 bits: cuBLAS is as quick from there on."""
+MOST_WHOLE_ROWS, MOST_SHARED_ROWS = 64, 16
+"""The same of 16 bits, where cuBLAS is as quick from there on. The first of a weight whose rows keep a card busy, the
+second of one whose columns are shared: what its programs find grows with the rows of x."""
 TALL, WIDE = 64, 64
 """Rows of the weight of a tile, and of x at the most."""
 WANTED_PROGRAMS = 264
@@ -97,29 +99,20 @@ def _of_high_halves(tile, C: tl.constexpr):
 
 
 @triton.jit
-def joined(acc, up, parts, arrived, SPLITS: tl.constexpr, BN: tl.constexpr, BM: tl.constexpr, GATED: tl.constexpr):
-    """Whether this program is the last of those that share its tile; what all have found, in their order, if so. `up`
-    belongs to it with `GATED`."""
+def joined(acc, parts, arrived, SPLITS: tl.constexpr, BN: tl.constexpr, BM: tl.constexpr):
+    """Whether this program is the last of those that share its tile; what all have found, in their order, if so."""
     tile = tl.program_id(0) + tl.program_id(1) * tl.num_programs(0)
-    split = tl.program_id(2)
-    kinds: tl.constexpr = 2 if GATED else 1
     places = (tl.arange(0, BN) * BM)[:, None] + tl.arange(0, BM)[None, :]
-    places = parts + tile.to(tl.int64) * (SPLITS * kinds * BN * BM) + places
-    tl.store(places + split * (kinds * BN * BM), acc)
-    if GATED:
-        tl.store(places + (split * kinds + 1) * (BN * BM), up)
+    places = parts + tile.to(tl.int64) * (SPLITS * BN * BM) + places
+    tl.store(places + tl.program_id(2) * (BN * BM), acc)
     tl.debug_barrier()  # all of it is written before it is said
     is_last = tl.atomic_add(arrived + tile, 1, sem="acq_rel") == SPLITS - 1
     if is_last:
         tl.store(arrived + tile, 0)  # for the next launch
         acc = tl.zeros([BN, BM], tl.float32)
         for j in tl.static_range(SPLITS):
-            acc += tl.load(places + j * (kinds * BN * BM), cache_modifier=".cg")
-        if GATED:
-            up = tl.zeros([BN, BM], tl.float32)
-            for j in tl.static_range(SPLITS):
-                up += tl.load(places + (j * kinds + 1) * (BN * BM), cache_modifier=".cg")
-    return is_last, acc, up
+            acc += tl.load(places + j * (BN * BM), cache_modifier=".cg")
+    return is_last, acc
 
 
 @triton.jit
@@ -149,50 +142,25 @@ def _add(acc, w, low, high, scale, BITS: tl.constexpr, C: tl.constexpr):
     return acc
 
 
-@triton.jit
-def _surrounded(
-    acc, up, bias, residual, m, n, inside, r_t, N: tl.constexpr, BIAS: tl.constexpr, GATED: tl.constexpr,
-    RESIDUAL: tl.constexpr,
-):  # fmt: skip
-    """What is done to finished sums [BN, BM]."""
-    if BIAS:
-        acc += tl.load(bias + n, mask=n < N, other=0.0).to(tl.float32)[:, None]
-    if GATED:
-        if BIAS:
-            up += tl.load(bias + N + n, mask=n < N, other=0.0).to(tl.float32)[:, None]
-        acc = acc / (1 + tl.exp(-acc)) * up
-    if RESIDUAL:
-        acc += tl.load(residual + m.to(tl.int64)[None, :] * r_t + n[:, None], mask=inside, other=0.0).to(tl.float32)
-    return acc
-
-
 @triton.jit(do_not_specialize=["T"])
 def _multiply(
     out, x, w, scales, bias, residual, parts, arrived, T, x_t, w_n, s_n, r_t, o_t, N: tl.constexpr, K: tl.constexpr,
     SPLITS: tl.constexpr, BN: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, BITS: tl.constexpr, BIAS: tl.constexpr,
     GATED: tl.constexpr, RESIDUAL: tl.constexpr, TILED: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
-    """`x` and `w` are descriptors of tiles with `TILED`, else pointers."""
-    tile = tl.program_id(0)
-    first_n = tile * BN
+    """`x` and `w` are descriptors of tiles with `TILED`, else pointers. With `GATED` the weight has 16 bits."""
+    first_n = tl.program_id(0) * BN
     first_m = tl.program_id(1) * BM
-    split = tl.program_id(2)
     n = first_n + tl.arange(0, BN)
     m = first_m + tl.arange(0, BM)
     rounds: tl.constexpr = (K + BK - 1) // BK
     each: tl.constexpr = (rounds + SPLITS - 1) // SPLITS
-    start = split * each
+    start = tl.program_id(2) * each
     stop = tl.minimum(start + each, rounds)
     acc = tl.zeros([BN, BM], tl.float32)
     up = tl.zeros([BN, BM], tl.float32)
     places = scales + tl.minimum(n, N - 1).to(tl.int64) * s_n
-    ups = places + N * s_n
-    scale = tl.full([BN], 0, tl.float32)
-    scale_up = scale
-    if BITS < 16:
-        scale = tl.load(places + start).to(tl.float32)
-        if GATED:
-            scale_up = tl.load(ups + start).to(tl.float32)
+    scale = tl.load(places + start).to(tl.float32) if BITS < 16 else tl.full([BN], 0, tl.float32)
     width: tl.constexpr = BK // 2 if BITS == 4 else BK  # of what a row of the weight has for a round
     length: tl.constexpr = (K + 127) // 128 * 64 if BITS == 4 else K
     rows_of_w: tl.constexpr = 2 * N if GATED else N
@@ -201,25 +169,27 @@ def _multiply(
         high = low
         if BITS == 4:
             high = tile_of(x, first_m, i * BK + width, x_t, T, K, BM, width, TILED).to(C).T
-        tile_of_w = tile_of(w, first_n, i * width, w_n, rows_of_w, length, BN, width, TILED)
         next_scale = scale
-        next_up = scale_up
         if BITS < 16:  # scales are asked for a round before they are needed
-            later = tl.minimum(i + 1, stop - 1)
-            next_scale = tl.load(places + later).to(tl.float32)
-            if GATED:
-                next_up = tl.load(ups + later).to(tl.float32)
-        acc = _add(acc, tile_of_w, low, high, scale, BITS, C)
+            next_scale = tl.load(places + tl.minimum(i + 1, stop - 1)).to(tl.float32)
+        tile = tile_of(w, first_n, i * width, w_n, rows_of_w, length, BN, width, TILED)
+        acc = _add(acc, tile, low, high, scale, BITS, C)
         if GATED:
-            tile_of_w = tile_of(w, first_n + N, i * width, w_n, rows_of_w, length, BN, width, TILED)
-            up = _add(up, tile_of_w, low, high, scale_up, BITS, C)
+            tile = tile_of(w, first_n + N, i * width, w_n, rows_of_w, length, BN, width, TILED)
+            up = _add(up, tile, low, high, scale, BITS, C)
         scale = next_scale
-        scale_up = next_up
     inside = (n < N)[:, None] & (m < T)[None, :]
     if SPLITS > 1:
-        is_last, acc, up = joined(acc, up, parts, arrived, SPLITS, BN, BM, GATED)
+        is_last, acc = joined(acc, parts, arrived, SPLITS, BN, BM)
         inside &= is_last
-    acc = _surrounded(acc, up, bias, residual, m, n, inside, r_t, N, BIAS, GATED, RESIDUAL)
+    if BIAS:
+        acc += tl.load(bias + n, mask=n < N, other=0.0).to(tl.float32)[:, None]
+    if GATED:
+        if BIAS:
+            up += tl.load(bias + N + n, mask=n < N, other=0.0).to(tl.float32)[:, None]
+        acc = acc / (1 + tl.exp(-acc)) * up
+    if RESIDUAL:
+        acc += tl.load(residual + m.to(tl.int64)[None, :] * r_t + n[:, None], mask=inside, other=0.0).to(tl.float32)
     tl.store(out + m.to(tl.int64)[None, :] * o_t + n[:, None], acc.to(out.dtype.element_ty), mask=inside)
 
 
@@ -262,7 +232,7 @@ def cut_for(num_rows: int, num_tiles: int, bits: int, *, is_gated: bool, is_room
     """The fastest of some on an H200 (docs/log.md). Without `is_roomy`, what most cards have shared memory for."""
     rows = power_of_two(min(num_rows, WIDE), 16)
     if bits < 16:
-        return Cut(rows, GROUP, 3 if is_gated else 4)
+        return Cut(rows, GROUP, 4)
     if not is_roomy:
         return Cut(rows, 64, 3 if is_gated else 4)
     if not is_gated:
@@ -293,9 +263,15 @@ def arrived_of(weight: Tensor) -> Tensor:
     return found
 
 
-def takes(weight: Tensor) -> bool:
-    """Whether `product` is the one for few rows and a weight of 16 bits: on cards with a copy engine for tiles."""
-    return weight.itemsize == 2 and can_multiply(weight) and has_tiles(weight)
+def most_rows(weight: Tensor, *, silu_mul: bool) -> int:
+    """Rows of x for which `product` is the one for this weight of 16 bits; 0 for none, as on cards without an engine
+    that copies tiles."""
+    if weight.itemsize != 2 or not can_multiply(weight) or not has_tiles(weight):
+        return 0
+    num_tiles = -(-(len(weight) // 2 if silu_mul else len(weight)) // TALL)
+    if 2 * num_tiles > WANTED_PROGRAMS:
+        return MOST_WHOLE_ROWS
+    return 0 if silu_mul else MOST_SHARED_ROWS
 
 
 def can_multiply(x: Tensor) -> bool:
@@ -315,11 +291,12 @@ def product(
     splits: int | None = None,
 ) -> Tensor:
     """[T, N] of `dtype`, else of x's (N / 2 with `silu_mul`): x [T, K] times the weight, transposed, plus a bias [N];
-    then SiLU of the first half times the second; then plus `residual`, whose memory `out` may be.
+    then SiLU of the first half times the second, where the weight has 16 bits; then plus `residual`, whose memory `out`
+    may be.
 
-    `splits` is how many programs share the columns of a row of the weight; None chooses. No two products of one weight
-    may be under way at a time. Raises ValueError for shapes that do not fit, and for rows of the weight that
-    `can_multiply` does not take.
+    `splits` is how many programs share the columns of a row of the weight, without `silu_mul`; None chooses. No two
+    products of one weight may be under way at a time. Raises ValueError for shapes that do not fit, and for rows of the
+    weight that `can_multiply` does not take.
     """
     if isinstance(weight, Tensor):
         numbers, scales, bits, total = weight, weight, 16, weight.shape[1]
@@ -328,6 +305,7 @@ def product(
     num_rows, depth = x.shape
     size = len(numbers) // 2 if silu_mul else len(numbers)
     check(depth == total, f"the weight has {total} columns", x)
+    check(not silu_mul or (bits == 16 and splits in (None, 1)), "SiLU rides in whole products of 16 bits", numbers)
     check(can_multiply(numbers), "rows of the weight must be dense and begin at multiples of 16 bytes", numbers)
     check(residual is None or residual.shape == (num_rows, size), "the residual must fit the result", x, *(
         () if residual is None else (residual,)))  # fmt: skip
@@ -336,13 +314,13 @@ def product(
     cut = cut_for(num_rows, num_tiles, bits, is_gated=silu_mul, is_roomy=is_roomy(x))
     grid = (num_tiles, -(-num_rows // cut.rows))
     if splits is None:
-        splits = num_splits(grid[0] * grid[1], -(-depth // cut.columns))
+        splits = 1 if silu_mul else num_splits(grid[0] * grid[1], -(-depth // cut.columns))
     if out is None:
         out = torch.empty(num_rows, size, dtype=dtype or x.dtype, device=x.device)
     absent = out  # in place of what is not there, and not looked at
     parts = arrived = absent
     if splits > 1:
-        shape = (grid[0] * grid[1], splits, 2 if silu_mul else 1, TALL, cut.rows)
+        shape = (grid[0] * grid[1], splits, TALL, cut.rows)
         parts, arrived = torch.empty(shape, dtype=torch.float32, device=x.device), arrived_of(numbers)
     width = cut.columns // 2 if bits == 4 else cut.columns  # of 4 bits, two halves of x meet those of a byte
     factors: tuple[Any, Any] = (x, numbers)

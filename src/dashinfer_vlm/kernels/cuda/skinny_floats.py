@@ -61,7 +61,7 @@ def _multiply(
         acc += part
     inside = (n < N)[:, None] & (m < T)[None, :]
     if SPLITS > 1:
-        is_last, acc, _ = joined(acc, acc, parts, arrived, SPLITS, BN, BM, False)
+        is_last, acc = joined(acc, parts, arrived, SPLITS, BN, BM)
         inside &= is_last
     if not IN_BLOCKS:
         acc *= scale_n[:, None] * scale_m[None, :]

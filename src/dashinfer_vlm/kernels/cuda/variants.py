@@ -185,7 +185,6 @@ def _floats(s: Sizes, dtype: torch.dtype, device: torch.device) -> Iterator[Vari
     ):
         yield Variant(f"fp8 {name}{told}", partial(some, count, 2 * s.inner, s.hidden, in_blocks=in_blocks))
         yield Variant(f"fp8 {name} of an MLP{told}", partial(some, count, s.hidden, s.inner, in_blocks=in_blocks))
-    yield Variant("fp8 product, few rows", lambda: product(16))
     yield Variant("fp8 product", lambda: product(1024))
 
 
@@ -210,7 +209,7 @@ def _few_rows(s: Sizes, dtype: torch.dtype, device: torch.device) -> Iterator[Va
             attended = empty(num_rows, s.heads * s.head_dim)
             yield Variant(f"{bits} bits, qkv of {told}", partial(skinny.product, x, qkv, empty(queries)))
             yield Variant(f"{bits} bits, out of {told}", partial(skinny.product, attended, out, residual=x))
-            yield Variant(f"{bits} bits, MLP of {told}", partial(skinny.product, x, gate_up, silu_mul=True))
+            yield Variant(f"{bits} bits, MLP of {told}", partial(skinny.product, x, gate_up, silu_mul=bits == 16))
             yield Variant(f"{bits} bits, down of {told}", partial(skinny.product, inner, down, residual=x))
     for bits in (8, 4):
         gate_up, qkv, down = (
