@@ -13,7 +13,7 @@ from torch import Tensor
 
 from dashinfer_vlm.kernels.cuda import paged, rotary
 from dashinfer_vlm.kernels.cuda.launch import check, compute_type, launch, power_of_two, starts_early, wait_for_last
-from dashinfer_vlm.kernels.cuda.paged import over_keys, share_of
+from dashinfer_vlm.kernels.cuda.paged import places_of, share_of, weighed
 from dashinfer_vlm.kernels.cuda.rotary import rotated
 from dashinfer_vlm.kernels.head_norms import HeadNorms
 
@@ -21,12 +21,30 @@ __all__ = ["rope_and_attend"]
 
 
 @triton.jit
-def _heads(
+def _halves(
     x, cos, sin, row, x_h, gains, eps, N: tl.constexpr, D: tl.constexpr, BH: tl.constexpr, NORM: tl.constexpr
 ):  # fmt: skip
-    """[BH, D]: `N` heads of a row, rotated, and normed before with `NORM`."""
+    """Twice [BH, D / 2]: `N` heads of a row, rotated, and normed before with `NORM`."""
     low, high, _, _ = rotated(x, cos, sin, row, 0, x_h, gains, eps, N, D, BH, D // 2, NORM)
-    return tl.reshape(tl.permute(tl.join(low, high), (0, 2, 1)), (BH, D))
+    return low, high
+
+
+@triton.jit
+def _over_keys(
+    q_low, q_high, k_cache, v_cache, table, j, end, scale, top, total, acc, D: tl.constexpr, BS: tl.constexpr,
+    BLOCK: tl.constexpr, SLOT: tl.constexpr, BN: tl.constexpr, C: tl.constexpr,
+):  # fmt: skip
+    """The running softmax over `BN` keys from j on, of which all before `end` are seen. The halves of queries stay
+    apart, as rotation leaves them: each is multiplied by its own half of the keys."""
+    half: tl.constexpr = D // 2
+    at, live = places_of(table, j, end, BS, BLOCK, SLOT, BN, True)
+    k = k_cache + at[None, :] + tl.arange(0, half)[:, None]
+    x = tl.dot(q_low, tl.load(k).to(C), input_precision="ieee")
+    x = tl.dot(q_high, tl.load(k + half).to(C), x, input_precision="ieee")
+    p, fade, top, total = weighed(tl.where(live[None, :], x, -float("inf")), scale, top, total)
+    v = tl.load(v_cache + at[:, None] + tl.arange(0, D)[None, :], mask=live[:, None], other=0)
+    acc = tl.dot(p.to(C), v.to(C), acc * fade[:, None], input_precision="ieee")
+    return top, total, acc
 
 
 @triton.jit(do_not_specialize=["table_stride", "l_split"])
@@ -48,34 +66,36 @@ def _decode(
     if n == 0 or begin >= context:
         return
     at = row.to(tl.int64)
+    half: tl.constexpr = D // 2
+    i = tl.arange(0, half)[None, :]
     d = tl.arange(0, D)
-    q = _heads(q_rows + at * q_t + head * G * q_h, cos, sin, at, q_h, q_gains, eps, G, D, BM, NORM).to(C)
+    q_low, q_high = _halves(q_rows + at * q_t + head * G * q_h, cos, sin, at, q_h, q_gains, eps, G, D, BM, NORM)
+    q_low = q_low.to(C)
+    q_high = q_high.to(C)
     k_cache += head * HEAD
     v_cache += head * HEAD
     table = tables + s * table_stride
     base2 = scale * 1.4426950408889634
     end = tl.minimum(context - 1, begin + share)
-    last = tl.full([BM], 0, tl.int32) + (end - 1)
     top = tl.full([BM], -1e30, tl.float32)
     total = tl.zeros([BM], tl.float32)
     acc = tl.zeros([BM, D], tl.float32)
     for j in tl.range(begin, end, BN):
-        top, total, acc = over_keys(q, k_cache, v_cache, table, j, end, last, base2, top, total, acc, D, D, BS, BLOCK,
-                                SLOT, BN, False, True, C)  # fmt: skip
+        top, total, acc = _over_keys(q_low, q_high, k_cache, v_cache, table, j, end, base2, top, total, acc, D, BS,
+                                 BLOCK, SLOT, BN, C)  # fmt: skip
     if begin + share >= context:  # this one sees to the newest key
-        k = _heads(k_rows + at * k_t + head * k_h, cos, sin, at, k_h, k_gains, eps, 1, D, 1, NORM)
-        k = k.to(k_cache.dtype.element_ty)
-        v = tl.load(v_rows + at * v_t + head * v_h + d)[None, :].to(v_cache.dtype.element_ty)
-        place = tl.load(slots + row) * SLOT + d[None, :]
-        tl.store(k_cache + place, k)
-        tl.store(v_cache + place, v)
-        x = tl.sum(q.to(tl.float32) * k.to(tl.float32), 1) * base2
-        highest = tl.maximum(top, x)
-        fade = tl.exp2(top - highest)
-        p = tl.exp2(x - highest)
-        total = total * fade + p
-        acc = acc * fade[:, None] + p[:, None] * v.to(tl.float32)
-        top = highest
+        kind = k_cache.dtype.element_ty
+        place = tl.load(slots + row) * SLOT
+        k_low, k_high = _halves(k_rows + at * k_t + head * k_h, cos, sin, at, k_h, k_gains, eps, 1, D, 1, NORM)
+        k_low = k_low.to(kind)
+        k_high = k_high.to(kind)
+        v = tl.load(v_rows + at * v_t + head * v_h + d)[None, :].to(kind)
+        tl.store(k_cache + place + i, k_low)
+        tl.store(k_cache + place + half + i, k_high)
+        tl.store(v_cache + place + d[None, :], v)
+        x = q_low.to(tl.float32) * k_low.to(tl.float32) + q_high.to(tl.float32) * k_high.to(tl.float32)
+        p, fade, top, total = weighed(tl.sum(x, 1)[:, None], base2, top, total)
+        acc = acc * fade[:, None] + p * v.to(tl.float32)
     m = tl.arange(0, BM)
     if SPLITS > 1:
         tl.store(lse + split * l_split + row * l_t + head * G + m, top + tl.log2(total), mask=m < G)

@@ -31,10 +31,10 @@ __all__ = [
     "combine",
     "few_tile",
     "num_splits",
-    "over_keys",
     "paged_attention",
-    "parts_of",
+    "places_of",
     "share_of",
+    "weighed",
 ]
 
 FEW_ROWS = 8
@@ -95,16 +95,10 @@ def _load(places, live, d, D: tl.constexpr, DP: tl.constexpr, MASKED: tl.constex
 
 
 @triton.jit
-def over_keys(
-    q, k_cache, v_cache, table, j, stop, last, scale, top, total, acc, D: tl.constexpr, DP: tl.constexpr,
-    BS: tl.constexpr, BLOCK: tl.constexpr, SLOT: tl.constexpr, BN: tl.constexpr, INT8: tl.constexpr,
-    MASKED: tl.constexpr, C: tl.constexpr,
+def places_of(
+    table, j, stop, BS: tl.constexpr, BLOCK: tl.constexpr, SLOT: tl.constexpr, BN: tl.constexpr, MASKED: tl.constexpr
 ):  # fmt: skip
-    """The running softmax over `BN` keys from j on: largest score (base 2, finite), sum of weights, weighted values.
-
-    Keys from `stop` on lie anywhere in the pool: no row asks for their scores, and their values are not read, since 0
-    times what is there may be NaN."""
-    d = tl.arange(0, DP)
+    """Where `BN` keys from j on lie, and which of them lie before `stop`: others lie anywhere in the pool."""
     t = j + tl.arange(0, BN)
     live = t < stop
     if BN % BS == 0:  # every tile begins at a block: what a key has in it is the same in all rounds
@@ -114,22 +108,43 @@ def over_keys(
         entry = t // BS
         slot = t % BS
     block = (tl.load(table + entry, mask=live, other=0) if MASKED else tl.load(table + entry)).to(tl.int64)
-    at = block * BLOCK + slot * SLOT
+    return block * BLOCK + slot * SLOT, live
+
+
+@triton.jit
+def weighed(x, scale, top, total):
+    """A step of the running softmax: weights (base 2) of products x, what earlier ones fade by, and the new largest
+    score and sum of weights."""
+    highest = tl.maximum(top, tl.max(x, 1) * scale)  # the scale rides in what is subtracted, and is no step of its own
+    p = tl.exp2(x * scale - highest[:, None])
+    fade = tl.exp2(top - highest)
+    return p, fade, highest, total * fade + tl.sum(p, 1)
+
+
+@triton.jit
+def _over_keys(
+    q, k_cache, v_cache, table, j, stop, last, scale, top, total, acc, D: tl.constexpr, DP: tl.constexpr,
+    BS: tl.constexpr, BLOCK: tl.constexpr, SLOT: tl.constexpr, BN: tl.constexpr, INT8: tl.constexpr,
+    MASKED: tl.constexpr, C: tl.constexpr,
+):  # fmt: skip
+    """The running softmax over `BN` keys from j on: largest score (base 2, finite), sum of weights, weighted values.
+
+    Keys from `stop` on lie anywhere in the pool: no row asks for their scores, and their values are not read, since 0
+    times what is there may be NaN."""
+    d = tl.arange(0, DP)
+    at, live = places_of(table, j, stop, BS, BLOCK, SLOT, BN, MASKED)
     k = _load(k_cache + at[None, :] + d[:, None], live[None, :], d[:, None], D, DP, False)
     x = tl.dot(q, k.to(C), input_precision="ieee")
     if INT8:
         x *= tl.load((k_cache + at + D).to(tl.pointer_type(tl.float32)))[None, :]
     if MASKED:
-        x = tl.where(t[None, :] <= last[:, None], x, -float("inf"))
-    highest = tl.maximum(top, tl.max(x, 1) * scale)  # the scale rides in what is subtracted, and is no step of its own
-    p = tl.exp2(x * scale - highest[:, None])
-    fade = tl.exp2(top - highest)
-    total = total * fade + tl.sum(p, 1)
+        x = tl.where((j + tl.arange(0, BN))[None, :] <= last[:, None], x, -float("inf"))
+    p, fade, top, total = weighed(x, scale, top, total)
     v = _load(v_cache + at[:, None] + d[None, :], live[:, None], d[None, :], D, DP, MASKED)
     if INT8:
         p *= tl.load((v_cache + at + D).to(tl.pointer_type(tl.float32)), mask=live, other=0.0)[None, :]
     acc = tl.dot(p.to(C), v.to(C), acc * fade[:, None], input_precision="ieee")
-    return highest, total, acc
+    return top, total, acc
 
 
 @triton.jit(do_not_specialize=["num_sequences", "table_stride", "l_split"])
@@ -180,11 +195,11 @@ def _attend(
         seen_by_all = tl.minimum(end, context - n + local + 1)
         masked = begin + tl.maximum(seen_by_all - begin, 0) // BN * BN
         for j in tl.range(begin, masked, BN):
-            top, total, acc = over_keys(q, k_cache, v_cache, table, j, end, last, base2, top, total, acc, D, DP, BS,
-                                    BLOCK, SLOT, BN, INT8, False, C)  # fmt: skip
+            top, total, acc = _over_keys(q, k_cache, v_cache, table, j, end, last, base2, top, total, acc, D, DP, BS,
+                                     BLOCK, SLOT, BN, INT8, False, C)  # fmt: skip
     for j in tl.range(masked, end, BN):
-        top, total, acc = over_keys(q, k_cache, v_cache, table, j, end, last, base2, top, total, acc, D, DP, BS,
-                                BLOCK, SLOT, BN, INT8, True, C)  # fmt: skip
+        top, total, acc = _over_keys(q, k_cache, v_cache, table, j, end, last, base2, top, total, acc, D, DP, BS,
+                                 BLOCK, SLOT, BN, INT8, True, C)  # fmt: skip
     if SPLITS > 1:  # 32 bits hold places in parts, and save registers
         at = first + row
         tl.store(lse + split * l_split + at * l_t + query_head, top + tl.log2(total), mask=mine)
