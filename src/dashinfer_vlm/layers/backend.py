@@ -8,7 +8,7 @@ import logging
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache, partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -27,7 +27,10 @@ from dashinfer_vlm.layers.linear import (
     NativeLinear,
     NormingLinear,
     OneDnnLinear,
+    Stream,
+    StreamLinear,
     TorchLinear,
+    whole,
 )
 from dashinfer_vlm.layers.memory import in_huge_pages
 from dashinfer_vlm.layers.ops import NATIVE, NATIVE_BFLOAT16, REFERENCE, Ops
@@ -48,6 +51,7 @@ logger = logging.getLogger(__name__)
 
 LinearFactory = Callable[[Matrix, Tensor | None, Epilogue], Linear]
 TensorLinear = Callable[[Tensor, Tensor | None, Epilogue], Linear]
+_L = TypeVar("_L", bound=StreamLinear)
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +67,8 @@ class Backend:
     make_linear: LinearFactory
     make_head: LinearFactory | None = None
     """As `make_linear`, for the last layer of the text model; None: `make_linear`."""
+    make_stream_linear: Callable[[Matrix, Tensor | None, Epilogue], StreamLinear] | None = None
+    """As `make_linear`, for layers onto the text model's residual stream; None: `make_linear`."""
     make_patches: Callable[[Tensor, Tensor], Patches] = TorchPatches
     """First layer of a ViT from a float32 weight and bias on the device."""
     ranks: Ranks = ALONE
@@ -84,24 +90,25 @@ class Backend:
         """Linear layer of `weight` [N, K] and `bias` [N]."""
         return self.make_linear(weight, None if bias is None else self.vector(bias), epilogue)
 
-    def norm_before(self, layer: Linear, weight: Tensor, eps: float) -> Callable[[Tensor], Any]:
-        """RMSNorm of rows that only `layer` takes, from them to what it takes."""
+    def norm_before(self, layer: Linear, weight: Tensor, eps: float) -> Callable[[Stream], Any]:
+        """RMSNorm of rows that only `layer` takes, from them to what it takes; afterwards they are whole."""
         gains = self.vector(weight)
         if isinstance(layer, NormingLinear):
             return lambda x: layer.normed(x, gains, eps)
-        return lambda x: self.ops.rms_norm(x, gains, eps)
+        return lambda x: self.ops.rms_norm(whole(x), gains, eps)
 
-    def before(self, layer: Linear, then: Linear) -> Callable[[Any], Any]:
+    def before(self, layer: Linear, then: StreamLinear) -> Callable[[Any], Any]:
         """`layer`, whose epilogue is `silu_mul` and whose result only `then` takes, to what that takes."""
         last = then.part if isinstance(then, SummedLinear) else then
         if isinstance(layer, Fp8Linear) and isinstance(last, Fp8Linear):
             return lambda x: layer.into(x, last)
         return layer
 
-    def summed(self, weight: Matrix) -> Linear:
-        """Linear layer whose columns are dealt out among the ranks."""
-        part = self.linear(weight)
-        return part if self.ranks.count == 1 else SummedLinear(part, self.ranks)
+    def summed(self, weight: Matrix) -> StreamLinear:
+        """Linear layer onto the residual stream, whose columns are dealt out among the ranks."""
+        if self.ranks.count == 1:
+            return (self.make_stream_linear or self.make_linear)(weight, None, "none")
+        return SummedLinear(self.linear(weight), self.ranks)
 
     def head(self, weight: Matrix) -> Linear:
         """The last layer of the text model, from hidden states to logits; its rows are dealt out among the ranks."""
@@ -151,8 +158,8 @@ def _choose(device: torch.device, weight_dtype: torch.dtype, quant_type: str, st
             return on_card(device, weight_dtype)
         logger.warning("no kernels for the card: %s; plain torch computes, many times slower", why)
     if device.type != "cpu":
-        make = _of_own_copies(TorchLinear, device, weight_dtype)
-        return Backend("torch", device, weight_dtype, weight_dtype, REFERENCE, make)
+        as_it_is = _of_own_copies(TorchLinear, device, weight_dtype)
+        return Backend("torch", device, weight_dtype, weight_dtype, REFERENCE, as_it_is)
     could_be_native = weight_dtype in (torch.bfloat16, torch.float32)
     if could_be_native and not cpu_ops.available():
         _tell_once(f"no native kernels: {cpu_ops.why_unavailable()}; plain torch computes, slower")
@@ -161,14 +168,21 @@ def _choose(device: torch.device, weight_dtype: torch.dtype, quant_type: str, st
     if could_be_native and cpu_ops.available():
         layers = partial(_packed, weight_dtype)
         return _native(device, weight_dtype, layers, layers)
-    plain = TorchLinear if weight_dtype == torch.float32 else ExpandingLinear
+    plain: TensorLinear = TorchLinear if weight_dtype == torch.float32 else ExpandingLinear
     make = _of_own_copies(plain, device, weight_dtype)
     return Backend("torch", device, weight_dtype, torch.float32, REFERENCE, make)
 
 
 def on_card(device: torch.device, dtype: torch.dtype) -> Backend:
     """The kernels of `kernels/cuda`, which must be available; on a CPU where triton interprets them."""
-    from dashinfer_vlm.layers.cuda import OPS, CudaHead, CudaLinear, CudaPatches, multiplies_into_float32
+    from dashinfer_vlm.layers.cuda import (
+        OPS,
+        CudaHead,
+        CudaLinear,
+        CudaPatches,
+        CudaStreamLinear,
+        multiplies_into_float32,
+    )
 
     head: TensorLinear = CudaHead if multiplies_into_float32(device, dtype) else CudaLinear
 
@@ -184,6 +198,7 @@ def on_card(device: torch.device, dtype: torch.dtype) -> Backend:
         ops=OPS,
         make_linear=_of_own_copies(CudaLinear, device, dtype),
         make_head=_of_own_copies(head, device, dtype),
+        make_stream_linear=_of_own_copies(CudaStreamLinear, device, dtype),
         make_patches=patches,
     )
 
@@ -214,7 +229,8 @@ def in_groups(device: torch.device, dtype: torch.dtype, quant_type: str) -> Back
     layers, head = (
         grouped_linears(device, dtype, bits, ops, is_head=i == 1) for i, bits in enumerate(BITS[quant_type])
     )
-    return replace(on_card(device, dtype), name=f"triton, {quant_type}", make_linear=layers, make_head=head)
+    return replace(on_card(device, dtype), name=f"triton, {quant_type}", make_linear=layers, make_head=head,
+                   make_stream_linear=None)  # fmt: skip
 
 
 def grouped_linears(
@@ -234,7 +250,8 @@ def in_floats(device: torch.device, dtype: torch.dtype) -> Backend:
     """As `on_card`, the text model's layers but the head in 8-bit floats; on a CPU where triton interprets."""
     from dashinfer_vlm.layers.cuda import FP8_OPS
 
-    return replace(on_card(device, dtype), name="triton, fp8", make_linear=float_linears(device, dtype, FP8_OPS))
+    layers = float_linears(device, dtype, FP8_OPS)
+    return replace(on_card(device, dtype), name="triton, fp8", make_linear=layers, make_stream_linear=None)
 
 
 def float_linears(device: torch.device, dtype: torch.dtype, ops: Fp8Ops) -> LinearFactory:
@@ -268,8 +285,10 @@ def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _of_own_copies(linear_class: TensorLinear, device: torch.device, dtype: torch.dtype) -> LinearFactory:
-    def make(weight: Matrix, bias: Tensor | None, epilogue: Epilogue) -> Linear:
+def _of_own_copies(
+    linear_class: Callable[[Tensor, Tensor | None, Epilogue], _L], device: torch.device, dtype: torch.dtype
+) -> Callable[[Matrix, Tensor | None, Epilogue], _L]:
+    def make(weight: Matrix, bias: Tensor | None, epilogue: Epilogue) -> _L:
         tensor = weight.read()
         return linear_class(tensor if weight.is_kept else _own_copy(tensor, device, dtype), bias, epilogue)
 

@@ -16,10 +16,19 @@ from dashinfer_vlm.kernels.grouped import GroupedWeight
 from dashinfer_vlm.layers.activation import EPILOGUES, Epilogue
 from dashinfer_vlm.layers.fp8 import Fp8Ops
 from dashinfer_vlm.layers.grouped import GroupedOps
-from dashinfer_vlm.layers.linear import Linear, RowToNorm
+from dashinfer_vlm.layers.linear import Linear, RowToNorm, Stream, Unsummed
 from dashinfer_vlm.layers.ops import Ops
 
-__all__ = ["FP8_OPS", "OPS", "CudaHead", "CudaLinear", "CudaPatches", "grouped_ops", "multiplies_into_float32"]
+__all__ = [
+    "FP8_OPS",
+    "OPS",
+    "CudaHead",
+    "CudaLinear",
+    "CudaPatches",
+    "CudaStreamLinear",
+    "grouped_ops",
+    "multiplies_into_float32",
+]
 
 OPS = Ops(
     embed=rows.embed,
@@ -63,8 +72,10 @@ class CudaLinear:
         self.epilogue = epilogue
         self.most_few = skinny.most_rows(weight, silu_mul=epilogue == "silu_mul") if epilogue in _RIDING else 0
 
-    def normed(self, x: Tensor, weight: Tensor, eps: float) -> Tensor | RowToNorm:
+    def normed(self, x: Stream, weight: Tensor, eps: float) -> Tensor | RowToNorm:
         """See `layers.linear.NormingLinear`."""
+        if isinstance(x, Unsummed):
+            return rows.add_rms_norm(x.x, x.parts, weight, eps)
         if len(x) == 1 and x.shape[1] <= gemv.MOST_NORMED:
             return RowToNorm(x, weight, eps)
         return rows.rms_norm(x, weight, eps)
@@ -101,6 +112,24 @@ class CudaLinear:
         if self.bias is not None:
             return torch.addmm(self.bias, x, weight_t, out=out)
         return torch.mm(x, weight_t, out=out)
+
+
+class CudaStreamLinear:
+    """As `CudaLinear`, onto a residual stream: of few rows, what programs that share the columns find is summed by the
+    norm behind, in a launch that there is anyway."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, epilogue: Epilogue) -> None:
+        self.plain = CudaLinear(weight, bias, epilogue)
+        can_leave = bias is None and epilogue == "none" and self.plain.most_few > 0
+        self.most_left = skinny.MOST_WHOLE_ROWS if can_leave else 0
+
+    def __call__(self, x: Tensor, *, residual: Tensor | None = None, out: Tensor | None = None) -> Stream:
+        if residual is not None and residual is out and 1 < len(x) <= self.most_left:
+            weight = self.plain.weight
+            splits = skinny.splits_to_leave(len(x), weight)
+            if splits > 1:
+                return Unsummed(residual, skinny.parts_of(x, weight, splits))
+        return self.plain(x, residual=residual, out=out)
 
 
 class CudaHead:

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from dashinfer_vlm.layers import activation, norm
 from dashinfer_vlm.layers.activation import EPILOGUES, Epilogue
-from dashinfer_vlm.layers.linear import Floats
+from dashinfer_vlm.layers.linear import Floats, Stream, whole
 
 __all__ = [
     "BLOCK",
@@ -122,8 +122,9 @@ class Fp8Linear:
             return torch.add(y, residual, out=out)
         return y if out is None else out.copy_(y)
 
-    def normed(self, x: Tensor, weight: Tensor, eps: float) -> RoundedRows:
+    def normed(self, x: Stream, weight: Tensor, eps: float) -> RoundedRows:
         """See `layers.linear.NormingLinear`; one launch."""
+        x = whole(x)
         return RoundedRows(*self.ops.rms_norm(x, weight, eps, self.group), x.dtype)
 
     def into(self, x: Tensor | RoundedRows, then: Fp8Linear) -> RoundedRows:

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from dashinfer_vlm.kernels.grouped import GROUP, GroupedWeight
 from dashinfer_vlm.layers.activation import Epilogue
-from dashinfer_vlm.layers.linear import Linear, RowToNorm
+from dashinfer_vlm.layers.linear import Linear, RowToNorm, Stream, whole
 
 __all__ = ["BITS", "GroupedLinear", "GroupedOps", "expand", "rounded"]
 
@@ -81,8 +81,9 @@ class GroupedLinear:
         self.ops = ops
         self.is_head = is_head
 
-    def normed(self, x: Tensor, weight: Tensor, eps: float) -> Tensor | RowToNorm:
+    def normed(self, x: Stream, weight: Tensor, eps: float) -> Tensor | RowToNorm:
         """See `layers.linear.NormingLinear`."""
+        x = whole(x)
         if len(x) == 1 and x.shape[1] <= self.ops.most_normed:
             return RowToNorm(x, weight, eps)
         return self.ops.rms_norm(x, weight, eps)

@@ -25,8 +25,13 @@ __all__ = [
     "NormingLinear",
     "OneDnnLinear",
     "RowToNorm",
+    "Stream",
+    "StreamLinear",
     "TorchLinear",
+    "Unsummed",
     "padded",
+    "rows_of",
+    "whole",
 ]
 
 SCRATCH_ROWS = 1024
@@ -88,8 +93,8 @@ class Linear(Protocol):
 class NormingLinear(Protocol):
     """A `Linear` whose rows may come from `normed`."""
 
-    def normed(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> Any:
-        """RMSNorm of the rows, as this layer takes them in the fewest launches."""
+    def normed(self, x: Stream, weight: torch.Tensor, eps: float) -> Any:
+        """RMSNorm of the rows, as this layer takes them in the fewest launches. Afterwards the rows are whole."""
         ...
 
 
@@ -105,6 +110,39 @@ class RowToNorm:
     @property
     def dtype(self) -> torch.dtype:
         return self.x.dtype
+
+
+@dataclass(frozen=True, slots=True)
+class Unsummed:
+    """Rows of a residual stream, and what is still to be added to them: a product whose columns several programs share
+    leaves that to the norm that reads the rows next."""
+
+    x: torch.Tensor
+    """[T, N], where the sum goes."""
+    parts: torch.Tensor
+    """float32 [programs, T, N]."""
+
+
+Stream = torch.Tensor | Unsummed
+"""Rows of a residual stream [T, N]."""
+
+
+def whole(x: Stream) -> torch.Tensor:
+    """The rows, all that is to be added to them added."""
+    return x.x.add_(x.parts.sum(0)) if isinstance(x, Unsummed) else x
+
+
+def rows_of(x: Stream) -> torch.Tensor:
+    """The rows of a stream that a norm has read: whole."""
+    return x.x if isinstance(x, Unsummed) else x
+
+
+class StreamLinear(Protocol):
+    """As `Linear`, onto a residual stream, where `out` is its rows; they may be left unsummed then."""
+
+    def __call__(
+        self, x: torch.Tensor, *, residual: torch.Tensor | None = None, out: torch.Tensor | None = None
+    ) -> Stream: ...
 
 
 def _finish(

@@ -7,7 +7,7 @@ from torch import Tensor
 from dashinfer_vlm.kernels.decoder_layer import DecoderLayer
 from dashinfer_vlm.kernels.head_norms import HeadNorms
 from dashinfer_vlm.layers.backend import Backend
-from dashinfer_vlm.layers.linear import Linear, NativeLinear
+from dashinfer_vlm.layers.linear import Linear, NativeLinear, StreamLinear
 from dashinfer_vlm.layers.ops import NATIVE
 
 __all__ = ["native_layer"]
@@ -19,9 +19,9 @@ def native_layer(
     norms: tuple[Tensor, Tensor],
     qkv: Linear,
     head_norms: HeadNorms | None,
-    out: Linear,
+    out: StreamLinear,
     gate_up: Linear,
-    down: Linear,
+    down: StreamLinear,
     num_heads: int,
     num_kv_heads: int,
     eps: float,

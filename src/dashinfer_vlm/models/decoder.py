@@ -13,7 +13,7 @@ import torch
 from dashinfer_vlm.errors import CheckpointError
 from dashinfer_vlm.kernels.head_norms import HeadNorms
 from dashinfer_vlm.layers.backend import Backend
-from dashinfer_vlm.layers.linear import Linear, Matrix
+from dashinfer_vlm.layers.linear import Linear, Matrix, Stream, rows_of, whole
 from dashinfer_vlm.layers.native_layer import native_layer
 from dashinfer_vlm.layers.ranks import Cut
 from dashinfer_vlm.layers.rotary import axes_of_channels, inverse_frequencies, yarn_frequencies
@@ -37,7 +37,7 @@ class Mlp(Protocol):
         """The one layer that takes x."""
         ...
 
-    def __call__(self, x: Any, *, residual: torch.Tensor) -> torch.Tensor:
+    def __call__(self, x: Any, *, residual: torch.Tensor) -> Stream:
         """x is what `Backend.norm_before` makes of rows for the first layer."""
         ...
 
@@ -120,7 +120,7 @@ class GatedMlp:
         self.down = backend.summed(weights.matrix({f"{prefix}.down_proj.weight": hidden}, inner, Cut(columns=part)))
         self.gate_up = backend.before(self.first, self.down)
 
-    def __call__(self, x: Any, *, residual: torch.Tensor) -> torch.Tensor:
+    def __call__(self, x: Any, *, residual: torch.Tensor) -> Stream:
         return self.down(self.gate_up(x), residual=residual, out=residual)
 
 
@@ -204,18 +204,20 @@ class Decoder:
     def forward(self, batch: StepBatch, kv: KVCache) -> torch.Tensor:
         """One step over packed tokens; float32 logits [L, vocab] of `batch.logits_rows`."""
         staged = (None, None) if batch.staged is None else (batch.staged.rows, batch.staged.is_item)
-        x = self.backend.ops.embed(batch.ids, self.embedding, self.backend.activation_dtype, *staged)
+        embedded = self.backend.ops.embed(batch.ids, self.embedding, self.backend.activation_dtype, *staged)
         for item in batch.embeddings:
-            x[item.start : item.start + len(item.rows)] = item.rows[:, : self.config.hidden_size]
+            embedded[item.start : item.start + len(item.rows)] = item.rows[:, : self.config.hidden_size]
+        x: Stream = embedded
         table = self.rotary(batch.positions)
         caches = list(zip(kv.keys, kv.values, strict=True))
         for i, (layer, cache) in enumerate(zip(self.layers[:-1], caches[:-1], strict=True)):
             x = layer.forward(x, table, batch, cache)
             if i < self.deepstack:
+                x = whole(x)
                 self._add_deepstack(x, i, batch)
         # the last layer owes K and V of all rows to the cache, but only the wanted rows go on from its attention
         x = self.layers[-1].forward(x, table, batch, caches[-1], rows=batch.logits_rows)
-        return self.head(self.backend.ops.rms_norm(x, self.norm, self.config.rms_norm_eps)).float()
+        return self.head(self.backend.ops.rms_norm(whole(x), self.norm, self.config.rms_norm_eps)).float()
 
     def _add_deepstack(self, x: torch.Tensor, layer: int, batch: StepBatch) -> None:
         """Ready-made embeddings of the hidden size have nothing to add."""
@@ -252,16 +254,19 @@ class _Layer:
             )
 
     def forward(
-        self, x: torch.Tensor, table: Table, batch: StepBatch, cache: Cache, rows: torch.Tensor | None = None
-    ) -> torch.Tensor:
+        self, x: Stream, table: Table, batch: StepBatch, cache: Cache, rows: torch.Tensor | None = None
+    ) -> Stream:
         """[T, hidden] -> [T, hidden], or [L, hidden] of `rows` alone."""
         if self.native is not None and rows is None:
+            x = whole(x)
             self.native.forward(
                 x, *table, *cache, batch.slots, batch.block_tables, batch.query_starts, batch.context_lens
             )
             return x
         attended = self.attention.attend(self.norm1(x), table, batch, cache)
+        residual = rows_of(x)
         if rows is not None:
-            x, attended = x[rows], attended[rows]
-        x = self.attention.out(attended, residual=x, out=x)  # nobody needs the rows from before
-        return self.mlp(self.norm2(x), residual=x)
+            residual, attended = residual[rows], attended[rows]
+        x = self.attention.out(attended, residual=residual, out=residual)  # nobody needs the rows from before
+        normed = self.norm2(x)
+        return self.mlp(normed, residual=rows_of(x))

@@ -16,8 +16,10 @@ from dashinfer_vlm.kernels.cuda import skinny
 from dashinfer_vlm.kernels.cuda.skinny import MOST_ROWS, num_splits, product
 from dashinfer_vlm.kernels.grouped import GroupedWeight
 from dashinfer_vlm.layers.activation import EPILOGUES, Epilogue, silu_mul
-from dashinfer_vlm.layers.cuda import CudaHead, CudaLinear, grouped_ops
+from dashinfer_vlm.layers.cuda import CudaHead, CudaLinear, CudaStreamLinear, grouped_ops
 from dashinfer_vlm.layers.grouped import GroupedLinear, expand, rounded
+from dashinfer_vlm.layers.linear import Unsummed, rows_of
+from dashinfer_vlm.layers.norm import rms_norm
 from tests.kernels.cuda.numbers import DEVICE, allowed, error
 from tests.kernels.test_linear_int import weight_to_4_bits, weight_to_8_bits
 
@@ -103,6 +105,47 @@ def test_a_weight_whose_rows_begin_anywhere_is_left_to_the_library() -> None:
     assert error(CudaLinear(weight, None, "none")(x), x.double() @ weight.double().t()) < allowed(x.dtype)
     with pytest.raises(ValueError, match="multiples of 16 bytes"):
         product(x, weight)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("num_rows", [2, skinny.MOST_WHOLE_ROWS])
+def test_parts_are_left_to_the_norm_behind(num_rows: int, dtype: torch.dtype) -> None:
+    depth = 128 * 2 * skinny.LEAST_ROUNDS
+    x, weight, gains = (torch.randn(*s, device=DEVICE).to(dtype) for s in ((num_rows, depth), (40, depth), (40,)))
+    residual = torch.randn(num_rows, 40, device=DEVICE).to(dtype)
+    want = residual.double() + x.double() @ weight.double().t()
+    left = CudaStreamLinear(weight, None, "none")(x, residual=residual, out=residual)
+    assert isinstance(left, Unsummed)
+    assert len(left.parts) == 2
+    normed = CudaLinear(torch.empty(8, 40, dtype=dtype), None, "none").normed(left, gains, 1e-6)
+    assert isinstance(normed, Tensor)
+    assert rows_of(left) is residual
+    assert error(residual, want) < allowed(dtype)
+    assert error(normed, rms_norm(want, gains.double(), 1e-6)) < 2 * allowed(dtype)
+
+
+def test_whoever_norms_them_sums_parts() -> None:
+    x, parts, gains = (torch.randn(*s, device=DEVICE) for s in ((2, 128), (3, 2, 128), (128,)))
+    want = x + parts.sum(0)
+    layer = GroupedLinear(rounded(torch.randn(8, 128, device=DEVICE), 8), None, "none", grouped_ops(CudaHead))
+    normed = layer.normed(Unsummed(x, parts), gains, 1e-6)
+    assert isinstance(normed, Tensor)
+    assert error(normed, rms_norm(want, gains, 1e-6)) < 1e-5
+    assert error(x, want) < 1e-6
+
+
+def test_nothing_is_left_of_one_row_many_rows_and_rows_of_others() -> None:
+    """`out` has to be the residual: else its rows would have to be copied first."""
+    depth = 128 * 2 * skinny.LEAST_ROUNDS
+    layer = CudaStreamLinear(torch.randn(40, depth, device=DEVICE).bfloat16(), None, "none")
+    for num_rows in (1, skinny.MOST_WHOLE_ROWS + 1):
+        residual = torch.randn(num_rows, 40, device=DEVICE).bfloat16()
+        x = torch.randn(num_rows, depth, device=DEVICE).bfloat16()
+        assert layer(x, residual=residual, out=residual) is residual
+    assert isinstance(layer(torch.randn(2, depth, device=DEVICE).bfloat16()), Tensor)
+    wide = CudaStreamLinear(torch.randn(40, depth, device=DEVICE), None, "none")  # of float32
+    residual = torch.randn(2, 40, device=DEVICE)
+    assert wide(torch.randn(2, depth, device=DEVICE), residual=residual, out=residual) is residual
 
 
 @pytest.mark.parametrize("bits", [8, 4])

@@ -10,6 +10,7 @@ from torch import Tensor
 from dashinfer_vlm.kernels.cuda.launch import check, launch, power_of_two
 
 __all__ = [
+    "add_rms_norm",
     "add_to_rows",
     "embed",
     "layer_norm",
@@ -81,6 +82,24 @@ def _rms_norm(x_rows, weight, out, eps, x_t, o_t, N: tl.constexpr, B: tl.constex
     i = tl.arange(0, B)
     y = normed(x_rows + row * x_t + i, weight + i, eps, i < N, N)
     tl.store(out + row * o_t + i, y.to(out.dtype.element_ty), mask=i < N)
+
+
+@triton.jit
+def _add_rms_norm(
+    x_rows, parts, weight, out, eps, x_t, p_split, p_t, o_t, N: tl.constexpr, B: tl.constexpr, PARTS: tl.constexpr
+):  # fmt: skip
+    """Adds parts to a row, and norms it."""
+    row = tl.program_id(0).to(tl.int64)
+    i = tl.arange(0, B)
+    kind = x_rows.dtype.element_ty
+    x = tl.load(x_rows + row * x_t + i, mask=i < N, other=0.0).to(tl.float32)
+    for part in tl.static_range(PARTS):
+        x += tl.load(parts + part * p_split + row * p_t + i, mask=i < N, other=0.0)
+    w = tl.load(weight + i, mask=i < N, other=0.0).to(tl.float32)
+    x = x.to(kind)
+    tl.store(x_rows + row * x_t + i, x, mask=i < N)
+    y = norm_times(x.to(tl.float32), w, eps, kind, N)
+    tl.store(out + row * o_t + i, y.to(kind), mask=i < N)
 
 
 @triton.jit
@@ -173,6 +192,20 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, out: Tensor | None = None) -
     launch(
         _rms_norm, (num_rows,), x, weight, out, eps, x.stride(0), out.stride(0), size, block, num_warps=_warps(block)
     )
+    return out
+
+
+def add_rms_norm(x: Tensor, parts: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """`rms_norm` of x [T, C], to which the sum of float32 `parts` [n, T, C] is added first, in its memory."""
+    _check_rows(x, weight)
+    check(parts.shape[1:] == x.shape and parts.stride(2) == 1, "parts must be dense rows as long as x", x, parts)
+    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    num_rows, size = x.shape
+    block = power_of_two(size)
+    launch(
+        _add_rms_norm, (num_rows,), x, parts, weight, out, eps, x.stride(0), *parts.stride()[:2], out.stride(0), size,
+        block, len(parts), num_warps=_warps(block),
+    )  # fmt: skip
     return out
 
 

@@ -41,7 +41,9 @@ __all__ = [
     "joined",
     "most_rows",
     "num_splits",
+    "parts_of",
     "product",
+    "splits_to_leave",
     "tile_of",
 ]
 
@@ -145,10 +147,11 @@ def _add(acc, w, low, high, scale, BITS: tl.constexpr, C: tl.constexpr):
 @triton.jit(do_not_specialize=["T"])
 def _multiply(
     out, x, w, scales, bias, residual, parts, arrived, T, x_t, w_n, s_n, r_t, o_t, N: tl.constexpr, K: tl.constexpr,
-    SPLITS: tl.constexpr, BN: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, BITS: tl.constexpr, BIAS: tl.constexpr,
-    GATED: tl.constexpr, RESIDUAL: tl.constexpr, TILED: tl.constexpr, C: tl.constexpr,
+    SPLITS: tl.constexpr, JOIN: tl.constexpr, BN: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, BITS: tl.constexpr,
+    BIAS: tl.constexpr, GATED: tl.constexpr, RESIDUAL: tl.constexpr, TILED: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
-    """`x` and `w` are descriptors of tiles with `TILED`, else pointers. With `GATED` the weight has 16 bits."""
+    """`x` and `w` are descriptors of tiles with `TILED`, else pointers. With `GATED` the weight has 16 bits. Without
+    `JOIN`, splits leave their parts in `out` [SPLITS, T, N]."""
     first_n = tl.program_id(0) * BN
     first_m = tl.program_id(1) * BM
     n = first_n + tl.arange(0, BN)
@@ -179,9 +182,11 @@ def _multiply(
             up = _add(up, tile, low, high, scale, BITS, C)
         scale = next_scale
     inside = (n < N)[:, None] & (m < T)[None, :]
-    if SPLITS > 1:
+    if JOIN:
         is_last, acc = joined(acc, parts, arrived, SPLITS, BN, BM)
         inside &= is_last
+    elif SPLITS > 1:
+        out += tl.program_id(2).to(tl.int64) * T * N
     if BIAS:
         acc += tl.load(bias + n, mask=n < N, other=0.0).to(tl.float32)[:, None]
     if GATED:
@@ -242,9 +247,10 @@ def cut_for(num_rows: int, num_tiles: int, bits: int, *, is_gated: bool, is_room
     return Cut(rows, 64, 4 if num_tiles <= WANTED_PROGRAMS or rows <= 32 else 3)
 
 
-def num_splits(num_programs: int, num_rounds: int) -> int:
+def num_splits(num_programs: int, num_rounds: int, wanted_programs: int | None = None) -> int:
     """So many that `num_programs` times it fill a card; every split has some rounds."""
-    wanted = max(1, min(WANTED_PROGRAMS // max(num_programs, 1), num_rounds // LEAST_ROUNDS))
+    wanted_programs = WANTED_PROGRAMS if wanted_programs is None else wanted_programs
+    wanted = max(1, min(wanted_programs // max(num_programs, 1), num_rounds // LEAST_ROUNDS))
     return -(-num_rounds // -(-num_rounds // wanted))
 
 
@@ -310,28 +316,71 @@ def product(
     check(residual is None or residual.shape == (num_rows, size), "the residual must fit the result", x, *(
         () if residual is None else (residual,)))  # fmt: skip
     x = x if can_multiply(x) else F.pad(x, (0, -depth % 8))
-    num_tiles = -(-size // TALL)
-    cut = cut_for(num_rows, num_tiles, bits, is_gated=silu_mul, is_roomy=is_roomy(x))
-    grid = (num_tiles, -(-num_rows // cut.rows))
+    cut, grid = _cut(x, size, bits, is_gated=silu_mul)
     if splits is None:
         splits = 1 if silu_mul else num_splits(grid[0] * grid[1], -(-depth // cut.columns))
     if out is None:
         out = torch.empty(num_rows, size, dtype=dtype or x.dtype, device=x.device)
-    absent = out  # in place of what is not there, and not looked at
-    parts = arrived = absent
+    parts = arrived = out  # where nothing is split, not looked at
     if splits > 1:
         shape = (grid[0] * grid[1], splits, TALL, cut.rows)
         parts, arrived = torch.empty(shape, dtype=torch.float32, device=x.device), arrived_of(numbers)
+    _start(
+        out, x, numbers, scales, bias, residual, parts, arrived, cut, (*grid, splits), bits=bits, joins=splits > 1,
+        is_gated=silu_mul,
+    )  # fmt: skip
+    return out
+
+
+def parts_of(x: Tensor, weight: Tensor, splits: int) -> Tensor:
+    """float32 [splits, T, N], whose sum is `product` of x [T, K] and a weight of 16 bits [N, K]: left to whoever reads
+    it next. See there."""
+    check(x.shape[1] == weight.shape[1] and can_multiply(x) and can_multiply(weight), "rows must begin at multiples of "
+          "16 bytes and be as long as those of the weight", x, weight)  # fmt: skip
+    cut, grid = _cut(x, len(weight), 16, is_gated=False)
+    out = torch.empty(splits, len(x), len(weight), dtype=torch.float32, device=x.device)
+    _start(out, x, weight, out, None, None, out, out, cut, (*grid, splits), bits=16, joins=False, is_gated=False)
+    return out
+
+
+def splits_to_leave(num_rows: int, weight: Tensor) -> int:
+    """Of `parts_of`, for so many rows: as many as of `product`, but fewer for more rows, whose parts are longer."""
+    num_tiles, depth = -(-len(weight) // TALL), weight.shape[1]
+    wanted = WANTED_PROGRAMS if num_rows <= MOST_SHARED_ROWS else WANTED_PROGRAMS // 2
+    return num_splits(num_tiles, -(-depth // 128), wanted)
+
+
+def _cut(x: Tensor, size: int, bits: int, *, is_gated: bool) -> tuple[Cut, tuple[int, int]]:
+    num_tiles = -(-size // TALL)
+    cut = cut_for(len(x), num_tiles, bits, is_gated=is_gated, is_roomy=is_roomy(x))
+    return cut, (num_tiles, -(-len(x) // cut.rows))
+
+
+def _start(
+    out: Tensor,
+    x: Tensor,
+    numbers: Tensor,
+    scales: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    parts: Tensor,
+    arrived: Tensor,
+    cut: Cut,
+    grid: tuple[int, int, int],
+    *,
+    bits: int,
+    joins: bool,
+    is_gated: bool,
+) -> None:
     width = cut.columns // 2 if bits == 4 else cut.columns  # of 4 bits, two halves of x meet those of a byte
     factors: tuple[Any, Any] = (x, numbers)
     is_tiled = has_tiles(x)
     if is_tiled:
         factors = tuple(map(TensorDescriptor.from_tensor, factors, ([cut.rows, width], [TALL, width])))
     launch(
-        _multiply, (*grid, splits), out, *factors, scales, absent if bias is None else bias,
-        absent if residual is None else residual, parts, arrived, num_rows, x.stride(0), numbers.stride(0),
-        scales.stride(0), 0 if residual is None else residual.stride(0), out.stride(0), size, depth, splits, TALL,
-        cut.rows, cut.columns, bits, bias is not None, silu_mul, residual is not None, is_tiled,
+        _multiply, grid, out, *factors, scales, out if bias is None else bias, out if residual is None else residual,
+        parts, arrived, len(x), x.stride(0), numbers.stride(0), scales.stride(0),
+        0 if residual is None else residual.stride(0), out.stride(-2), out.shape[-1], x.shape[1], grid[2], joins, TALL,
+        cut.rows, cut.columns, bits, bias is not None, is_gated, residual is not None, is_tiled,
         compute_type(x.dtype), num_warps=4, num_stages=cut.stages,
     )  # fmt: skip
-    return out

@@ -208,6 +208,11 @@ def _few_rows(s: Sizes, dtype: torch.dtype, device: torch.device) -> Iterator[Va
             x, inner = empty(num_rows, s.hidden), empty(num_rows, s.inner)
             attended = empty(num_rows, s.heads * s.head_dim)
             yield Variant(f"{bits} bits, qkv of {told}", partial(skinny.product, x, qkv, empty(queries)))
+            if isinstance(down, Tensor):
+                splits = skinny.splits_to_leave(num_rows, down)
+                yield Variant(f"16 bits, parts of {told}", partial(skinny.parts_of, inner, down, splits))
+                parts = empty(splits, num_rows, s.hidden, dtype=torch.float32)
+                yield Variant(f"norm of parts of {told}", partial(rows.add_rms_norm, x, parts, empty(s.hidden), 1e-6))
             yield Variant(f"{bits} bits, out of {told}", partial(skinny.product, attended, out, residual=x))
             yield Variant(f"{bits} bits, MLP of {told}", partial(skinny.product, x, gate_up, silu_mul=bits == 16))
             yield Variant(f"{bits} bits, down of {told}", partial(skinny.product, inner, down, residual=x))
