@@ -12,7 +12,8 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
-from dashinfer_vlm.kernels.cuda.decode import rope_and_attend
+from dashinfer_vlm.kernels.cuda.arrivals import arrived_of
+from dashinfer_vlm.kernels.cuda.decode import MOST_SHARED, rope_and_attend
 from dashinfer_vlm.kernels.head_norms import HeadNorms
 from dashinfer_vlm.layers import attention
 from dashinfer_vlm.layers.ops import REFERENCE
@@ -118,6 +119,21 @@ def test_heads_are_normed_before_they_are_rotated(dtype: torch.dtype, rows: list
 
 def test_a_row_by_itself() -> None:
     assert_right(make([200], dim=128), 16, 1e-5)
+
+
+def test_what_programs_share_is_joined_alike_each_time() -> None:
+    """Sequences of which all programs, some and one have a part; nothing is left behind for the next layer or step."""
+    step = make([1, 40, 130, 70])
+    first = step.run(4)
+    assert torch.equal(step.run(4), first)
+    assert not arrived_of(step.caches[0], MOST_SHARED).any()
+    step.contexts.clamp_(max=60)
+    assert torch.equal(step.run(2), step.run(2))
+
+
+def test_more_rows_than_can_be_shared_are_refused() -> None:
+    with pytest.raises(ValueError, match="1024 pairs"):
+        make([1] * 257, heads=(4, 4)).run(2)
 
 
 @pytest.mark.parametrize("splits", [1, 2])

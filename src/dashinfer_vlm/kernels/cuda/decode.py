@@ -1,7 +1,8 @@
 """A step of decode alone in one launch: rotation, the write into the paged cache, and attention over it.
 
 The newest key and value of a sequence are taken from its row, older ones from the cache; so no program waits for what
-another one writes. As in `paged`, the keys of a sequence are split over several programs.
+another one writes. As in `paged`, the keys of a sequence are split over several programs; the last of them to be done
+joins what all have found.
 """
 
 from __future__ import annotations
@@ -12,12 +13,16 @@ import triton.language as tl
 from torch import Tensor
 
 from dashinfer_vlm.kernels.cuda import paged, rotary
+from dashinfer_vlm.kernels.cuda.arrivals import arrived_of
 from dashinfer_vlm.kernels.cuda.launch import check, compute_type, launch, power_of_two, starts_early, wait_for_last
 from dashinfer_vlm.kernels.cuda.paged import places_of, share_of, weighed
 from dashinfer_vlm.kernels.cuda.rotary import rotated
 from dashinfer_vlm.kernels.head_norms import HeadNorms
 
-__all__ = ["rope_and_attend"]
+__all__ = ["MOST_SHARED", "rope_and_attend"]
+
+MOST_SHARED = 1024
+"""Pairs of row and key head whose keys several programs can share: each has a counter."""
 
 
 @triton.jit
@@ -47,11 +52,51 @@ def _over_keys(
     return top, total, acc
 
 
-@triton.jit(do_not_specialize=["table_stride", "l_split"])
+@triton.jit
+def _is_last(result, sums, parts, lse, arrived, split, count, G: tl.constexpr, D: tl.constexpr, BM: tl.constexpr):
+    """Leaves what this program found, and tells whether it is the last of the `count` that share a sequence's keys."""
+    m = tl.arange(0, BM)
+    tl.store(lse + split * G + m, sums, mask=m < G)
+    tl.store(parts + split * (G * D) + m[:, None] * D + tl.arange(0, D)[None, :], result, mask=(m < G)[:, None])
+    tl.debug_barrier()  # all of it is written before it is said
+    is_last = tl.atomic_add(arrived, 1, sem="acq_rel") == count - 1
+    if is_last:
+        tl.store(arrived, 0)  # for the next launch
+    return is_last
+
+
+@triton.jit
+def _joined(parts, lse, count, G: tl.constexpr, D: tl.constexpr, BG: tl.constexpr, SPLITS: tl.constexpr):
+    """[BG, D]: what all have found, by their shares of the softmax's sum."""
+    at_once: tl.constexpr = min(SPLITS, max(64 // BG, 1))  # asked for together, as registers allow
+    g = tl.arange(0, BG)
+    top = tl.full([BG], -1e30, tl.float32)
+    total = tl.zeros([BG], tl.float32)
+    acc = tl.zeros([BG, D], tl.float32)
+    for j in tl.range(0, count, at_once):
+        split = j + tl.arange(0, at_once)
+        live = (g < G)[:, None] & (split < count)[None, :]
+        at = g[:, None] + split[None, :] * G
+        sums = tl.load(lse + at, mask=live, other=-float("inf"), cache_modifier=".cg")
+        places = parts + at[:, :, None] * D + tl.arange(0, D)[None, None, :]
+        part = tl.load(places, mask=live[:, :, None], other=0.0, cache_modifier=".cg")
+        weight, fade, top, total = weighed(sums, 1.0, top, total)
+        acc = acc * fade[:, None] + tl.sum(part * weight[:, :, None], 1)
+    return acc / total[:, None]
+
+
+@triton.jit
+def _write(result, out, o_h, G: tl.constexpr, D: tl.constexpr, BM: tl.constexpr):
+    m = tl.arange(0, BM)
+    place = out + m[:, None] * o_h + tl.arange(0, D)[None, :]
+    tl.store(place, result.to(out.dtype.element_ty), mask=(m < G)[:, None])
+
+
+@triton.jit(do_not_specialize=["table_stride"])
 def _decode(
     q_rows, k_rows, v_rows, cos, sin, q_gains, k_gains, eps, k_cache, v_cache, slots, tables, starts, contexts, out,
-    lse, scale, table_stride, q_t, q_h, k_t, k_h, v_t, v_h, o_t, o_h, o_split, l_t, l_split, G: tl.constexpr,
-    D: tl.constexpr, BS: tl.constexpr, BLOCK: tl.constexpr, SLOT: tl.constexpr, HEAD: tl.constexpr, BM: tl.constexpr,
+    parts, lse, arrived, scale, table_stride, q_t, q_h, k_t, k_h, v_t, v_h, o_t, o_h, G: tl.constexpr, D: tl.constexpr,
+    BS: tl.constexpr, BLOCK: tl.constexpr, SLOT: tl.constexpr, HEAD: tl.constexpr, BM: tl.constexpr, BG: tl.constexpr,
     BN: tl.constexpr, SPLITS: tl.constexpr, NORM: tl.constexpr, EARLY: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
     s = tl.program_id(0)
@@ -96,11 +141,17 @@ def _decode(
         x = q_low.to(tl.float32) * k_low.to(tl.float32) + q_high.to(tl.float32) * k_high.to(tl.float32)
         p, fade, top, total = weighed(tl.sum(x, 1)[:, None], base2, top, total)
         acc = acc * fade[:, None] + p * v.to(tl.float32)
-    m = tl.arange(0, BM)
+    result = acc / total[:, None]
+    out += at * o_t + head * G * o_h
     if SPLITS > 1:
-        tl.store(lse + split * l_split + row * l_t + head * G + m, top + tl.log2(total), mask=m < G)
-    place = out + split * o_split + at * o_t + (head * G + m)[:, None] * o_h + d[None, :]
-    tl.store(place, (acc / total[:, None]).to(out.dtype.element_ty), mask=(m < G)[:, None])
+        pair = s * tl.num_programs(1) + head
+        parts += pair * (SPLITS * G * D)
+        lse += pair * (SPLITS * G)
+        count = tl.cdiv(context, share)
+        if _is_last(result, top + tl.log2(total), parts, lse, arrived + pair, split, count, G, D, BM):
+            _write(_joined(parts, lse, count, G, D, BG, SPLITS), out, o_h, G, D, BG)
+    else:
+        _write(result, out, o_h, G, D, BM)
 
 
 def rope_and_attend(
@@ -123,8 +174,8 @@ def rope_and_attend(
 
     Where T equals the number of sequences, each may own one row at most, and all is one launch; not over a cache of
     int8, nor with heads of other sizes than 32, 64 and 128. Rows that no sequence owns, and their slots, are then
-    neither read nor written. `splits` is as in `paged.paged_attention`. Raises ValueError for shapes that do not
-    fit."""
+    neither read nor written. `splits` is as in `paged.paged_attention`. No two calls for one cache may be under way at
+    a time. Raises ValueError for shapes that do not fit."""
     num_rows, num_heads, dim = q.shape
     if num_rows != len(context_lens) or k_cache.dtype == torch.int8 or dim not in (32, 64, 128):
         rotary.rope_write_kv(q, k, v, cos, sin, k_cache, v_cache, slots, norms)
@@ -137,19 +188,23 @@ def rope_and_attend(
     check(len(query_starts) == num_rows + 1, "query_starts must be [S + 1]", query_starts, context_lens)
     group, early = num_heads // num_kv_heads, num_rows == 1 and starts_early(q)
     tile = paged.few_tile(q.dtype, k_cache.dtype, group, dim)
+    num_pairs = num_rows * num_kv_heads
     if splits is None:
         max_context = block_tables.shape[1] * k_cache.shape[1]
-        splits = paged.num_splits(paged.FEW_PROGRAMS, num_rows * num_kv_heads, max_context, tile.columns)
+        splits = paged.num_splits(paged.FEW_PROGRAMS, num_pairs, max_context, tile.columns)
+    check(splits == 1 or num_pairs <= MOST_SHARED, f"at most {MOST_SHARED} pairs of row and head may be shared", q, k)
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    parts, lse = paged.parts_of(out, splits)
+    parts = lse = arrived = out  # where nothing is split, not looked at
+    if splits > 1:
+        lse, parts = (torch.empty(num_pairs, splits, group, *more, dtype=torch.float32, device=q.device)
+                      for more in ((), (dim,)))  # fmt: skip
+        arrived = arrived_of(k_cache, MOST_SHARED)
     gains = (cos, cos, 0.0) if norms is None else (norms.queries, norms.keys, norms.eps)  # what is there is not read
     launch(
         _decode, (num_rows, num_kv_heads, splits), q, k, v, cos, sin, *gains, k_cache, v_cache, slots, block_tables,
-        query_starts, context_lens, parts, lse, scale, block_tables.stride(0), *q.stride()[:2], *k.stride()[:2],
-        *v.stride()[:2], *parts.stride()[1:3], parts.stride(0), lse.stride(1), lse.stride(0), group, dim,
-        k_cache.shape[1], *k_cache.stride()[:3], power_of_two(group, 16), tile.columns, splits, norms is not None,
-        early, compute_type(q.dtype), num_warps=tile.warps, num_stages=tile.stages, early=early,
+        query_starts, context_lens, out, parts, lse, arrived, scale, block_tables.stride(0), *q.stride()[:2],
+        *k.stride()[:2], *v.stride()[:2], *out.stride()[:2], group, dim, k_cache.shape[1], *k_cache.stride()[:3],
+        power_of_two(group, 16), power_of_two(group), tile.columns, splits, norms is not None, early,
+        compute_type(q.dtype), num_warps=tile.warps, num_stages=tile.stages, early=early,
     )  # fmt: skip
-    if splits > 1:
-        paged.combine(parts, lse, query_starts, context_lens, out, 1, tile.columns, tile.columns)
     return out

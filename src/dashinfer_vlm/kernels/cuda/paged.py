@@ -28,7 +28,6 @@ from dashinfer_vlm.kernels.cuda.launch import (
 __all__ = [
     "FEW_PROGRAMS",
     "FEW_ROWS",
-    "combine",
     "few_tile",
     "num_splits",
     "paged_attention",
@@ -294,7 +293,7 @@ def paged_attention(
     if splits is None:
         told = (FEW_PROGRAMS, num_rows * num_kv_heads) if is_decode else (MANY_PROGRAMS, -(-num_rows * num_heads // 64))
         splits = num_splits(*told, block_tables.shape[1] * k_cache.shape[1], small.columns)
-    parts, lse = parts_of(out, splits)
+    parts, lse = _parts_of(out, splits)
     batch = (q, k_cache, v_cache, block_tables, query_starts, context_lens, parts, lse, scale)
     if is_decode or num_sequences > 1 or num_rows <= FEW_ROWS:
         tiles = min(num_rows, num_sequences * -(-few // (small.rows // group)))
@@ -303,24 +302,24 @@ def paged_attention(
         tiles = num_rows // (tall.rows // group) + min(num_sequences, num_rows // (FEW_ROWS + 1))
         _start((tiles, num_kv_heads, splits), *batch, tall, few, many=True)
     if splits > 1:
-        combine(parts, lse, query_starts, context_lens, out, few, small.columns, tall.columns)
+        _join(parts, lse, query_starts, context_lens, out, few, small.columns, tall.columns)
     return out
 
 
-def parts_of(out: Tensor, splits: int) -> tuple[Tensor, Tensor]:
+def _parts_of(out: Tensor, splits: int) -> tuple[Tensor, Tensor]:
     """Where programs leave what they found for [T, H, D] `out`: weighted values [splits, T, H, D] and logarithms of
-    sums [splits, T, H], both float32, for `combine`; where nothing is split, `out` itself."""
+    sums [splits, T, H], both float32, for `_join`; where nothing is split, `out` itself."""
     if splits == 1:
         return out[None], out[None, ..., 0]
     parts = torch.empty(splits, *out.shape, dtype=torch.float32, device=out.device)
     return parts, torch.empty(parts.shape[:3], dtype=torch.float32, device=out.device)
 
 
-def combine(
+def _join(
     parts: Tensor, lse: Tensor, starts: Tensor, contexts: Tensor, out: Tensor, few: int, few_keys: int, many_keys: int
 ) -> None:
-    """`out` from `parts_of` it; tiles of sequences of at most `few` rows had `few_keys`, others `many_keys`. With `few`
-    1 every sequence has one row or none."""
+    """`out` from `_parts_of` it; tiles of sequences of at most `few` rows had `few_keys`, others `many_keys`. With
+    `few` 1 every sequence has one row or none."""
     splits, num_rows, num_heads, dim = parts.shape
     early = len(out) == 1 and starts_early(out)
     launch(
@@ -346,7 +345,7 @@ def _start(
     *,
     many: bool,
 ) -> None:
-    """`out` and `lse` are `parts_of` the result."""
+    """`out` and `lse` are `_parts_of` the result."""
     dim, int8 = q.shape[2], k_cache.dtype == torch.int8
     group = q.shape[1] // k_cache.shape[2]
     early = len(q) == 1 and starts_early(q)

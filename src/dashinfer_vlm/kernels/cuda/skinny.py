@@ -16,9 +16,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 from torch.nn import functional as F
-from torch.utils.weak import WeakTensorKeyDictionary
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from dashinfer_vlm.kernels.cuda import arrivals
 from dashinfer_vlm.kernels.cuda.launch import (
     check,
     compute_type,
@@ -254,19 +254,9 @@ def num_splits(num_programs: int, num_rounds: int, wanted_programs: int | None =
     return -(-num_rounds // -(-num_rounds // wanted))
 
 
-_ARRIVED: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
-"""By weight: how many programs of each tile are done. Zero before and after every launch, of which no two may be under
-way at a time."""
-
-
 def arrived_of(weight: Tensor) -> Tensor:
-    """For `joined`, of this weight: int32, zero."""
-    if weight not in _ARRIVED:
-        assert weight.device.type != "cuda" or not torch.cuda.is_current_stream_capturing(), "first used in a graph"
-        size = -(-len(weight) // TALL) * -(-MOST_ROWS // 16)
-        _ARRIVED[weight] = torch.zeros(size, dtype=torch.int32, device=weight.device)
-    found: Tensor = _ARRIVED[weight]
-    return found
+    """For `joined`: a counter for each tile of this weight's products."""
+    return arrivals.arrived_of(weight, -(-len(weight) // TALL) * -(-MOST_ROWS // 16))
 
 
 def most_rows(weight: Tensor, *, silu_mul: bool) -> int:
