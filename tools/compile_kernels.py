@@ -7,7 +7,8 @@ Prints one JSON object a line: model, variant, kernel, registers, bytes of stack
 shared memory, and how often the instructions occur that decide the speed: `HGMMA` (products of a warp group), `HMMA`
 (of a warp), `QGMMA` (of a warp group, 8-bit floats), and asynchronous copies, of these the ones of 128 bits, and those
 of whole tiles; how many groups of copies may be under way while one is waited for; sines that are only approximate;
-reads of 128 bits before a kernel waits for the one before it; products that read from a wrong address (see sass.py).
+reads of 128 bits before a kernel waits for the one before it; products that read from a wrong address (see sass.py);
+exponentials with a product of a warp group under way.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
-from itertools import islice
+from itertools import accumulate, islice, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +56,7 @@ class Compiled:
     fast_sines: int
     wide_reads_before_wait: int
     raw_descriptors: int
+    exponentials_beside_products: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,16 +182,41 @@ def _read(model: str, variant: str, kernel: str, compiled: Any) -> Compiled:
         len(re.findall(r"\bMUFU\.(?:SIN|COS)\b", code)),
         len(re.findall(r"\bLDG\S*\.128", code.partition("ACQBULK")[0])),
         len(raw_descriptors(code)),
+        _exponentials_beside_products(code),
     )
 
 
+def _exponentials_beside_products(code: str) -> int:
+    """Those between a product and the next wait for one, in the order of the listing."""
+    steps = re.findall(r"\b(?:HGMMA|WARPGROUP\.DEPBAR|MUFU\.EX2)\b", code)
+    under_way = accumulate(steps, lambda held, step: held if step == "MUFU.EX2" else step)
+    return sum(step == "MUFU.EX2" and held == "HGMMA" for step, held in zip(steps, under_way, strict=True))
+
+
 def _spills_in_loops(code: str) -> int:
-    """Writes and reads of spilt registers between a branch and what it goes back to."""
+    """Writes and reads of spilt registers from which a way leads back to them. Where a branch goes back to is not
+    enough: waits for tiles stand behind the end, and go back to the middle."""
     places = [(int(at, 16), text) for at, text in re.findall(r"/\*([0-9a-f]{4,5})\*/\s+(.*?);", code)]
-    branches = ((at, re.search(r"\bBRA\b.*?0x([0-9a-f]+)", text)) for at, text in places)
-    loops = [(int(found[1], 16), at) for at, found in branches if found and int(found[1], 16) < at]
+    ways: dict[int, list[int]] = {}
+    for (at, text), (following, _) in pairwise([*places, (-1, "")]):
+        target = re.search(r"\bBRA\b.*?0x([0-9a-f]+)", text)
+        ends = re.match(r"(?:BRA(?:\.\w+)* 0x|EXIT|RET)", text)  # without a condition
+        ways[at] = ([int(target[1], 16)] if target else []) + ([] if ends else [following])
     spilt = (at for at, text in places if re.search(r"\b(?:STL|LDL)\b", text))
-    return sum(any(start <= at <= stop for start, stop in loops) for at in spilt)
+    return sum(_leads_back(at, ways) for at in spilt)
+
+
+def _leads_back(start: int, ways: dict[int, list[int]]) -> bool:
+    seen: set[int] = set()
+    ahead = list(ways[start])
+    while ahead:
+        at = ahead.pop()
+        if at == start:
+            return True
+        if at not in seen:
+            seen.add(at)
+            ahead += ways.get(at, ())
+    return False
 
 
 def _dump(flag: str, file: str) -> str:

@@ -67,10 +67,10 @@ MANY_INT8: tuple[Cut, ...] = (
     (128, 64, 8, 5, None),
 )
 FRAMES: tuple[Cut, ...] = (
-    *((128, 64, 8, stages, 128) for stages in (2, 4)),
-    (128, 64, 8, 3, None),
-    (128, 64, 4, 3, None),
-    (64, 64, 4, 3, 128),
+    *((128, 64, 4, stages, None) for stages in (2, 4)),
+    *((128, 64, 8, 3, registers) for registers in (None, 128)),
+    (128, 32, 4, 3, None),
+    (64, 64, 4, 2, 168),
     (128, 128, 8, 3, None),
 )
 WINDOWS: tuple[Cut, ...] = ((64, 64, 4, 2, None), (64, 32, 4, 3, None))
