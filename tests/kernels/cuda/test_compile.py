@@ -130,6 +130,18 @@ def test_a_row_by_itself_is_multiplied_by_reads_of_128_bits_that_precede_the_wai
         assert x["registers"] * x["warps"] * 32 <= REGISTERS // 3, x
 
 
+def test_before_the_wait_norms_read_their_gains_alone_and_attention_nothing_of_its_step(found: Found) -> None:
+    """Rows are written by the kernel that they wait for; those of many start behind it."""
+    norms, steps = found.of("_rms_norm", "_add_rms_norm"), found.of("_decode")
+    few = [x for x in norms if x["variant"].endswith(" of few") and not x["variant"].startswith("fp8")]
+    assert len(few) >= 3 * len(MODELS)
+    assert len(steps) >= 4 * len(MODELS)
+    for x in few:
+        assert 1 <= x["wide_reads_before_wait"] <= 2, x
+    for x in steps:
+        assert (x["wide_reads_before_wait"] == 0) == (x["variant"] != "decode of many plain"), x
+
+
 def test_keys_and_values_are_copied_by_128_bits_beside_the_arithmetic(found: Found) -> None:
     """Those of 8 bits, too: their rows begin at multiples of 16 bytes."""
     attention = found.of("_decode", "_attend")

@@ -21,6 +21,10 @@ from dashinfer_vlm.kernels.head_norms import HeadNorms
 
 __all__ = ["MOST_SHARED", "rope_and_attend"]
 
+EARLY_ROWS = 64
+"""Rows up to which a step starts while the kernel before it ends, where a card can do so."""
+REGISTERS = 168
+"""Of a thread at the most: so three programs fit a multiprocessor."""
 MOST_SHARED = 1024
 """Pairs of row and key head whose keys several programs can share: each has a counter."""
 
@@ -186,7 +190,7 @@ def rope_and_attend(
     check(k_cache.is_contiguous() and v_cache.is_contiguous(), "the caches must be contiguous", k_cache, v_cache)
     check(k.stride(2) == v.stride(2) == 1, "channels must be dense", k, v)
     check(len(query_starts) == num_rows + 1, "query_starts must be [S + 1]", query_starts, context_lens)
-    group, early = num_heads // num_kv_heads, num_rows == 1 and starts_early(q)
+    group, early = num_heads // num_kv_heads, num_rows <= EARLY_ROWS and starts_early(q)
     tile = paged.few_tile(q.dtype, k_cache.dtype, group, dim)
     num_pairs = num_rows * num_kv_heads
     if splits is None:
@@ -205,6 +209,7 @@ def rope_and_attend(
         query_starts, context_lens, out, parts, lse, arrived, scale, block_tables.stride(0), *q.stride()[:2],
         *k.stride()[:2], *v.stride()[:2], *out.stride()[:2], group, dim, k_cache.shape[1], *k_cache.stride()[:3],
         power_of_two(group, 16), power_of_two(group), tile.columns, splits, norms is not None, early,
-        compute_type(q.dtype), num_warps=tile.warps, num_stages=tile.stages, early=early,
+        compute_type(q.dtype), num_warps=tile.warps, num_stages=tile.stages, maxnreg=REGISTERS,
+        early=early,
     )  # fmt: skip
     return out
