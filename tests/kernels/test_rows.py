@@ -41,6 +41,15 @@ def test_layer_norm_is_the_formula(rows: int, width: int) -> None:
     torch.testing.assert_close(cpu_ops.layer_norm(x, weight, bias, 1e-6).double(), want, rtol=1e-5, atol=1e-5)
 
 
+def test_norms_add_what_rows_lack() -> None:
+    x, weight, bias, shift = torch.randn(5, 20), torch.randn(20), torch.randn(20), torch.randn(20)
+    torch.testing.assert_close(
+        cpu_ops.rms_norm(x, weight, 1e-6, shift=shift), cpu_ops.rms_norm(x + shift, weight, 1e-6)
+    )
+    got = cpu_ops.layer_norm(x, weight, bias, 1e-6, shift=shift)
+    torch.testing.assert_close(got, cpu_ops.layer_norm(x + shift, weight, bias, 1e-6))
+
+
 def test_norms_may_work_in_place() -> None:
     x, weight, bias = torch.randn(5, 20), torch.randn(20), torch.randn(20)
     want = cpu_ops.layer_norm(x, weight, bias, 1e-5)

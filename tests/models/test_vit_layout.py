@@ -41,7 +41,7 @@ class Copies(TorchDispatchMode):  # type: ignore[no-untyped-call]
 @pytest.mark.parametrize("layout", [frames_layout(ELSEWHERE), windows_layout(TWO_BY_TWO, 3, ELSEWHERE)])
 def test_a_batch_begins_without_waiting_for_the_device(layout: Any) -> None:
     config: Any = SimpleNamespace(out_size=4, width=32, num_heads=2, rope_theta=1e4, patch_dim=12, merge_size=2)
-    backend: Any = SimpleNamespace(device=ELSEWHERE, activation_dtype=torch.float32)
+    backend: Any = SimpleNamespace(device=ELSEWHERE, activation_dtype=torch.float32, leaves_out_biases=False)
     nothing: Any = None
     vit = PackedVit(config, backend, embed=nothing, blocks=[], merger=nothing, layout=layout)
     grids = [(2, 6, 14), (1, 2, 2)]

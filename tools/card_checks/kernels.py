@@ -232,6 +232,7 @@ def _rows(setting: Setting, ops: Ops, dtype: torch.dtype, num_rows: int, size: i
         return torch.randn(*shape, device=setting.device).to(dtype)
 
     x, weight, bias = random(num_rows, size), random(size), random(size)
+    shift = torch.randn(size, device=setting.device)
     moved = 2 * x.nbytes
     yield Case(
         "rms_norm",
@@ -241,8 +242,8 @@ def _rows(setting: Setting, ops: Ops, dtype: torch.dtype, num_rows: int, size: i
     )
     yield Case(
         "layer_norm",
-        lambda: ops.layer_norm(x, weight, bias, 1e-6),
-        lambda: norm.layer_norm(x.double(), weight.double(), bias.double(), 1e-6),
+        lambda: ops.layer_norm(x, weight, bias, 1e-6, shift=shift),
+        lambda: norm.layer_norm(x.double(), weight.double(), bias.double(), 1e-6, shift=shift),
         moved,
     )
     heads, dim = (3, 16) if num_rows < 100 else (32, 80)

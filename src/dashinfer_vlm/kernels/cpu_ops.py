@@ -317,16 +317,24 @@ def rope_write_kv(
     extension().rope_write_kv(q, k, v, cos, sin, k_cache, v_cache, slots)
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float, out: Tensor | None = None) -> Tensor:
-    """RMSNorm of float32 [T, C] (rows may be strided) with weight float32 [C]; out may be x (Zhang, Sennrich 2019)."""
+def rms_norm(
+    x: Tensor, weight: Tensor, eps: float, out: Tensor | None = None, *, shift: Tensor | None = None
+) -> Tensor:
+    """RMSNorm of float32 [T, C] (rows may be strided) with weight float32 [C]; out may be x (Zhang, Sennrich 2019).
+    `shift`, float32 [C], is added to x first, by torch: no model that these kernels run asks for it."""
+    x = x if shift is None else x + shift
     if out is None:
         out = torch.empty(x.shape, dtype=torch.float32)
     extension().norm(x, weight, None, eps, out)
     return out
 
 
-def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float, out: Tensor | None = None) -> Tensor:
-    """LayerNorm of float32 [T, C] (rows may be strided) with weight and bias float32 [C]; out may be x."""
+def layer_norm(
+    x: Tensor, weight: Tensor, bias: Tensor, eps: float, out: Tensor | None = None, *, shift: Tensor | None = None
+) -> Tensor:
+    """LayerNorm of float32 [T, C] (rows may be strided) with weight and bias float32 [C]; out may be x. `shift` as in
+    `rms_norm`."""
+    x = x if shift is None else x + shift
     if out is None:
         out = torch.empty(x.shape, dtype=torch.float32)
     extension().norm(x, weight, bias, eps, out)

@@ -75,6 +75,9 @@ class Backend:
     """Who shares the model's layers."""
     channel_unit: int = 1
     """Products are slow where the channels between two layers are no multiple of it, and zeros cost nothing."""
+    leaves_out_biases: bool = False
+    """Whether what layers add to a ViT's residual stream goes without their biases, whose sum the norms add that read
+    it. A product that adds to something has no room for a bias on cards, and would take a launch more."""
     is_native: bool = False
     """Whether the native kernels do all that is heavy, and torch only moves small tensors."""
 
@@ -192,6 +195,7 @@ def on_card(device: torch.device, dtype: torch.dtype) -> Backend:
     return Backend(
         name="triton",
         channel_unit=64,
+        leaves_out_biases=True,
         device=device,
         weight_dtype=dtype,
         activation_dtype=dtype,

@@ -106,7 +106,7 @@ class CudaLinear:
     def _product(self, x: Tensor, residual: Tensor | None, out: Tensor | None) -> Tensor:
         weight_t = self.weight.t()
         if residual is not None and self.bias is not None:
-            return rows.add_to_rows(residual, self.bias, out).addmm_(x, weight_t)
+            return torch.add(torch.addmm(self.bias, x, weight_t), residual, out=out)
         if residual is not None:  # copied by torch where `out` is not its own memory
             return torch.addmm(residual, x, weight_t, out=out)
         if self.bias is not None:

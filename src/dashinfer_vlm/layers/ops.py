@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -17,13 +18,27 @@ from dashinfer_vlm.layers.embed import embed
 __all__ = ["NATIVE", "NATIVE_BFLOAT16", "REFERENCE", "Ops"]
 
 
+class RmsNorm(Protocol):
+    """`norm.rms_norm`."""
+
+    def __call__(self, x: Tensor, weight: Tensor, eps: float, *, shift: Tensor | None = None) -> Tensor: ...
+
+
+class LayerNorm(Protocol):
+    """`norm.layer_norm`."""
+
+    def __call__(
+        self, x: Tensor, weight: Tensor, bias: Tensor, eps: float, *, shift: Tensor | None = None
+    ) -> Tensor: ...
+
+
 @dataclass(frozen=True, slots=True)
 class Ops:
     """The functions of the layers that have more than one implementation; signatures are those of the reference."""
 
     embed: Callable[[Tensor, Tensor, torch.dtype, Tensor | None, Tensor | None], Tensor]
-    rms_norm: Callable[[Tensor, Tensor, float], Tensor]
-    layer_norm: Callable[[Tensor, Tensor, Tensor, float], Tensor]
+    rms_norm: RmsNorm
+    layer_norm: LayerNorm
     mrope_cos_sin: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
     rope: Callable[[Tensor, Tensor, Tensor], None]
     rope_write_kv: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], None]

@@ -22,22 +22,20 @@ from dashinfer_vlm.models.base import EncoderState
 from dashinfer_vlm.models.config import VisionConfig
 from dashinfer_vlm.models.vit_embed import PatchEmbedding, PositionTable, Taps
 from dashinfer_vlm.models.vit_layout import Layout, PatchLayout, patch_positions
+from dashinfer_vlm.models.vit_norms import Norm
 from dashinfer_vlm.models.weights import Weights
 from dashinfer_vlm.request import Grid
 
 __all__ = [
     "GatedMlp",
-    "LayerNorm",
     "Mlp",
     "PackedVit",
     "PatchMerger",
-    "RmsNorm",
     "VitBlock",
     "VitState",
     "take_linear",
 ]
 
-NORM_EPS = 1e-6  # a constant of the published models, in no configuration file
 CPU_SLICE_FLOPS = 6e9
 """Work of one slice on a CPU, where streams wait for it: some 40 ms without and 2 ms with matrix units. On a card a
 slice is a whole phase of a block."""
@@ -67,40 +65,13 @@ class VitState:
     done: bool = False
 
 
-class Norm(Protocol):
-    """[P, width] -> [P, width]."""
-
-    def __call__(self, x: torch.Tensor) -> torch.Tensor: ...
-
-
-class LayerNorm:
-    """Takes `{name}.weight` and `{name}.bias`."""
-
-    def __init__(self, name: str, width: int, weights: Weights, backend: Backend) -> None:
-        self.ops = backend.ops
-        self.weight = backend.vector(weights.take(f"{name}.weight", width))
-        self.bias = backend.vector(weights.take(f"{name}.bias", width))
-
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        return self.ops.layer_norm(x, self.weight, self.bias, NORM_EPS)
-
-
-class RmsNorm:
-    """Takes `{name}.weight`."""
-
-    def __init__(self, name: str, width: int, weights: Weights, backend: Backend) -> None:
-        self.ops = backend.ops
-        self.weight = backend.vector(weights.take(f"{name}.weight", width))
-
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        return self.ops.rms_norm(x, self.weight, NORM_EPS)
-
-
 class VitMlp(Protocol):
     """[P, width] -> [P, width]; `residual` is added, the result goes into `out`."""
 
     num_weights: int
     """Two operations each per row."""
+    left_out: torch.Tensor
+    """See `take_onto_stream`."""
 
     def __call__(self, x: torch.Tensor, *, residual: torch.Tensor, out: torch.Tensor) -> torch.Tensor: ...
 
@@ -112,7 +83,7 @@ class Mlp:
         self, names: tuple[str, str], width: int, inner: int, weights: Weights, backend: Backend, *, act: Epilogue
     ) -> None:
         self.up = take_linear(names[0], width, inner, weights, backend, epilogue=act)
-        self.down = take_linear(names[1], inner, width, weights, backend)
+        self.down, self.left_out = take_onto_stream(names[1], inner, width, weights, backend)
         self.num_weights = 2 * width * inner
 
     def __call__(self, x: torch.Tensor, *, residual: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
@@ -126,13 +97,13 @@ class GatedMlp:
         names = tuple(f"{prefix}.{x}_proj" for x in ("gate", "up"))
         gate_up = weights.matrix({f"{name}.weight": inner for name in names}, width)
         bias = weights.join(tuple(f"{name}.bias" for name in names), (inner, inner))
-        down = weights.matrix({f"{prefix}.down_proj.weight": width}, inner)
         padding = -inner % backend.channel_unit  # the published ViT of Qwen2.5-VL has 3,420 channels
         gate_up = padded(gate_up, parts=2, rows=inner + padding)
         bias = F.pad(bias.view(2, inner), (0, padding)).flatten()
         self.gate_up = backend.linear(gate_up, bias, epilogue="silu_mul")
-        down_bias = weights.take(f"{prefix}.down_proj.bias", width)
-        self.down = backend.linear(padded(down, depth=inner + padding), down_bias)
+        self.down, self.left_out = take_onto_stream(
+            f"{prefix}.down_proj", inner, width, weights, backend, depth=inner + padding
+        )
         self.num_weights = 3 * width * inner
 
     def __call__(self, x: torch.Tensor, *, residual: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
@@ -161,10 +132,16 @@ class VitBlock:
         self.num_heads = config.num_heads
         self.head_dim = width // config.num_heads
         self.qkv = take_linear(f"{prefix}.attn.qkv", width, 3 * width, weights, backend)
-        self.proj = take_linear(f"{prefix}.attn.proj", width, width, weights, backend)
+        self.proj, self.left_out = take_onto_stream(f"{prefix}.attn.proj", width, width, weights, backend)
         self.norm1, self.norm2 = norms
         self.mlp = mlp
         self.starts_index = starts_index
+
+    def shift_norms(self, lacking: torch.Tensor) -> torch.Tensor:
+        """Have the norms add what the stream lacks, `lacking` [width] in front of this block; what it lacks behind."""
+        self.norm1.shift = lacking
+        self.norm2.shift = lacking + self.left_out
+        return self.norm2.shift + self.mlp.left_out
 
     def slices(self, state: VitState) -> Iterator[None]:
         """Advance `state.hidden` by this block, one slice per `next`: rows through the projection, heads through the
@@ -192,8 +169,9 @@ class VitBlock:
             yield
         flat = attended.flatten(1)
         for rows in pieces(num_rows, 2 * (self.width**2 + self.mlp.num_weights), MIN_SLICE_ROWS, state.slice_flops):
-            x = self.proj(flat[rows], residual=state.hidden[rows])
-            self.mlp(self.norm2(x), residual=x, out=state.hidden[rows])
+            hidden = state.hidden[rows]
+            self.proj(flat[rows], residual=hidden, out=hidden)
+            self.mlp(self.norm2(hidden), residual=hidden, out=hidden)
             yield
 
     def _attention_pieces(self, pairs: int, num_rows: int, slice_flops: float) -> Iterator[tuple[slice, slice]]:
@@ -220,6 +198,18 @@ def take_linear(
     return backend.linear(weight, bias, epilogue=epilogue)
 
 
+def take_onto_stream(
+    name: str, inputs: int, outputs: int, weights: Weights, backend: Backend, *, depth: int | None = None
+) -> tuple[Linear, torch.Tensor]:
+    """The biased linear layer `name`, padded to `depth` inputs, whose result is added to the residual stream, and what
+    of its bias it leaves out: float32 [outputs], zero but where `backend` leaves out biases."""
+    weight = padded(weights.matrix({f"{name}.weight": outputs}, inputs), depth=depth)
+    bias = weights.take(f"{name}.bias", outputs).to(backend.device, torch.float32, copy=True)
+    if backend.leaves_out_biases:
+        return backend.linear(weight), bias
+    return backend.linear(weight, bias), torch.zeros_like(bias)
+
+
 class PatchMerger:
     """Norm of each row, or with `norm_group` of each group, of merge ** 2 neighbours, projected to the text model's
     width. Takes `{names[0]}.*` and `{names[1]}.*`."""
@@ -240,6 +230,10 @@ class PatchMerger:
         self.first = take_linear(names[0], self.inputs, self.inputs, weights, backend, epilogue="gelu")
         self.second = take_linear(names[1], self.inputs, config.out_size, weights, backend)
         self.flops_per_token = 2 * self.inputs * (self.inputs + config.out_size)
+
+    def shift_norm(self, lacking: torch.Tensor) -> None:
+        """Have the norm add what the stream lacks, `lacking` [width]."""
+        self.norm.shift = lacking.repeat(self.group) if self.norm_group else lacking
 
     def __call__(self, rows: torch.Tensor) -> torch.Tensor:
         """[group * tokens, width] -> [tokens, out_size]."""
@@ -271,8 +265,18 @@ class PackedVit:
         self.backend = backend
         self.embed, self.blocks, self.merger, self.layout = embed, blocks, merger, layout
         self.width = config.width
+        if backend.leaves_out_biases:
+            self._shift_norms()
         self.slice_flops = CPU_SLICE_FLOPS if backend.device.type == "cpu" else float("inf")
         self.frequencies = inverse_frequencies(config.width // config.num_heads // 2, config.rope_theta, backend.device)
+
+    def _shift_norms(self) -> None:
+        lacking = torch.zeros(self.width, device=self.backend.device)
+        for i, block in enumerate(self.blocks):
+            lacking = block.shift_norms(lacking)
+            if i in self.deepstack:
+                self.deepstack[i].shift_norm(lacking)
+        self.merger.shift_norm(lacking)
 
     @property
     def bytes_per_patch(self) -> int:

@@ -53,6 +53,22 @@ def test_norms(num_rows: int, size: int, dtype: torch.dtype) -> None:
     assert torch.equal(x, got)
 
 
+@pytest.mark.parametrize("dtype", TYPES)
+def test_norms_of_rows_that_lack_something(dtype: torch.dtype) -> None:
+    x = strided(5, 2050, dtype)
+    weight, bias = (torch.randn(2050).to(DEVICE, dtype) for _ in range(2))
+    shift = 3 * torch.randn(2050, device=DEVICE)
+    whole = x.double() + shift
+    got = rows.rms_norm(x, weight, 1e-6, shift=shift)
+    assert error(got, norm.rms_norm(whole, weight.double(), 1e-6)) < allowed(dtype)
+    assert error(norm.rms_norm(x, weight, 1e-6, shift=shift), got) < allowed(dtype)
+    got = rows.layer_norm(x, weight, bias, 1e-6, shift=shift)
+    assert error(got, norm.layer_norm(whole, weight.double(), bias.double(), 1e-6)) < allowed(dtype)
+    assert error(norm.layer_norm(x, weight, bias, 1e-6, shift=shift), got) < allowed(dtype)
+    with pytest.raises(ValueError, match="float32"):
+        rows.rms_norm(x, weight, 1e-6, shift=shift.double())
+
+
 # the interpreter cuts bfloat16 off where a card rounds
 @pytest.mark.parametrize("dtype", [pytest.param(torch.bfloat16, marks=pytest.mark.gpu), torch.float16])
 def test_a_norm_rounds_where_the_reference_does(dtype: torch.dtype) -> None:

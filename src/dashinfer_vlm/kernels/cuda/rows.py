@@ -11,7 +11,6 @@ from dashinfer_vlm.kernels.cuda.launch import check, launch, power_of_two, start
 
 __all__ = [
     "add_rms_norm",
-    "add_to_rows",
     "embed",
     "layer_norm",
     "magnitudes",
@@ -80,12 +79,22 @@ def silu_times_up(x_places, N, inside):
 
 
 @triton.jit
-def _rms_norm(x_rows, weight, out, eps, x_t, o_t, N: tl.constexpr, B: tl.constexpr, EARLY: tl.constexpr):
+def _shifted(x_places, shift_places, inside, SHIFTED: tl.constexpr):
+    """A row in float32, and what its stream lacks."""
+    x = tl.load(x_places, mask=inside, other=0.0).to(tl.float32)
+    return x + tl.load(shift_places, mask=inside, other=0.0) if SHIFTED else x
+
+
+@triton.jit
+def _rms_norm(
+    x_rows, weight, shift, out, eps, x_t, o_t, N: tl.constexpr, B: tl.constexpr, SHIFTED: tl.constexpr,
+    EARLY: tl.constexpr,
+):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     i = tl.arange(0, B)
     w = tl.load(weight + i, mask=i < N, other=0.0).to(tl.float32)
     wait_for_last(EARLY)
-    x = tl.load(x_rows + row * x_t + i, mask=i < N, other=0.0).to(tl.float32)
+    x = _shifted(x_rows + row * x_t + i, shift + i, i < N, SHIFTED)
     y = norm_times(x, w, eps, x_rows.dtype.element_ty, N)
     tl.store(out + row * o_t + i, y.to(out.dtype.element_ty), mask=i < N)
 
@@ -111,10 +120,12 @@ def _add_rms_norm(
 
 
 @triton.jit
-def _layer_norm(x_rows, weight, bias, out, eps, x_t, o_t, N: tl.constexpr, B: tl.constexpr):
+def _layer_norm(
+    x_rows, weight, bias, shift, out, eps, x_t, o_t, N: tl.constexpr, B: tl.constexpr, SHIFTED: tl.constexpr
+):
     row = tl.program_id(0).to(tl.int64)
     i = tl.arange(0, B)
-    x = tl.load(x_rows + row * x_t + i, mask=i < N, other=0.0).to(tl.float32)
+    x = _shifted(x_rows + row * x_t + i, shift + i, i < N, SHIFTED)
     apart = tl.where(i < N, x - tl.sum(x, 0) / N, 0.0)
     scale = tl.rsqrt(tl.sum(apart * apart, 0) / N + eps)
     w = tl.load(weight + i, mask=i < N, other=0.0).to(tl.float32)
@@ -136,15 +147,6 @@ def _quick_gelu(x_rows, out, x_t, o_t, N: tl.constexpr, B: tl.constexpr):
     i = tl.program_id(1) * B + tl.arange(0, B)
     x = tl.load(x_rows + row * x_t + i, mask=i < N, other=0.0).to(tl.float32)
     tl.store(out + row * o_t + i, (x / (1 + tl.exp(-1.702 * x))).to(out.dtype.element_ty), mask=i < N)
-
-
-@triton.jit
-def _add_to_rows(x_rows, bias, out, x_t, o_t, N: tl.constexpr, B: tl.constexpr):
-    row = tl.program_id(0).to(tl.int64)
-    i = tl.program_id(1) * B + tl.arange(0, B)
-    x = tl.load(x_rows + row * x_t + i, mask=i < N, other=0.0).to(tl.float32)
-    b = tl.load(bias + i, mask=i < N, other=0.0).to(tl.float32)
-    tl.store(out + row * o_t + i, (x + b).to(out.dtype.element_ty), mask=i < N)
 
 
 @triton.jit
@@ -191,15 +193,17 @@ def embed(
     return out
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float, out: Tensor | None = None) -> Tensor:
+def rms_norm(
+    x: Tensor, weight: Tensor, eps: float, out: Tensor | None = None, *, shift: Tensor | None = None
+) -> Tensor:
     """`layers.norm.rms_norm` of [T, C], rows may be strided; `out` may be x."""
-    _check_rows(x, weight)
+    _check_rows(x, weight, *_shifts(shift))
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device) if out is None else out
     num_rows, size = x.shape
     block, early = power_of_two(size), num_rows <= EARLY_ROWS and starts_early(x)
     launch(
-        _rms_norm, (num_rows,), x, weight, out, eps, x.stride(0), out.stride(0), size, block, early,
-        num_warps=_warps(block), early=early,
+        _rms_norm, (num_rows,), x, weight, weight if shift is None else shift, out, eps, x.stride(0), out.stride(0),
+        size, block, shift is not None, early, num_warps=_warps(block), early=early,
     )  # fmt: skip
     return out
 
@@ -218,15 +222,17 @@ def add_rms_norm(x: Tensor, parts: Tensor, weight: Tensor, eps: float) -> Tensor
     return out
 
 
-def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float, out: Tensor | None = None) -> Tensor:
+def layer_norm(
+    x: Tensor, weight: Tensor, bias: Tensor, eps: float, out: Tensor | None = None, *, shift: Tensor | None = None
+) -> Tensor:
     """`layers.norm.layer_norm` of [T, C], rows may be strided; `out` may be x."""
-    _check_rows(x, weight, bias)
+    _check_rows(x, weight, bias, *_shifts(shift))
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device) if out is None else out
     num_rows, size = x.shape
     block = power_of_two(size)
     launch(
-        _layer_norm, (num_rows,), x, weight, bias, out, eps, x.stride(0), out.stride(0), size, block,
-        num_warps=_warps(block),
+        _layer_norm, (num_rows,), x, weight, bias, weight if shift is None else shift, out, eps, x.stride(0),
+        out.stride(0), size, block, shift is not None, num_warps=_warps(block),
     )  # fmt: skip
     return out
 
@@ -247,18 +253,6 @@ def quick_gelu(x: Tensor) -> Tensor:
     return x
 
 
-def add_to_rows(x: Tensor, bias: Tensor, out: Tensor | None = None) -> Tensor:
-    """[T, N] and a bias [N]; rows may be strided, `out` may be x."""
-    _check_rows(x, bias)
-    out = torch.empty(x.shape, dtype=x.dtype, device=x.device) if out is None else out
-    size = x.shape[1]
-    block = min(power_of_two(size, 128), 1024)
-    launch(
-        _add_to_rows, (len(x), -(-size // block)), x, bias, out, x.stride(0), out.stride(0), size, block, num_warps=4
-    )
-    return out
-
-
 def _elementwise(kernel: triton.JITFunction, x: Tensor, out: Tensor) -> None:
     size = out.shape[1]
     block = min(power_of_two(size, 128), 1024)
@@ -268,6 +262,14 @@ def _elementwise(kernel: triton.JITFunction, x: Tensor, out: Tensor) -> None:
 def _check_rows(x: Tensor, *vectors: Tensor) -> None:
     check(x.ndim == 2 and x.stride(1) == 1, "rows must be dense", x)
     check(all(v.shape == x.shape[1:] for v in vectors), "weights must be as long as the rows", x, *vectors)
+
+
+def _shifts(shift: Tensor | None) -> tuple[Tensor, ...]:
+    """None or one; float32."""
+    if shift is None:
+        return ()
+    check(shift.dtype == torch.float32, "a shift must be float32", shift)
+    return (shift,)
 
 
 def _warps(block: int) -> int:

@@ -284,11 +284,12 @@ def _vit(s: Sizes, dtype: torch.dtype, device: torch.device) -> Iterator[Variant
         return patches.embed_patches(pixels, halves, bias, dtype)
 
     table = empty(1024, dim // 2, dtype=torch.float32)
-    weight = empty(s.vit_width)
+    x, weight, shift = empty(16, s.vit_width), empty(s.vit_width), empty(s.vit_width, dtype=torch.float32)
     yield Variant("embed_patches", embed)
-    yield Variant("ViT layer_norm", lambda: rows.layer_norm(empty(16, s.vit_width), weight, weight, 1e-6))
+    yield Variant("ViT layer_norm", lambda: rows.layer_norm(x, weight, weight, 1e-6, shift=shift))
     for num_rows, told in ((16, "few"), (1024, "many")):
-        yield Variant(f"ViT rms_norm of {told}", partial(rows.rms_norm, empty(num_rows, s.vit_width), weight, 1e-6))
+        normed = partial(rows.rms_norm, empty(num_rows, s.vit_width), weight, 1e-6, shift=shift)
+        yield Variant(f"ViT rms_norm of {told}", normed)
     yield Variant("ViT quick_gelu", lambda: rows.quick_gelu(empty(16, s.vit_inner)))
     yield Variant(
         "ViT rope", lambda: rotary.rope(empty(1024, 3 * s.vit_heads, dim)[:, : 2 * s.vit_heads], table, table)

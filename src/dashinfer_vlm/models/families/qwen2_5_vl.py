@@ -60,9 +60,10 @@ class Qwen25VL(VisionFamily):
         return Decoder(config.text, weights, backend, attention=partial(Attention, qkv_bias=True))
 
     def encoder(self, config: VisionConfig, weights: Weights, backend: Backend) -> VisionEncoder:
-        from dashinfer_vlm.models.vit import GatedMlp, PackedVit, PatchMerger, RmsNorm, VitBlock
+        from dashinfer_vlm.models.vit import GatedMlp, PackedVit, PatchMerger, VitBlock
         from dashinfer_vlm.models.vit_embed import PatchEmbedding
         from dashinfer_vlm.models.vit_layout import windows_layout
+        from dashinfer_vlm.models.vit_norms import RmsNorm
 
         width, section = config.width, config.section
         inner, full = section.integer("intermediate_size"), section.integers("fullatt_block_indexes")

@@ -38,9 +38,10 @@ class Qwen2VL(VisionFamily):
         return Decoder(config.text, weights, backend, attention=partial(Attention, qkv_bias=True))
 
     def encoder(self, config: VisionConfig, weights: Weights, backend: Backend) -> VisionEncoder:
-        from dashinfer_vlm.models.vit import LayerNorm, Mlp, PackedVit, PatchMerger, VitBlock
+        from dashinfer_vlm.models.vit import Mlp, PackedVit, PatchMerger, VitBlock
         from dashinfer_vlm.models.vit_embed import PatchEmbedding
         from dashinfer_vlm.models.vit_layout import frames_layout
+        from dashinfer_vlm.models.vit_norms import LayerNorm
 
         width = config.width
         inner = int(width * config.section.number("mlp_ratio"))

@@ -85,9 +85,10 @@ class Qwen3VL(VisionFamily):
         return Decoder(config.text, weights, backend, attention=partial(Attention, qk_norm=True), deepstack=num_layers)
 
     def encoder(self, config: VisionConfig, weights: Weights, backend: Backend) -> VisionEncoder:
-        from dashinfer_vlm.models.vit import LayerNorm, Mlp, PackedVit, PatchMerger, VitBlock
+        from dashinfer_vlm.models.vit import Mlp, PackedVit, PatchMerger, VitBlock
         from dashinfer_vlm.models.vit_embed import PatchEmbedding, PositionTable
         from dashinfer_vlm.models.vit_layout import frames_layout
+        from dashinfer_vlm.models.vit_norms import LayerNorm
 
         width, inner = config.width, config.section.integer("intermediate_size")
         norm = partial(LayerNorm, weights=weights, backend=backend)
