@@ -84,13 +84,15 @@ def cases(setting: Setting, dtype: torch.dtype, *, small: bool) -> Iterator[Case
     for name, rows, contexts in _steps(small):
         for cache in (dtype, torch.int8):
             yield attention_over_a_cache(setting, dtype, f"{name} over {_short(cache)}", heads, rows, contexts, cache)
-    for count, context in ((3, 70),) if small else ((1, 1024), (64, 1024)):
+    for count, context in ((1, 300), (3, 70)) if small else ((1, 1024), (64, 1024)):
         yield decode_alone(setting, dtype, f"decode with its rotation, {count} of {context}", heads, [context] * count)
     yield from _single(setting, dtype, small=small)
     yield from _some(setting, dtype, small=small)
     if small:
         yield attention_of_pictures(setting, dtype, "frames", [37, 1, 64, 5], 2, 80)
         yield attention_of_pictures(setting, dtype, "heads of 72", [30, 9], 2, 72)
+        for dim in (80, 72, 64):
+            yield attention_of_pictures(setting, dtype, f"tall frames, heads of {dim}", [300, 129, 192], 2, dim)
         yield from _floats(setting, dtype, small=True)
     else:
         yield from _floats(setting, dtype, small=False)

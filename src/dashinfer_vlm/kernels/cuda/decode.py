@@ -2,7 +2,7 @@
 
 The newest key and value of a sequence are taken from its row, older ones from the cache; so no program waits for what
 another one writes. As in `paged`, the keys of a sequence are split over several programs; the last of them to be done
-joins what all have found.
+joins what all have found. Of one row by itself a launch of its own does that, which starts early.
 """
 
 from __future__ import annotations
@@ -21,8 +21,6 @@ from dashinfer_vlm.kernels.head_norms import HeadNorms
 
 __all__ = ["MOST_SHARED", "rope_and_attend"]
 
-EARLY_ROWS = 64
-"""Rows up to which a step starts while the kernel before it ends, where a card can do so."""
 REGISTERS = 168
 """Of a thread at the most: so three programs fit a multiprocessor."""
 MOST_SHARED = 1024
@@ -96,13 +94,34 @@ def _write(result, out, o_h, G: tl.constexpr, D: tl.constexpr, BM: tl.constexpr)
     tl.store(place, result.to(out.dtype.element_ty), mask=(m < G)[:, None])
 
 
+_FETCH = tl.constexpr(
+    """{ .reg .pred p; setp.ne.b32 p, $3, 0; @p cp.async.bulk.prefetch.L2.global [$1], $2; mov.b32 $0, 0; }"""
+)
+
+
+@triton.jit
+def _fetch(
+    k_cache, v_cache, table, begin, end, D: tl.constexpr, BS: tl.constexpr, BLOCK: tl.constexpr, SLOT: tl.constexpr,
+    BN: tl.constexpr,
+):  # fmt: skip
+    """Has keys and values brought into the L2 cache, which are older than this step; nothing waits for them."""
+    for j in tl.range(begin, end, BN):
+        at, live = places_of(table, j, end, BS, BLOCK, SLOT, BN, True)
+        size = tl.full([BN], D * k_cache.dtype.element_ty.primitive_bitwidth // 8, tl.int32)
+        for cache in tl.static_range(2):
+            place = (k_cache if cache == 0 else v_cache) + at
+            tl.inline_asm_elementwise(_FETCH, "=r,l,r,r", [place, size, live.to(tl.int32)], tl.int32, False, 1)
+
+
 @triton.jit(do_not_specialize=["table_stride"])
 def _decode(
     q_rows, k_rows, v_rows, cos, sin, q_gains, k_gains, eps, k_cache, v_cache, slots, tables, starts, contexts, out,
     parts, lse, arrived, scale, table_stride, q_t, q_h, k_t, k_h, v_t, v_h, o_t, o_h, G: tl.constexpr, D: tl.constexpr,
     BS: tl.constexpr, BLOCK: tl.constexpr, SLOT: tl.constexpr, HEAD: tl.constexpr, BM: tl.constexpr, BG: tl.constexpr,
-    BN: tl.constexpr, SPLITS: tl.constexpr, NORM: tl.constexpr, EARLY: tl.constexpr, C: tl.constexpr,
+    BN: tl.constexpr, SPLITS: tl.constexpr, JOIN: tl.constexpr, NORM: tl.constexpr, EARLY: tl.constexpr,
+    C: tl.constexpr,
 ):  # fmt: skip
+    """Splits that are not to `JOIN` leave what they found as `paged.parts_of` the result has it."""
     s = tl.program_id(0)
     head = tl.program_id(1)
     split = tl.program_id(2)
@@ -111,6 +130,10 @@ def _decode(
     context = tl.load(contexts + s)
     share = share_of(context, BN, SPLITS)
     begin = split * share
+    end = tl.minimum(context - 1, begin + share)
+    if EARLY:
+        _fetch(k_cache + head * HEAD, v_cache + head * HEAD, tables + s * table_stride, begin, end, D, BS, BLOCK, SLOT,
+               BN)  # fmt: skip
     wait_for_last(EARLY)
     if n == 0 or begin >= context:
         return
@@ -125,7 +148,6 @@ def _decode(
     v_cache += head * HEAD
     table = tables + s * table_stride
     base2 = scale * 1.4426950408889634
-    end = tl.minimum(context - 1, begin + share)
     top = tl.full([BM], -1e30, tl.float32)
     total = tl.zeros([BM], tl.float32)
     acc = tl.zeros([BM, D], tl.float32)
@@ -147,7 +169,12 @@ def _decode(
         acc = acc * fade[:, None] + p * v.to(tl.float32)
     result = acc / total[:, None]
     out += at * o_t + head * G * o_h
-    if SPLITS > 1:
+    if not JOIN and SPLITS > 1:
+        m = tl.arange(0, BM)
+        first = (split * tl.num_programs(0) + row) * tl.num_programs(1) * G + head * G
+        tl.store(lse + first + m, top + tl.log2(total), mask=m < G)
+        tl.store(parts + (first + m)[:, None] * D + d[None, :], result, mask=(m < G)[:, None])
+    elif SPLITS > 1:
         pair = s * tl.num_programs(1) + head
         parts += pair * (SPLITS * G * D)
         lse += pair * (SPLITS * G)
@@ -176,10 +203,10 @@ def rope_and_attend(
 ) -> Tensor:
     """`layers.ops.Ops.attend`: [T, H, D] of q's dtype. Waits for nothing and reads nothing back.
 
-    Where T equals the number of sequences, each may own one row at most, and all is one launch; not over a cache of
-    int8, nor with heads of other sizes than 32, 64 and 128. Rows that no sequence owns, and their slots, are then
-    neither read nor written. `splits` is as in `paged.paged_attention`. No two calls for one cache may be under way at
-    a time. Raises ValueError for shapes that do not fit."""
+    Where T equals the number of sequences, each may own one row at most, and all is one launch, of one row two; not
+    over a cache of int8, nor with heads of other sizes than 32, 64 and 128. Rows that no sequence owns, and their
+    slots, are then neither read nor written. `splits` is as in `paged.paged_attention`. No two calls for one cache may
+    be under way at a time. Raises ValueError for shapes that do not fit."""
     num_rows, num_heads, dim = q.shape
     if num_rows != len(context_lens) or k_cache.dtype == torch.int8 or dim not in (32, 64, 128):
         rotary.rope_write_kv(q, k, v, cos, sin, k_cache, v_cache, slots, norms)
@@ -190,26 +217,29 @@ def rope_and_attend(
     check(k_cache.is_contiguous() and v_cache.is_contiguous(), "the caches must be contiguous", k_cache, v_cache)
     check(k.stride(2) == v.stride(2) == 1, "channels must be dense", k, v)
     check(len(query_starts) == num_rows + 1, "query_starts must be [S + 1]", query_starts, context_lens)
-    group, early = num_heads // num_kv_heads, num_rows <= EARLY_ROWS and starts_early(q)
+    group, early, joins = num_heads // num_kv_heads, num_rows == 1 and starts_early(q), num_rows > 1
     tile = paged.few_tile(q.dtype, k_cache.dtype, group, dim)
     num_pairs = num_rows * num_kv_heads
     if splits is None:
         max_context = block_tables.shape[1] * k_cache.shape[1]
         splits = paged.num_splits(paged.FEW_PROGRAMS, num_pairs, max_context, tile.columns)
-    check(splits == 1 or num_pairs <= MOST_SHARED, f"at most {MOST_SHARED} pairs of row and head may be shared", q, k)
+    check(
+        splits == 1 or not joins or num_pairs <= MOST_SHARED,
+        f"at most {MOST_SHARED} pairs of row and head may be shared",
+        q,
+        k,
+    )
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    parts = lse = arrived = out  # where nothing is split, not looked at
-    if splits > 1:
-        lse, parts = (torch.empty(num_pairs, splits, group, *more, dtype=torch.float32, device=q.device)
-                      for more in ((), (dim,)))  # fmt: skip
-        arrived = arrived_of(k_cache, MOST_SHARED)
+    parts, lse = paged.parts_of(out, splits)
+    arrived = arrived_of(k_cache, MOST_SHARED) if joins and splits > 1 else lse
     gains = (cos, cos, 0.0) if norms is None else (norms.queries, norms.keys, norms.eps)  # what is there is not read
     launch(
         _decode, (num_rows, num_kv_heads, splits), q, k, v, cos, sin, *gains, k_cache, v_cache, slots, block_tables,
         query_starts, context_lens, out, parts, lse, arrived, scale, block_tables.stride(0), *q.stride()[:2],
         *k.stride()[:2], *v.stride()[:2], *out.stride()[:2], group, dim, k_cache.shape[1], *k_cache.stride()[:3],
-        power_of_two(group, 16), power_of_two(group), tile.columns, splits, norms is not None, early,
-        compute_type(q.dtype), num_warps=tile.warps, num_stages=tile.stages, maxnreg=REGISTERS,
-        early=early,
+        power_of_two(group, 16), power_of_two(group), tile.columns, splits, joins, norms is not None, early,
+        compute_type(q.dtype), num_warps=tile.warps, num_stages=tile.stages, maxnreg=REGISTERS, early=early,
     )  # fmt: skip
+    if splits > 1 and not joins:
+        paged.join(parts, lse, query_starts, context_lens, out, 1, tile.columns, tile.columns)
     return out

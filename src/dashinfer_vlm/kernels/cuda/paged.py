@@ -29,8 +29,10 @@ __all__ = [
     "FEW_PROGRAMS",
     "FEW_ROWS",
     "few_tile",
+    "join",
     "num_splits",
     "paged_attention",
+    "parts_of",
     "places_of",
     "share_of",
     "weighed",
@@ -240,7 +242,7 @@ def few_tile(dtype: torch.dtype, cache: torch.dtype, group: int, dim: int) -> Ti
     rows = power_of_two(group, 16)
     if dtype == torch.float32 or dim > 128:
         return Tile(rows, 32, 4, 2)
-    return Tile(rows, 64, 4, 5) if cache == torch.int8 else Tile(rows, 128, 4, 2)
+    return Tile(rows, 128, 4, 2)
 
 
 def many_tile(dtype: torch.dtype, cache: torch.dtype, group: int, dim: int, num_pairs: int) -> Tile:
@@ -250,7 +252,7 @@ def many_tile(dtype: torch.dtype, cache: torch.dtype, group: int, dim: int, num_
     if dim > 128:
         return Tile(power_of_two(group, 128), 64, 8, 2)
     if cache == torch.int8:
-        return Tile(power_of_two(group, 128), 64, 8, 5)
+        return Tile(power_of_two(group, 64), 128, 4, 2)
     if num_pairs >= 128 * TALL_PROGRAMS:
         return Tile(power_of_two(group, 128), 64, 8, 2, 128)
     return Tile(power_of_two(group, 64), 64, 4, 2)
@@ -293,7 +295,7 @@ def paged_attention(
     if splits is None:
         told = (FEW_PROGRAMS, num_rows * num_kv_heads) if is_decode else (MANY_PROGRAMS, -(-num_rows * num_heads // 64))
         splits = num_splits(*told, block_tables.shape[1] * k_cache.shape[1], small.columns)
-    parts, lse = _parts_of(out, splits)
+    parts, lse = parts_of(out, splits)
     batch = (q, k_cache, v_cache, block_tables, query_starts, context_lens, parts, lse, scale)
     if is_decode or num_sequences > 1 or num_rows <= FEW_ROWS:
         tiles = min(num_rows, num_sequences * -(-few // (small.rows // group)))
@@ -302,23 +304,23 @@ def paged_attention(
         tiles = num_rows // (tall.rows // group) + min(num_sequences, num_rows // (FEW_ROWS + 1))
         _start((tiles, num_kv_heads, splits), *batch, tall, few, many=True)
     if splits > 1:
-        _join(parts, lse, query_starts, context_lens, out, few, small.columns, tall.columns)
+        join(parts, lse, query_starts, context_lens, out, few, small.columns, tall.columns)
     return out
 
 
-def _parts_of(out: Tensor, splits: int) -> tuple[Tensor, Tensor]:
+def parts_of(out: Tensor, splits: int) -> tuple[Tensor, Tensor]:
     """Where programs leave what they found for [T, H, D] `out`: weighted values [splits, T, H, D] and logarithms of
-    sums [splits, T, H], both float32, for `_join`; where nothing is split, `out` itself."""
+    sums [splits, T, H], both float32, for `join`; where nothing is split, `out` itself."""
     if splits == 1:
         return out[None], out[None, ..., 0]
     parts = torch.empty(splits, *out.shape, dtype=torch.float32, device=out.device)
     return parts, torch.empty(parts.shape[:3], dtype=torch.float32, device=out.device)
 
 
-def _join(
+def join(
     parts: Tensor, lse: Tensor, starts: Tensor, contexts: Tensor, out: Tensor, few: int, few_keys: int, many_keys: int
 ) -> None:
-    """`out` from `_parts_of` it; tiles of sequences of at most `few` rows had `few_keys`, others `many_keys`. With
+    """`out` from `parts_of` it; tiles of sequences of at most `few` rows had `few_keys`, others `many_keys`. With
     `few` 1 every sequence has one row or none."""
     splits, num_rows, num_heads, dim = parts.shape
     early = len(out) == 1 and starts_early(out)
@@ -345,7 +347,7 @@ def _start(
     *,
     many: bool,
 ) -> None:
-    """`out` and `lse` are `_parts_of` the result."""
+    """`out` and `lse` are `parts_of` the result."""
     dim, int8 = q.shape[2], k_cache.dtype == torch.int8
     group = q.shape[1] // k_cache.shape[2]
     early = len(q) == 1 and starts_early(q)

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dashinfer_vlm.kernels.cuda.launch import check, launch, power_of_two, starts_early, wait_for_last
+from dashinfer_vlm.kernels.cuda.launch import check, launch, power_of_two
 
 __all__ = [
     "add_rms_norm",
@@ -24,9 +24,6 @@ __all__ = [
     "silu_times",
     "silu_times_up",
 ]
-
-EARLY_ROWS = 64
-"""Rows up to which an RMSNorm starts while the kernel before it ends, where a card can do so."""
 
 
 @triton.jit
@@ -87,13 +84,11 @@ def _shifted(x_places, shift_places, inside, SHIFTED: tl.constexpr):
 
 @triton.jit
 def _rms_norm(
-    x_rows, weight, shift, out, eps, x_t, o_t, N: tl.constexpr, B: tl.constexpr, SHIFTED: tl.constexpr,
-    EARLY: tl.constexpr,
+    x_rows, weight, shift, out, eps, x_t, o_t, N: tl.constexpr, B: tl.constexpr, SHIFTED: tl.constexpr
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     i = tl.arange(0, B)
     w = tl.load(weight + i, mask=i < N, other=0.0).to(tl.float32)
-    wait_for_last(EARLY)
     x = _shifted(x_rows + row * x_t + i, shift + i, i < N, SHIFTED)
     y = norm_times(x, w, eps, x_rows.dtype.element_ty, N)
     tl.store(out + row * o_t + i, y.to(out.dtype.element_ty), mask=i < N)
@@ -101,15 +96,13 @@ def _rms_norm(
 
 @triton.jit
 def _add_rms_norm(
-    x_rows, parts, weight, out, eps, x_t, p_split, p_t, o_t, N: tl.constexpr, B: tl.constexpr, PARTS: tl.constexpr,
-    EARLY: tl.constexpr,
+    x_rows, parts, weight, out, eps, x_t, p_split, p_t, o_t, N: tl.constexpr, B: tl.constexpr, PARTS: tl.constexpr
 ):  # fmt: skip
     """Adds parts to a row, and norms it."""
     row = tl.program_id(0).to(tl.int64)
     i = tl.arange(0, B)
     kind = x_rows.dtype.element_ty
     w = tl.load(weight + i, mask=i < N, other=0.0).to(tl.float32)
-    wait_for_last(EARLY)
     x = tl.load(x_rows + row * x_t + i, mask=i < N, other=0.0).to(tl.float32)
     for part in tl.static_range(PARTS):
         x += tl.load(parts + part * p_split + row * p_t + i, mask=i < N, other=0.0)
@@ -200,10 +193,10 @@ def rms_norm(
     _check_rows(x, weight, *_shifts(shift))
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device) if out is None else out
     num_rows, size = x.shape
-    block, early = power_of_two(size), num_rows <= EARLY_ROWS and starts_early(x)
+    block = power_of_two(size)
     launch(
         _rms_norm, (num_rows,), x, weight, weight if shift is None else shift, out, eps, x.stride(0), out.stride(0),
-        size, block, shift is not None, early, num_warps=_warps(block), early=early,
+        size, block, shift is not None, num_warps=_warps(block),
     )  # fmt: skip
     return out
 
@@ -214,10 +207,10 @@ def add_rms_norm(x: Tensor, parts: Tensor, weight: Tensor, eps: float) -> Tensor
     check(parts.shape[1:] == x.shape and parts.stride(2) == 1, "parts must be dense rows as long as x", x, parts)
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     num_rows, size = x.shape
-    block, early = power_of_two(size), num_rows <= EARLY_ROWS and starts_early(x)
+    block = power_of_two(size)
     launch(
         _add_rms_norm, (num_rows,), x, parts, weight, out, eps, x.stride(0), *parts.stride()[:2], out.stride(0), size,
-        block, len(parts), early, num_warps=_warps(block), early=early,
+        block, len(parts), num_warps=_warps(block),
     )  # fmt: skip
     return out
 

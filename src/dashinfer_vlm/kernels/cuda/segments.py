@@ -126,19 +126,25 @@ def _attend(
         _store(out + head * o_h, at * o_t, b, mine, acc_b / total[:, None], D, DA + DB == D)
 
 
-@triton.jit(do_not_specialize=["first_query"])
+@triton.jit(do_not_specialize=["first_query", "one"])
 def _attend_tall(
-    q_rows, k_a, k_b, v_a, v_b, tiles, out, scale, one, first_query, q_t, q_h, o_t, o_h, D: tl.constexpr,
-    DA: tl.constexpr, DB: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, UNIT: tl.constexpr, C: tl.constexpr,
+    q_rows, k, v, k_a, k_b, v_a, v_b, tiles, out, scale, one, first_query, q_t, q_h, k_t, k_h, v_t, v_h, o_t, o_h,
+    D: tl.constexpr, DA: tl.constexpr, DB: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, UNIT: tl.constexpr,
+    C: tl.constexpr,
 ):  # fmt: skip
     """As `_attend`, of two parts that are copied by descriptors; the products for the next scores are under way during
     the softmax of these. Where the second part is wider than what is left of a head, it holds the next head's first
-    channels, which meet zeros of q.
+    channels, which meet zeros of q. The last keys of a segment are copied by pointers: by descriptors that ended in
+    illegal accesses on an H200 (docs/log.md).
 
     ptxas lets products be under way only where no register of a sum is touched meanwhile (docs/log.md). So sums fade
     before them; and `one`, which is 1 and which the compiler does not know, uses the last one in its own round."""
     q_t *= UNIT
     q_h *= UNIT
+    k_t *= UNIT
+    k_h *= UNIT
+    v_t *= UNIT
+    v_h *= UNIT
     o_t *= UNIT
     o_h *= UNIT
     head = tl.program_id(0)
@@ -181,22 +187,24 @@ def _attend_tall(
         acc_a = tl.dot(p, v_a.load([j, first]).to(C), acc_a, input_precision="ieee")
         acc_b = tl.dot(p, v_b.load([j, second]).to(C), acc_b, input_precision="ieee") * one
         x = after
-    for j in tl.range(whole, stop, BN):  # one round at most; what lies behind the segment is another one's
-        live = j + tl.arange(0, BN) < stop
-        x = tl.dot(qb, k_b.load([j, second]).to(C).T, input_precision="ieee")
-        x = tl.dot(qa, k_a.load([j, first]).to(C).T, x, input_precision="ieee")
+    k += head * k_h
+    v += head * v_h
+    for j in tl.range(whole, stop, BN):  # one round at most
+        t = j + tl.arange(0, BN)
+        live = t < stop
+        place = t.to(tl.int64)
+        x = tl.dot(qa, _load_t(k, place * k_t, a, live, D, True, C), input_precision="ieee")
+        x = tl.dot(qb, _load_t(k, place * k_t, b, live, D, DA + DB == D, C), x, input_precision="ieee")
         x = tl.where(live[None, :], x, -float("inf"))
         highest = tl.maximum(top, tl.max(x, 1) * scale)
-        fade = tl.exp2(top - highest)
-        acc_a *= fade[:, None]
-        acc_b *= fade[:, None]
         p = tl.exp2(x * scale - highest[:, None])
+        fade = tl.exp2(top - highest)
         total = total * fade + tl.sum(p, 1)
         p = p.to(C)
-        values = tl.where(live[:, None], v_a.load([j, first]).to(C), 0.0)
-        acc_a = tl.dot(p, values, acc_a, input_precision="ieee")
-        values = tl.where(live[:, None], v_b.load([j, second]).to(C), 0.0)
-        acc_b = tl.dot(p, values, acc_b, input_precision="ieee") * one
+        acc_a *= fade[:, None]
+        acc_b *= fade[:, None]
+        acc_a = tl.dot(p, _load(v, place * v_t, a, live, D, True, C), acc_a, input_precision="ieee")
+        acc_b = tl.dot(p, _load(v, place * v_t, b, live, D, DA + DB == D, C), acc_b, input_precision="ieee") * one
     _store(out + head * o_h, at * o_t, a, mine, acc_a / total[:, None], D, True)
     _store(out + head * o_h, at * o_t, b, mine, acc_b / total[:, None], D, DA + DB == D)
 
@@ -274,8 +282,8 @@ def varlen_attention(
         parts = halves_of(dim)
         factors = (TensorDescriptor.from_tensor(x.flatten(1), [tile.columns, n]) for x in (k, v) for n in parts)
         start(
-            _attend_tall, grid, q, *factors, tiles, out, scale, 1.0, first_query, *q_strides, *out_strides, dim,
-            *parts, tile.rows, tile.columns, unit, compute_type(q.dtype),
+            _attend_tall, grid, q, k, v, *factors, tiles, out, scale, 1.0, first_query, *q_strides, *k_strides,
+            *v_strides, *out_strides, dim, *parts, tile.rows, tile.columns, unit, compute_type(q.dtype),
         )  # fmt: skip
     else:
         start(
