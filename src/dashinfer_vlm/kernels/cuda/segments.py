@@ -244,13 +244,6 @@ def parts_of(dim: int) -> tuple[int, int]:
     return first, power_of_two(dim - first, 16) if dim > first else 0
 
 
-def halves_of(dim: int) -> tuple[int, int]:
-    """As `parts_of`, always two, for more than 16 channels: the products for the first ones are waited for, those for
-    the rest are not."""
-    first = power_of_two(dim) // 2
-    return first, power_of_two(dim - first, 16)
-
-
 def varlen_attention(
     q: Tensor,
     k: Tensor,
@@ -279,7 +272,7 @@ def varlen_attention(
     grid = (num_heads, len(tiles))
     start = partial(launch, num_warps=tile.warps, num_stages=tile.stages, maxnreg=tile.registers)
     if is_tiled:
-        parts = halves_of(dim)
+        parts = parts_of(dim)
         factors = (TensorDescriptor.from_tensor(x.flatten(1), [tile.columns, n]) for x in (k, v) for n in parts)
         start(
             _attend_tall, grid, q, k, v, *factors, tiles, out, scale, 1.0, first_query, *q_strides, *k_strides,
@@ -299,17 +292,18 @@ def is_short(num_rows: int, num_segments: int) -> bool:
 
 
 def can_tile(x: Tensor) -> bool:
-    """Whether `_attend_tall` is made for these keys or values [P, H, D]: of 16 bits, 17 to 128 channels, heads side by
-    side, and rows where the copy engine can read them: at multiples of 16 bytes. On cards that have one."""
+    """Whether `_attend_tall` is made for these keys or values [P, H, D]: of 16 bits, 65 to 80 channels, as it was timed
+    with, heads side by side, and rows where the copy engine can read them: at multiples of 16 bytes. On cards that have
+    one."""
     *_, dim = x.shape
     is_aligned = x.stride(0) % 8 == 0 and x.data_ptr() % 16 == 0
-    return x.itemsize == 2 and 16 < dim <= 128 and x.stride(1) == dim and is_aligned and has_tiles(x)
+    return x.itemsize == 2 and 64 < dim <= 80 and x.stride(1) == dim and is_aligned and has_tiles(x)
 
 
 def tile_for(dtype: torch.dtype, dim: int, *, is_short: bool, is_tiled: bool) -> Tile:
     """`is_short` for windows, whose segments are shorter than a tall tile; `is_tiled` for `_attend_tall`, the fastest
     of 16 ways on an H200 for heads of 80 and of 72 (docs/log.md). Two programs share a multiprocessor, and one
-    multiplies while the other does its softmax; not of heads beyond 80.
+    multiplies while the other does its softmax.
 
     In 16 bits never one stage: values then take the place of keys, whose address ptxas 12.8 forgets (docs/log.md)."""
     if dtype == torch.float32:
@@ -317,7 +311,7 @@ def tile_for(dtype: torch.dtype, dim: int, *, is_short: bool, is_tiled: bool) ->
     if is_short:
         return Tile(64, 32, 4, 2)
     if is_tiled:
-        return Tile(TALL, 64, 4 if dim <= 80 else 8, 3)
+        return Tile(TALL, 64, 4, 3)
     if dim <= 80:
         return Tile(TALL, 64, 8, 3, registers=128)
     return Tile(TALL, 64, 4, 3)
