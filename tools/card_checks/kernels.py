@@ -86,6 +86,8 @@ def cases(setting: Setting, dtype: torch.dtype, *, small: bool) -> Iterator[Case
             yield attention_over_a_cache(setting, dtype, f"{name} over {_short(cache)}", heads, rows, contexts, cache)
     for count, context in ((1, 300), (3, 70)) if small else ((1, 1024), (64, 1024)):
         yield decode_alone(setting, dtype, f"decode with its rotation, {count} of {context}", heads, [context] * count)
+    if dtype != torch.float32:
+        yield from _patches(setting, dtype, small=small)
     yield from _single(setting, dtype, small=small)
     yield from _some(setting, dtype, small=small)
     if small:
@@ -99,6 +101,25 @@ def cases(setting: Setting, dtype: torch.dtype, *, small: bool) -> Iterator[Case
         yield attention_of_pictures(setting, dtype, "16 pictures of 1024^2", [5476] * 16, 16, 80)
         yield attention_of_pictures(setting, dtype, "heads of 72", [4096] * 16, 16, 72)
         yield attention_of_pictures(setting, dtype, "windows", [64] * 1369, 16, 80)
+
+
+def _patches(setting: Setting, dtype: torch.dtype, *, small: bool) -> Iterator[Case]:
+    """A ViT's first layer, from patches as long as those of Qwen2-VL and of Qwen3-VL."""
+    from dashinfer_vlm.kernels.cuda import patches as kernels  # triton reads the environment when it is imported
+
+    for depth in (1176, 1536):
+        count, size = (300, 200) if small else (21904, 1280)
+        patches = torch.randint(0, 256, (count, depth), dtype=torch.uint8, device=setting.device)
+        weight, bias = (torch.randn(*shape, device=setting.device) for shape in ((size, depth), (size,)))
+        halves = kernels.two_halves(weight)
+        yield Case(
+            f"patches of {depth} bytes",
+            partial(kernels.embed_patches, patches, halves, bias, dtype),
+            partial(F.linear, patches.double(), weight.double(), bias.double()),
+            patches.nbytes + 2 * count * size,
+            2 * 2 * count * size * depth,
+            bar=2.0,
+        )
 
 
 def _single(setting: Setting, dtype: torch.dtype, *, small: bool) -> Iterator[Case]:

@@ -166,6 +166,8 @@ def families(setting: Setting) -> Iterator[Check]:
     nearly."""
     for arch in RECIPES:
         yield f"logits of a tiny {arch} in bfloat16", partial(_rounding, setting, arch)
+        if RECIPES[arch][2]:
+            yield f"embeddings by the ViT of {arch} in bfloat16", partial(_seeing, setting, arch)
         for way in [USUAL] if setting.tiny else WAYS:
             yield f"tokens of a tiny {arch}, {way}", partial(_tokens, setting, arch, way)
 
@@ -183,6 +185,24 @@ def _tokens(setting: Setting, arch: str, way: str) -> Row:
     ours, total = tokens_of(engine, requests), sum(map(len, theirs.values()))
     apart = sum(a != b for name in ours for a, b in zip(ours[name], theirs[name], strict=True))
     return Row(error=apart / total, allowed=0, note=f"{total} tokens")
+
+
+def _seeing(setting: Setting, arch: str) -> Row:
+    """Embeddings by a ViT of published size, in bfloat16 beside those in float32; pictures that fill no tiles."""
+    config = published_config(arch, "tiny" if setting.tiny else "2b")
+    grids: list[Grid] = [(1, 4, 6), (1, 8, 4)] if setting.tiny else [(1, 38, 54), (1, 26, 20), (1, 74, 74)]
+    assert config.vision is not None
+    patches = [picture(config, grid, 0, i).patches for i, grid in enumerate(grids)]
+    found = []
+    for dtype in (torch.float32, torch.bfloat16):
+        weights = RandomWeights(config, setting.device, same_everywhere=setting.tiny)
+        encoder = config.family.encoder(config.vision, weights, checked_backend(setting, dtype))
+        state = encoder.begin([torch.from_numpy(x).to(setting.device) for x in patches if x is not None], grids)
+        while not state.done:
+            encoder.run(state, 1 << 20)
+        found.append(torch.cat(encoder.finish(state)))
+        del encoder, state
+    return Row(error=error(found[1], found[0]), allowed=0.05)
 
 
 def _tiny(config: CheckpointConfig, device: torch.device) -> LoadedModel:
