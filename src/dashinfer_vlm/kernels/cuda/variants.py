@@ -184,7 +184,8 @@ def _floats(s: Sizes, dtype: torch.dtype, device: torch.device) -> Iterator[Vari
         (("", False), (" in blocks", True)), (("row", 1), ("few rows", 16), ("some rows", 64))
     ):
         yield Variant(f"fp8 {name}{told}", partial(some, count, 2 * s.inner, s.hidden, in_blocks=in_blocks))
-        yield Variant(f"fp8 {name} of an MLP{told}", partial(some, count, s.hidden, s.inner, in_blocks=in_blocks))
+        if count == 1:
+            yield Variant(f"fp8 {name} of an MLP{told}", partial(some, count, s.hidden, s.inner, in_blocks=in_blocks))
     yield Variant("fp8 product", lambda: product(1024))
 
 
@@ -204,16 +205,16 @@ def _few_rows(s: Sizes, dtype: torch.dtype, device: torch.device) -> Iterator[Va
         make = empty if bits == 16 else partial(weight, bits=bits)
         qkv, gate_up, down = make(queries, s.hidden), make(2 * s.inner, s.hidden), make(s.hidden, s.inner)
         out = make(s.hidden, s.heads * s.head_dim)
-        for num_rows, told in ((16, "few"), (32, "more"), (64, "some")):
+        for num_rows, told in ((16, "few"), (64, "some")):
             x, inner = empty(num_rows, s.hidden), empty(num_rows, s.inner)
             attended = empty(num_rows, s.heads * s.head_dim)
             yield Variant(f"{bits} bits, qkv of {told}", partial(skinny.product, x, qkv, empty(queries)))
             if isinstance(down, Tensor):
                 splits = skinny.splits_to_leave(num_rows, down)
+                yield Variant(f"16 bits, out of {told}", partial(skinny.product, attended, out, residual=x))
                 yield Variant(f"16 bits, parts of {told}", partial(skinny.parts_of, inner, down, splits))
                 parts = empty(splits, num_rows, s.hidden, dtype=torch.float32)
                 yield Variant(f"norm of parts of {told}", partial(rows.add_rms_norm, x, parts, empty(s.hidden), 1e-6))
-            yield Variant(f"{bits} bits, out of {told}", partial(skinny.product, attended, out, residual=x))
             yield Variant(f"{bits} bits, MLP of {told}", partial(skinny.product, x, gate_up, silu_mul=bits == 16))
             yield Variant(f"{bits} bits, down of {told}", partial(skinny.product, inner, down, residual=x))
     for bits in (8, 4):
