@@ -212,7 +212,7 @@ class Decoder:
         caches = list(zip(kv.keys, kv.values, strict=True))
         for i, (layer, cache) in enumerate(zip(self.layers[:-1], caches[:-1], strict=True)):
             x = layer.forward(x, table, batch, cache)
-            if i < self.deepstack:
+            if i < self.deepstack and (batch.embeddings or batch.staged is not None):
                 x = whole(x)
                 self._add_deepstack(x, i, batch)
         # the last layer owes K and V of all rows to the cache, but only the wanted rows go on from its attention

@@ -20,7 +20,7 @@ log = logging.getLogger(__name__)
 DECODE_SIZES = (1, 2, 4, *range(8, 65, 8), 80, 96, 112, 128)
 """Sequences of a step that is nothing but decode."""
 MIXED_SIZES = (64, 128, 256, 512, 1024, 2048)
-"""Rows of any other step. Fewer cost as much: a card reads its weights meanwhile."""
+"""Rows of any other step. Fewer than 64 cost as much: a card reads its weights meanwhile."""
 
 Run = Callable[[Shape], None]
 """A model call over the static buffers, from arrays laid out for the shape to the static logits."""
