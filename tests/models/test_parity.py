@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -131,6 +133,23 @@ def test_slices_of_one_block_equal_the_whole(model: Model) -> None:
     items = [random_patches(grid, seed) for seed, grid in enumerate(GRIDS)]
     for whole, sliced in zip(run_vit(model, items, GRIDS), run_vit(model, items, GRIDS, 1), strict=True):
         assert torch.equal(whole, sliced)
+
+
+def test_nothing_of_a_finished_batch_stays_until_python_looks_for_cycles(model: Model) -> None:
+    """A card's memory is no reason for it to look."""
+    assert model.encoder is not None
+    state = model.encoder.begin([random_patches(GRIDS[0])], GRIDS[:1])
+    assert isinstance(state, vit.VitState)
+    hidden = weakref.ref(state.hidden)
+    gc.disable()
+    try:
+        while not state.done:
+            model.encoder.run(state, 1)
+        model.encoder.finish(state)
+        del state
+        assert hidden() is None
+    finally:
+        gc.enable()
 
 
 def test_the_transformers_tower_agrees_with_ours(model: Model, folder: Path) -> None:

@@ -319,6 +319,7 @@ class PackedVit:
         """One [tokens_i, hidden] per item in the activations' type."""
         assert isinstance(state, VitState)
         assert state.done, "slices are left"
+        state.slices = iter(())  # the last ones know the state, which would stay until Python looks for cycles
         with torch.no_grad():
             merged = state.merged
             if state.layout.order is not None:
