@@ -43,7 +43,7 @@ PHASES: dict[str, tuple[str, float]] = {
     "steps": ("steps.steps", 60),
     "profile": ("profiles.profiles", 30),
     "serving": ("profiles.serving", 20),
-    "memory": ("profiles.memory", 20),
+    "memory": ("lending.memory", 20),
     "shapes": ("models.shapes", 100),
     "published": ("service.published", 70),
     "products": ("products.products", 30),

@@ -14,12 +14,9 @@ from torch.profiler import ProfilerActivity, profile
 from card_checks.models import (
     BLOCK_SIZE,
     checked_backend,
-    make_engine,
     make_model,
     published_config,
-    request,
     text_batch,
-    tokens_of,
 )
 from card_checks.results import Check, Setting
 from card_checks.rows import Row
@@ -117,26 +114,3 @@ def _row(setting: Setting, found: profile) -> Row:
         others=longest | {"others": rest},
         note=f"{sum(count for seconds, count, _ in times if seconds)} kernels",
     )
-
-
-def memory(setting: Setting) -> Iterator[Check]:
-    """What torch's allocator lends more after 1,000 requests; those before fill caches and cuBLAS's workspaces."""
-    yield "memory over 1,000 requests", partial(_memory, setting)
-
-
-def _memory(setting: Setting) -> Row:
-    size, first, count = ("tiny", 2, 4) if setting.tiny else ("2b", 500, 1500)
-    dtype = torch.float32 if setting.device.type == "cpu" else torch.bfloat16
-    model = make_model(published_config("qwen2_vl", size), checked_backend(setting, dtype), small=setting.tiny)
-    engine = make_engine(model, 8192, 512, max_num_seqs=8 if setting.tiny else 32, vision_cache_gib=0.01)
-    lent = []
-    for begin, end in ((0, first), (first, count)):
-        some = [
-            request(model.config, str(i), [(1, 4, 6 + 2 * (i % 5))] * (i % 3 == 0), 5 + i % 60, 2 + i % 9, i)
-            for i in range(begin, end)
-        ]
-        tokens_of(engine, some)
-        setting.wait()
-        lent.append(torch.cuda.memory_allocated(setting.device) if setting.device.type == "cuda" else 0)
-    engine.close()
-    return Row(error=float(lent[1] - lent[0]), allowed=2**24, note=f"{lent[1] / 2**20:.1f} MiB, growth in bytes")

@@ -17,7 +17,7 @@ pytest.importorskip("triton")
 ROOT = Path(__file__).resolve().parents[3]
 
 import gpu_check
-from card_checks import worker
+from card_checks import lending, worker
 from card_checks.results import Check, Setting
 from card_checks.rows import Row, table
 from gpu_check import Watch
@@ -157,6 +157,40 @@ def test_ceilings_that_kill_their_process_are_given_up() -> None:
     watch.run()
     assert [name for name, row in watch.found.items() if row.verdict == "WRONG"] == [("ceilings", "b")]
     assert ("kernels", "c") in watch.found
+
+
+def segment(*blocks: tuple[int, str, list[str]], pool: int = 0) -> dict[str, Any]:
+    """As torch tells of one: `blocks` are sizes, states, and the lines that asked, the innermost first."""
+    told = [
+        {"size": size, "state": state, "frames": [{"filename": name, "line": 7, "name": "f"} for name in files]}
+        for size, state, files in blocks
+    ]
+    return {"segment_pool_id": (0, pool), "blocks": told}
+
+
+OURS = ["torch/nn/functional.py", "src/dashinfer_vlm/layers/cuda.py", "src/dashinfer_vlm/models/decoder.py"]
+
+
+def test_a_workspace_that_a_library_has_taken_is_told_from_what_requests_leave() -> None:
+    """One block by the line of a product; as many as requests by another line."""
+    small = (2048, "active_allocated", ["src/dashinfer_vlm/models/vit.py"])
+    kept, free = (1 << 20, "active_allocated", []), (1 << 22, "inactive", [])
+    before = lending.blocks_of([segment(small, kept, free), segment((4096, "active_allocated", []))])
+    workspace = (1 << 25, "active_allocated", OURS)
+    after = lending.blocks_of([segment(workspace, kept), segment(*[small] * 1001, free, pool=1)])
+    assert lending.num_bytes(after) == (1 << 25) + (1 << 20) + 1001 * 2048
+    assert lending.told(before, after) == (
+        "new: 1 of 32.000 MiB by cuda.py:7, 1001 of 0.002 MiB by vit.py:7 in a graph, others 0.000 MiB; gone: 0.006 MiB"
+    )
+    assert lending.told(after, after) == "new: none, others 0.000 MiB; gone: 0.000 MiB"
+
+
+def test_the_kinds_that_take_most_are_named() -> None:
+    sizes = [1 << n for n in range(20, 30)]
+    after = lending.blocks_of([segment(*((size, "active_allocated", []) for size in sizes))])
+    told = lending.told(lending.blocks_of([]), after)
+    assert told.startswith("new: 1 of 512.000 MiB by nobody known, 1 of 256.000 MiB")
+    assert told.endswith("1 of 16.000 MiB by nobody known, others 15.000 MiB; gone: 0.000 MiB")
 
 
 def test_verdicts() -> None:
