@@ -159,7 +159,10 @@ def test_ceilings_that_kill_their_process_are_given_up() -> None:
     assert ("kernels", "c") in watch.found
 
 
-def segment(*blocks: tuple[int, str, list[str]], pool: int = 0) -> dict[str, Any]:
+Block = tuple[int, str, list[str]]
+
+
+def segment(*blocks: Block, pool: int = 0) -> dict[str, Any]:
     """As torch tells of one: `blocks` are sizes, states, and the lines that asked, the innermost first."""
     told = [
         {"size": size, "state": state, "frames": [{"filename": name, "line": 7, "name": "f"} for name in files]}
@@ -174,7 +177,8 @@ OURS = ["torch/nn/functional.py", "src/dashinfer_vlm/layers/cuda.py", "src/dashi
 def test_a_workspace_that_a_library_has_taken_is_told_from_what_requests_leave() -> None:
     """One block by the line of a product; as many as requests by another line."""
     small = (2048, "active_allocated", ["src/dashinfer_vlm/models/vit.py"])
-    kept, free = (1 << 20, "active_allocated", []), (1 << 22, "inactive", [])
+    kept: Block = (1 << 20, "active_allocated", [])
+    free: Block = (1 << 22, "inactive", [])
     before = lending.blocks_of([segment(small, kept, free), segment((4096, "active_allocated", []))])
     workspace = (1 << 25, "active_allocated", OURS)
     after = lending.blocks_of([segment(workspace, kept), segment(*[small] * 1001, free, pool=1)])
