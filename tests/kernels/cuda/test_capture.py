@@ -20,6 +20,7 @@ from dashinfer_vlm.engine.cards.graphs import Shapes
 from dashinfer_vlm.engine.cards.worst_step import worst_step_bytes
 from dashinfer_vlm.kernels.cuda import (
     decode,
+    experts,
     fp8,
     gemv,
     hadamard,
@@ -38,6 +39,9 @@ from dashinfer_vlm.models.model import LoadedModel
 from make_checkpoint import RECIPES
 
 META = torch.device("meta")
+MODULES = (
+    *(decode, experts, fp8, gemv, hadamard, narrow, paged, patches, rotary, rows, segments, skinny, skinny_floats),
+)
 SHAPES = Shapes(4, 64, decode_sizes=(1, 2, 4), mixed_sizes=(32, 64))
 
 
@@ -54,7 +58,7 @@ class OnTheDevice(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 @pytest.fixture(autouse=True)
 def _nothing_starts(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (decode, fp8, gemv, hadamard, narrow, paged, patches, rotary, rows, segments, skinny, skinny_floats):
+    for module in MODULES:
         monkeypatch.setattr(module, "launch", lambda *_, **__: None)
 
 
@@ -90,6 +94,17 @@ def test_nor_does_one_of_quantised_weights(quant_type: str) -> None:
     weights = RandomWeights(config, META, same_everywhere=False)
     model = LoadedModel(config, config.family.decoder(config, weights, backend), None, backend)
     capture_and_replay(model)
+
+
+@pytest.mark.parametrize("num_rows", [1, 4, 300])
+def test_nor_do_experts(num_rows: int) -> None:
+    x, logits, gate_up, down = (
+        torch.empty(shape, dtype=torch.bfloat16, device=META)
+        for shape in ((num_rows, 64), (num_rows, 8), (8, 96, 64), (8, 64, 48))
+    )
+    with OnTheDevice():  # type: ignore[no-untyped-call]
+        chosen = experts.choose(logits, 2, normalise=True)
+        assert experts.multiply(x, gate_up, down, *chosen, x, x) is x
 
 
 @pytest.mark.parametrize("arch", RECIPES)

@@ -22,7 +22,7 @@ from dashinfer_vlm.kernels.cuda.launch import (
 )
 from dashinfer_vlm.kernels.cuda.rows import norm_times, silu_times
 
-__all__ = ["MOST_NORMED", "columns_of", "product", "result_row"]
+__all__ = ["MOST_NORMED", "columns_of", "product", "result_row", "row_of", "tile_for"]
 
 MOST_NORMED = 8192
 """Columns of a row that a program holds as a whole, and whose norm it can take."""
@@ -37,7 +37,8 @@ def columns_of(places, k, first: tl.constexpr, K: tl.constexpr, BK: tl.constexpr
 
 
 @triton.jit
-def _row(x, k, first: tl.constexpr, K: tl.constexpr, BK: tl.constexpr):
+def row_of(x, k, first: tl.constexpr, K: tl.constexpr, BK: tl.constexpr):
+    """Columns `first + k` of one row, as float32."""
     if first + BK <= K:
         return tl.load(x + first + k).to(tl.float32)
     return tl.load(x + first + k, mask=first + k < K, other=0.0).to(tl.float32)
@@ -59,7 +60,7 @@ def _row_times(
     if GATED:
         first_up = columns_of(ups, k, 0, K, BK)
     if NORM:
-        gain = _row(gains, k, 0, K, BK)
+        gain = row_of(gains, k, 0, K, BK)
     y = tl.zeros([BN], tl.float32)
     up = tl.zeros([BN], tl.float32)
     if BIAS:
@@ -67,7 +68,7 @@ def _row_times(
         if GATED:
             up += tl.load(bias + N + n, mask=inside, other=0.0).to(tl.float32)
     wait_for_last(EARLY)
-    row = _row(x, k, 0, K, BK)
+    row = row_of(x, k, 0, K, BK)
     if RESIDUAL:
         more = tl.load(residual + n, mask=inside, other=0.0).to(tl.float32)
     if NORM:
@@ -76,7 +77,7 @@ def _row_times(
     if GATED:
         acc_up = first_up.to(tl.float32) * row[None, :]
     for i in tl.static_range(1, ROUNDS):
-        row = _row(x, k, i * BK, K, BK)
+        row = row_of(x, k, i * BK, K, BK)
         acc += columns_of(places, k, i * BK, K, BK).to(tl.float32) * row[None, :]
         if GATED:
             acc_up += columns_of(ups, k, i * BK, K, BK).to(tl.float32) * row[None, :]

@@ -1,0 +1,327 @@
+"""Mixtures of experts: who is chosen for each row, and the sum of what they make of it.
+
+A pair is a row and an expert that was chosen for it. One or two rows by themselves are multiplied pair by pair, by
+plain sums, in two launches. Of more rows pairs are sorted by their experts into tiles first, so that rows of one expert
+are multiplied together and its weight is read once; as in `skinny.py` the weight's rows are the tall side of a tile.
+How many launches and programs there are follows from shapes alone, and nothing waits for the host.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from dashinfer_vlm.kernels.cuda import gemv
+from dashinfer_vlm.kernels.cuda.gemv import columns_of, row_of
+from dashinfer_vlm.kernels.cuda.launch import (
+    INTERPRETED,
+    Tile,
+    check,
+    compute_type,
+    has_tiles,
+    is_roomy,
+    launch,
+    power_of_two,
+    starts_early,
+    wait_for_last,
+)
+from dashinfer_vlm.kernels.cuda.rows import magnitudes
+from dashinfer_vlm.kernels.cuda.skinny import can_multiply, tile_of
+
+__all__ = ["MOST_ALONE", "choose", "multiply", "rows_for"]
+
+MOST_ALONE = 2
+"""Rows that are multiplied pair by pair: hardly two of them share an expert."""
+
+
+@triton.jit
+def _choose_experts(
+    logits, experts, shares, l_t, E: tl.constexpr, B: tl.constexpr, COUNT: tl.constexpr, COUNTS: tl.constexpr,
+    NORMALISE: tl.constexpr, EARLY: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    i = tl.arange(0, B)
+    j = tl.arange(0, COUNTS)
+    wait_for_last(EARLY)
+    x = tl.load(logits + row * l_t + i, mask=i < E, other=float("-inf")).to(tl.float32)
+    x = tl.exp(x - tl.max(x, 0))
+    # probabilities as whole numbers, above the places from the last one on: no two are equal, and NaN is an expert, too
+    order = (magnitudes(x / tl.sum(x, 0)).to(tl.int64) << 32) | (B - 1 - i)
+    order = tl.where(i < E, order, -1)
+    expert = tl.zeros([COUNTS], tl.int32)
+    share = tl.zeros([COUNTS], tl.float32)
+    for found in tl.static_range(COUNT):
+        largest = tl.max(order, 0)
+        order = tl.where(order == largest, -1, order)
+        expert = tl.where(j == found, B - 1 - largest.to(tl.int32), expert)
+        share = tl.where(j == found, (largest >> 32).to(tl.int32).to(tl.float32, bitcast=True), share)
+    if NORMALISE:
+        share /= tl.sum(share, 0)
+    tl.store(experts + row * COUNT + j, expert, mask=j < COUNT)
+    tl.store(shares + row * COUNT + j, share.to(shares.dtype.element_ty), mask=j < COUNT)
+
+
+@triton.jit
+def _silu(x):
+    return x / (1 + tl.exp(-x))
+
+
+@triton.jit
+def _gate_up_of_pair(
+    h, x, w, chosen, x_t, w_e, w_n, N: tl.constexpr, K: tl.constexpr, COUNT: tl.constexpr, BN: tl.constexpr,
+    BK: tl.constexpr, ROUNDS: tl.constexpr, EARLY: tl.constexpr,
+):  # fmt: skip
+    """SiLU of gates times ups of one pair, by plain sums."""
+    n = tl.program_id(0) * BN + tl.arange(0, BN)
+    pair = tl.program_id(1).to(tl.int64)
+    k = tl.arange(0, BK)
+    wait_for_last(EARLY)
+    w += tl.load(chosen + pair).to(tl.int64) * w_e
+    x += pair // COUNT * x_t
+    gates = w + tl.minimum(n, N - 1).to(tl.int64)[:, None] * w_n + k[None, :]
+    ups = gates + N * w_n
+    gate = tl.zeros([BN, BK], tl.float32)
+    up = tl.zeros([BN, BK], tl.float32)
+    for i in tl.static_range(ROUNDS):
+        row = row_of(x, k, i * BK, K, BK)
+        gate += columns_of(gates, k, i * BK, K, BK).to(tl.float32) * row[None, :]
+        up += columns_of(ups, k, i * BK, K, BK).to(tl.float32) * row[None, :]
+    y = _silu(tl.sum(gate, 1)) * tl.sum(up, 1)
+    tl.store(h + pair * N + n, y.to(h.dtype.element_ty), mask=n < N)
+
+
+@triton.jit
+def _down_of_row(
+    out, h, w, chosen, shares, residual, w_e, w_n, r_t, o_t, N: tl.constexpr, K: tl.constexpr, COUNT: tl.constexpr,
+    BN: tl.constexpr, BK: tl.constexpr, COUNTS: tl.constexpr, ROUNDS: tl.constexpr, EARLY: tl.constexpr,
+):  # fmt: skip
+    """What all experts of a row make of it; a warp reads the columns of one expert."""
+    n = tl.program_id(0) * BN + tl.arange(0, BN)
+    row = tl.program_id(1).to(tl.int64)
+    j = tl.arange(0, COUNTS)
+    k = tl.arange(0, BK)
+    pair = row * COUNT + j
+    wait_for_last(EARLY)
+    expert = tl.load(chosen + pair, mask=j < COUNT, other=0).to(tl.int64)
+    share = tl.load(shares + pair, mask=j < COUNT, other=0.0).to(tl.float32)
+    y = tl.load(residual + row * r_t + n, mask=n < N, other=0.0).to(tl.float32)
+    x = h + pair[:, None] * K + k[None, :]
+    places = w + tl.minimum(n, N - 1).to(tl.int64)[:, None, None] * w_n
+    places += (expert[:, None] * w_e + k[None, :])[None, :, :]
+    acc = tl.zeros([BN, COUNTS, BK], tl.float32)
+    for i in tl.static_range(ROUNDS):
+        inside = (j < COUNT)[:, None] & (i * BK + k < K)[None, :]
+        factor = tl.load(x + i * BK, mask=inside, other=0.0).to(tl.float32)
+        columns = tl.load(places + i * BK, mask=inside[None, :, :], other=0.0, eviction_policy="evict_first")
+        acc += columns.to(tl.float32) * factor[None, :, :]
+    y += tl.sum(tl.sum(acc, 2) * share[None, :], 1)
+    tl.store(out + row * o_t + n, y.to(out.dtype.element_ty), mask=n < N)
+
+
+@triton.jit(do_not_specialize=["num_pairs"])
+def _sort(experts, pairs, chosen, num_pairs, BM: tl.constexpr, B: tl.constexpr):
+    """A program for each expert puts its pairs into tiles of BM, in their order; -1 where there is none.
+
+    With p pairs of experts before it, expert e owns the tiles from min(e, p) + p // BM on, up to those of the next one:
+    as many as it fills or more, however the others fare, and `num_tiles` together."""
+    own = tl.program_id(0)
+    i = tl.arange(0, B)
+    before = tl.zeros([B], tl.int32)
+    equal = tl.zeros([B], tl.int32)
+    for start in range(0, num_pairs, B):
+        expert = tl.load(chosen + start + i, mask=start + i < num_pairs, other=0x7FFFFFFF)
+        before += (expert < own).to(tl.int32)
+        equal += (expert == own).to(tl.int32)
+    num_before, count = tl.sum(before, 0), tl.sum(equal, 0)
+    behind = num_before + count
+    first = tl.minimum(own, num_before) + num_before // BM
+    num_filled = (count + BM - 1) // BM
+    for tile in range(first, tl.minimum(own + 1, behind) + behind // BM):
+        tl.store(experts + tile, tl.where(tile < first + num_filled, own, -1))
+    if count == 0:
+        return
+    pairs += first * BM
+    m = count + tl.arange(0, BM)
+    tl.store(pairs + m, -1, mask=m < num_filled * BM)
+    for start in range(0, num_pairs, B):
+        is_own = (tl.load(chosen + start + i, mask=start + i < num_pairs, other=-1) == own).to(tl.int32)
+        tl.store(pairs + tl.cumsum(is_own, 0) - 1, start + i, mask=is_own != 0)
+        pairs += tl.sum(is_own, 0)
+
+
+@triton.jit
+def _multiply_pairs(
+    out, x, w, experts, pairs, x_t, w_n, o_t, size, N: tl.constexpr, K: tl.constexpr, COUNT: tl.constexpr,
+    BN: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, GATED: tl.constexpr, TILED: tl.constexpr, C: tl.constexpr,
+):  # fmt: skip
+    """`out[pair]`: the pair's expert times `x[pair // COUNT]`; with `GATED` SiLU of its first N rows times the others.
+    `w` has `size` rows, those of all experts one behind the other, and is a descriptor of tiles with `TILED`."""
+    tile = tl.program_id(1)
+    expert = tl.load(experts + tile)
+    if expert < 0:
+        return
+    n = tl.program_id(0) * BN + tl.arange(0, BN)
+    k = tl.arange(0, BK)
+    pair = tl.load(pairs + tile * BM + tl.arange(0, BM))
+    rows = x + (tl.maximum(pair, 0) // COUNT).to(tl.int64)[:, None] * x_t + k[None, :]
+    first = expert * (2 * N if GATED else N) + tl.program_id(0) * BN
+    acc = tl.zeros([BN, BM], tl.float32)
+    up = tl.zeros([BN, BM], tl.float32)
+    for i in tl.range(0, (K + BK - 1) // BK):
+        inside = (pair >= 0)[:, None] & (i * BK + k < K)[None, :]
+        factor = tl.load(rows + i * BK, mask=inside, other=0.0).to(C).T
+        acc = tl.dot(tile_of(w, first, i * BK, w_n, size, K, BN, BK, TILED).to(C), factor, acc, input_precision="ieee")
+        if GATED:
+            other = tile_of(w, first + N, i * BK, w_n, size, K, BN, BK, TILED).to(C)
+            up = tl.dot(other, factor, up, input_precision="ieee")
+    if GATED:
+        acc = _silu(acc) * up
+    inside = (n < N)[:, None] & (pair >= 0)[None, :]
+    tl.store(out + pair.to(tl.int64)[None, :] * o_t + n[:, None], acc.to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _add_shares(out, parts, shares, residual, r_t, o_t, N: tl.constexpr, COUNT: tl.constexpr, B: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    i = tl.program_id(1) * B + tl.arange(0, B)
+    y = tl.load(residual + row * r_t + i, mask=i < N, other=0.0).to(tl.float32)
+    for j in tl.static_range(COUNT):
+        pair = row * COUNT + j
+        part = tl.load(parts + pair * N + i, mask=i < N, other=0.0).to(tl.float32)
+        y += tl.load(shares + pair).to(tl.float32) * part
+    tl.store(out + row * o_t + i, y.to(out.dtype.element_ty), mask=i < N)
+
+
+def choose(logits: Tensor, count: int, *, normalise: bool) -> tuple[Tensor, Tensor]:
+    """Experts int32 [T, count] by falling probability, of equal ones the first, and their shares in the type of logits
+    [T, E]: of the softmax in float32, with `normalise` divided by their sum.
+
+    Raises ValueError for rows that are not dense, and for more than there are."""
+    num_rows, num_experts = logits.shape
+    check(logits.stride(1) == 1 and 0 < count <= num_experts, f"dense rows of at least {count} experts", logits)
+    experts = torch.empty(num_rows, count, dtype=torch.int32, device=logits.device)
+    shares = torch.empty(num_rows, count, dtype=logits.dtype, device=logits.device)
+    early = num_rows == 1 and starts_early(logits)
+    launch(
+        _choose_experts, (num_rows,), logits, experts, shares, logits.stride(0), num_experts,
+        power_of_two(num_experts), count, power_of_two(count), normalise, early, num_warps=1, early=early,
+    )  # fmt: skip
+    return experts, shares
+
+
+def multiply(
+    x: Tensor,
+    gate_up: Tensor,
+    down: Tensor,
+    chosen: Tensor,
+    shares: Tensor,
+    residual: Tensor,
+    out: Tensor | None = None,
+) -> Tensor:
+    """[T, H] of x's dtype: `residual` and, of each row of x [T, H], what its experts make of it, times their shares.
+
+    Expert e is SiLU of `gate_up[e, :I]` times `gate_up[e, I:]`, then `down[e]`: [E, 2 I, H] and [E, H, I]. `chosen` and
+    `shares` are [T, k], as from `choose`. `out` may be the residual's memory. Raises ValueError for shapes that do not
+    fit, and for tensors that are not dense."""
+    num_experts, size, inner = down.shape
+    check(
+        gate_up.shape == (num_experts, 2 * inner, size) and x.shape[1] == size, "weights must fit x", x, gate_up, down
+    )
+    check(x.dtype == gate_up.dtype == down.dtype, "rows and weights must be of one type", x, gate_up, down)
+    check(len(x) == len(chosen) and chosen.shape == shares.shape, "experts and shares for each row", x, chosen, shares)
+    out = torch.empty(x.shape, dtype=x.dtype, device=x.device) if out is None else out
+    check(out.shape == residual.shape == x.shape, "residual and result must fit x", x, residual, out)
+    check(all(y.stride(1) == 1 for y in (x, residual, out)), "rows must be dense", x, residual, out)
+    dense = (gate_up, down, chosen, shares)
+    check(all(y.is_contiguous() for y in dense), "weights, experts and shares must be dense", *dense)
+    add = _add_alone if len(x) <= MOST_ALONE else _add_sorted
+    add(out, x, gate_up, down, chosen, shares, residual)
+    return out
+
+
+def _add_alone(
+    out: Tensor, x: Tensor, gate_up: Tensor, down: Tensor, chosen: Tensor, shares: Tensor, residual: Tensor
+) -> None:
+    (num_rows, size), count, inner = x.shape, chosen.shape[1], down.shape[2]
+    h = torch.empty(chosen.numel(), inner, dtype=x.dtype, device=x.device)
+    tile, early = gemv.tile_for(inner, size), starts_early(x)
+    launch(
+        _gate_up_of_pair, (-(-inner // tile.rows), len(h)), h, x, gate_up, chosen, x.stride(0), *gate_up.stride()[:2],
+        inner, size, count, tile.rows, tile.columns, -(-size // tile.columns), early, num_warps=tile.warps, early=early,
+    )  # fmt: skip
+    rows, columns, counts = 64 if INTERPRETED else 2, 256, power_of_two(count)
+    launch(
+        _down_of_row, (-(-size // rows), num_rows), out, h, down, chosen, shares, residual, *down.stride()[:2],
+        residual.stride(0), out.stride(0), size, inner, count, rows, columns, counts, -(-inner // columns), early,
+        num_warps=min(counts, 8), early=early,
+    )  # fmt: skip
+
+
+def _add_sorted(
+    out: Tensor, x: Tensor, gate_up: Tensor, down: Tensor, chosen: Tensor, shares: Tensor, residual: Tensor
+) -> None:
+    (num_rows, size), count, inner = x.shape, chosen.shape[1], down.shape[2]
+    rows = rows_for(chosen.numel() / len(down), can_be_many=x.itemsize == 2 and is_roomy(x))
+    tiles = _sorted(chosen, len(down), rows)
+    h, parts = (torch.empty(chosen.numel(), n, dtype=x.dtype, device=x.device) for n in (inner, size))
+    _multiply_tiles(h, x, gate_up, *tiles, rows, count, is_gated=True)
+    _multiply_tiles(parts, h, down, *tiles, rows, 1, is_gated=False)
+    block = min(power_of_two(size, 128), 1024)
+    launch(
+        _add_shares, (num_rows, -(-size // block)), out, parts, shares, residual, residual.stride(0), out.stride(0),
+        size, count, block, num_warps=4,
+    )  # fmt: skip
+
+
+def rows_for(mean: float, *, can_be_many: bool) -> int:
+    """Pairs of a tile, by the mean of an expert's; up to some 200 of them reading its weight is what counts."""
+    if mean > 64 and can_be_many:
+        return 128
+    return 64 if mean > 8 else 16
+
+
+def tile_for(rows: int, itemsize: int, *, is_roomy: bool, is_gated: bool) -> Tile:
+    """Each warp takes 16 rows of the weight. Cut as products of `skinny.py` are; no mixture has been timed yet."""
+    columns = 128 // itemsize
+    if rows > 64:
+        return Tile(rows, columns, 8, 3)
+    if is_gated or not is_roomy:
+        return Tile(rows, columns, 4, 3 if rows == 64 and is_gated else 4)
+    return Tile(rows, 2 * columns, 4, 3)
+
+
+def _sorted(chosen: Tensor, num_experts: int, rows: int) -> tuple[Tensor, Tensor]:
+    """Of each tile its expert, and its pairs [tiles * rows]."""
+    num_pairs = chosen.numel()
+    num_tiles = min(num_experts, num_pairs) + num_pairs // rows
+    experts, pairs = (torch.empty(n, dtype=torch.int32, device=chosen.device) for n in (num_tiles, num_tiles * rows))
+    launch(_sort, (num_experts,), experts, pairs, chosen, num_pairs, rows, 1024, num_warps=4)
+    return experts, pairs
+
+
+def _multiply_tiles(
+    out: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    experts: Tensor,
+    pairs: Tensor,
+    rows: int,
+    count: int,
+    *,
+    is_gated: bool,
+) -> None:
+    tile = tile_for(rows, x.itemsize, is_roomy=is_roomy(x), is_gated=is_gated)
+    size, depth, tall = out.shape[1], x.shape[1], 16 * tile.warps
+    weight = weight.view(-1, depth)
+    is_tiled = has_tiles(x) and can_multiply(weight)
+    factor: Any = TensorDescriptor.from_tensor(weight, [tall, tile.columns]) if is_tiled else weight
+    launch(
+        _multiply_pairs, (-(-size // tall), len(experts)), out, x, factor, experts, pairs, x.stride(0),
+        weight.stride(0), out.stride(0), len(weight), size, depth, count, tall, rows, tile.columns, is_gated, is_tiled,
+        compute_type(x.dtype), num_warps=tile.warps, num_stages=tile.stages,
+    )  # fmt: skip
