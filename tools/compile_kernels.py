@@ -133,10 +133,10 @@ def record(capability: int) -> Recorder:
 
 def of_models(models: list[str]) -> Iterator[Work]:
     """Every variant of published models in bfloat16."""
-    from dashinfer_vlm.kernels.cuda.variants import PUBLISHED, variants
+    from dashinfer_vlm.kernels.cuda.variants import MIXTURES, PUBLISHED, variants
 
-    for model in models or PUBLISHED:
-        for variant in variants(PUBLISHED[model], torch.bfloat16):
+    for model in models or (*PUBLISHED, *MIXTURES):
+        for variant in variants(model, torch.bfloat16):
             yield Work(model, variant.name, variant.call)
 
 

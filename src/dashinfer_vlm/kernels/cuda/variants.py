@@ -16,6 +16,7 @@ from torch import Tensor
 
 from dashinfer_vlm.kernels.choices import Choices
 from dashinfer_vlm.kernels.cuda import (
+    experts,
     fp8,
     gemv,
     narrow,
@@ -32,7 +33,7 @@ from dashinfer_vlm.kernels.cuda.decode import rope_and_attend
 from dashinfer_vlm.kernels.grouped import GROUP, GroupedWeight
 from dashinfer_vlm.kernels.head_norms import HeadNorms
 
-__all__ = ["PUBLISHED", "Sizes", "Variant", "variants"]
+__all__ = ["MIXTURES", "PUBLISHED", "Mixture", "Sizes", "Variant", "variants"]
 
 BLOCK_SIZE = 16
 
@@ -63,16 +64,28 @@ PUBLISHED = {
         hidden=3584, inner=18944, heads=28, kv_heads=4, head_dim=128, vocab=152_064, vit_width=1280,
         vit_inner=5120, vit_heads=16,
     ),
-    "Qwen2.5-VL-7B": Sizes(
-        hidden=3584, inner=18944, heads=28, kv_heads=4, head_dim=128, vocab=152_064, vit_width=1280,
-        vit_inner=3420, vit_heads=16,
-    ),
     "Qwen3-VL-8B": Sizes(
         hidden=4096, inner=12288, heads=32, kv_heads=8, head_dim=128, norms_heads=True, vit_width=1152,
         vit_inner=4304, vit_heads=16, patch_dim=1536,
     ),
 }  # fmt: skip
-"""Of the published models, those whose kernels differ."""
+"""Of the published models, those whose kernels differ: the ones of Qwen2.5-VL are Qwen2-VL's."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Mixture:
+    """The sizes of a layer of experts."""
+
+    hidden: int
+    inner: int
+    """Channels of an expert."""
+    experts: int
+    count: int
+    """Of experts that are chosen for a row."""
+
+
+MIXTURES = {"Qwen3-VL-30B-A3B": Mixture(hidden=2048, inner=768, experts=128, count=8)}
+"""Published ones; what surrounds their experts is as in `PUBLISHED`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,10 +94,14 @@ class Variant:
     call: Callable[[], object]
 
 
-def variants(sizes: Sizes, dtype: torch.dtype) -> Iterator[Variant]:
-    """Calls for a model of 16-bit `dtype`, on tensors without memory: whoever replaced `launch.launch` before these
-    modules were imported sees what is compiled."""
+def variants(model: str, dtype: torch.dtype) -> Iterator[Variant]:
+    """Calls for a model of `PUBLISHED`, or for the experts of one of `MIXTURES`, of 16-bit `dtype`, on tensors without
+    memory: whoever replaced `launch.launch` before these modules were imported sees what is compiled."""
     meta = torch.device("meta")
+    if model in MIXTURES:
+        yield from _experts(MIXTURES[model], dtype, meta)
+        return
+    sizes = PUBLISHED[model]
     yield from _text(sizes, dtype, meta)
     yield from _floats(sizes, dtype, meta)
     yield from _few_rows(sizes, dtype, meta)
@@ -246,6 +263,25 @@ def _single(s: Sizes, dtype: torch.dtype, device: torch.device) -> Iterator[Vari
     yield Variant("one row, MLP", lambda: of_x(empty(2 * s.inner, s.hidden), silu_mul=True))
     yield Variant("one row, out", lambda: gemv.product(x, empty(s.hidden, s.hidden), residual=x))
     yield Variant("one row, down", lambda: gemv.product(inner, empty(s.hidden, s.inner), residual=x))
+
+
+def _experts(s: Mixture, dtype: torch.dtype, device: torch.device) -> Iterator[Variant]:
+    """Rows by themselves, and in tiles of 16, 64 and 128."""
+
+    def empty(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
+        return torch.empty(*shape, dtype=dtype, device=device)
+
+    gate_up, down = empty(s.experts, 2 * s.inner, s.hidden), empty(s.experts, s.hidden, s.inner)
+    for num_rows, told in ((1, "one row"), (16, "few rows"), (256, "some rows"), (2048, "many rows")):
+        x, chosen, shares = (
+            empty(num_rows, s.hidden),
+            empty(num_rows, s.count, dtype=torch.int32),
+            empty(num_rows, s.count),
+        )
+        if num_rows <= 16:
+            logits = empty(num_rows, s.experts)
+            yield Variant(f"experts chosen for {told}", partial(experts.choose, logits, s.count, normalise=True))
+        yield Variant(f"experts of {told}", partial(experts.multiply, x, gate_up, down, chosen, shares, x))
 
 
 def _choosing(vocab: int, device: torch.device) -> Iterator[Variant]:
