@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
+from torch import distributed
 
 from dashinfer_vlm.config import EngineConfig
 from dashinfer_vlm.encoders.elsewhere.worker import encode_at_once
@@ -24,6 +25,7 @@ from dashinfer_vlm.engine.host.wire import AskStats, Command, Event, Failed
 from dashinfer_vlm.engine.load import load_engine
 from dashinfer_vlm.engine.parallel.crew import RankProcesses
 from dashinfer_vlm.engine.parallel.encoder import DealtEncoder, deal
+from dashinfer_vlm.engine.parallel.meeting import leave
 from dashinfer_vlm.errors import ConfigError, EngineDeadError
 from dashinfer_vlm.models.base import EncoderState
 from dashinfer_vlm.models.loading import load_model
@@ -161,6 +163,18 @@ def test_pictures_that_cannot_be_dealt_out_keep_nobody_waiting(folder: Path, sha
     assert all(torch.isfinite(each).all() for each in made)
 
 
+def test_a_process_that_shares_a_model_shares_no_second_one(folder: Path, shared: Engine) -> None:
+    with pytest.raises(ConfigError, match="a process shares one model at a time"):
+        load_engine(config_of(folder, 2), lambda *_: None)
+
+
+def test_nccl_is_left_by_the_end_of_the_process_alone(shared: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It would wait for the other ranks, and for every graph that has it sum something."""
+    monkeypatch.setattr(distributed, "get_backend", lambda: "nccl")
+    leave()
+    assert distributed.is_initialized()
+
+
 def test_the_death_of_a_rank_ends_the_engine(shared: Engine) -> None:
     processes = shared._followers
     assert isinstance(processes, RankProcesses)
@@ -171,6 +185,7 @@ def test_the_death_of_a_rank_ends_the_engine(shared: Engine) -> None:
     last = channel.events[-1]
     assert isinstance(last, Failed)
     assert "rank 1 of the model was killed by signal SIGKILL" in last.fault.message
+    shared.close()
 
 
 def test_what_a_rank_fails_with_is_what_the_start_fails_with(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

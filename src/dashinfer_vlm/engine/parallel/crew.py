@@ -11,6 +11,7 @@ import msgspec
 import numpy as np
 import zmq
 from numpy.typing import NDArray
+from torch import distributed
 
 from dashinfer_vlm.child_process import how_it_ended, running
 from dashinfer_vlm.config import EngineConfig
@@ -26,7 +27,7 @@ from dashinfer_vlm.engine.parallel.wire import (
     Start,
     news_decoder,
 )
-from dashinfer_vlm.errors import EngineDeadError
+from dashinfer_vlm.errors import ConfigError, EngineDeadError
 from dashinfer_vlm.kernels.threads import engine_threads
 from dashinfer_vlm.request import Grid
 from dashinfer_vlm.shared_array import SharedFolder
@@ -48,7 +49,9 @@ class RankProcesses:
     command: tuple[str, ...] = running("dashinfer_vlm.engine.parallel.rank")
 
     def __init__(self, config: EngineConfig) -> None:
-        """They load from now on; `wait_loaded` waits for them."""
+        """They load from now on; `wait_loaded` waits for them. Raises ConfigError in a process that has others."""
+        if distributed.is_initialized():
+            raise ConfigError("--parallel-size: a process shares one model at a time, on cards one in its life")
         self._folder = SharedFolder()
         self.meeting = f"{self._folder.path}/meeting"
         self._context = zmq.Context()

@@ -26,6 +26,7 @@ def meet(path: str, ranks: Ranks, device: torch.device, config: EngineConfig) ->
 
 
 def leave() -> None:
-    """Idempotent."""
-    if distributed.is_initialized():
+    """Idempotent. NCCL's group ends with the process: it waits until all ranks leave together, which one that has died
+    does not, and until no graph knows it any more."""
+    if distributed.is_initialized() and distributed.get_backend() == "gloo":
         distributed.destroy_process_group()
