@@ -44,6 +44,7 @@ PHASES: dict[str, tuple[str, float]] = {
     "profile": ("profiles.profiles", 30),
     "serving": ("profiles.serving", 20),
     "memory": ("lending.memory", 20),
+    "ranks": ("ranks.ranks", 40),
     "shapes": ("models.shapes", 100),
     "published": ("service.published", 70),
     "products": ("products.products", 30),

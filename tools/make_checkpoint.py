@@ -104,15 +104,21 @@ def write_checkpoint(out: Path, arch: str, size: str, *, seed: int, dtype: str) 
     """Write the whole model folder `out`; prints what it holds."""
     out.mkdir(parents=True, exist_ok=True)
     write_tokenizer(out, size)
+    write_json(out / "chat_template.json", {"chat_template": CHAT_TEMPLATE})
+    write_configs(out, arch, size, dtype)
+    sees = RECIPES[arch][2] is not None
+    write_weights(out, sees=sees, seed=seed, dtype=dtype, randomise=size in ("tiny", "small"))
+
+
+def write_configs(out: Path, arch: str, size: str, dtype: str) -> None:
+    """What says how the model is built, how pictures are cut and what ends an answer."""
     architecture, config, processor = RECIPES[arch]
     named = {"architectures": [architecture], "model_type": arch, "torch_dtype": dtype}
     write_json(out / "config.json", named | config(size))
-    write_json(out / "chat_template.json", {"chat_template": CHAT_TEMPLATE})
     write_json(out / "generation_config.json", generation_config(size))
     if processor is not None:
         for name, settings in processor_configs(processor).items():
             write_json(out / name, settings)
-    write_weights(out, sees=processor is not None, seed=seed, dtype=dtype, randomise=size in ("tiny", "small"))
 
 
 def special_ids(size: str) -> dict[str, int]:

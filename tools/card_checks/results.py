@@ -55,7 +55,7 @@ class Setting:
         if self.device.type != "cuda":
             return _median([_host_seconds(call) for _ in range(rounds)])
         if as_graph:
-            call = self._captured(call)
+            call = self.captured(call)
         flush = torch.empty(1 << 28, dtype=torch.uint8, device=self.device)
         events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(rounds)]
         for begin, end in events:
@@ -66,7 +66,10 @@ class Setting:
         self.wait()
         return _median([begin.elapsed_time(end) / 1e3 for begin, end in events])
 
-    def _captured(self, call: Callable[[], object]) -> Callable[[], object]:
+    def captured(self, call: Callable[[], object]) -> Callable[[], object]:
+        """What replays the launches of `call`; on a processor `call` itself."""
+        if self.device.type != "cuda":
+            return call
         self.wait()
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):

@@ -109,14 +109,14 @@ class Backend:
 
     def summed(self, weight: Matrix) -> StreamLinear:
         """Linear layer onto the residual stream, whose columns are dealt out among the ranks."""
-        if self.ranks.count == 1:
+        if not self.ranks.are_several:
             return (self.make_stream_linear or self.make_linear)(weight, None, "none")
         return SummedLinear(self.linear(weight), self.ranks)
 
     def head(self, weight: Matrix) -> Linear:
         """The last layer of the text model, from hidden states to logits; its rows are dealt out among the ranks."""
         part = (self.make_head or self.make_linear)(weight, None, "none")
-        return part if self.ranks.count == 1 else JoinedLinear(part, self.ranks)
+        return JoinedLinear(part, self.ranks) if self.ranks.are_several else part
 
 
 def _own_copy(tensor: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:

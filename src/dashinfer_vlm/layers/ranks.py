@@ -25,6 +25,11 @@ class Ranks:
     index: int = 0
     count: int = 1
 
+    @property
+    def are_several(self) -> bool:
+        """Whether there is anybody to talk to."""
+        return self.count > 1
+
     def share(self, count: int, of: str, *, may_repeat: bool = False) -> slice:
         """Which of `count` equal things in a row are this rank's. With `may_repeat`, fewer things than ranks are held
         by several. Raises ConfigError for a number that cannot be shared, which `of` names."""
@@ -38,13 +43,13 @@ class Ranks:
 
     def sum(self, x: Tensor) -> Tensor:
         """x, with what all ranks have there added up, in place."""
-        if self.count > 1:
+        if self.are_several:
             distributed.all_reduce(x)
         return x
 
     def join_columns(self, x: Tensor) -> Tensor:
         """[T, N] of every rank, as [T, ranks * N]."""
-        if self.count == 1:
+        if not self.are_several:
             return x
         num_rows, width = x.shape
         parts = torch.empty(self.count, num_rows, width, dtype=x.dtype, device=x.device)
@@ -53,7 +58,7 @@ class Ranks:
 
     def broadcast(self, x: Tensor) -> None:
         """Rank 0's x, in place."""
-        if self.count > 1:
+        if self.are_several:
             distributed.broadcast(x, 0)
 
     def send(self, x: Tensor, to: int) -> None:
@@ -65,7 +70,7 @@ class Ranks:
 
     def least(self, number: int, device: torch.device) -> int:
         """The smallest of what all ranks say."""
-        if self.count == 1:
+        if not self.are_several:
             return number
         told = torch.tensor([number], dtype=torch.int64, device=device)
         distributed.all_reduce(told, distributed.ReduceOp.MIN)

@@ -6,20 +6,24 @@ import json
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch import distributed
 
 pytest.importorskip("triton")
 
 ROOT = Path(__file__).resolve().parents[3]
 
 import gpu_check
-from card_checks import lending, worker
+from card_checks import lending, ranks, worker
 from card_checks.results import Check, Setting
 from card_checks.rows import Row, table
+from dashinfer_vlm.layers.backend import choose_backend
+from dashinfer_vlm.layers.linear import Matrix
 from gpu_check import Watch
 
 TINY = Setting(torch.device("cpu"), tiny=True)
@@ -195,6 +199,39 @@ def test_the_kinds_that_take_most_are_named() -> None:
     told = lending.told(lending.blocks_of([]), after)
     assert told.startswith("new: 1 of 512.000 MiB by nobody known, 1 of 256.000 MiB")
     assert told.endswith("1 of 16.000 MiB by nobody known, others 15.000 MiB; gone: 0.000 MiB")
+
+
+def test_the_only_rank_of_a_group_asks_the_group(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else its check would show nothing."""
+    asked: list[str] = []
+    for name in ("all_reduce", "all_gather", "broadcast"):
+        monkeypatch.setattr(distributed, name, lambda *_, name=name: asked.append(name))
+    one, x = ranks.OneOfOne(), torch.ones(2, 3)
+    backend = replace(choose_backend(x.device, x.dtype), ranks=one)
+    weight = Matrix("weight", 2, 3, lambda: x)
+    backend.summed(weight)(x)
+    backend.head(weight)(x)
+    one.broadcast(x)
+    one.least(1, x.device)
+    assert asked == ["all_reduce", "all_gather", "broadcast", "all_reduce"]
+
+
+@pytest.mark.parametrize(
+    ("code", "said"),
+    [
+        ("import time; print('busy', flush=True); time.sleep(60)", "was killed by signal SIGKILL; it said: busy"),
+        ("raise SystemExit('no ranks')", "ended with status 1; it said: no ranks"),
+        ("import sys; sys.stdin.read()", "was killed by signal SIGKILL"),  # it waits for the end of who started it
+    ],
+)
+def test_ranks_that_hang_or_fail_are_ended_and_say_what_they_said(
+    code: str, said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ranks, "running", lambda *_: (sys.executable, "-S", "-c", code))
+    monkeypatch.setattr(ranks, "REHEARSAL_S", 1.0)
+    (_, check), *_ = ranks.ranks(TINY)
+    with pytest.raises(RuntimeError, match=said):
+        check()
 
 
 def test_verdicts() -> None:
