@@ -151,6 +151,14 @@ def test_equal_prompts_that_arrive_together_are_prefilled_once() -> None:
     assert engine.stats().num_computed_tokens_total == 41 + 3 * 1 + 4  # one whole, three last tokens, four decodes
 
 
+def test_equal_prompts_do_not_wait_for_each_other_without_the_prefix_cache() -> None:
+    engine = make_engine(prefix_cache=False)
+    for name in "abc":
+        engine.add(Request(id=name, prompt_ids=[1, 2, 3, 4, 5], params=greedy()))
+    engine.step()
+    assert [sequence.num_computed for sequence in engine.scheduler.running] == [5, 5, 5]
+
+
 def with_image(name: str, fill: int, max_tokens: int = 6) -> tuple[Request, list[float]]:
     item = image(3, 10, fill)
     prompt = [1, 2, 3] + [VOCAB + 7] * 10 + [4, 5]

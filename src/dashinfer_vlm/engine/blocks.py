@@ -18,7 +18,7 @@ class BlockPool:
 
     def __init__(self, num_blocks: int, *, prefix_cache: bool = True) -> None:
         self.num_blocks = num_blocks
-        self._prefix_cache = prefix_cache
+        self.prefix_cache = prefix_cache
         self._refs = [0] * num_blocks
         self._blank: deque[int] = deque(range(num_blocks))
         self._cached: OrderedDict[int, BlockHash] = OrderedDict()  # oldest first
@@ -65,7 +65,7 @@ class BlockPool:
     def register(self, block: int, block_hash: BlockHash) -> None:
         """Make a full, computed block findable. The first block with a hash keeps it; a twin stays anonymous."""
         assert self._refs[block] > 0, f"block {block} is registered by nobody who holds it"
-        if self._prefix_cache and block_hash not in self._block_of and block not in self._hash_of:
+        if self.prefix_cache and block_hash not in self._block_of and block not in self._hash_of:
             self._block_of[block_hash] = block
             self._hash_of[block] = block_hash
 

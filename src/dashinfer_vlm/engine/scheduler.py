@@ -311,7 +311,7 @@ class Scheduler:
     def _catch_up(self, sequence: Sequence, in_this_step: set[bytes]) -> bool:
         """Share blocks that others computed since admission. False: its next block is being computed in this very
         step by another sequence, so that waiting one step is cheaper than doing it twice."""
-        if not sequence.is_scored:  # its rows are wanted, whoever else has computed them
+        if not self.pool.prefix_cache or not sequence.is_scored:  # nothing is found, or its own rows are wanted
             return True
         size = self.block_size
         while sequence.num_computed % size == 0 and sequence.num_computed + size < len(sequence.tokens):
