@@ -95,6 +95,14 @@ TEXT: dict[str, dict[str, Any]] = {
 }
 QWEN3_2B = {"hidden_size": 2048, "intermediate_size": 6144, "num_attention_heads": 16, "num_key_value_heads": 8}
 """Where the published Qwen3-VL-2B differs from the 2B shape of Qwen2-VL."""
+QWEN3_5_2B = {
+    "num_hidden_layers": 24,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 2,
+    "head_dim": 256,
+    "vocab_size": 248320,
+}
+"""Where the published Qwen3.5-2B differs from that."""
 MROPE_SECTION = {"tiny": [4, 6, 6], "small": [8, 12, 12], "2b": [16, 24, 24], "7b": [16, 24, 24]}
 VISION = {"tiny": (3, 64, 4), "small": (5, 160, 4), "2b": (32, 1280, 16), "7b": (32, 1280, 16), "8b": (27, 1152, 16)}
 """Depth, width and heads of the vision encoder."""
@@ -281,10 +289,37 @@ def qwen3_vl(size: str) -> dict[str, Any]:
     }
 
 
+def qwen3_5(size: str) -> dict[str, Any]:
+    """As Qwen3-VL without deepstack, but for the text model: a quarter of each head turns, and every fourth layer alone
+    has keys and values. The small sizes have a head of their own: a tied one would repeat the last token for ever."""
+    config = qwen3_vl(size)
+    published = size == "2b"
+    text = config["text_config"] | {
+        "model_type": "qwen3_5_text",
+        "tie_word_embeddings": published,
+        "attn_output_gate": True,
+        "full_attention_interval": 4,
+        "linear_num_key_heads": 16 if published else 2,
+        "linear_num_value_heads": 16 if published else 4,
+        "linear_key_head_dim": 128 if published else 16,
+        "linear_value_head_dim": 128 if published else 24,
+        "linear_conv_kernel_dim": 4,
+    }
+    if published:
+        text |= QWEN3_5_2B
+    section = {64: [4, 2, 2], 128: [6, 5, 5], 256: [11, 11, 10]}[text["head_dim"]]
+    rope = {"mrope_interleaved": True, "mrope_section": section, "rope_type": "default", "rope_theta": 1e7}
+    del text["rope_scaling"], text["rope_theta"]
+    text["rope_parameters"] = rope | {"partial_rotary_factor": 0.25}
+    vision = config["vision_config"] | {"model_type": "qwen3_5", "deepstack_visual_indexes": []}
+    return config | {"text_config": text, "vision_config": vision, "tie_word_embeddings": published}
+
+
 RECIPES: dict[str, tuple[str, Callable[[str], dict[str, Any]], str | None]] = {
     "qwen2_vl": ("Qwen2VLForConditionalGeneration", qwen2_vl, "Qwen2VLProcessor"),
     "qwen2_5_vl": ("Qwen2_5_VLForConditionalGeneration", qwen2_5_vl, "Qwen2_5_VLProcessor"),
     "qwen3_vl": ("Qwen3VLForConditionalGeneration", qwen3_vl, "Qwen3VLProcessor"),
+    "qwen3_5": ("Qwen3_5ForConditionalGeneration", qwen3_5, "Qwen3VLProcessor"),
     "qwen2": ("Qwen2ForCausalLM", text_config, None),
     "qwen3": ("Qwen3ForCausalLM", qwen3, None),
 }
@@ -344,9 +379,11 @@ def write_weights(out: Path, *, sees: bool, seed: int, dtype: str, randomise: bo
         for name, weight in weights.items()
         if not (tied and name == "lm_head.weight")
     }
-    for weight in tensors.values() if randomise else ():
+    for name, weight in tensors.items() if randomise else ():
         if weight.ndim == 1:
             weight += 0.1 * torch.randn_like(weight)
+        if name.endswith(".A_log"):
+            weight -= 4  # as they are, most states would forget their past within a token or two
     save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
     num_parameters = sum(weight.numel() for weight in tensors.values())
     print(f"{out}: {num_parameters / 1e9:.3f} B parameters, {len(tensors)} tensors")

@@ -60,6 +60,13 @@ def test_a_text_model_has_no_pictures(checkpoint: CheckpointMaker, capsys: pytes
     assert "Pictures" not in printed
 
 
+def test_states_are_told_and_counted(checkpoint: CheckpointMaker, capsys: pytest.CaptureFixture[str]) -> None:
+    """Three layers: 128 + 64 x 3 inputs and 4 memories of 16 x 24, all float32."""
+    assert execute(info, [str(checkpoint("qwen3_5")), "--max-model-len", "1"]) == 0
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "states 23.6 KiB a request" in printed
+
+
 def test_an_unknown_family_is_refused(
     checkpoint: CheckpointMaker, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -53,7 +53,7 @@ class ScriptedEncoder:
 
 class ScriptedModel:
     text = TextShape(
-        vocab_size=VOCAB, hidden_size=1, num_layers=1, num_kv_heads=1, head_dim=1, max_position_embeddings=512
+        vocab_size=VOCAB, hidden_size=1, num_kv_layers=1, num_kv_heads=1, head_dim=1, max_position_embeddings=512
     )
     embedding_size = 1
     eos_token_ids: tuple[int, ...] = (EOS,)

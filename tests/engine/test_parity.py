@@ -22,7 +22,7 @@ from tests.conftest import CheckpointMaker
 from tests.tokens import IMAGE, VISION_END, VISION_START
 
 NUM_STEPS = 64
-FAMILIES = ["qwen2_vl", "qwen2_5_vl", "qwen3_vl"]
+FAMILIES = ["qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_5"]
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class Family:
         settings = {"max_model_len": 2048, **options}
         num_blocks = settings.pop("num_blocks", 512)
         config = EngineConfig(model=str(self.folder), **settings)
-        return Engine(self.model, allocate_kv(self.model, num_blocks, config.block_size), config)
+        return Engine(self.model, allocate_kv(self.model, num_blocks, config.block_size, num_seats=16), config)
 
     def item(self, picture: np.ndarray, start: int) -> Item:
         done = process_image(picture, self.processor)
@@ -173,7 +173,8 @@ def test_two_turns_with_the_prefix_cache_on_and_off(family: Family, prefix_cache
     tail = family.prompt(6, picture(70, 70, 3), 5, seed=9)
     second = Prompt(first.ids + answer + tail.ids, first.pictures + tail.pictures)
     assert run(engine, family.request("b", second))["b"] == family.expected(second)
-    assert (engine.stats().num_cached_tokens_total > 0) == prefix_cache
+    keeps_states = family.model.text.delta_net is not None  # which no prefix has
+    assert (engine.stats().num_cached_tokens_total > 0) == (prefix_cache and not keeps_states)
     assert engine.stats().num_items_encoded_total == 2
 
 
@@ -215,6 +216,8 @@ def test_sampling_by_seed_is_the_same_in_a_batch_and_alone(family: Family) -> No
 
 def test_guessed_tokens_change_no_answer(family: Family) -> None:
     """Greedy and sampled, text and pictures, in one batch with chunks, beside the answers without guesses."""
+    if family.model.text.delta_net is not None:
+        pytest.skip("such models are refused guesses")
     prompts = mixed_prompts(family)
     sampled = [family.request(f"s{i}", p, temperature=0.7, seed=i) for i, p in enumerate(prompts.values())]
     guessing = {"speculative_config": {"method": "ngram", "num_speculative_tokens": 4, "prompt_lookup_min": 1}}

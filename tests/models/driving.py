@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, chain
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,8 @@ from tests.tokens import IMAGE, VIDEO
 
 TEXT_IDS = 1000
 """Text tokens are drawn from ids below this."""
+NUM_SEATS = 16
+"""Sequences that a driver starts at most."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,6 +158,7 @@ class Life:
         self.positions, self.offset = driver.model.positions(len(self.ids), self.items)
         self.embeddings = encode(driver.model, self.items)
         self.blocks = driver.take_blocks(len(self.ids) + 80)
+        self.seat = driver.free_seats.pop()
         self.num_done = 0
 
     def append(self, token: int) -> None:
@@ -173,12 +176,13 @@ class Driver:
     ) -> None:
         self.model = model
         self.block_size = block_size
-        self.kv: KVCache = allocate_kv(model, num_blocks, block_size, kv_dtype)
-        for cache in (*self.kv.keys, *self.kv.values):
+        self.kv: KVCache = allocate_kv(model, num_blocks, block_size, kv_dtype, num_seats=NUM_SEATS)
+        for cache in (*self.kv.keys, *self.kv.values, *chain.from_iterable(self.kv.states)):
             # whoever reads what was never written, shows: an int8 row of -1 has the bytes of NaN as its scale
             cache.fill_(-1 if cache.dtype == torch.int8 else float("nan"))
         self.free = list(range(num_blocks))
         random.Random(0).shuffle(self.free)
+        self.free_seats = list(range(NUM_SEATS))
 
     def take_blocks(self, num_tokens: int) -> list[int]:
         return [self.free.pop() for _ in range(-(-num_tokens // self.block_size))]
@@ -212,7 +216,7 @@ class Driver:
                 if low < high:
                     piece = rows[low - item.start : high - item.start]
                     embeddings.append(EmbeddingRows(start=len(ids) + low - first, rows=piece))
-            ids += [token if token < IMAGE else 0 for token in sequence.ids[first:last]]
+            ids += [0 if token in (IMAGE, VIDEO) else token for token in sequence.ids[first:last]]
             positions.append(sequence.positions[:, first:last])
             slots += [
                 sequence.blocks[i // self.block_size] * self.block_size + i % self.block_size
@@ -232,6 +236,7 @@ class Driver:
             block_tables=torch.tensor(tables, dtype=torch.int32, device=device),
             logits_rows=torch.arange(len(ids), device=device),
             embeddings=embeddings,
+            seats=torch.tensor([life.seat for life, _ in work], device=device) if self.kv.states else None,
         )
 
 

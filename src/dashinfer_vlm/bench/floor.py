@@ -109,7 +109,7 @@ def read_work(facts: Mapping[str, str]) -> Work | None:
     return Work(
         *_vision_flops(config, weights.shapes("vision")),
         token_flops=2.0 * layers,
-        token_pair_flops=4.0 * text.num_layers * text.num_heads * text.head_dim,
+        token_pair_flops=4.0 * text.num_kv_layers * text.num_heads * text.head_dim,
         head_flops=2.0 * head,
         step_bytes=step_bytes(shapes, precision),
         text_numbers=_numbers(facts["quant_type"], facts["dtype"]),

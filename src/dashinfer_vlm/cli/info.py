@@ -74,6 +74,7 @@ def _facts(checkpoint: CheckpointConfig, parts: Parts) -> Table:
         ("parameters", f"{_count(text + vision)}: text {_count(text)}, vision {_count(vision)}"),
         ("stored as", checkpoint.dtype if checkpoint.stored is None else f"{checkpoint.stored}, {checkpoint.dtype}"),
         ("context", f"{checkpoint.text.max_position_embeddings:,} tokens"),
+        *([("states", f"{_size(checkpoint.text.state_bytes)} a request")] if checkpoint.text.state_bytes else []),
     )
     table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
     for row in rows:
@@ -116,7 +117,7 @@ def _weights(
         vision = weight_bytes(parts.vision, VISION.get(precision, precision))
         token = kv_token_bytes(checkpoint.text, torch.float32 if precision == "float32" else torch.bfloat16)
         room = free - text - vision
-        requests = max(room, 0) // (token * length)
+        requests = max(room, 0) // (token * length + checkpoint.text.state_bytes)
         table.add_row(precision, _size(text), _size(vision), _size(token), "yes" if room > 0 else "no", f"{requests:,}")
     return table
 

@@ -29,7 +29,8 @@ def set_up_logging(level: str, format: LogFormat = "text") -> None:
 
 
 def announce(name: str, info: EngineInfo) -> None:
-    """One line that says what was loaded, where, as what, and what fits into the KV cache."""
+    """A line that says what was loaded, where, as what, and what fits into the KV cache, and one that says what states
+    mean for a model that has them."""
     logger.info(
         "Loaded %s on %s as %s, KV cache as %s: %s blocks of %d tokens hold %s tokens; "
         "%d requests at once, %s tokens each at most",
@@ -43,3 +44,8 @@ def announce(name: str, info: EngineInfo) -> None:
         info.max_num_seqs,
         f"{info.max_model_len:,}",
     )
+    if info.state_bytes:
+        logger.info(
+            "Each request has a state of %.1f MiB, which no other can begin with: there is no prefix cache",
+            info.state_bytes / 2**20,
+        )

@@ -60,11 +60,11 @@ class Engine:
         kv = self.runner.kv
         self.limits = Limits.of(model, kv, config, max_item_patches=max_item_patches(model, kv))
         self.scheduler = Scheduler(
-            pool=BlockPool(kv.num_blocks, prefix_cache=config.prefix_cache),
+            pool=BlockPool(kv.num_blocks, prefix_cache=config.prefix_cache and not model.text.state_bytes),
             block_size=kv.block_size,
             stage=self.stage,
             cost=first_cost(model, config),
-            max_num_seqs=config.max_num_seqs,
+            max_num_seqs=min(config.max_num_seqs, kv.num_seats or config.max_num_seqs),
             max_num_batched_tokens=max_batched_tokens(config, model.device),
             share=SHARES[config.schedule],
             max_pinned_tokens=max_pinned_tokens(model, config),

@@ -32,6 +32,8 @@ class EngineInfo(msgspec.Struct, frozen=True):
     quant_type: str = "none"
     """How the text model's weights are quantised, as `--quant-type` says it."""
     vision_quant_type: str = "none"
+    state_bytes: int = 0
+    """Of one request, in layers that keep a state in place of keys and values; then there is no prefix cache."""
 
     @property
     def precision(self) -> str:

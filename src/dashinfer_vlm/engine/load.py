@@ -17,7 +17,7 @@ from dashinfer_vlm.engine.devices import max_batched_tokens, num_spare_blocks
 from dashinfer_vlm.engine.engine import Engine
 from dashinfer_vlm.engine.grammars.compiler import Compiler, read_vocabulary
 from dashinfer_vlm.engine.info import EngineInfo
-from dashinfer_vlm.engine.memory import kv_block_bytes, kv_dtype, num_kv_blocks
+from dashinfer_vlm.engine.memory import kv_block_bytes, kv_dtype, num_kv_blocks, num_seats
 from dashinfer_vlm.engine.parallel.crew import RankProcesses
 from dashinfer_vlm.engine.parallel.encoder import DealtEncoder
 from dashinfer_vlm.engine.parallel.meeting import meet
@@ -70,6 +70,9 @@ def load_engine(
         num_blocks * config.block_size,
         num_blocks * kv_block_bytes(model, config) / 2**30,
     )
+    if info.state_bytes:
+        states = info.max_num_seqs * info.state_bytes / 2**30
+        logger.info("states of %d sequences in %.2f GiB; no prefix cache", info.max_num_seqs, states)
     if model.device.type == "cpu":
         pinned = "not pinned" if cores is None else f"pinned to cores {', '.join(map(str, cores))}"
         logger.info(
@@ -104,7 +107,8 @@ def make_cache(model: LoadedModel, config: EngineConfig) -> tuple[int, KVCache]:
     for."""
     num_blocks = model.ranks.least(num_kv_blocks(model, config, _reserved_bytes(model, config)), model.device)
     all_blocks = num_blocks + num_spare_blocks(model.device, model.ranks.count)
-    return num_blocks, allocate_kv(model, all_blocks, config.block_size, kv_dtype(model, config))
+    dtype, seats = kv_dtype(model, config), num_seats(model, config)
+    return num_blocks, allocate_kv(model, all_blocks, config.block_size, dtype, num_seats=seats)
 
 
 def _reserved_bytes(model: LoadedModel, config: EngineConfig) -> int | None:
@@ -128,10 +132,11 @@ def _info(engine: Engine, kv: KVCache) -> EngineInfo:
         kv_dtype=_name(kv.keys[0].dtype),
         block_size=kv.block_size,
         num_blocks=kv.num_blocks,
-        max_num_seqs=engine.config.max_num_seqs,
+        max_num_seqs=engine.scheduler.max_num_seqs,
         max_item_patches=engine.limits.max_item_patches,
         quant_type=engine.config.quant_type,
         vision_quant_type=engine.config.vision_quant_type,
+        state_bytes=engine.model.text.state_bytes,
     )
 
 

@@ -26,12 +26,28 @@ EMBEDDING_HEADROOM_BYTES = 256 << 20
 
 
 def num_kv_blocks(model: Model, config: EngineConfig, reserved: int | None = None) -> int:
-    """Blocks of the KV cache: as configured, else a share of the free memory, never more than every sequence could
-    fill. Raises ConfigError when what was asked for is more than the machine has.
+    """Blocks of the KV cache: as configured, else a share of the free memory, without what `num_seats` take of it;
+    never more than every sequence could fill. Raises ConfigError when what was asked for is more than the machine has.
 
     With `reserved` bytes for steps, as on a card, the cache takes all that those and the kept embeddings leave."""
+    seats = num_seats(model, config)
+    left = _cache_bytes(model, config, reserved) - seats * model.text.state_bytes
+    max_len = resolve_max_model_len(model.text.max_position_embeddings, config)
+    useful = seats * -(-max_len // config.block_size)
+    return max(1, min(int(left // kv_block_bytes(model, config)), useful))
+
+
+def num_seats(model: Model, config: EngineConfig) -> int:
+    """Sequences that may run at once: as configured, and no more than have room for their states in half of the cache's
+    memory, but one."""
+    if not model.text.state_bytes:
+        return config.max_num_seqs
+    fit = int(_cache_bytes(model, config) / 2 // model.text.state_bytes)
+    return max(1, min(fit, config.max_num_seqs))
+
+
+def _cache_bytes(model: Model, config: EngineConfig, reserved: int | None = None) -> float:
     free = free_bytes(model.device)
-    block_bytes = kv_block_bytes(model, config)
     if config.kv_cache_gib is None:
         if reserved is None:
             wanted = min(CPU_DEFAULT_GIB * _GIB, _CPU_SHARE * free)
@@ -41,9 +57,7 @@ def num_kv_blocks(model: Model, config: EngineConfig, reserved: int | None = Non
         wanted = config.kv_cache_gib * _GIB
         if wanted > free:
             raise ConfigError(f"--kv-cache-gib is {config.kv_cache_gib:g}, but {free / _GIB:.1f} GiB are free")
-    max_len = resolve_max_model_len(model.text.max_position_embeddings, config)
-    useful = config.max_num_seqs * -(-max_len // config.block_size)
-    return max(1, min(int(wanted // block_bytes), useful))
+    return wanted
 
 
 def max_item_patches(model: Model, kv: KVCache) -> int:
@@ -55,7 +69,7 @@ def max_item_patches(model: Model, kv: KVCache) -> int:
         return 0
     free = free_bytes(model.device)
     if model.device.type == "cpu":  # its pages come when they are first written
-        free -= sum(tensor.nbytes for tensor in (*kv.keys, *kv.values))
+        free -= kv.num_bytes
     return max(MIN_ITEM_PATCHES, int(_ENCODER_SHARE * free / model.encoder.bytes_per_patch))
 
 
@@ -77,7 +91,7 @@ def kv_block_bytes(model: Model, config: EngineConfig) -> int:
     """Bytes of one block over all layers, keys and values."""
     text, dtype = model.text, kv_dtype(model, config)
     row_bytes = cache_row_size(text.head_dim, dtype, model.device.type) * dtype.itemsize
-    return 2 * text.num_layers * config.block_size * text.num_kv_heads * row_bytes
+    return 2 * text.num_kv_layers * config.block_size * text.num_kv_heads * row_bytes
 
 
 def free_bytes(device: torch.device) -> int:

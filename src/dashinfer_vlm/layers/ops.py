@@ -46,6 +46,8 @@ class Ops:
     varlen_attention: Callable[[Tensor, Tensor, Tensor, Tensor, float, int, Tensor | None], Tensor]
     rope_and_attend: Callable[..., Tensor] | None = None
     """`attend`, where that is more than one after the other."""
+    write_kv: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], None] | None = None
+    """For heads that turn in part; None where no model of those is served."""
 
     def attend(
         self,
@@ -63,14 +65,22 @@ class Ops:
         scale: float,
         norms: HeadNorms | None = None,
     ) -> Tensor:
-        """`norms`, `rope_write_kv`, then `paged_attention`, whose result it is; q, k and v may be overwritten."""
+        """`norms`, `rope_write_kv`, then `paged_attention`, whose result it is; q, k and v may be overwritten. Tables
+        of fewer channels than heads have turn the first ones."""
         where = (block_tables, query_starts, context_lens, scale)
         if self.rope_and_attend is not None:
             return self.rope_and_attend(q, k, v, cos, sin, k_cache, v_cache, slots, *where, norms)
         if norms is not None:
             of_heads = ((q, norms.queries), (k, norms.keys))
             q, k = (self.rms_norm(x.flatten(0, 1), gains, norms.eps).view(x.shape) for x, gains in of_heads)
-        self.rope_write_kv(q, k, v, cos, sin, k_cache, v_cache, slots)
+        num_turned = 2 * cos.shape[-1]
+        if num_turned == q.shape[-1]:
+            self.rope_write_kv(q, k, v, cos, sin, k_cache, v_cache, slots)
+        else:
+            assert self.write_kv is not None, "heads that turn in part"
+            for x in (q, k):
+                self.rope(x[..., :num_turned], cos, sin)
+            self.write_kv(k, v, k_cache, v_cache, slots)
         return self.paged_attention(q, k_cache, v_cache, *where)
 
 
@@ -83,6 +93,7 @@ REFERENCE = Ops(
     rope_write_kv=attention.rope_write_kv,
     paged_attention=attention.paged_attention,
     varlen_attention=attention.varlen_attention,
+    write_kv=attention.write_kv,
 )
 
 NATIVE = Ops(
@@ -94,6 +105,7 @@ NATIVE = Ops(
     rope_write_kv=cpu_ops.rope_write_kv,
     paged_attention=cpu_ops.paged_attention,
     varlen_attention=cpu_ops.varlen_attention,
+    write_kv=cpu_ops.write_kv,
 )
 
 NATIVE_BFLOAT16 = replace(NATIVE, varlen_attention=partial(cpu_ops.varlen_attention, bfloat16=True))

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any, Protocol
 
 import torch
 
 from dashinfer_vlm.layers.ranks import Ranks
+from dashinfer_vlm.models.config import DeltaNetConfig
 from dashinfer_vlm.request import Grid, Item
 
 
@@ -22,10 +24,18 @@ class TextShape:
 
     vocab_size: int
     hidden_size: int
-    num_layers: int
+    num_kv_layers: int
+    """Layers that keep keys and values."""
     num_kv_heads: int
     head_dim: int
     max_position_embeddings: int
+    delta_net: DeltaNetConfig | None = None
+    """The other layers, which keep a state per sequence; None: there are none."""
+
+    @property
+    def state_bytes(self) -> int:
+        """Of one sequence; 0 where there are no such layers."""
+        return self.delta_net.state_bytes if self.delta_net else 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,15 +83,20 @@ class StepBatch:
     embeddings: Sequence[EmbeddingRows] = ()
     staged: StagedRows | None = None
     """In place of `embeddings`."""
+    seats: torch.Tensor | None = None
+    """int64 [S]: where the states of each sequence lie; None for a model without states."""
 
 
 @dataclass(frozen=True, slots=True)
 class KVCache:
-    """Paged keys and values: per layer `[num_blocks, block_size, num_kv_heads, head_dim]`; in int8, rows are
-    longer (see `layers.attention.write_kv`)."""
+    """Paged keys and values: per layer that has them `[num_blocks, block_size, num_kv_heads, head_dim]`; in int8, rows
+    are longer (see `layers.attention.write_kv`). And what the other layers keep of a sequence, in its seat."""
 
     keys: list[torch.Tensor]
     values: list[torch.Tensor]
+    states: Sequence[tuple[torch.Tensor, torch.Tensor]] = ()
+    """Per layer without keys and values: float32 [num_seats, *shape] of each of `DeltaNetConfig.state_shapes`. A
+    sequence's first rows read nothing of it."""
 
     @property
     def block_size(self) -> int:
@@ -90,6 +105,15 @@ class KVCache:
     @property
     def num_blocks(self) -> int:
         return self.keys[0].shape[0]
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(tensor.nbytes for tensor in (*self.keys, *self.values, *chain.from_iterable(self.states)))
+
+    @property
+    def num_seats(self) -> int | None:
+        """Sequences that may run at once; None: states set no limit, since there are none."""
+        return len(self.states[0][0]) if self.states else None
 
 
 class EncoderState(Protocol):

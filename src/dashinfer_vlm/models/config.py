@@ -42,10 +42,42 @@ class Rope:
 
     theta: float
     sections: tuple[int, int, int]
-    """Pairs of channels that turn with the temporal, height and width axis; text models have only the first."""
+    """Pairs of channels that turn with the temporal, height and width axis; text models have only the first. A head
+    may have more channels, which do not turn."""
     interleaved: bool = False
     """Whether the axes take turns from channel to channel; else each has its own range of channels."""
     yarn: Yarn | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DeltaNetConfig:
+    """The layers of a hybrid text model that keep a state of fixed size in place of keys and values."""
+
+    layers: frozenset[int]
+    """Which of the text model's they are."""
+    num_key_heads: int
+    num_value_heads: int
+    key_dim: int
+    """Of one head, as `value_dim`."""
+    value_dim: int
+    conv_size: int
+    """Tokens that the causal convolution sees."""
+
+    @property
+    def num_channels(self) -> int:
+        """Of the convolution: queries, keys and values."""
+        return 2 * self.num_key_heads * self.key_dim + self.num_value_heads * self.value_dim
+
+    @property
+    def state_shapes(self) -> tuple[tuple[int, int], tuple[int, int, int]]:
+        """Of one sequence and layer: the convolution's last inputs, and the memory of each value head."""
+        inputs = (self.conv_size - 1, self.num_channels)
+        return inputs, (self.num_value_heads, self.key_dim, self.value_dim)
+
+    @property
+    def state_bytes(self) -> int:
+        """Of one sequence over all layers, in float32."""
+        return 4 * len(self.layers) * sum(math.prod(shape) for shape in self.state_shapes)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,6 +95,20 @@ class TextConfig:
     rms_norm_eps: float
     rope: Rope
     tie_word_embeddings: bool
+    norm_offset: float = 0.0
+    """Added to the gains of RMSNorms as they are stored; 1 where those are distances from 1."""
+    delta_net: DeltaNetConfig | None = None
+    """None: every layer attends."""
+
+    @property
+    def num_kv_layers(self) -> int:
+        """Layers that keep keys and values."""
+        return self.num_layers - (len(self.delta_net.layers) if self.delta_net else 0)
+
+    @property
+    def state_bytes(self) -> int:
+        """Of one sequence in the other layers."""
+        return self.delta_net.state_bytes if self.delta_net else 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -182,9 +228,9 @@ def read_head_dim(section: Section) -> int:
     return section.integer("head_dim", max(1, hidden_size // num_heads))
 
 
-def read_mrope(section: Section, *, interleaved: bool = False) -> Rope:
-    """M-RoPE: `rope_parameters` of newer files, else `rope_scaling` beside `rope_theta`. `interleaved` is what the
-    family is; a file that says otherwise is refused."""
+def read_mrope(section: Section, *, interleaved: bool = False, rotated: float = 1.0) -> Rope:
+    """M-RoPE: `rope_parameters` of newer files, else `rope_scaling` beside `rope_theta`. `interleaved`, and the share
+    of a head's channels that is `rotated`, are what the family is; a file that says otherwise is refused."""
     rope = section.section("rope_parameters" if section.has("rope_parameters") else "rope_scaling")
     for key in ("rope_type", "type"):
         rope.choice(key, ("mrope", "default"), "default")
@@ -192,7 +238,10 @@ def read_mrope(section: Section, *, interleaved: bool = False) -> Rope:
         raise rope.error(
             "mrope_interleaved", f"is {not interleaved}; this architecture is supported with {interleaved}"
         )
-    sections, half = rope.integers("mrope_section"), read_head_dim(section) // 2
+    share = (rope if rope.has("partial_rotary_factor") else section).number("partial_rotary_factor", rotated)
+    if share != rotated:
+        raise rope.error("partial_rotary_factor", f"is {share:g}; this architecture is supported with {rotated:g}")
+    sections, half = rope.integers("mrope_section"), int(read_head_dim(section) * rotated) // 2
     if len(sections) != 3 or sum(sections) != half:
         raise rope.error("mrope_section", f"is {list(sections)}; three numbers must add up to {half}")
     return Rope(theta=_theta(rope, section), sections=(sections[0], sections[1], sections[2]), interleaved=interleaved)

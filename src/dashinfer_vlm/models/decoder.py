@@ -13,20 +13,21 @@ import torch
 from dashinfer_vlm.errors import CheckpointError
 from dashinfer_vlm.kernels.head_norms import HeadNorms
 from dashinfer_vlm.layers.backend import Backend
-from dashinfer_vlm.layers.linear import Linear, Matrix, Stream, rows_of, whole
+from dashinfer_vlm.layers.linear import Linear, Matrix, Stream, StreamLinear, rows_of, whole
 from dashinfer_vlm.layers.native_layer import native_layer
 from dashinfer_vlm.layers.ranks import Cut
 from dashinfer_vlm.layers.rotary import axes_of_channels, inverse_frequencies, yarn_frequencies
 from dashinfer_vlm.models.base import KVCache, StepBatch, TextShape
 from dashinfer_vlm.models.config import Rope, TextConfig
+from dashinfer_vlm.models.delta_net import GatedDeltaNet
 from dashinfer_vlm.models.weights import Weights
 
-__all__ = ["Attention", "Decoder", "GatedMlp", "Rotary"]
+__all__ = ["Attention", "Decoder", "GatedAttention", "GatedMlp", "Rotary"]
 
 Cache = tuple[torch.Tensor, torch.Tensor]
-"""Keys and values of one layer."""
+"""Keys and values of one layer, or the inputs and the memory of `KVCache.states`."""
 Table = tuple[torch.Tensor, torch.Tensor]
-"""float32 [T, head_dim / 2] cosines and sines of the step's positions."""
+"""float32 [T, head_dim / 2] cosines and sines of the step's positions; fewer columns where heads turn in part."""
 
 
 class Mlp(Protocol):
@@ -45,8 +46,24 @@ class Mlp(Protocol):
 MakeMlp = Callable[[str, TextConfig, Weights, Backend], Mlp]
 
 
+class Mixer(Protocol):
+    """Where rows of one sequence learn of each other, through what its layer keeps of it."""
+
+    config: TextConfig
+    qkv: Linear
+    """The one layer that takes x through `Backend.norm_before`."""
+    out: StreamLinear
+
+    def attend(self, x: Any, table: Table, batch: StepBatch, cache: Cache) -> torch.Tensor:
+        """[T, hidden] -> what `out` projects; the cache is brought up to the step's last rows."""
+        ...
+
+
 class Attention:
     """Grouped-query attention. Takes `{prefix}.*`; with `qk_norm`, an RMSNorm over each head of queries and keys."""
+
+    q_parts = 1
+    """Vectors of a head's size that `q_proj` gives for each head."""
 
     def __init__(
         self,
@@ -64,16 +81,16 @@ class Attention:
         kv_heads = backend.ranks.share(config.num_kv_heads, "heads of keys and values", may_repeat=True)
         self.num_heads, self.num_kv_heads = heads.stop - heads.start, kv_heads.stop - kv_heads.start
         query, key = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
-        names, sizes = tuple(f"{prefix}.{x}_proj" for x in "qkv"), (query, key, key)
+        names, sizes = tuple(f"{prefix}.{x}_proj" for x in "qkv"), (self.q_parts * query, key, key)
         of_queries, of_keys = (times(part, config.head_dim) for part in (heads, kv_heads))
-        parts = dict(zip(names, (of_queries, of_keys, of_keys), strict=True))
+        parts = dict(zip(names, (times(of_queries, self.q_parts), of_keys, of_keys), strict=True))
         self.qkv = _joined(names, sizes, parts, config.hidden_size, weights, backend, has_bias=qkv_bias)
         out = weights.matrix({f"{prefix}.o_proj.weight": config.hidden_size}, query, Cut(columns=of_queries))
         self.out = backend.summed(out)
         self.norms: HeadNorms | None = None
         if qk_norm:
-            of_q, of_k = (backend.vector(weights.take(f"{prefix}.{x}_norm.weight", config.head_dim)) for x in "qk")
-            self.norms = HeadNorms(of_q, of_k, config.rms_norm_eps)
+            of_q, of_k = (gains(f"{prefix}.{x}_norm.weight", config.head_dim, config, weights) for x in "qk")
+            self.norms = HeadNorms(backend.vector(of_q), backend.vector(of_k), config.rms_norm_eps)
 
     def attend(self, x: Any, table: Table, batch: StepBatch, cache: Cache) -> torch.Tensor:
         """[T, hidden], as `Backend.norm_before` makes it for `qkv`, -> [T, heads * head_dim], which `out` projects; K
@@ -81,9 +98,33 @@ class Attention:
         c = self.config
         joined = self.qkv(x)
         heads = joined.view(len(joined), -1, c.head_dim)
-        q, k, v = heads.split_with_sizes([self.num_heads, self.num_kv_heads, self.num_kv_heads], dim=1)
+        q, k, v = heads.split_with_sizes([self.q_parts * self.num_heads, *2 * [self.num_kv_heads]], dim=1)
+        return self.over_cache(q, k, v, table, batch, cache).flatten(1)
+
+    def over_cache(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, table: Table, batch: StepBatch, cache: Cache
+    ) -> torch.Tensor:
+        """[T, heads, head_dim] of queries and what the cache holds when k and v are in it."""
         where = (batch.slots, batch.block_tables, batch.query_starts, batch.context_lens)
-        return self.ops.attend(q, k, v, *table, *cache, *where, c.head_dim**-0.5, self.norms).flatten(1)
+        return self.ops.attend(q, k, v, *table, *cache, *where, self.config.head_dim**-0.5, self.norms)
+
+
+class GatedAttention(Attention):
+    """The same with a gate for each channel of the result; `q_proj` gives query and gate of one head after the
+    other."""
+
+    q_parts = 2
+
+    def over_cache(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, table: Table, batch: StepBatch, cache: Cache
+    ) -> torch.Tensor:
+        queries, gates = q[:, ::2], q[:, 1::2]
+        return super().over_cache(queries, k, v, table, batch, cache).mul_(gates.sigmoid())
+
+
+def gains(name: str, size: int, config: TextConfig, weights: Weights) -> torch.Tensor:
+    """What an RMSNorm multiplies with; float32 [size]."""
+    return weights.take(name, size).float() + config.norm_offset
 
 
 def _joined(
@@ -127,9 +168,9 @@ class GatedMlp:
 class Rotary:
     """Turns a step's positions into its table."""
 
-    def __init__(self, rope: Rope, head_dim: int, backend: Backend) -> None:
+    def __init__(self, rope: Rope, backend: Backend) -> None:
         device, self.ops = backend.device, backend.ops
-        self.frequencies, self.scale = inverse_frequencies(head_dim, rope.theta, device), 1.0
+        self.frequencies, self.scale = inverse_frequencies(2 * sum(rope.sections), rope.theta, device), 1.0
         if rope.yarn is not None:
             yarn = rope.yarn
             self.frequencies = yarn_frequencies(
@@ -156,21 +197,26 @@ class Decoder:
         mlp: MakeMlp = GatedMlp,
         deepstack: int = 0,
     ) -> None:
-        """`deepstack` layers from the first on add columns of an item's embedding to its rows (DeepStack, Meng et al.
-        2024): those of layer i follow the columns that overwrite word embeddings, after i times as many."""
+        """`attention` is for layers without states. `deepstack` layers from the first on add columns of an item's
+        embedding to its rows (DeepStack, Meng et al. 2024): those of layer i follow the columns that overwrite word
+        embeddings, after i times as many."""
         assert deepstack < config.num_layers, (deepstack, config.num_layers)
         self.deepstack = deepstack
         self.config = config
         self.backend = backend
-        self.rotary = Rotary(config.rope, config.head_dim, backend)
+        self.rotary = Rotary(config.rope, backend)
         shape = (config.vocab_size, config.hidden_size)
         self.embedding = backend.weight(weights.take("model.embed_tokens.weight", *shape))
         self.layers = []
         for i in range(config.num_layers):
             prefix = f"model.layers.{i}"
-            heads = attention(f"{prefix}.self_attn", config, weights, backend)
-            self.layers.append(_Layer(prefix, heads, mlp(f"{prefix}.mlp", config, weights, backend), weights, backend))
-        self.norm = backend.vector(weights.take("model.norm.weight", config.hidden_size))
+            mixer: Mixer
+            if config.delta_net and i in config.delta_net.layers:
+                mixer = GatedDeltaNet(f"{prefix}.linear_attn", config, weights, backend)
+            else:
+                mixer = attention(f"{prefix}.self_attn", config, weights, backend)
+            self.layers.append(_Layer(prefix, mixer, mlp(f"{prefix}.mlp", config, weights, backend), weights, backend))
+        self.norm = backend.vector(gains("model.norm.weight", config.hidden_size, config, weights))
         self.head = self._make_head(weights)
 
     def _make_head(self, weights: Weights) -> Linear:
@@ -192,13 +238,15 @@ class Decoder:
     @property
     def shape(self) -> TextShape:
         """Of what this rank holds."""
+        attending = [layer.attention for layer in self.layers if isinstance(layer.attention, Attention)]
         return TextShape(
             vocab_size=self.config.vocab_size,
             hidden_size=self.config.hidden_size,
-            num_layers=self.config.num_layers,
-            num_kv_heads=self.layers[0].attention.num_kv_heads,
+            num_kv_layers=len(attending),
+            num_kv_heads=attending[0].num_kv_heads,
             head_dim=self.config.head_dim,
             max_position_embeddings=self.config.max_position_embeddings,
+            delta_net=self.config.delta_net,
         )
 
     def forward(self, batch: StepBatch, kv: KVCache) -> torch.Tensor:
@@ -209,7 +257,8 @@ class Decoder:
             embedded[item.start : item.start + len(item.rows)] = item.rows[:, : self.config.hidden_size]
         x: Stream = embedded
         table = self.rotary(batch.positions)
-        caches = list(zip(kv.keys, kv.values, strict=True))
+        pages, states = zip(kv.keys, kv.values, strict=True), iter(kv.states)
+        caches = [next(pages if isinstance(layer.attention, Attention) else states) for layer in self.layers]
         for i, (layer, cache) in enumerate(zip(self.layers[:-1], caches[:-1], strict=True)):
             x = layer.forward(x, table, batch, cache)
             if i < self.deepstack and (batch.embeddings or batch.staged is not None):
@@ -231,11 +280,12 @@ class Decoder:
 
 
 class _Layer:
-    def __init__(self, prefix: str, attention: Attention, mlp: Mlp, weights: Weights, backend: Backend) -> None:
+    def __init__(self, prefix: str, attention: Mixer, mlp: Mlp, weights: Weights, backend: Backend) -> None:
         self.attention, self.mlp = attention, mlp
-        eps, hidden = attention.config.rms_norm_eps, attention.config.hidden_size
+        config = attention.config
+        eps, hidden = config.rms_norm_eps, config.hidden_size
         names = (f"{prefix}.{x}_layernorm.weight" for x in ("input", "post_attention"))
-        gains1, gains2 = (weights.take(name, hidden) for name in names)
+        gains1, gains2 = (gains(name, hidden, config, weights) for name in names)
         self.norm1 = backend.norm_before(attention.qkv, gains1, eps)
         self.norm2 = backend.norm_before(mlp.first, gains2, eps)
         self.native = None

@@ -56,6 +56,8 @@ class Names:
     """Prefixes of the tensors of each part."""
     renamed: tuple[tuple[str, str], ...] = ()
     """Prefixes of other exports, each with ours; the first that fits counts."""
+    ignored: tuple[str, ...] = ()
+    """Prefixes of tensors that no part of ours has a use for."""
 
     def ours(self, name: str) -> str:
         """What the models call the tensor that a file calls `name`."""

@@ -58,7 +58,7 @@ def weight_bytes(shapes: Shapes, precision: str) -> int:
 
 def kv_token_bytes(text: TextConfig, dtype: torch.dtype) -> int:
     """Bytes of one token's keys and values over all layers, in a cache of `dtype`."""
-    return 2 * text.num_layers * text.num_kv_heads * cache_row_size(text.head_dim, dtype) * dtype.itemsize
+    return 2 * text.num_kv_layers * text.num_kv_heads * cache_row_size(text.head_dim, dtype) * dtype.itemsize
 
 
 def _tensor_bytes(name: str, shape: tuple[int, ...], precision: str) -> float:

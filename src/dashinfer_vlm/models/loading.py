@@ -19,7 +19,7 @@ from dashinfer_vlm.models.config import CheckpointConfig, read_config
 from dashinfer_vlm.models.hf_tower import TransformersVision
 from dashinfer_vlm.models.model import LoadedModel
 from dashinfer_vlm.models.quant_cache import open_store
-from dashinfer_vlm.models.settings import refuse_vision_options
+from dashinfer_vlm.models.settings import refuse_options_with_states, refuse_vision_options
 from dashinfer_vlm.models.weights import Progress, Weights
 
 __all__ = ["allocate_kv", "device_of", "load_encoder", "load_model", "quantise"]
@@ -37,7 +37,10 @@ def load_model(config: EngineConfig, *, progress: Progress | None = None, ranks:
     """
     checkpoint = read_config(Path(config.model))
     dtype = DTYPES[checkpoint.dtype if config.dtype == "auto" else config.dtype]
+    refuse_options_with_states(checkpoint, config)
     device = device_of(config, ranks)
+    if checkpoint.text.delta_net is not None and device.type != "cpu":
+        raise ConfigError(f"{checkpoint.architecture} is served on processors only; start with --device cpu")
     _stay_on(device)
     weights = Weights(checkpoint.folder, checkpoint.family.names, checkpoint.stored, progress=progress)
     with ExitStack() as stores:  # none of them keeps anything of a checkpoint that turns out to be wrong
@@ -103,19 +106,25 @@ def _load_vision(
     return checkpoint.family.encoder(checkpoint.vision, weights, backend), backend.is_native
 
 
-def allocate_kv(model: Model, num_blocks: int, block_size: int, dtype: torch.dtype | None = None) -> KVCache:
+def allocate_kv(
+    model: Model, num_blocks: int, block_size: int, dtype: torch.dtype | None = None, *, num_seats: int = 1
+) -> KVCache:
     """Zeroed KV cache of `dtype`, or else of the model's, on the model's device; CPU memory is in huge pages and taken
-    when first written."""
-    dtype = dtype or model.kv_dtype
-    row_size = cache_row_size(model.text.head_dim, dtype, model.device.type)
-    shape = (num_blocks, block_size, model.text.num_kv_heads, row_size)
+    when first written. `num_seats` are for the states of a model that has some."""
+    dtype, text = dtype or model.kv_dtype, model.text
+    row_size = cache_row_size(text.head_dim, dtype, model.device.type)
+    shape = (num_blocks, block_size, text.num_kv_heads, row_size)
 
     def caches() -> list[torch.Tensor]:
         if model.device.type == "cpu":
-            return [huge_zeros(shape, dtype) for _ in range(model.text.num_layers)]
-        return [torch.zeros(shape, dtype=dtype, device=model.device) for _ in range(model.text.num_layers)]
+            return [huge_zeros(shape, dtype) for _ in range(text.num_kv_layers)]
+        return [torch.zeros(shape, dtype=dtype, device=model.device) for _ in range(text.num_kv_layers)]
 
-    return KVCache(caches(), caches())
+    if text.delta_net is None:
+        return KVCache(caches(), caches())
+    inputs, memory = ((num_seats, *shape) for shape in text.delta_net.state_shapes)
+    states = [(huge_zeros(inputs, torch.float32), huge_zeros(memory, torch.float32)) for _ in text.delta_net.layers]
+    return KVCache(caches(), caches(), states)
 
 
 def device_of(config: EngineConfig, ranks: Ranks) -> torch.device:

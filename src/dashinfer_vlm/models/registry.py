@@ -19,6 +19,7 @@ FAMILIES: dict[str, tuple[str, str]] = {
     "Qwen2VLForConditionalGeneration": ("qwen2_vl", "Qwen2VL"),
     "Qwen2_5_VLForConditionalGeneration": ("qwen2_5_vl", "Qwen25VL"),
     "Qwen3VLForConditionalGeneration": ("qwen3_vl", "Qwen3VL"),
+    "Qwen3_5ForConditionalGeneration": ("qwen3_5", "Qwen35"),
     "Qwen2ForCausalLM": ("qwen_text", "Qwen2"),
     "Qwen3ForCausalLM": ("qwen_text", "Qwen3"),
 }

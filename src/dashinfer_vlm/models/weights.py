@@ -174,6 +174,8 @@ class Weights:
             name = self.names.ours(entry.name)
             if name.endswith(".inv_freq"):
                 continue  # old exports kept this table, which follows from the configuration
+            if name.startswith(self.names.ignored):
+                continue
             if name in self._entries:
                 raise CheckpointError(f"{path}: tensor {name} is also in {self._entries[name].path.name}")
             self._entries[name] = entry

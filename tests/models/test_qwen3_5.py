@@ -1,0 +1,189 @@
+"""What Qwen3.5 alone has, against `transformers`: layers in any order, gates, heads that turn in part; and what is
+refused. The rest is compared in `test_qwen3_vl.py`."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModelForImageTextToText
+
+from dashinfer_vlm.config import EngineConfig
+from dashinfer_vlm.errors import CheckpointError, ConfigError
+from dashinfer_vlm.models import loading
+from dashinfer_vlm.models.config import read_config
+from dashinfer_vlm.models.footprint import kv_token_bytes
+from dashinfer_vlm.models.loading import allocate_kv, load_model
+from dashinfer_vlm.models.settings import check_settings
+from dashinfer_vlm.models.weights import Weights
+from tests.conftest import CheckpointMaker
+from tests.models import driving
+from tests.models.driving import Driver, hf_logits
+from tests.models.qwen3_vl import image, prompt
+
+LINEAR, FULL = "linear_attention", "full_attention"
+
+
+@pytest.fixture(scope="module")
+def folder(checkpoint: CheckpointMaker) -> Path:
+    return checkpoint("qwen3_5")
+
+
+@pytest.fixture
+def changed(folder: Path, tmp_path: Path) -> Path:
+    """The checkpoint, to be changed."""
+    for path in folder.glob("*.json"):
+        shutil.copy(path, tmp_path)
+    (tmp_path / "model.safetensors").symlink_to(folder / "model.safetensors")
+    return tmp_path
+
+
+def change_text(folder: Path, **values: Any) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    config["text_config"] |= values
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+def random_weights(folder: Path) -> None:
+    """In place of the folder's, for what its configuration says now; as `transformers` writes them."""
+    (folder / "model.safetensors").unlink()
+    torch.manual_seed(0)
+    model = AutoModelForImageTextToText.from_config(AutoConfig.from_pretrained(folder))
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if weight.ndim == 1:
+                weight += torch.randn_like(weight) * 0.1 - 4 * name.endswith("A_log")
+    model.save_pretrained(folder)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"num_hidden_layers": 3, "layer_types": [FULL, LINEAR, LINEAR]},
+        {
+            "full_attention_interval": 2,
+            "linear_num_key_heads": 1,
+            "linear_num_value_heads": 3,
+            "num_key_value_heads": 1,
+        },
+        {"linear_conv_kernel_dim": 3, "linear_num_key_heads": 4, "tie_word_embeddings": False},
+    ],
+    ids=["states last", "three heads share keys", "a shorter convolution"],
+)
+@pytest.mark.filterwarnings("ignore")
+def test_other_shapes_give_the_logits_of_transformers(changed: Path, values: dict[str, Any]) -> None:
+    change_text(changed, **values)
+    random_weights(changed)
+    case = prompt(changed, 30, image(96, 64), 60)
+    model, hf = driving.load(changed), driving.load_hf(changed)
+    for chunk in (1000, 31):
+        driver = Driver(model)
+        logits = driver.run(driver.start(case), chunk)
+        torch.testing.assert_close(logits, hf_logits(hf, case), atol=1e-4, rtol=0)
+
+
+def test_the_head_for_drafts_is_left_out(changed: Path, folder: Path) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    (changed / "model.safetensors").unlink()
+    save_file(tensors | {"mtp.fc.weight": torch.zeros(2, 2)}, changed / "model.safetensors")
+    names = read_config(changed).family.names
+    assert Weights(changed, names, None).num_bytes == Weights(folder, names, None).num_bytes
+    load_model(EngineConfig(model=str(changed), dtype="float32", device="cpu"))
+
+
+def test_states_begin_with_zeros_whoever_had_the_seat(folder: Path) -> None:
+    driver = Driver(driving.load(folder))
+    case = prompt(folder, 20)
+    first, second = driver.start(case), driver.start(case)
+    second.seat = first.seat
+    assert torch.equal(driver.run(first), driver.run(second))
+
+
+def test_keys_and_values_of_8_bits_stay_near(folder: Path) -> None:
+    model, case = driving.load(folder), prompt(folder, 40, image(64, 64), 20)
+    exact, rounded = (Driver(model, kv_dtype=dtype) for dtype in (None, torch.int8))
+    logits = exact.run(exact.start(case))
+    assert 0 < float((rounded.run(rounded.start(case)) - logits).norm() / logits.norm()) < 0.02
+
+
+def test_caches_are_those_of_the_layers_that_have_them(folder: Path) -> None:
+    text, kv = read_config(folder).text, allocate_kv(driving.load(folder), 3, 16, num_seats=5)
+    assert text.delta_net is not None
+    assert (len(kv.keys), len(kv.states), kv.num_seats) == (1, 3, 5)
+    kept = [x.nbytes for pair in kv.states for x in pair]
+    assert sum(kept) == 5 * text.delta_net.state_bytes
+    assert kv.num_bytes == sum(kept) + 3 * 16 * kv_token_bytes(text, torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"attn_output_gate": False}, "attn_output_gate is false"),
+        ({"attention_bias": True}, "attention_bias is true"),
+        ({"layer_types": [LINEAR] * 4}, "layer_types names linear_attention alone"),
+        ({"layer_types": [LINEAR, FULL]}, "must name each of 4 layers linear_attention or full_attention"),
+        ({"layer_types": [LINEAR, FULL, "sliding", FULL]}, "must name each of 4 layers"),
+        ({"full_attention_interval": 9}, "layer_types names linear_attention alone"),
+        ({"linear_num_value_heads": 3}, "linear_num_value_heads is 3, no multiple of linear_num_key_heads 2"),
+        ({"linear_key_head_dim": None}, "linear_key_head_dim is missing"),
+        ({"linear_conv_kernel_dim": 1}, "linear_conv_kernel_dim is 1; it must be a whole number of at least 2"),
+        (
+            {"rope_parameters": {"rope_theta": 1e7, "mrope_section": [4, 2, 2], "partial_rotary_factor": 0.5}},
+            "partial_rotary_factor is 0.5; this architecture is supported with 0.25",
+        ),
+        (
+            {"rope_parameters": {"rope_theta": 1e7, "mrope_section": [16, 8, 8]}},
+            r"mrope_section is \[16, 8, 8\]; three numbers must add up to 8",
+        ),
+    ],
+    ids=str,
+)
+def test_what_it_cannot_do_is_told_by_name(changed: Path, values: dict[str, Any], message: str) -> None:
+    change_text(changed, **values)
+    with pytest.raises(CheckpointError, match=message):
+        read_config(changed)
+
+
+def test_deepstack_is_told_by_name(changed: Path) -> None:
+    config = json.loads((changed / "config.json").read_text())
+    config["vision_config"]["deepstack_visual_indexes"] = [1]
+    (changed / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match=r"deepstack_visual_indexes is \[1\]; .* is supported without"):
+        read_config(changed)
+
+
+def test_a_mixture_of_experts_is_told_by_name(changed: Path) -> None:
+    config = json.loads((changed / "config.json").read_text())
+    config["architectures"] = ["Qwen3_5MoeForConditionalGeneration"]
+    (changed / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match="Qwen3_5MoeForConditionalGeneration is not supported; supported: "):
+        read_config(changed)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"parallel_size": 2}, "--parallel-size is 2; Qwen3_5ForConditionalGeneration runs on one device only"),
+        (
+            {"speculative_config": {"method": "ngram", "num_speculative_tokens": 4}},
+            "--speculative-config is set, but Qwen3_5ForConditionalGeneration has states",
+        ),
+    ],
+    ids=["ranks", "guesses"],
+)
+def test_settings_that_it_cannot_have_are_refused(folder: Path, options: dict[str, Any], message: str) -> None:
+    config = EngineConfig(model=str(folder), device="cpu", **options)
+    for refuse in (lambda: check_settings(read_config(folder), config), lambda: load_model(config)):
+        with pytest.raises(ConfigError, match=message):
+            refuse()
+
+
+def test_cards_are_refused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loading, "device_of", lambda *_: torch.device("cuda"))
+    with pytest.raises(ConfigError, match="is served on processors only; start with --device cpu"):
+        load_model(EngineConfig(model=str(folder)))
