@@ -142,7 +142,7 @@ def of_models(models: list[str]) -> Iterator[Work]:
 
 def of_checks() -> Iterator[Work]:
     """What `gpu_check.py` asks for beside that, on tensors without memory."""
-    from card_checks import kernels, models, products, tiles
+    from card_checks import families, kernels, products, tiles
     from card_checks.results import Setting
 
     setting = Setting(torch.device("meta"), tiny=False)
@@ -151,9 +151,9 @@ def of_checks() -> Iterator[Work]:
             yield Work("check", f"{case.name} {dtype}", case.run)
     for name, way in (*products.every_way(setting), *tiles.every_tile(setting)):
         yield Work("check", name, way)
-    for arch in models.RECIPES:
+    for arch in families.RECIPES:
         for dtype in (torch.float32, torch.bfloat16):
-            yield Work("check", f"tiny {arch} {dtype}", partial(models.call_everything, setting, arch, dtype))
+            yield Work("check", f"tiny {arch} {dtype}", partial(families.call_everything, setting, arch, dtype))
 
 
 def _read(model: str, variant: str, kernel: str, compiled: Any) -> Compiled:

@@ -8,9 +8,10 @@ from functools import partial
 
 import torch
 
-from card_checks.models import checked_backend, make_model, published_config, weight_bytes
+from card_checks.models import checked_backend, make_model, published_config
 from card_checks.results import Check, Setting
 from card_checks.rows import Row
+from card_checks.sizes import weight_bytes
 from dashinfer_vlm.models.config import CheckpointConfig
 
 

@@ -13,17 +13,15 @@ import torch
 
 from card_checks.models import (
     checked_backend,
-    layer_numbers,
     make_engine,
     make_model,
     published_config,
     request,
     tokens_of,
-    vit_flops,
-    weight_bytes,
 )
 from card_checks.results import Check, Setting
 from card_checks.rows import Row
+from card_checks.sizes import layer_numbers, vit_flops, weight_bytes
 from dashinfer_vlm.config import ScheduleName
 from dashinfer_vlm.engine.engine import Engine
 from dashinfer_vlm.engine.stats import EngineStats

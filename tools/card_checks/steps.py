@@ -13,14 +13,13 @@ from card_checks.models import (
     WAYS,
     checked_backend,
     engine_for,
-    kv_bytes,
     make_model,
     published_config,
     request,
-    weight_bytes,
 )
 from card_checks.results import Check, Setting
 from card_checks.rows import Row
+from card_checks.sizes import kv_bytes, weight_bytes
 from dashinfer_vlm.models.model import LoadedModel
 
 

@@ -11,7 +11,8 @@ from unittest import mock
 
 import torch
 
-from card_checks.kernels import BFLOAT16_ERROR, Case, Heads, attention_of_pictures, attention_over_a_cache, decode_alone
+from card_checks.attention import Heads, attention_of_pictures, attention_over_a_cache, decode_alone
+from card_checks.cases import BFLOAT16_ERROR, Case
 from card_checks.results import Check, Setting, error
 from card_checks.rows import Row
 

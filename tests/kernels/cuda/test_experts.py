@@ -50,19 +50,20 @@ def wanted(x: Tensor, gate_up: Tensor, down: Tensor, chosen: Tensor, shares: Ten
 
 @pytest.mark.usefixtures("_every_card")
 @pytest.mark.parametrize(
-    ("num_rows", "num_experts", "count", "size", "inner"),
+    ("num_rows", "num_experts", "count", "size", "inner", "rows"),
     [
-        (3, 5, 2, 72, 40),
-        (3, 8, 1, 136, 72),
-        (3, 3, 3, 64, 20),  # rows of `down` that descriptors cannot copy in 16 bits
-        (40, 8, 1, 72, 136),
-        (40, 5, 3, 136, 40),
-        (130, 5, 3, 40, 72),
+        (3, 5, 2, 72, 40, 16),
+        (3, 8, 1, 136, 72, 64),
+        (3, 3, 3, 64, 18, 16),  # rows of `down` that descriptors cannot copy
+        (40, 8, 1, 72, 136, 16),
+        (40, 5, 3, 136, 40, 64),
+        (130, 5, 3, 40, 72, 128),
     ],
 )
 def test_rows_get_what_their_experts_make_of_them(
-    num_rows: int, num_experts: int, count: int, size: int, inner: int
+    num_rows: int, num_experts: int, count: int, size: int, inner: int, rows: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(experts, "rows_for", lambda *_, **__: rows)
     tensors = given(num_rows, num_experts, count, size, inner)
     assert error(multiply(*tensors), wanted(*tensors)) < 1e-5
 
@@ -77,9 +78,9 @@ def test_rows_by_themselves_are_two_launches(
 
 
 @pytest.mark.parametrize("dtype", TYPES)
-@pytest.mark.parametrize(("num_rows", "num_experts"), [(1, 5), (18, 8), (60, 2)])
+@pytest.mark.parametrize(("num_rows", "num_experts"), [(1, 5), (18, 8), (60, 4), (70, 2)])
 def test_every_type_is_summed_in_float32(num_rows: int, num_experts: int, dtype: torch.dtype) -> None:
-    """By each kernel and in tiles of 16, 64 and, with 16 bits, 128 rows."""
+    """By each kernel, with 16 bits in tiles of 16, 64 and 128 rows."""
     tensors = given(num_rows, num_experts, 2, 136, 72, dtype)
     got = multiply(*tensors)
     assert got.dtype == dtype
@@ -135,8 +136,9 @@ def test_every_pair_is_in_one_tile_of_its_expert(num_pairs: int, num_experts: in
 
 
 def test_tiles_have_as_many_rows_as_experts_have() -> None:
-    assert [rows_for(mean, can_be_many=True) for mean in (0.1, 8, 9, 64, 65)] == [16, 16, 64, 64, 128]
-    assert rows_for(500, can_be_many=False) == 64
+    assert [rows_for(mean, 2, is_roomy=True) for mean in (0.1, 8, 9, 64, 65)] == [16, 16, 64, 64, 128]
+    assert rows_for(500, 2, is_roomy=False) == 64
+    assert rows_for(500, 4, is_roomy=True) == 16
 
 
 @pytest.mark.parametrize("dtype", TYPES)

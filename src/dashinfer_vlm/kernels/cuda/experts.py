@@ -266,7 +266,7 @@ def _add_sorted(
     out: Tensor, x: Tensor, gate_up: Tensor, down: Tensor, chosen: Tensor, shares: Tensor, residual: Tensor
 ) -> None:
     (num_rows, size), count, inner = x.shape, chosen.shape[1], down.shape[2]
-    rows = rows_for(chosen.numel() / len(down), can_be_many=x.itemsize == 2 and is_roomy(x))
+    rows = rows_for(chosen.numel() / len(down), x.itemsize, is_roomy=is_roomy(x))
     tiles = _sorted(chosen, len(down), rows)
     h, parts = (torch.empty(chosen.numel(), n, dtype=x.dtype, device=x.device) for n in (inner, size))
     _multiply_tiles(h, x, gate_up, *tiles, rows, count, is_gated=True)
@@ -278,11 +278,12 @@ def _add_sorted(
     )  # fmt: skip
 
 
-def rows_for(mean: float, *, can_be_many: bool) -> int:
-    """Pairs of a tile, by the mean of an expert's; up to some 200 of them reading its weight is what counts."""
-    if mean > 64 and can_be_many:
-        return 128
-    return 64 if mean > 8 else 16
+def rows_for(mean: float, itemsize: int, *, is_roomy: bool) -> int:
+    """Pairs of a tile, by the mean of an expert's; up to some 200 of them reading its weight is what counts. Sums of
+    more in float32 have no room in registers."""
+    if mean <= 8 or itemsize > 2:
+        return 16
+    return 128 if mean > 64 and is_roomy else 64
 
 
 def tile_for(rows: int, itemsize: int, *, is_roomy: bool, is_gated: bool) -> Tile:

@@ -1,0 +1,108 @@
+"""Tiny models of each family, whose tokens and embeddings are those of the CPU."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from functools import partial
+
+import torch
+
+from card_checks.models import (
+    BLOCK_SIZE,
+    USUAL,
+    WAYS,
+    RandomWeights,
+    checked_backend,
+    engine_for,
+    make_engine,
+    make_model,
+    picture,
+    published_config,
+    request,
+    text_batch,
+    tokens_of,
+)
+from card_checks.results import Check, Setting, error
+from card_checks.rows import Row
+from dashinfer_vlm.layers.backend import choose_backend
+from dashinfer_vlm.models.config import CheckpointConfig
+from dashinfer_vlm.models.loading import allocate_kv
+from dashinfer_vlm.models.model import LoadedModel
+from dashinfer_vlm.request import Grid
+from make_checkpoint import RECIPES
+
+
+def families(setting: Setting) -> Iterator[Check]:
+    """Greedy tokens of a tiny model of each family in float32: the device's are the CPU's; logits in bfloat16
+    nearly."""
+    for arch in RECIPES:
+        yield f"logits of a tiny {arch} in bfloat16", partial(_rounding, setting, arch)
+        if RECIPES[arch][2]:
+            yield f"embeddings by the ViT of {arch} in bfloat16", partial(_seeing, setting, arch)
+        for way in [USUAL] if setting.tiny else WAYS:
+            yield f"tokens of a tiny {arch}, {way}", partial(_tokens, setting, arch, way)
+
+
+def _tokens(setting: Setting, arch: str, way: str) -> Row:
+    """In a rehearsal as a processor does its steps."""
+    config = published_config(arch, "tiny")
+    grids: list[Grid] = [(1, 4, 6), (1, 8, 4)] if RECIPES[arch][2] else []
+    count, fewest, answer = (2, 1, 2) if setting.tiny else (4, 20, 12)
+    requests = [request(config, str(i), grids[: i % 3], fewest + 9 * i, answer, i) for i in range(1, 1 + count)]
+    theirs = tokens_of(make_engine(_tiny(config, torch.device("cpu")), 4096, 512), requests)
+    model = make_model(config, checked_backend(setting, torch.float32), small=True)
+    is_usual = way == USUAL
+    engine = make_engine(model, 4096, 512) if is_usual else engine_for(model, way, 4096, max_model_len=512)
+    ours, total = tokens_of(engine, requests), sum(map(len, theirs.values()))
+    apart = sum(a != b for name in ours for a, b in zip(ours[name], theirs[name], strict=True))
+    return Row(error=apart / total, allowed=0, note=f"{total} tokens")
+
+
+def _seeing(setting: Setting, arch: str) -> Row:
+    """Embeddings by a ViT of published size, in bfloat16 beside those in float32; pictures that fill no tiles."""
+    config = published_config(arch, "tiny" if setting.tiny else "2b")
+    grids: list[Grid] = [(1, 4, 6), (1, 8, 4)] if setting.tiny else [(1, 38, 54), (1, 26, 20), (1, 74, 74)]
+    assert config.vision is not None
+    patches = [picture(config, grid, 0, i).patches for i, grid in enumerate(grids)]
+    found = []
+    for dtype in (torch.float32, torch.bfloat16):
+        weights = RandomWeights(config, setting.device, same_everywhere=setting.tiny)
+        encoder = config.family.encoder(config.vision, weights, checked_backend(setting, dtype))
+        state = encoder.begin([torch.from_numpy(x).to(setting.device) for x in patches if x is not None], grids)
+        while not state.done:
+            encoder.run(state, 1 << 20)
+        found.append(torch.cat(encoder.finish(state)))
+        del encoder, state
+    return Row(error=error(found[1], found[0]), allowed=0.05)
+
+
+def _tiny(config: CheckpointConfig, device: torch.device) -> LoadedModel:
+    return make_model(config, choose_backend(device, torch.float32), small=True)
+
+
+def _rounding(setting: Setting, arch: str) -> Row:
+    """Logits of a text in bfloat16 beside those in float32; torch's own kernels lose about a hundredth here."""
+    config, num_tokens, logits = published_config(arch, "tiny"), 17 if setting.tiny else 40, []
+    for dtype in (torch.float32, torch.bfloat16):
+        model = make_model(config, checked_backend(setting, dtype), small=True)
+        kv = allocate_kv(model, 8, BLOCK_SIZE)
+        logits.append(model.forward(text_batch(setting.device, [num_tokens], [num_tokens]), kv))
+    return Row(error=error(logits[1], logits[0]), allowed=0.05)
+
+
+def call_everything(setting: Setting, arch: str, dtype: torch.dtype) -> None:
+    """What a tiny model of a family does with words and pictures, in either kind of cache."""
+    config = published_config(arch, "tiny")
+    model = make_model(config, checked_backend(setting, dtype), small=False)
+    for cache in (None, torch.int8):
+        kv = allocate_kv(model, 8, BLOCK_SIZE, cache)
+        for rows in ([40, 1], [1, 1]):
+            model.forward(text_batch(setting.device, rows, [40, 30]), kv)
+    if model.encoder is not None and config.vision is not None:
+        grids: list[Grid] = [(1, 4, 6), (2, 8, 4)]
+        shapes = [(math.prod(grid), config.vision.patch_dim) for grid in grids]
+        state = model.encoder.begin([torch.empty(x, dtype=torch.uint8, device=setting.device) for x in shapes], grids)
+        while not state.done:
+            model.encoder.run(state, 1)
+        model.encoder.finish(state)
