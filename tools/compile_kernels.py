@@ -28,9 +28,10 @@ from typing import Any
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia.compiler import sm_arch_from_capability
 
 from dashinfer_vlm.kernels.cuda import launch as launching
-from sass import raw_descriptors
+from sass import listings, machine_code, raw_descriptors
 
 TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 
@@ -109,7 +110,17 @@ class Work:
     call: Callable[[], object]
 
 
-def compile_all(work: Iterable[Work], recorder: Recorder, *, goes_on: bool = False) -> Iterator[Compiled | Failed]:
+@dataclass(frozen=True, slots=True)
+class Kernel:
+    """What triton made of a kernel that a piece of work asked for."""
+
+    model: str
+    variant: str
+    name: str
+    compiled: Any
+
+
+def compile_all(work: Iterable[Work], recorder: Recorder, *, goes_on: bool = False) -> Iterator[Kernel | Failed]:
     """What each piece of work asks for. With `goes_on` a piece that fails is told, and the next one begins."""
     for piece in work:
         try:
@@ -119,7 +130,7 @@ def compile_all(work: Iterable[Work], recorder: Recorder, *, goes_on: bool = Fal
                 raise
             yield Failed(piece.model, piece.variant, f"{type(error).__name__}: {str(error)[:300]}")
         for kernel, compiled in recorder.take():
-            yield _read(piece.model, piece.variant, kernel, compiled)
+            yield Kernel(piece.model, piece.variant, kernel, compiled)
 
 
 def record(capability: int) -> Recorder:
@@ -156,22 +167,30 @@ def of_checks() -> Iterator[Work]:
             yield Work("check", f"tiny {arch} {dtype}", partial(families.call_everything, setting, arch, dtype))
 
 
-def _read(model: str, variant: str, kernel: str, compiled: Any) -> Compiled:
+def read_all(kernels: list[Kernel], capability: int) -> Iterator[Compiled]:
+    codes = [machine_code(kernel.compiled.asm["cubin"]) for kernel in kernels]
+    architecture = sm_arch_from_capability(capability).replace("sm_", "SM")
+    for kernel, code in zip(kernels, listings(codes, architecture, TOOLS / "nvdisasm"), strict=True):
+        yield _read(kernel, code)
+
+
+def _read(kernel: Kernel, code: str) -> Compiled:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(compiled.asm["cubin"])
+        file.write(kernel.compiled.asm["cubin"])
         file.flush()
-        usage, code = (_dump(flag, file.name) for flag in ("--dump-resource-usage", "--dump-sass"))
+        command = [TOOLS / "cuobjdump", "--dump-resource-usage", file.name]
+        usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", usage).groups()
     return Compiled(
-        model,
-        variant,
-        kernel,
+        kernel.model,
+        kernel.variant,
+        kernel.name,
         int(registers),
         int(stack),
         len(re.findall(r"\bSTL\b", code)),
         _spills_in_loops(code),
-        compiled.metadata.shared,
-        compiled.metadata.num_warps,
+        kernel.compiled.metadata.shared,
+        kernel.compiled.metadata.num_warps,
         len(re.findall(r"\bHGMMA\b", code)),
         len(re.findall(r"\bHMMA\b", code)),
         len(re.findall(r"\bQGMMA\b", code)),
@@ -196,7 +215,7 @@ def _exponentials_beside_products(code: str) -> int:
 def _spills_in_loops(code: str) -> int:
     """Writes and reads of spilt registers from which a way leads back to them. Where a branch goes back to is not
     enough: waits for tiles stand behind the end, and go back to the middle."""
-    places = [(int(at, 16), text) for at, text in re.findall(r"/\*([0-9a-f]{4,5})\*/\s+(.*?);", code)]
+    places = [(int(at, 16), text) for at, text in re.findall(r"/\*([0-9a-f]{4,})\*/\s+(.*?);", code)]
     ways: dict[int, list[int]] = {}
     for (at, text), (following, _) in pairwise([*places, (-1, "")]):
         target = re.search(r"\bBRA\b.*?0x([0-9a-f]+)", text)
@@ -219,10 +238,6 @@ def _leads_back(start: int, ways: dict[int, list[int]]) -> bool:
     return False
 
 
-def _dump(flag: str, file: str) -> str:
-    return subprocess.run([TOOLS / "cuobjdump", flag, file], capture_output=True, text=True, check=True).stdout
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--target", type=int, default=90, help="compute capability times ten")
@@ -238,8 +253,14 @@ def main() -> None:
     work = of_checks() if options.checks else of_models(options.model)
     without = "fp8" if options.target < 89 else None  # such cards multiply no 8-bit floats
     chosen = (x for x in work if re.search(options.only, x.variant) and not (without and without in x.variant))
+    kernels = []
     for found in compile_all(islice(chosen, part, options.first, num_parts), recorder, goes_on=options.goes_on):
-        print(json.dumps(asdict(found)), flush=True)
+        if isinstance(found, Kernel):
+            kernels.append(found)
+        else:
+            print(json.dumps(asdict(found)), flush=True)
+    for compiled in read_all(kernels, options.target):
+        print(json.dumps(asdict(compiled)), flush=True)
 
 
 if __name__ == "__main__":

@@ -3,10 +3,19 @@
 from __future__ import annotations
 
 import re
+import struct
+import subprocess
+import tempfile
 from collections import defaultdict
+from itertools import accumulate, pairwise
+from pathlib import Path
 
-__all__ = ["raw_descriptors"]
+__all__ = ["listings", "machine_code", "raw_descriptors"]
 
+_SECTION = struct.Struct("<IIQQQQIIQQ")
+"""Of an ELF file of 64 bits: name, type, flags, address, place in the file, size, and four more."""
+_INSTRUCTION_BYTES = 16
+_LISTED = re.compile(r"\s+/\*[0-9a-f]{4,}\*/")
 _INSTRUCTION = re.compile(r"^\s+/\*([0-9a-f]{4,})\*/\s+(?:@!?\w+\s+)?([A-Z0-9_.]+)\s*(.*?)\s*;", re.MULTILINE)
 _NUMBER = re.compile(r"-?(?:0x[0-9a-f]+|\d+)")
 _REGISTER = re.compile(r"UR(\d+)")
@@ -19,13 +28,41 @@ _Held = defaultdict[str, frozenset[str]]
 """What may be in uniform registers."""
 
 
+def machine_code(cubin: bytes) -> bytes:
+    """The instructions of an ELF file."""
+    (first,) = struct.unpack_from("<Q", cubin, 0x28)
+    count, of_names = struct.unpack_from("<HH", cubin, 0x3C)
+    sections = [_SECTION.unpack_from(cubin, first + i * _SECTION.size) for i in range(count)]
+    names = sections[of_names][4]
+    code = [cubin[start : start + size] for name, _, _, _, start, size, *_ in sections
+            if cubin.startswith(b".text.", names + name)]  # fmt: skip
+    return b"".join(code)
+
+
+def listings(codes: list[bytes], architecture: str, nvdisasm: Path) -> list[str]:
+    """The instructions of each of `codes`, a line each. They come out of one run, since nvdisasm takes a third of a
+    second to begin; so their addresses run on from one to the next."""
+    if not codes:
+        return []
+    with tempfile.NamedTemporaryFile() as file:
+        file.write(b"".join(codes))
+        file.flush()
+        command = [str(nvdisasm), "--binary", architecture, "--no-vliw", file.name]
+        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    lines = [line for line in text.splitlines() if _LISTED.match(line)]
+    ends = accumulate((len(code) // _INSTRUCTION_BYTES for code in codes), initial=0)
+    found = ["\n".join(lines[start:end]) for start, end in pairwise(ends)]
+    assert len(lines) * _INSTRUCTION_BYTES == sum(map(len, codes)), "a line for each instruction"
+    return found
+
+
 def raw_descriptors(code: str) -> list[str]:
     """Products of warp groups whose descriptor holds the address of shared memory as it is, or comes of a register that
     nothing has written; where one is, the kernel multiplies what lies elsewhere, or faults.
 
     A descriptor holds an address without its last four bits. ptxas 12.8, which triton 3.6 and 3.7 bring along, forgets
     to cut them off for some products behind an `if`, and forgets the address where descriptors of two layouts share it
-    (docs/log.md). `code` is what cuobjdump prints; uniform registers are followed in the order of the listing and along
+    (docs/log.md). `code` is a listing; uniform registers are followed in the order of the listing and along
     jumps forward.
     """
     held: _Held = defaultdict(lambda: frozenset({_UNWRITTEN}))

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import struct
+from pathlib import Path
+
 import pytest
 
-from sass import raw_descriptors
+from sass import listings, machine_code, raw_descriptors
 
 BASE = """
         /*0100*/                   S2UR UR4, SR_CgaCtaId ;
@@ -57,3 +60,39 @@ def test_the_first_pair_of_a_factor_in_registers_is_nobodys() -> None:
 def test_a_jump_past_the_address_brings_none_along(target: str, wrong: int) -> None:
     jump = f"        /*0130*/               @P2 BRA {target} ;\n"
     assert len(raw_descriptors(BASE + jump + RIGHT)) == wrong
+
+
+def elf(**sections: bytes) -> bytes:
+    """As much of a file as is looked at: `_` in a section's name stands for a dot, and `name` holds the names."""
+    names = b"\0" + b"".join(name.replace("_", ".").encode() + b"\0" for name in (*sections, "name"))
+    parts = [*sections.values(), names]
+    starts = [64 + sum(map(len, parts[:i])) for i in range(len(parts))]
+    table = b""
+    for name, start, part in zip((*sections, "name"), starts, parts, strict=True):
+        at = names.index(b"\0" + name.replace("_", ".").encode() + b"\0") + 1
+        table += struct.pack("<IIQQQQIIQQ", at, 1, 0, 0, start, len(part), 0, 0, 0, 0)
+    head = bytearray(64)
+    struct.pack_into("<Q", head, 0x28, 64 + sum(map(len, parts)))
+    struct.pack_into("<HH", head, 0x3C, len(parts), len(sections))
+    return bytes(head) + b"".join(parts) + table
+
+
+def test_instructions_are_those_of_all_functions() -> None:
+    assert machine_code(elf(_nv_info=b"12", _text_first=b"abc", _text_second=b"de", _text=b"none")) == b"abcde"
+
+
+LOAD = struct.pack("<QQ", 0x00000A00FF017B82, 0x000E220000000800)
+EXIT = struct.pack("<QQ", 0x000000000000794D, 0x000FEA0003800000)
+
+
+def test_kernels_that_are_listed_together_are_told_apart() -> None:
+    triton = pytest.importorskip("triton")
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/nvdisasm"
+    first, second, third = listings([LOAD + EXIT, EXIT, LOAD], "SM90a", tool)
+    assert "LDC R1" in first.splitlines()[0]
+    assert "EXIT" in first.splitlines()[1]
+    assert "/*0020*/" in second
+    assert "EXIT" in second
+    assert "LDC R1" in third
+    assert "EXIT" not in third
+    assert listings([], "SM90a", tool) == []
