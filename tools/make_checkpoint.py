@@ -3,8 +3,8 @@
 
     make_checkpoint.py OUT --arch qwen2_vl --size tiny [--seed 0] [--dtype bfloat16]
 
-`2b`, `7b` and `8b` (Qwen3-VL) have the published shapes, so that speed and memory are the real ones; the text that
-comes out is noise.
+`2b`, `7b`, `8b` (Qwen3-VL) and `30b` (its mixture of experts) have the published shapes, so that speed and memory are
+the real ones; the text that comes out is noise.
 `tiny` and `small` are for tests, parity with `transformers` among them; their norms and biases are random too, since an
 error in a norm of ones or a bias of zeros would not show, and their vocabulary is small, since every logit of every
 test costs time. A new family is one more row of RECIPES.
@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from safetensors.torch import save_file
 
 SPECIAL = """<|endoftext|> <|im_start|> <|im_end|> <|object_ref_start|> <|object_ref_end|> <|box_start|> <|box_end|>
 <|quad_start|> <|quad_end|> <|vision_start|> <|vision_end|> <|vision_pad|> <|image_pad|> <|video_pad|>""".split()
-FIRST_SPECIAL = {"tiny": 4000, "small": 4000, "2b": 151643, "7b": 151643, "8b": 151643}
+FIRST_SPECIAL = {"tiny": 4000, "small": 4000, "2b": 151643, "7b": 151643, "8b": 151643, "30b": 151643}
 """Id of <|endoftext|>, in the published vocabulary at the large sizes; the other special tokens follow it in order."""
 WORDS = """the of and to in is you that it he was for on are as with his they at be this have from or one had by word
 but not what all were we when your can said there use an each which she do how their if will up
@@ -83,6 +83,15 @@ TEXT: dict[str, dict[str, Any]] = {
         "tie_word_embeddings": False,
         "vocab_size": 151936,
     },
+    "30b": {
+        "hidden_size": 2048,
+        "intermediate_size": 6144,
+        "num_hidden_layers": 48,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 4,
+        "tie_word_embeddings": False,
+        "vocab_size": 151936,
+    },
     "7b": {
         "hidden_size": 3584,
         "intermediate_size": 18944,
@@ -104,7 +113,14 @@ QWEN3_5_2B = {
 }
 """Where the published Qwen3.5-2B differs from that."""
 MROPE_SECTION = {"tiny": [4, 6, 6], "small": [8, 12, 12], "2b": [16, 24, 24], "7b": [16, 24, 24]}
-VISION = {"tiny": (3, 64, 4), "small": (5, 160, 4), "2b": (32, 1280, 16), "7b": (32, 1280, 16), "8b": (27, 1152, 16)}
+VISION = {
+    "tiny": (3, 64, 4),
+    "small": (5, 160, 4),
+    "2b": (32, 1280, 16),
+    "7b": (32, 1280, 16),
+    "8b": (27, 1152, 16),
+    "30b": (27, 1152, 16),
+}
 """Depth, width and heads of the vision encoder."""
 
 
@@ -251,6 +267,18 @@ def qwen3(size: str) -> dict[str, Any]:
     return text_config(size) | {"head_dim": min(head_dim, 128), "attention_bias": False}
 
 
+def qwen3_moe(size: str) -> dict[str, Any]:
+    """The first layer of the small sizes has an MLP, and twice the channels of an expert are not the hidden size."""
+    return qwen3(size) | mixture(size) | {"norm_topk_prob": True, "mlp_only_layers": [0]}
+
+
+def mixture(size: str) -> dict[str, Any]:
+    """What is written about experts."""
+    if size == "30b":
+        return {"num_experts": 128, "num_experts_per_tok": 8, "moe_intermediate_size": 768, "decoder_sparse_step": 1}
+    return {"num_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 96, "decoder_sparse_step": 1}
+
+
 def qwen3_vl(size: str) -> dict[str, Any]:
     """Text values in `text_config`, as published. The small sizes have a table of 8 x 8 positions, which fits
     no grid."""
@@ -277,7 +305,7 @@ def qwen3_vl(size: str) -> dict[str, Any]:
         "patch_size": 16,
         "spatial_merge_size": 2,
         "temporal_patch_size": 2,
-        "num_position_embeddings": 2304 if size in ("2b", "8b") else 64,
+        "num_position_embeddings": 2304 if size in ("2b", "8b", "30b") else 64,
         "deepstack_visual_indexes": {24: [5, 11, 17], 27: [8, 16, 24]}.get(depth, [0, 1, 2]),
         "hidden_act": "gelu_pytorch_tanh",
     }
@@ -287,6 +315,12 @@ def qwen3_vl(size: str) -> dict[str, Any]:
         "tie_word_embeddings": text["tie_word_embeddings"],
         **placeholders(size),
     }
+
+
+def qwen3_vl_moe(size: str) -> dict[str, Any]:
+    config = qwen3_vl(size)
+    text = config["text_config"] | mixture(size) | {"model_type": "qwen3_vl_moe_text"}
+    return config | {"text_config": text, "vision_config": config["vision_config"] | {"model_type": "qwen3_vl_moe"}}
 
 
 def qwen3_5(size: str) -> dict[str, Any]:
@@ -321,7 +355,9 @@ RECIPES: dict[str, tuple[str, Callable[[str], dict[str, Any]], str | None]] = {
     "qwen3_vl": ("Qwen3VLForConditionalGeneration", qwen3_vl, "Qwen3VLProcessor"),
     "qwen3_5": ("Qwen3_5ForConditionalGeneration", qwen3_5, "Qwen3VLProcessor"),
     "qwen2": ("Qwen2ForCausalLM", text_config, None),
+    "qwen3_vl_moe": ("Qwen3VLMoeForConditionalGeneration", qwen3_vl_moe, "Qwen3VLProcessor"),
     "qwen3": ("Qwen3ForCausalLM", qwen3, None),
+    "qwen3_moe": ("Qwen3MoeForCausalLM", qwen3_moe, None),
 }
 """Architecture, `config.json` by size, processor; None for a text model."""
 
@@ -384,9 +420,24 @@ def write_weights(out: Path, *, sees: bool, seed: int, dtype: str, randomise: bo
             weight += 0.1 * torch.randn_like(weight)
         if name.endswith(".A_log"):
             weight -= 4  # as they are, most states would forget their past within a token or two
+    tensors = dict(pair for name, weight in tensors.items() for pair in published_experts(name, weight, sees=sees))
     save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
     num_parameters = sum(weight.numel() for weight in tensors.values())
     print(f"{out}: {num_parameters / 1e9:.3f} B parameters, {len(tensors)} tensors")
+
+
+def published_experts(name: str, weight: torch.Tensor, *, sees: bool) -> Iterator[tuple[str, torch.Tensor]]:
+    """Experts lie in one tensor in `transformers`. Qwen3-VL's are published so, but transposed, Qwen3's one by one."""
+    prefix, found, kind = name.partition(".experts.")
+    if not found:
+        yield name, weight
+    elif sees:
+        yield name, weight.transpose(1, 2).contiguous()
+    else:
+        for i, matrix in enumerate(weight):
+            parts = {"gate_proj": 0, "up_proj": 1} if kind == "gate_up_proj" else {kind: 0}
+            for part, half in parts.items():
+                yield f"{prefix}.experts.{i}.{part}.weight", matrix.chunk(len(parts))[half].contiguous()
 
 
 def first_name(name: str) -> str:

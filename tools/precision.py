@@ -26,7 +26,8 @@ from dashinfer_vlm.bench.spans import replaced
 from dashinfer_vlm.config import EngineConfig, KVCacheDTypeName, QuantTypeName, VisionQuantTypeName
 from dashinfer_vlm.hub import DEMO_MODEL
 from dashinfer_vlm.layers import fp8
-from dashinfer_vlm.layers.backend import Backend, choose_backend, float_linears
+from dashinfer_vlm.layers.backend import Backend, choose_backend
+from dashinfer_vlm.layers.card_backend import float_linears
 from dashinfer_vlm.models import loading
 from dashinfer_vlm.models.loading import load_model
 from demo_model.cases import Case, held_out_cases

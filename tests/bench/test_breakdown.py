@@ -106,6 +106,21 @@ def test_a_patch_costs_its_encoder_and_a_quarter_of_the_merger(checkpoint: Check
     assert whole.patch_flops < 2 * 8 * TEXT_WEIGHTS
 
 
+def test_a_step_reads_the_experts_that_its_rows_choose(checkpoint: CheckpointMaker) -> None:
+    facts = {"device": "cpu", "dtype": "float32", "quant_type": "none", "vision_quant_type": "none"}
+    dense = read_work({**facts, "model": str(checkpoint("qwen3"))})
+    mixed = read_work({**facts, "model": str(checkpoint("qwen3_moe"))})
+    assert dense is not None
+    assert mixed is not None
+
+    expert = 3 * 96 * 128  # of the last layer, which has eight of which a token chooses three
+    assert mixed.expert_bytes == 4 * 8 * expert
+    assert mixed.token_flops - dense.token_flops == 2 * (3 * expert - 3 * 256 * 128 + 8 * 128)
+    assert mixed.step_bytes - mixed.bytes_read(1) == pytest.approx(4 * 5 * expert)
+    assert mixed.step_bytes - mixed.bytes_read(2) == pytest.approx(4 * 8 * (5 / 8) ** 2 * expert)
+    assert dense.bytes_read(1) == dense.bytes_read(9) == dense.step_bytes
+
+
 def test_the_floor_is_products_and_weights_at_full_speed_with_all_clients_in_a_step() -> None:
     asked = Amounts(num_items=2, num_patches=20, num_prompts=2, num_prompt_tokens=20, num_decoded=40)
 

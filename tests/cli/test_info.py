@@ -67,6 +67,15 @@ def test_states_are_told_and_counted(checkpoint: CheckpointMaker, capsys: pytest
     assert "states 23.6 KiB a request" in printed
 
 
+def test_what_a_token_takes_of_a_mixture_is_told(
+    checkpoint: CheckpointMaker, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert execute(info, [str(checkpoint("qwen3_moe"))]) == 0
+    told = " ".join(capsys.readouterr().out.split())
+    assert "parameters 1.1 million: text 1.1 million" in told
+    assert "experts 8, of which a token takes 3: 0.9 million parameters" in told
+
+
 def test_an_unknown_family_is_refused(
     checkpoint: CheckpointMaker, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -14,7 +14,8 @@ import torch
 from dashinfer_vlm.config import EngineConfig
 from dashinfer_vlm.engine import engine as engine_module
 from dashinfer_vlm.engine.devices import make_runner
-from dashinfer_vlm.layers.backend import Backend, choose_backend, on_card
+from dashinfer_vlm.layers.backend import Backend, choose_backend
+from dashinfer_vlm.layers.card_backend import on_card
 from dashinfer_vlm.layers.ops import REFERENCE
 from dashinfer_vlm.models import loading
 from tests.conftest import CheckpointMaker

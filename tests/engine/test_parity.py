@@ -22,7 +22,7 @@ from tests.conftest import CheckpointMaker
 from tests.tokens import IMAGE, VISION_END, VISION_START
 
 NUM_STEPS = 64
-FAMILIES = ["qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_5"]
+FAMILIES = ["qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "qwen3_5"]
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,8 @@ from dashinfer_vlm.kernels import cpu_ops, cuda
 from dashinfer_vlm.layers import backend as backends
 from dashinfer_vlm.layers import fp8, onednn
 from dashinfer_vlm.layers.activation import EPILOGUES, Epilogue
-from dashinfer_vlm.layers.backend import TensorLinear, choose_backend, float_linears
+from dashinfer_vlm.layers.backend import TensorLinear, choose_backend
+from dashinfer_vlm.layers.card_backend import float_linears
 from dashinfer_vlm.layers.linear import ExpandingLinear, Linear, Matrix, NativeLinear, OneDnnLinear, TorchLinear
 
 CPU = torch.device("cpu")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from dashinfer_vlm.layers import backend
+from dashinfer_vlm.layers import backend, card_backend
 from dashinfer_vlm.layers.upload import Upload
 
 CPU = torch.device("cpu")
@@ -36,6 +36,6 @@ def test_weights_for_a_card_take_this_way(monkeypatch: pytest.MonkeyPatch) -> No
     pytest.importorskip("triton.knobs", reason="no triton that can be used")
     sent = []
     monkeypatch.setattr(backend, "upload_to", lambda device: lambda tensor, dtype: sent.append((device, dtype)))
-    card = backend.on_card(torch.device("cuda"), torch.bfloat16)
+    card = card_backend.on_card(torch.device("cuda"), torch.bfloat16)
     card.weight(torch.zeros(2, 2))
     assert sent == [(torch.device("cuda"), torch.bfloat16)]

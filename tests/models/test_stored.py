@@ -16,7 +16,8 @@ from dashinfer_vlm.config import EngineConfig
 from dashinfer_vlm.errors import CheckpointError
 from dashinfer_vlm.kernels import cpu_ops
 from dashinfer_vlm.layers import fp8
-from dashinfer_vlm.layers.backend import Backend, float_linears
+from dashinfer_vlm.layers.backend import Backend
+from dashinfer_vlm.layers.card_backend import float_linears
 from dashinfer_vlm.layers.linear import TorchLinear
 from dashinfer_vlm.layers.ops import REFERENCE
 from dashinfer_vlm.models import loading
@@ -116,8 +117,11 @@ def test_it_can_be_quantised_anew(pair: tuple[Path, Path]) -> None:
     assert torch.equal(logits(pair[0], quant_type="a8w8"), logits(pair[1], quant_type="a8w8"))
 
 
-def test_a_model_that_sees_is_read_too(checkpoint: CheckpointMaker, tmp_path: Path) -> None:
-    pair = write_pair(checkpoint("qwen3_vl", dtype="bfloat16"), tmp_path, *FORMATS["fp8, blocks"])
+@pytest.mark.parametrize("arch", ["qwen3_vl", "qwen3_moe"])
+def test_a_model_that_sees_and_one_of_experts_are_read_too(
+    checkpoint: CheckpointMaker, tmp_path: Path, arch: str
+) -> None:
+    pair = write_pair(checkpoint(arch, dtype="bfloat16"), tmp_path, *FORMATS["fp8, blocks"])
     assert torch.equal(logits(pair[0]), logits(pair[1]))
 
 

@@ -20,7 +20,8 @@ from dashinfer_vlm.config import EngineConfig
 from dashinfer_vlm.engine import engine as engine_module
 from dashinfer_vlm.engine.devices import make_card_runner, num_spare_blocks
 from dashinfer_vlm.engine.engine import Engine
-from dashinfer_vlm.layers.backend import Backend, choose_backend, on_card
+from dashinfer_vlm.layers.backend import Backend, choose_backend
+from dashinfer_vlm.layers.card_backend import on_card
 from dashinfer_vlm.layers.linear import Matrix
 from dashinfer_vlm.layers.ranks import WHOLE, Cut
 from dashinfer_vlm.models.base import StepBatch

@@ -15,7 +15,8 @@ from card_checks.models import BLOCK_SIZE, RandomWeights, checked_backend, make_
 from card_checks.results import Check, Setting
 from card_checks.rows import Row
 from card_checks.sizes import head_numbers, kv_bytes, layer_numbers, vit_flops, weight_bytes
-from dashinfer_vlm.layers.backend import Backend, in_floats, in_groups
+from dashinfer_vlm.layers.backend import Backend
+from dashinfer_vlm.layers.card_backend import in_floats, in_groups
 from dashinfer_vlm.models.base import KVCache, StepBatch
 from dashinfer_vlm.models.config import CheckpointConfig
 from dashinfer_vlm.models.loading import allocate_kv

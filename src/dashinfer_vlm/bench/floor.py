@@ -48,10 +48,18 @@ class Work:
     token_pair_flops: float
     head_flops: float
     step_bytes: float
-    """Weights that a step reads, all but the table of word embeddings; K and V count as nothing."""
+    """Weights that a step of many rows reads, all but the table of word embeddings; K and V count as nothing."""
     text_numbers: str
     """`int8`, or the type that is multiplied."""
     vision_numbers: str
+    expert_bytes: float = 0.0
+    """Of `step_bytes` those of experts."""
+    chosen_share: float = 0.0
+    """Of the experts, that a token chooses."""
+
+    def bytes_read(self, num_rows: float) -> float:
+        """By a step of so many rows, which choose their experts independently."""
+        return self.step_bytes - self.expert_bytes * math.pow(1 - self.chosen_share, num_rows)
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +94,10 @@ class Floor:
         encoder_flops = work.patch_flops * a.num_patches + work.patch_pair_flops * patch_pairs
         prefill_flops = work.token_flops * a.num_prompt_tokens + work.token_pair_flops * token_pairs
         text, vision = (1e9 * rates.gflop_s[numbers] for numbers in (work.text_numbers, work.vision_numbers))
-        step_s = max(work.step_bytes / 1e9 / rates.read_gb_s, num_clients * (work.token_flops + work.head_flops) / text)
+        step_s = max(
+            work.bytes_read(num_clients) / 1e9 / rates.read_gb_s,
+            num_clients * (work.token_flops + work.head_flops) / text,
+        )
         return cls(encoder_flops / vision, prefill_flops / text, step_s * a.num_decoded / num_clients, rates)
 
 
@@ -98,22 +109,26 @@ def read_work(facts: Mapping[str, str]) -> Work | None:
         return None
     # these bring torch
     from dashinfer_vlm.models.config import read_config
-    from dashinfer_vlm.models.footprint import layer_parameters, step_bytes
+    from dashinfer_vlm.models.footprint import experts_of, layer_parameters, num_parameters, step_bytes, weight_bytes
     from dashinfer_vlm.models.weights import Weights
 
     config = read_config(folder)
     weights, text = Weights(folder, config.family.names, config.stored), config.text
     shapes = weights.shapes("text")
     layers, head = layer_parameters(shapes)
+    experts = experts_of(shapes)
+    chosen_share = text.mixture.num_chosen / text.mixture.num_experts if text.mixture else 0.0
     precision = facts["quant_type"] if facts["quant_type"] != "none" else facts["dtype"]
     return Work(
         *_vision_flops(config, weights.shapes("vision")),
-        token_flops=2.0 * layers,
+        token_flops=2.0 * (layers - (1 - chosen_share) * num_parameters(experts)),
         token_pair_flops=4.0 * text.num_kv_layers * text.num_heads * text.head_dim,
         head_flops=2.0 * head,
         step_bytes=step_bytes(shapes, precision),
         text_numbers=_numbers(facts["quant_type"], facts["dtype"]),
         vision_numbers=_numbers(facts["vision_quant_type"], facts["dtype"]),
+        expert_bytes=weight_bytes(experts, precision),
+        chosen_share=chosen_share,
     )
 
 

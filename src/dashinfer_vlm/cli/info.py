@@ -72,6 +72,7 @@ def _facts(checkpoint: CheckpointConfig, parts: Parts) -> Table:
     rows = (
         ("family", checkpoint.architecture),
         ("parameters", f"{_count(text + vision)}: text {_count(text)}, vision {_count(vision)}"),
+        *_experts(checkpoint, parts),
         ("stored as", checkpoint.dtype if checkpoint.stored is None else f"{checkpoint.stored}, {checkpoint.dtype}"),
         ("context", f"{checkpoint.text.max_position_embeddings:,} tokens"),
         *([("states", f"{_size(checkpoint.text.state_bytes)} a request")] if checkpoint.text.state_bytes else []),
@@ -80,6 +81,17 @@ def _facts(checkpoint: CheckpointConfig, parts: Parts) -> Table:
     for row in rows:
         table.add_row(*row)
     return table
+
+
+def _experts(checkpoint: CheckpointConfig, parts: Parts) -> Iterator[tuple[str, str]]:
+    """One fact; none for a model without experts."""
+    from dashinfer_vlm.models.footprint import experts_of, num_parameters
+
+    if (mixture := checkpoint.text.mixture) is None:
+        return
+    experts = num_parameters(experts_of(parts.text))
+    used = num_parameters(parts.text) - experts + experts * mixture.num_chosen // mixture.num_experts
+    yield "experts", f"{mixture.num_experts}, of which a token takes {mixture.num_chosen}: {_count(used)} parameters"
 
 
 def _memory(checkpoint: CheckpointConfig, parts: Parts, config: EngineConfig) -> Iterator[Table]:

@@ -5,7 +5,7 @@ torch and faster implementations of the same functions.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from typing import Any, TypeVar
@@ -15,13 +15,12 @@ from torch import Tensor
 
 from dashinfer_vlm.errors import ConfigError
 from dashinfer_vlm.kernels import cpu_ops, cuda
-from dashinfer_vlm.layers import grouped, onednn
+from dashinfer_vlm.layers import onednn
 from dashinfer_vlm.layers.activation import Epilogue
-from dashinfer_vlm.layers.fp8 import Fp8Linear, Fp8Ops, rounded
-from dashinfer_vlm.layers.grouped import BITS, GroupedLinear, GroupedOps
+from dashinfer_vlm.layers.experts import Experts, ExpertsFactory, Routing, looped_experts
+from dashinfer_vlm.layers.fp8 import Fp8Linear
 from dashinfer_vlm.layers.linear import (
     ExpandingLinear,
-    Floats,
     Linear,
     Matrix,
     NativeLinear,
@@ -42,9 +41,10 @@ from dashinfer_vlm.layers.upload import upload_to
 __all__ = [
     "Backend",
     "LinearFactory",
+    "TensorLinear",
     "choose_backend",
-    "in_floats",
-    "on_card",
+    "of_own_copies",
+    "own_copy",
 ]
 
 logger = logging.getLogger(__name__)
@@ -69,6 +69,8 @@ class Backend:
     """As `make_linear`, for the last layer of the text model; None: `make_linear`."""
     make_stream_linear: Callable[[Matrix, Tensor | None, Epilogue], StreamLinear] | None = None
     """As `make_linear`, for layers onto the text model's residual stream; None: `make_linear`."""
+    make_experts: ExpertsFactory | None = None
+    """Mixtures of experts; None: a layer of `make_linear` for each matrix."""
     make_patches: Callable[[Tensor, Tensor], Patches] = TorchPatches
     """First layer of a ViT from a float32 weight and bias on the device."""
     ranks: Ranks = ALONE
@@ -83,7 +85,7 @@ class Backend:
 
     def weight(self, tensor: Tensor) -> Tensor:
         """Own copy of a large matrix in the stored type, on the device."""
-        return _own_copy(tensor, self.device, self.weight_dtype)
+        return own_copy(tensor, self.device, self.weight_dtype)
 
     def vector(self, tensor: Tensor) -> Tensor:
         """Own copy of a norm's weight or of a bias, in the activations' type, on the device."""
@@ -92,6 +94,11 @@ class Backend:
     def linear(self, weight: Matrix, bias: Tensor | None = None, *, epilogue: Epilogue = "none") -> Linear:
         """Linear layer of `weight` [N, K] and `bias` [N]."""
         return self.make_linear(weight, None if bias is None else self.vector(bias), epilogue)
+
+    def experts(self, router: Tensor, gate_ups: Sequence[Matrix], downs: Sequence[Matrix], routing: Routing) -> Experts:
+        """A mixture of experts; see `layers.experts.ExpertsFactory`."""
+        make = self.make_experts or partial(looped_experts, self.make_linear)
+        return make(self.vector(router), gate_ups, downs, routing)
 
     def norm_before(self, layer: Linear, weight: Tensor, eps: float) -> Callable[[Stream], Any]:
         """RMSNorm of rows that only `layer` takes, from them to what it takes; afterwards they are whole."""
@@ -119,7 +126,8 @@ class Backend:
         return JoinedLinear(part, self.ranks) if self.ranks.are_several else part
 
 
-def _own_copy(tensor: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
+def own_copy(tensor: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """Of this type, on the device; on processors in huge pages."""
     if device.type == "cpu":
         return in_huge_pages(tensor, dtype)
     if device.type == "cuda" and tensor.device.type == "cpu":
@@ -151,8 +159,10 @@ def choose_backend(
 
 
 def _choose(device: torch.device, weight_dtype: torch.dtype, quant_type: str, store: PackedStore | None) -> Backend:
+    from dashinfer_vlm.layers.card_backend import on_card, quantised_on_card  # which is made of this module's
+
     if quant_type != "none" and device.type == "cuda":
-        return _quantised_on_card(device, weight_dtype, quant_type)
+        return quantised_on_card(device, weight_dtype, quant_type)
     if quant_type != "none":
         return _quantised(device, weight_dtype, quant_type, store)
     if device.type == "cuda":
@@ -161,7 +171,7 @@ def _choose(device: torch.device, weight_dtype: torch.dtype, quant_type: str, st
             return on_card(device, weight_dtype)
         logger.warning("no kernels for the card: %s; plain torch computes, many times slower", why)
     if device.type != "cpu":
-        as_it_is = _of_own_copies(TorchLinear, device, weight_dtype)
+        as_it_is = of_own_copies(TorchLinear, device, weight_dtype)
         return Backend("torch", device, weight_dtype, weight_dtype, REFERENCE, as_it_is)
     could_be_native = weight_dtype in (torch.bfloat16, torch.float32)
     if could_be_native and not cpu_ops.available():
@@ -172,129 +182,16 @@ def _choose(device: torch.device, weight_dtype: torch.dtype, quant_type: str, st
         layers = partial(_packed, weight_dtype)
         return _native(device, weight_dtype, layers, layers)
     plain: TensorLinear = TorchLinear if weight_dtype == torch.float32 else ExpandingLinear
-    make = _of_own_copies(plain, device, weight_dtype)
+    make = of_own_copies(plain, device, weight_dtype)
     return Backend("torch", device, weight_dtype, torch.float32, REFERENCE, make)
 
 
-def on_card(device: torch.device, dtype: torch.dtype) -> Backend:
-    """The kernels of `kernels/cuda`, which must be available; on a CPU where triton interprets them."""
-    from dashinfer_vlm.layers.cuda import (
-        OPS,
-        CudaHead,
-        CudaLinear,
-        CudaPatches,
-        CudaStreamLinear,
-        multiplies_into_float32,
-    )
-
-    head: TensorLinear = CudaHead if multiplies_into_float32(device, dtype) else CudaLinear
-
-    def patches(weight: Tensor, bias: Tensor) -> Patches:
-        return TorchPatches(weight, bias) if dtype == torch.float32 else CudaPatches(weight, bias, dtype)
-
-    return Backend(
-        name="triton",
-        channel_unit=64,
-        leaves_out_biases=True,
-        device=device,
-        weight_dtype=dtype,
-        activation_dtype=dtype,
-        ops=OPS,
-        make_linear=_of_own_copies(CudaLinear, device, dtype),
-        make_head=_of_own_copies(head, device, dtype),
-        make_stream_linear=_of_own_copies(CudaStreamLinear, device, dtype),
-        make_patches=patches,
-    )
-
-
-def _quantised_on_card(device: torch.device, dtype: torch.dtype, quant_type: str) -> Backend:
-    why = cuda.why_unavailable()
-    if why is not None:
-        raise ConfigError(f"--quant-type {quant_type} needs the kernels for cards: {why}")
-    if quant_type in BITS:
-        return in_groups(device, dtype, quant_type)
-    if quant_type != "fp8":
-        raise ConfigError(f"--quant-type {quant_type} computes on processors; on cards take fp8, a16w8 or a16w4")
-    if dtype != torch.bfloat16:
-        raise ConfigError(f"--quant-type fp8 computes with activations in bfloat16, not {_name(dtype)}")
-    capability = torch.cuda.get_device_capability(device)
-    if capability < (8, 9):
-        raise ConfigError("--quant-type fp8 needs a card of compute capability 8.9 (Ada, Hopper) or later")
-    if capability == (8, 9) and _torch_version() < (2, 12):  # its product runs on no stream of ours: pytorch#177651
-        raise ConfigError(f"--quant-type fp8 on an Ada card needs torch 2.12 or later, not {torch.__version__}")
-    return in_floats(device, dtype)
-
-
-def in_groups(device: torch.device, dtype: torch.dtype, quant_type: str) -> Backend:
-    """As `on_card`, the text model's layers in 8 or 4 bits and its head in 8; on a CPU where triton interprets."""
-    from dashinfer_vlm.layers.cuda import CudaHead, CudaLinear, grouped_ops, multiplies_into_float32
-
-    ops = grouped_ops(CudaHead if multiplies_into_float32(device, dtype) else CudaLinear)
-    layers, head = (
-        grouped_linears(device, dtype, bits, ops, is_head=i == 1) for i, bits in enumerate(BITS[quant_type])
-    )
-    return replace(on_card(device, dtype), name=f"triton, {quant_type}", make_linear=layers, make_head=head,
-                   make_stream_linear=None)  # fmt: skip
-
-
-def grouped_linears(
-    device: torch.device, dtype: torch.dtype, bits: int, ops: GroupedOps, *, is_head: bool = False
-) -> LinearFactory:
-    """Layers whose weights are first of `dtype`, as they would be without quantisation, then of 8 or 4 bits."""
-
-    def make(weight: Matrix, bias: Tensor | None, epilogue: Epilogue) -> Linear:
-        tensor = weight.read()
-        there = tensor if weight.is_kept else _own_copy(tensor, device, dtype)
-        return GroupedLinear(grouped.rounded(there, bits), bias, epilogue, ops, is_head=is_head)
-
-    return make
-
-
-def in_floats(device: torch.device, dtype: torch.dtype) -> Backend:
-    """As `on_card`, the text model's layers but the head in 8-bit floats; on a CPU where triton interprets."""
-    from dashinfer_vlm.layers.cuda import FP8_OPS
-
-    layers = float_linears(device, dtype, FP8_OPS)
-    return replace(on_card(device, dtype), name="triton, fp8", make_linear=layers, make_stream_linear=None)
-
-
-def float_linears(device: torch.device, dtype: torch.dtype, ops: Fp8Ops) -> LinearFactory:
-    """Layers of 8-bit floats: the checkpoint's own where it has them, else weights of `dtype` rounded on the device."""
-
-    def make(weight: Matrix, bias: Tensor | None, epilogue: Epilogue) -> Linear:
-        if weight.read_floats is None:
-            _check_sides(weight)
-            return Fp8Linear(rounded(_own_copy(weight.read(), device, dtype), ops), bias, epilogue, ops)
-        stored = weight.read_floats()
-        if not stored.is_in_blocks:
-            _check_sides(weight)
-        numbers, scales = (_own_copy(x, device, x.dtype) for x in (stored.numbers, stored.scales))
-        return Fp8Linear(Floats(numbers, scales, stored.is_in_blocks), bias, epilogue, ops)
-
-    return make
-
-
-def _check_sides(weight: Matrix) -> None:
-    """What torch's product of 8-bit floats asks for."""
-    if weight.num_rows % 16 or weight.depth % 16:
-        found = f"{weight.name} is {weight.num_rows} x {weight.depth}"
-        raise ConfigError(f"--quant-type fp8: {found}; products of 8-bit floats need multiples of 16")
-
-
-def _torch_version() -> tuple[int, ...]:
-    return tuple(map(int, torch.__version__.split(".")[:2]))
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
-
-
-def _of_own_copies(
+def of_own_copies(
     linear_class: Callable[[Tensor, Tensor | None, Epilogue], _L], device: torch.device, dtype: torch.dtype
 ) -> Callable[[Matrix, Tensor | None, Epilogue], _L]:
     def make(weight: Matrix, bias: Tensor | None, epilogue: Epilogue) -> _L:
         tensor = weight.read()
-        return linear_class(tensor if weight.is_kept else _own_copy(tensor, device, dtype), bias, epilogue)
+        return linear_class(tensor if weight.is_kept else own_copy(tensor, device, dtype), bias, epilogue)
 
     return make
 

@@ -10,10 +10,23 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from dashinfer_vlm.kernels.cuda import decode, fp8, gemv, narrow, paged, rotary, rows, segments, skinny, skinny_floats
+from dashinfer_vlm.kernels.cuda import (
+    decode,
+    experts,
+    fp8,
+    gemv,
+    narrow,
+    paged,
+    rotary,
+    rows,
+    segments,
+    skinny,
+    skinny_floats,
+)
 from dashinfer_vlm.kernels.cuda.patches import embed_patches, two_halves
 from dashinfer_vlm.kernels.grouped import GroupedWeight
 from dashinfer_vlm.layers.activation import EPILOGUES, Epilogue
+from dashinfer_vlm.layers.experts import Router, Routing, with_shared
 from dashinfer_vlm.layers.fp8 import Fp8Ops
 from dashinfer_vlm.layers.grouped import GroupedOps
 from dashinfer_vlm.layers.linear import Linear, RowToNorm, Stream, Unsummed
@@ -22,6 +35,7 @@ from dashinfer_vlm.layers.ops import Ops
 __all__ = [
     "FP8_OPS",
     "OPS",
+    "CudaExperts",
     "CudaHead",
     "CudaLinear",
     "CudaPatches",
@@ -180,6 +194,35 @@ def grouped_ops(head: Callable[[Tensor, Tensor | None, Epilogue], Linear]) -> Gr
         return y if out is None else out.copy_(y)
 
     return GroupedOps(few, skinny.MOST_ROWS, gemv.MOST_NORMED, rows.rms_norm, skinny.expand, CudaLinear, head)
+
+
+class CudaRouter(Router):
+    """What reads the stream behind attention: its norm sums the parts of few rows, too."""
+
+    def normed(self, x: Stream, weight: Tensor, eps: float) -> Tensor:
+        """See `layers.linear.NormingLinear`."""
+        if isinstance(x, Unsummed):
+            return rows.add_rms_norm(x.x, x.parts, weight, eps)
+        return rows.rms_norm(x, weight, eps)
+
+
+class CudaExperts:
+    """See `layers.experts.Experts`. gate_up is [experts, 2 * channels, hidden], down [experts, hidden, channels]."""
+
+    def __init__(self, router: Tensor, gate_up: Tensor, down: Tensor, routing: Routing) -> None:
+        self.router = CudaRouter(router)
+        self.gate_up = gate_up
+        self.down = down
+        self.routing = routing
+
+    def __call__(self, x: Tensor, *, residual: Tensor | None) -> Tensor:
+        logits, routing = self.router(x), self.routing
+        others = logits[:, :-1] if routing.has_shared else logits
+        chosen, shares = experts.choose(others, routing.count, normalise=routing.is_normalised)
+        if routing.has_shared:
+            chosen, shares = with_shared(chosen, shares, logits)
+        out = torch.zeros_like(x) if residual is None else residual
+        return experts.multiply(x, self.gate_up, self.down, chosen, shares, out, out)
 
 
 class CudaPatches:

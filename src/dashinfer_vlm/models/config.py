@@ -18,7 +18,17 @@ from dashinfer_vlm.request import ItemKind
 if TYPE_CHECKING:  # families are made of these configurations
     from dashinfer_vlm.models.family import Family
 
-__all__ = ["CheckpointConfig", "Rope", "TextConfig", "VisionConfig", "Yarn", "read_config", "read_text"]
+__all__ = [
+    "CheckpointConfig",
+    "MixtureConfig",
+    "Rope",
+    "TextConfig",
+    "VisionConfig",
+    "Yarn",
+    "read_config",
+    "read_mixture",
+    "read_text",
+]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -81,6 +91,23 @@ class DeltaNetConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class MixtureConfig:
+    """Experts in place of the MLP."""
+
+    num_experts: int
+    num_chosen: int
+    """Experts of a token."""
+    intermediate_size: int
+    """Channels of one expert."""
+    is_normalised: bool
+    """Whether the shares of a token add up to 1."""
+    layers: frozenset[int]
+    """That have them; the others have an MLP."""
+    has_shared: bool = False
+    """Whether there is one more, which every token takes, by a share of its own."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class TextConfig:
     """The text model's sizes and constants."""
 
@@ -99,6 +126,7 @@ class TextConfig:
     """Added to the gains of RMSNorms as they are stored; 1 where those are distances from 1."""
     delta_net: DeltaNetConfig | None = None
     """None: every layer attends."""
+    mixture: MixtureConfig | None = None
 
     @property
     def num_kv_layers(self) -> int:
@@ -217,6 +245,26 @@ def read_text(section: Section, root: Section, rope: Rope) -> TextConfig:
         rms_norm_eps=section.number("rms_norm_eps"),
         rope=rope,
         tie_word_embeddings=tied_in.boolean("tie_word_embeddings", False),
+    )
+
+
+def read_mixture(section: Section, num_layers: int, *, is_normalised: bool) -> MixtureConfig:
+    """The experts of a text model."""
+    num_experts, num_chosen = section.integer("num_experts"), section.integer("num_experts_per_tok")
+    if num_chosen > num_experts:
+        raise section.error("num_experts_per_tok", f"is {num_chosen}; there are {num_experts} experts")
+    plain = section.integers("mlp_only_layers") if section.values.get("mlp_only_layers") else ()
+    step = section.integer("decoder_sparse_step", 1)
+    inner, shared = section.integer("moe_intermediate_size"), "shared_expert_intermediate_size"
+    if section.has(shared) and section.integer(shared) != inner:
+        raise section.error(shared, f"is {section.integer(shared)}; supported: {inner}, as of the other experts")
+    return MixtureConfig(
+        num_experts=num_experts,
+        num_chosen=num_chosen,
+        intermediate_size=inner,
+        is_normalised=is_normalised,
+        layers=frozenset(i for i in range(num_layers) if i not in plain and (i + 1) % step == 0),
+        has_shared=section.has(shared),
     )
 
 

@@ -20,6 +20,7 @@ from dashinfer_vlm.layers.rotary import axes_of_channels, inverse_frequencies, y
 from dashinfer_vlm.models.base import KVCache, StepBatch, TextShape
 from dashinfer_vlm.models.config import Rope, TextConfig
 from dashinfer_vlm.models.delta_net import GatedDeltaNet
+from dashinfer_vlm.models.experts import ExpertMlp
 from dashinfer_vlm.models.weights import Weights
 
 __all__ = ["Attention", "Decoder", "GatedAttention", "GatedMlp", "Rotary"]
@@ -197,9 +198,9 @@ class Decoder:
         mlp: MakeMlp = GatedMlp,
         deepstack: int = 0,
     ) -> None:
-        """`attention` is for layers without states. `deepstack` layers from the first on add columns of an item's
-        embedding to its rows (DeepStack, Meng et al. 2024): those of layer i follow the columns that overwrite word
-        embeddings, after i times as many."""
+        """`attention` is for layers without states, `mlp` for those without a mixture of experts. `deepstack` layers
+        from the first on add columns of an item's embedding to its rows (DeepStack, Meng et al. 2024): those of layer i
+        follow the columns that overwrite word embeddings, after i times as many."""
         assert deepstack < config.num_layers, (deepstack, config.num_layers)
         self.deepstack = deepstack
         self.config = config
@@ -215,7 +216,8 @@ class Decoder:
                 mixer = GatedDeltaNet(f"{prefix}.linear_attn", config, weights, backend)
             else:
                 mixer = attention(f"{prefix}.self_attn", config, weights, backend)
-            self.layers.append(_Layer(prefix, mixer, mlp(f"{prefix}.mlp", config, weights, backend), weights, backend))
+            make = ExpertMlp if config.mixture and i in config.mixture.layers else mlp
+            self.layers.append(_Layer(prefix, mixer, make(f"{prefix}.mlp", config, weights, backend), weights, backend))
         self.norm = backend.vector(gains("model.norm.weight", config.hidden_size, config, weights))
         self.head = self._make_head(weights)
 

@@ -15,6 +15,7 @@ from dashinfer_vlm.models.config import TextConfig
 __all__ = [
     "PRECISIONS",
     "Shapes",
+    "experts_of",
     "kv_token_bytes",
     "layer_parameters",
     "num_parameters",
@@ -29,6 +30,7 @@ Shapes = Mapping[str, tuple[int, ...]]
 """Of the tensors of one part of a model, by their published names."""
 
 _EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
+_EXPERTS, _ROUTERS = ".mlp.experts.", (".mlp.gate.weight", ".shared_expert_gate.weight")
 
 
 def num_parameters(shapes: Shapes) -> int:
@@ -43,15 +45,20 @@ def layer_parameters(text: Shapes) -> tuple[int, int]:
     return sum(matrices.values()), head
 
 
+def experts_of(text: Shapes) -> Shapes:
+    """Of the text model: what a token only reads a share of."""
+    return {name: shape for name, shape in text.items() if _EXPERTS in name}
+
+
 def step_bytes(text: Shapes, precision: str) -> int:
-    """Bytes of the text model's weights that every step reads: all but the table of embeddings, of which it takes a few
-    rows."""
+    """Bytes of the text model's weights that a step of many rows reads: all but the table of embeddings, of which it
+    takes a few rows."""
     return weight_bytes(text, precision) - round(_tensor_bytes(_EMBEDDING, text[_EMBEDDING], precision))
 
 
 def weight_bytes(shapes: Shapes, precision: str) -> int:
-    """Bytes of one part's weights on a processor with the native kernels: vectors and the patches' weight are float32,
-    and a head that shares the embedding's numbers is packed for itself."""
+    """Bytes of one part's weights on a processor with the native kernels: vectors, routers and the patches' weight are
+    float32, and a head that shares the embedding's numbers is packed for itself."""
     tied = {_HEAD: shapes[_EMBEDDING]} if _EMBEDDING in shapes else {}
     return round(sum(_tensor_bytes(name, shape, precision) for name, shape in {**tied, **shapes}.items()))
 
@@ -63,7 +70,7 @@ def kv_token_bytes(text: TextConfig, dtype: torch.dtype) -> int:
 
 def _tensor_bytes(name: str, shape: tuple[int, ...], precision: str) -> float:
     count = math.prod(shape)
-    if precision == "float32" or len(shape) != 2:
+    if precision == "float32" or len(shape) != 2 or name.endswith(_ROUTERS):
         return 4 * count
     if precision not in QUANT_TYPES or name == _EMBEDDING:
         return 2 * count

@@ -19,9 +19,11 @@ FAMILIES: dict[str, tuple[str, str]] = {
     "Qwen2VLForConditionalGeneration": ("qwen2_vl", "Qwen2VL"),
     "Qwen2_5_VLForConditionalGeneration": ("qwen2_5_vl", "Qwen25VL"),
     "Qwen3VLForConditionalGeneration": ("qwen3_vl", "Qwen3VL"),
+    "Qwen3VLMoeForConditionalGeneration": ("qwen3_vl", "Qwen3VLMoe"),
     "Qwen3_5ForConditionalGeneration": ("qwen3_5", "Qwen35"),
     "Qwen2ForCausalLM": ("qwen_text", "Qwen2"),
     "Qwen3ForCausalLM": ("qwen_text", "Qwen3"),
+    "Qwen3MoeForCausalLM": ("qwen_text", "Qwen3Moe"),
 }
 """Module below `families`, class of the family."""
 

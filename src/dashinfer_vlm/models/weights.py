@@ -6,22 +6,32 @@ Models ask for tensors by their first published names; those of other exports ar
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 
 from dashinfer_vlm.errors import CheckpointError
 from dashinfer_vlm.layers.linear import Floats, Matrix
 from dashinfer_vlm.layers.memory import huge_zeros
 from dashinfer_vlm.layers.ranks import WHOLE, Cut
+from dashinfer_vlm.models.entries import (
+    FP8,
+    INTEGERS,
+    SIZES,
+    Entry,
+    digest_of,
+    header_of,
+    paths_in,
+    read,
+    read_whole,
+)
 from dashinfer_vlm.models.family import Names, Part
+from dashinfer_vlm.models.fused_experts import unfused
 from dashinfer_vlm.models.packed import StoredIntegers
 from dashinfer_vlm.models.stored import Stored, StoredFloats
 
@@ -29,29 +39,6 @@ __all__ = ["Progress", "Weights"]
 
 Progress = Callable[[int, int], None]
 """Called with the bytes that were taken so far and the bytes of the whole checkpoint."""
-
-FP8 = "F8_E4M3"
-SIZES = {"BF16": 2, "F16": 2, "F32": 4, FP8: 1}
-"""Bytes of one number of each type that is read."""
-INTEGERS = {"I8": 1, "I32": 4, "I64": 8}
-"""The same of parts of matrices that are stored quantised."""
-
-
-@dataclass(frozen=True, slots=True)
-class _Entry:
-    path: Path
-    name: str
-    """As the file calls it."""
-    shape: tuple[int, ...]
-    num_bytes: int
-    dtype: str
-    """As safetensors writes it."""
-    scale: _Entry | None = None
-    """What a weight of 8-bit floats is multiplied with."""
-    stored: Stored | None = None
-    """How it is stored, with `scale` or `parts` only."""
-    parts: Mapping[str, _Entry] = field(default_factory=dict)
-    """What lies beside a weight of few bits, whose shape is that of the matrix."""
 
 
 class Weights:
@@ -66,10 +53,11 @@ class Weights:
         self.names = names
         self.stored = stored
         self._progress = progress
-        self._entries: dict[str, _Entry] = {}
-        self.paths = _files(folder)
+        self._entries: dict[str, Entry] = {}
+        self.paths = paths_in(folder)
         for path in self.paths:
             self._add(path)
+        self._entries = unfused(self._entries)
         if isinstance(stored, StoredFloats):
             self._entries = _with_scales(self._entries, stored)
         elif stored is not None:
@@ -93,7 +81,7 @@ class Weights:
 
         It may be a view of the mapped file, so copy what is kept: the mapping ends with the tensor.
         """
-        return _read(self._claim(name, shape))
+        return read(self._claim(name, shape))
 
     def join(self, names: tuple[str, ...], sizes: tuple[int, ...], cut: Cut = WHOLE) -> torch.Tensor:
         """Vectors `names` of `sizes` and one dtype, one after the other."""
@@ -122,7 +110,7 @@ class Weights:
         threads; takes none of them."""
         names = sorted(name for name in self._entries if name.startswith(self.names.parts[part]))
         with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
-            digests = pool.map(_digest, names, [self._entries[name] for name in names])
+            digests = pool.map(digest_of, names, [self._entries[name] for name in names])
             return hashlib.sha256(b"".join(digests)).digest()
 
     def finish(self) -> None:
@@ -136,9 +124,9 @@ class Weights:
         """GPTQ writes biases of zeros for layers that have none."""
         weight = self._entries.get(f"{name.removesuffix('.bias')}.weight")
         is_of_integers = weight is not None and isinstance(weight.stored, StoredIntegers)
-        return name.endswith(".bias") and is_of_integers and not _read(self._entries[name]).any()
+        return name.endswith(".bias") and is_of_integers and not read(self._entries[name]).any()
 
-    def _claim(self, name: str, shape: tuple[int, ...]) -> _Entry:
+    def _claim(self, name: str, shape: tuple[int, ...]) -> Entry:
         entry = self._entries.get(name)
         if entry is None:
             raise CheckpointError(f"{self.folder}: tensor {name} is missing")
@@ -150,10 +138,10 @@ class Weights:
             self._progress(self._bytes_done, self.num_bytes)
         return entry
 
-    def _join(self, entries: list[_Entry], parts: list[slice], columns: slice) -> torch.Tensor:
+    def _join(self, entries: list[Entry], parts: list[slice], columns: slice) -> torch.Tensor:
         """One matrix is the file's memory, several are joined in memory that the next call uses again."""
         if len(entries) == 1:
-            return _read(entries[0])[parts[0], columns]
+            return read(entries[0])[parts[0], columns]
         tensors = [tensor[rows, columns] for tensor, rows in zip(self._read_alike(entries), parts, strict=True)]
         shape = (sum(len(tensor) for tensor in tensors), tensors[0].shape[1])
         num_bytes = torch.Size(shape).numel() * tensors[0].itemsize
@@ -162,15 +150,15 @@ class Weights:
         joined = self._scratch[:num_bytes].view(tensors[0].dtype).view(shape)
         return torch.cat(tensors, out=joined)
 
-    def _read_alike(self, entries: list[_Entry]) -> list[torch.Tensor]:
-        tensors = [_read(entry) for entry in entries]
+    def _read_alike(self, entries: list[Entry]) -> list[torch.Tensor]:
+        tensors = [read(entry) for entry in entries]
         if len({tensor.dtype for tensor in tensors}) > 1:
             names = ", ".join(self.names.ours(entry.name) for entry in entries)
             raise CheckpointError(f"{self.folder}: tensors {names} must have one dtype")
         return tensors
 
     def _add(self, path: Path) -> None:
-        for entry in _header(path):
+        for entry in header_of(path):
             name = self.names.ours(entry.name)
             if name.endswith(".inv_freq"):
                 continue  # old exports kept this table, which follows from the configuration
@@ -192,7 +180,7 @@ class Weights:
                 raise CheckpointError(f"{entry.path}: tensor {name} is {FP8}, but {reason}")
 
 
-def _floats(entries: list[_Entry], parts: list[slice], columns: slice) -> Callable[[], Floats] | None:
+def _floats(entries: list[Entry], parts: list[slice], columns: slice) -> Callable[[], Floats] | None:
     """Reads them joined as they are stored, where all are 8-bit floats that can be."""
     stored, scales = entries[0].stored, [entry.scale for entry in entries if entry.scale is not None]
     shapes = [entry.shape for entry in entries]
@@ -206,16 +194,16 @@ def _floats(entries: list[_Entry], parts: list[slice], columns: slice) -> Callab
     def read() -> Floats:
         numbers, joined = [], []
         for entry, scale, rows in zip(entries, scales, parts, strict=True):
-            numbers.append(_read_whole(entry)[rows, columns].view(torch.uint8))
-            joined.append(stored.own_scales(_read_whole(scale), entry.shape, rows, columns))
+            numbers.append(read_whole(entry)[rows, columns].view(torch.uint8))
+            joined.append(stored.own_scales(read_whole(scale), entry.shape, rows, columns))
         return Floats(torch.cat(numbers).view(torch.float8_e4m3fn), torch.cat(joined), stored.block is not None)
 
     return read
 
 
-def _with_scales(entries: dict[str, _Entry], stored: StoredFloats) -> dict[str, _Entry]:
+def _with_scales(entries: dict[str, Entry], stored: StoredFloats) -> dict[str, Entry]:
     """Weights of 8-bit floats with the scales that lie beside them, which are no longer tensors of their own."""
-    found: dict[str, _Entry] = {}
+    found: dict[str, Entry] = {}
     for name, entry in entries.items():
         base = name.removesuffix(".weight")
         scale = next((entries[base + suffix] for suffix in stored.scale_suffixes if base + suffix in entries), None)
@@ -233,9 +221,9 @@ def _with_scales(entries: dict[str, _Entry], stored: StoredFloats) -> dict[str, 
     return found
 
 
-def _with_parts(entries: dict[str, _Entry], stored: StoredIntegers) -> dict[str, _Entry]:
+def _with_parts(entries: dict[str, Entry], stored: StoredIntegers) -> dict[str, Entry]:
     """Weights of few bits under the name of the matrix, with what lies beside their numbers."""
-    found: dict[str, _Entry] = {}
+    found: dict[str, Entry] = {}
     for name, entry in entries.items():
         base = name.removesuffix(stored.numbers_suffix)
         if name.endswith(stored.numbers_suffix) and entry.dtype in INTEGERS:
@@ -260,85 +248,20 @@ def _with_parts(entries: dict[str, _Entry], stored: StoredIntegers) -> dict[str,
     return found
 
 
-def _check_type(entry: _Entry, types: tuple[str, ...]) -> None:
+def _check_type(entry: Entry, types: tuple[str, ...]) -> None:
     if entry.dtype not in types:
         raise CheckpointError(f"{entry.path}: tensor {entry.name} is {entry.dtype}, not {' or '.join(types)}")
 
 
-def _told_shape(entry: _Entry) -> tuple[int, ...]:
+def _told_shape(entry: Entry) -> tuple[int, ...]:
     if entry.shape != (2,):
         raise CheckpointError(f"{entry.path}: tensor {entry.name} has shape {list(entry.shape)}, not [2]")
-    return tuple(_read_whole(entry).tolist())
+    return tuple(read_whole(entry).tolist())
 
 
-def _belongs(name: str, entries: Mapping[str, _Entry], stored: StoredIntegers) -> bool:
+def _belongs(name: str, entries: Mapping[str, Entry], stored: StoredIntegers) -> bool:
     """Whether this is a part of a weight of few bits, or says nothing about it."""
     for suffix in (*stored.part_suffixes.values(), *stored.ignored_suffixes):
         if name.endswith(suffix) and name.removesuffix(suffix) + stored.numbers_suffix in entries:
             return True
     return False
-
-
-def _files(folder: Path) -> list[Path]:
-    index = folder / "model.safetensors.index.json"
-    if not index.exists():
-        path = folder / "model.safetensors"
-        if not path.exists():
-            raise CheckpointError(f"{folder} holds neither model.safetensors nor model.safetensors.index.json")
-        return [path]
-    try:
-        names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
-        raise CheckpointError(f"{index} cannot be read: {error!r}") from error
-    for name in names:
-        if not isinstance(name, str) or Path(name).name != name:
-            raise CheckpointError(f"{index} names {name!r}, which is not a file name")
-        if not (folder / name).exists():
-            raise CheckpointError(f"{folder / name} is missing; {index.name} names it")
-    return [folder / name for name in sorted(names)]
-
-
-def _header(path: Path) -> list[_Entry]:
-    entries = []
-    try:
-        with safe_open(path, framework="pt") as file:
-            for name in file.keys():  # noqa: SIM118 - the handle is not a mapping
-                piece = file.get_slice(name)
-                dtype, shape = piece.get_dtype(), tuple(piece.get_shape())
-                size = (SIZES | INTEGERS).get(dtype)
-                if size is None:
-                    raise CheckpointError(f"{path}: tensor {name} is {dtype}; supported: {', '.join(SIZES)}")
-                num_bytes = size * torch.Size(shape).numel()
-                entries.append(_Entry(path, name, shape, num_bytes, dtype))
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{path} is damaged or cut off: {error}") from error
-    return entries
-
-
-def _read(entry: _Entry) -> torch.Tensor:
-    if isinstance(entry.stored, StoredIntegers):
-        parts = {part: _read_whole(other) for part, other in entry.parts.items()}
-        try:
-            return entry.stored.restore(_read_whole(entry), parts, entry.shape)
-        except ValueError as error:
-            raise CheckpointError(f"{entry.path}: tensor {entry.name} {error}") from error
-    if entry.scale is not None and entry.stored is not None:
-        return entry.stored.restore(_read_whole(entry), _read_whole(entry.scale))
-    return _read_whole(entry)
-
-
-def _read_whole(entry: _Entry) -> torch.Tensor:
-    # a handle per tensor: pages of the file count as ours until its mapping goes, with the last of its tensors
-    try:
-        with safe_open(entry.path, framework="pt") as file:
-            tensor: torch.Tensor = file.get_tensor(entry.name)
-            return tensor
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{entry.path}: tensor {entry.name} cannot be read: {error}") from error
-
-
-def _digest(name: str, entry: _Entry) -> bytes:
-    tensor = _read(entry).contiguous()
-    digest = hashlib.sha256(f"{name} {list(tensor.shape)} {tensor.dtype}\n".encode())
-    digest.update(tensor.view(-1).view(torch.uint8).numpy().data)
-    return digest.digest()

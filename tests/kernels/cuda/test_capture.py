@@ -33,7 +33,7 @@ from dashinfer_vlm.kernels.cuda import (
     skinny,
     skinny_floats,
 )
-from dashinfer_vlm.layers.backend import in_floats, in_groups, on_card
+from dashinfer_vlm.layers.card_backend import in_floats, in_groups, on_card
 from dashinfer_vlm.models.loading import allocate_kv
 from dashinfer_vlm.models.model import LoadedModel
 from make_checkpoint import RECIPES

@@ -12,7 +12,7 @@ pytest.importorskip("triton")
 
 from card_checks.models import BLOCK_SIZE, make_model, published_config, text_batch
 from dashinfer_vlm.kernels.cuda import skinny
-from dashinfer_vlm.layers.backend import on_card
+from dashinfer_vlm.layers.card_backend import on_card
 from dashinfer_vlm.models.loading import allocate_kv
 from dashinfer_vlm.models.model import LoadedModel
 from tests.kernels.cuda.numbers import DEVICE, error

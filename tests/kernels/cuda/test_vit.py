@@ -14,7 +14,8 @@ pytest.importorskip("triton")
 
 from card_checks.models import RandomWeights, published_config
 from dashinfer_vlm.kernels.cuda import rotary, rows, segments
-from dashinfer_vlm.layers.backend import Backend, on_card
+from dashinfer_vlm.layers.backend import Backend
+from dashinfer_vlm.layers.card_backend import on_card
 from dashinfer_vlm.models.config import CheckpointConfig
 from tests.kernels.cuda.numbers import DEVICE, error
 

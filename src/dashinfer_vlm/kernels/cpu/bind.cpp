@@ -51,5 +51,6 @@ NB_MODULE(_cpu, m) {
   di::bind_cache(m);
   di::bind_norm(m);
   di::bind_layer(m);
+  di::bind_experts(m);
   di::bind_sample(m);
 }

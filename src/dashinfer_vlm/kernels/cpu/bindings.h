@@ -22,6 +22,7 @@ namespace nb = nanobind;
 void bind_linear(nb::module_& m);
 void bind_attention(nb::module_& m);
 void bind_layer(nb::module_& m);
+void bind_experts(nb::module_& m);
 void bind_cache(nb::module_& m);
 void bind_norm(nb::module_& m);
 void bind_sample(nb::module_& m);

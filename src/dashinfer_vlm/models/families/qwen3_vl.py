@@ -6,11 +6,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dashinfer_vlm.models.config import CheckpointConfig, TextConfig, VisionConfig, read_mrope, read_text
+from dashinfer_vlm.models.config import (
+    CheckpointConfig,
+    TextConfig,
+    VisionConfig,
+    read_mixture,
+    read_mrope,
+    read_text,
+)
 from dashinfer_vlm.models.family import (
     Expansion,
     LoadedItem,
@@ -28,7 +36,7 @@ if TYPE_CHECKING:
     from dashinfer_vlm.models.decoder import Decoder
     from dashinfer_vlm.models.weights import Weights
 
-__all__ = ["Qwen3VL"]
+__all__ = ["Qwen3VL", "Qwen3VLMoe"]
 
 REPLACES_FRAME = True
 """Whether a video's runs replace the vision start and end tokens around the template's placeholder, as `transformers`
@@ -115,6 +123,18 @@ class Qwen3VL(VisionFamily):
             table=PositionTable("visual.pos_embed", _table_side(config.section), width, weights, backend),
             deepstack={k: merger(f"visual.deepstack_merger_list.{i}", norm_group=True) for i, k in deepstack},
         )
+
+
+class Qwen3VLMoe(Qwen3VL):
+    """As Qwen3-VL, with experts in place of the MLP of each layer of the text model."""
+
+    tower = TransformersTower("qwen3_vl_moe.modeling_qwen3_vl_moe", "Qwen3VLMoeVisionModel")
+
+    def text(self, section: Section, root: Section) -> TextConfig:
+        text = super().text(section, root)
+        if not section.boolean("norm_topk_prob", True):
+            raise section.error("norm_topk_prob", "is false; this architecture is supported with true")
+        return replace(text, mixture=read_mixture(section, text.num_layers, is_normalised=True))
 
 
 def _deepstack(section: Section) -> tuple[int, ...]:

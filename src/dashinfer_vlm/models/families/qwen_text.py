@@ -1,11 +1,12 @@
-"""Qwen2, Qwen2.5 and Qwen3 without eyes (Yang et al. 2024 and 2025)."""
+"""Qwen2, Qwen2.5 and Qwen3 without eyes (Yang et al. 2024 and 2025), Qwen3 also as a mixture of experts."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING
 
-from dashinfer_vlm.models.config import CheckpointConfig, TextConfig, read_rope, read_text
+from dashinfer_vlm.models.config import CheckpointConfig, TextConfig, read_mixture, read_rope, read_text
 from dashinfer_vlm.models.family import Family, refuse_attention_bias
 from dashinfer_vlm.models.section import Section
 
@@ -14,7 +15,7 @@ if TYPE_CHECKING:
     from dashinfer_vlm.models.decoder import Decoder
     from dashinfer_vlm.models.weights import Weights
 
-__all__ = ["Qwen2", "Qwen3"]
+__all__ = ["Qwen2", "Qwen3", "Qwen3Moe"]
 
 
 class Qwen2(Family):
@@ -40,3 +41,12 @@ class Qwen3(Family):
         from dashinfer_vlm.models.decoder import Attention, Decoder
 
         return Decoder(config.text, weights, backend, attention=partial(Attention, qk_norm=True))
+
+
+class Qwen3Moe(Qwen3):
+    """As Qwen3, with experts in place of the MLP of most layers."""
+
+    def text(self, section: Section, root: Section) -> TextConfig:
+        text = super().text(section, root)
+        is_normalised = section.boolean("norm_topk_prob", False)
+        return replace(text, mixture=read_mixture(section, text.num_layers, is_normalised=is_normalised))

@@ -1,0 +1,132 @@
+"""Tensors of safetensors files, as their headers tell of them; the numbers are read when they are asked for."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from dashinfer_vlm.errors import CheckpointError
+from dashinfer_vlm.models.packed import StoredIntegers
+from dashinfer_vlm.models.stored import Stored
+
+__all__ = ["FP8", "INTEGERS", "SIZES", "Entry", "Piece", "digest_of", "header_of", "paths_in", "read", "read_whole"]
+
+FP8 = "F8_E4M3"
+SIZES = {"BF16": 2, "F16": 2, "F32": 4, FP8: 1}
+"""Bytes of one number of each type that is read."""
+INTEGERS = {"I8": 1, "I32": 4, "I64": 8}
+"""The same of parts of matrices that are stored quantised."""
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """Where a tensor of three axes holds a matrix."""
+
+    index: int
+    """Along the first axis."""
+    rows: slice = field(default_factory=lambda: slice(None))
+    columns: slice = field(default_factory=lambda: slice(None))
+    is_transposed: bool = False
+
+    def of(self, tensor: Any) -> torch.Tensor:
+        """Of what `safe_open` gives to cut pieces from."""
+        matrix: torch.Tensor = tensor[self.index : self.index + 1, self.rows, self.columns][0]
+        return matrix.t() if self.is_transposed else matrix
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    path: Path
+    name: str
+    """As the file calls it."""
+    shape: tuple[int, ...]
+    num_bytes: int
+    dtype: str
+    """As safetensors writes it."""
+    piece: Piece | None = None
+    """The part of the file's tensor that this is; None: all of it."""
+    scale: Entry | None = None
+    """What a weight of 8-bit floats is multiplied with."""
+    stored: Stored | None = None
+    """How it is stored, with `scale` or `parts` only."""
+    parts: Mapping[str, Entry] = field(default_factory=dict)
+    """What lies beside a weight of few bits, whose shape is that of the matrix."""
+
+
+def paths_in(folder: Path) -> list[Path]:
+    """`model.safetensors`, or the shards that `model.safetensors.index.json` names. Raises CheckpointError."""
+    index = folder / "model.safetensors.index.json"
+    if not index.exists():
+        path = folder / "model.safetensors"
+        if not path.exists():
+            raise CheckpointError(f"{folder} holds neither model.safetensors nor model.safetensors.index.json")
+        return [path]
+    try:
+        names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+        raise CheckpointError(f"{index} cannot be read: {error!r}") from error
+    for name in names:
+        if not isinstance(name, str) or Path(name).name != name:
+            raise CheckpointError(f"{index} names {name!r}, which is not a file name")
+        if not (folder / name).exists():
+            raise CheckpointError(f"{folder / name} is missing; {index.name} names it")
+    return [folder / name for name in sorted(names)]
+
+
+def header_of(path: Path) -> list[Entry]:
+    """All tensors of a file. Raises CheckpointError."""
+    entries = []
+    try:
+        with safe_open(path, framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118 - the handle is not a mapping
+                piece = file.get_slice(name)
+                dtype, shape = piece.get_dtype(), tuple(piece.get_shape())
+                size = (SIZES | INTEGERS).get(dtype)
+                if size is None:
+                    raise CheckpointError(f"{path}: tensor {name} is {dtype}; supported: {', '.join(SIZES)}")
+                num_bytes = size * torch.Size(shape).numel()
+                entries.append(Entry(path, name, shape, num_bytes, dtype))
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path} is damaged or cut off: {error}") from error
+    return entries
+
+
+def read(entry: Entry) -> torch.Tensor:
+    """In floats, whatever it is stored as."""
+    if isinstance(entry.stored, StoredIntegers):
+        parts = {part: read_whole(other) for part, other in entry.parts.items()}
+        try:
+            return entry.stored.restore(read_whole(entry), parts, entry.shape)
+        except ValueError as error:
+            raise CheckpointError(f"{entry.path}: tensor {entry.name} {error}") from error
+    if entry.scale is not None and entry.stored is not None:
+        return entry.stored.restore(read_whole(entry), read_whole(entry.scale))
+    return read_whole(entry)
+
+
+def read_whole(entry: Entry) -> torch.Tensor:
+    """As it is stored, without what lies beside it."""
+    # a handle per tensor: pages of the file count as ours until its mapping goes, with the last of its tensors
+    try:
+        with safe_open(entry.path, framework="pt") as file:
+            if entry.piece is not None:
+                return entry.piece.of(file.get_slice(entry.name))
+            tensor: torch.Tensor = file.get_tensor(entry.name)
+            return tensor
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{entry.path}: tensor {entry.name} cannot be read: {error}") from error
+
+
+def digest_of(name: str, entry: Entry) -> bytes:
+    """SHA-256 over name, shape, type and values."""
+    tensor = read(entry).contiguous()
+    digest = hashlib.sha256(f"{name} {list(tensor.shape)} {tensor.dtype}\n".encode())
+    digest.update(tensor.view(-1).view(torch.uint8).numpy().data)
+    return digest.digest()
