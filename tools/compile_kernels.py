@@ -162,7 +162,7 @@ def of_checks() -> Iterator[Work]:
             yield Work("check", f"{case.name} {dtype}", case.run)
     for name, way in (*products.every_way(setting), *tiles.every_tile(setting)):
         yield Work("check", name, way)
-    for arch in families.RECIPES:
+    for arch in families.ON_CARDS:
         for dtype in (torch.float32, torch.bfloat16):
             yield Work("check", f"tiny {arch} {dtype}", partial(families.call_everything, setting, arch, dtype))
 

@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_leaves
 
 pytest.importorskip("triton")
 
+from card_checks.families import ON_CARDS
 from card_checks.models import BLOCK_SIZE, RandomWeights, make_model, published_config
 from dashinfer_vlm.config import EngineConfig
 from dashinfer_vlm.engine.cards.calls import ModelCalls
@@ -36,7 +37,6 @@ from dashinfer_vlm.kernels.cuda import (
 from dashinfer_vlm.layers.card_backend import in_floats, in_groups, on_card
 from dashinfer_vlm.models.loading import allocate_kv
 from dashinfer_vlm.models.model import LoadedModel
-from make_checkpoint import RECIPES
 
 META = torch.device("meta")
 MODULES = (
@@ -78,7 +78,7 @@ def capture_and_replay(model: LoadedModel, cache: torch.dtype | None = None) -> 
                 calls.graphs.replay(shape)
 
 
-@pytest.mark.parametrize("arch", RECIPES)
+@pytest.mark.parametrize("arch", ON_CARDS)
 @pytest.mark.parametrize("cache", [None, torch.int8])
 def test_a_step_asks_for_no_value_and_takes_nothing_from_the_processor(arch: str, cache: torch.dtype | None) -> None:
     config = published_config(arch, "tiny")
@@ -107,7 +107,7 @@ def test_nor_do_experts(num_rows: int) -> None:
         assert experts.multiply(x, gate_up, down, *chosen, x, x) is x
 
 
-@pytest.mark.parametrize("arch", RECIPES)
+@pytest.mark.parametrize("arch", ON_CARDS)
 def test_the_heaviest_step_can_be_done_on_a_device_of_its_own(arch: str) -> None:
     """Choice of tokens and pictures, too; prompts that are longer than a graph are computed so."""
 
