@@ -290,7 +290,7 @@ def tile_for(rows: int, itemsize: int, *, is_roomy: bool, is_gated: bool) -> Til
     """Each warp takes 16 rows of the weight. Cut as products of `skinny.py` are; no mixture has been timed yet."""
     columns = 128 // itemsize
     if rows > 64:
-        return Tile(rows, columns, 8, 3)
+        return Tile(rows, columns, 8, 4 if is_gated else 3)
     if is_gated or not is_roomy:
         return Tile(rows, columns, 4, 3 if rows == 64 and is_gated else 4)
     return Tile(rows, 2 * columns, 4, 3)
