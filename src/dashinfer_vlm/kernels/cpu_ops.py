@@ -341,6 +341,34 @@ def layer_norm(
     return out
 
 
+def causal_conv(
+    x: Tensor, inputs: Tensor, weight: Tensor, seats: Tensor, query_starts: Tensor, context_lens: Tensor
+) -> Tensor:
+    """SiLU of the weighted sum over the newest inputs of each channel of x (float32 [T, C], rows may be strided); the
+    rest, and what becomes of `inputs` (float32 [seats, K - 1, C]), as in `layers.delta_net.causal_conv`."""
+    out = torch.empty(x.shape, dtype=torch.float32)
+    extension().causal_conv(x, inputs, weight, seats, query_starts, context_lens, out)
+    return out
+
+
+def delta_rule(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    beta: Tensor,
+    decay: Tensor,
+    memory: Tensor,
+    seats: Tensor,
+    query_starts: Tensor,
+    context_lens: Tensor,
+) -> Tensor:
+    """float32 [T, H, V]: `layers.delta_net.delta_rule`, a token after the other. q and k are float32 [T, Hk, K] and v
+    is [T, H, V], any strides before the last axis; memory is [seats, H, K, V]."""
+    out = torch.empty(v.shape, dtype=torch.float32)
+    extension().delta_rule(q, k, v, beta, decay, memory, seats, query_starts, context_lens, out)
+    return out
+
+
 def choose(logits: Tensor, choices: Choices) -> Tensor:
     """A token for every row of logits (float32 [R, V], rows may be strided), which stay as they are; int32 [R].
 

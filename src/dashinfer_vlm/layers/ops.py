@@ -12,7 +12,7 @@ from torch import Tensor
 
 from dashinfer_vlm.kernels import cpu_ops
 from dashinfer_vlm.kernels.head_norms import HeadNorms
-from dashinfer_vlm.layers import attention, norm, rotary
+from dashinfer_vlm.layers import attention, delta_net, norm, rotary
 from dashinfer_vlm.layers.embed import embed
 
 __all__ = ["NATIVE", "NATIVE_BFLOAT16", "REFERENCE", "Ops"]
@@ -34,7 +34,8 @@ class LayerNorm(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Ops:
-    """The functions of the layers that have more than one implementation; signatures are those of the reference."""
+    """The functions of the layers that have more than one implementation; signatures are those of the reference, which
+    is also what those are that are not told."""
 
     embed: Callable[[Tensor, Tensor, torch.dtype, Tensor | None, Tensor | None], Tensor]
     rms_norm: RmsNorm
@@ -46,8 +47,11 @@ class Ops:
     varlen_attention: Callable[[Tensor, Tensor, Tensor, Tensor, float, int, Tensor | None], Tensor]
     rope_and_attend: Callable[..., Tensor] | None = None
     """`attend`, where that is more than one after the other."""
-    write_kv: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], None] | None = None
-    """For heads that turn in part; None where no model of those is served."""
+    write_kv: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], None] = attention.write_kv
+    causal_conv: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], Tensor] = delta_net.causal_conv
+    delta_rule: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], Tensor] = (
+        delta_net.delta_rule
+    )
 
     def attend(
         self,
@@ -77,7 +81,6 @@ class Ops:
         if num_turned == q.shape[-1]:
             self.rope_write_kv(q, k, v, cos, sin, k_cache, v_cache, slots)
         else:
-            assert self.write_kv is not None, "heads that turn in part"
             for x in (q, k):
                 self.rope(x[..., :num_turned], cos, sin)
             self.write_kv(k, v, k_cache, v_cache, slots)
@@ -93,7 +96,6 @@ REFERENCE = Ops(
     rope_write_kv=attention.rope_write_kv,
     paged_attention=attention.paged_attention,
     varlen_attention=attention.varlen_attention,
-    write_kv=attention.write_kv,
 )
 
 NATIVE = Ops(
@@ -106,6 +108,8 @@ NATIVE = Ops(
     paged_attention=cpu_ops.paged_attention,
     varlen_attention=cpu_ops.varlen_attention,
     write_kv=cpu_ops.write_kv,
+    causal_conv=cpu_ops.causal_conv,
+    delta_rule=cpu_ops.delta_rule,
 )
 
 NATIVE_BFLOAT16 = replace(NATIVE, varlen_attention=partial(cpu_ops.varlen_attention, bfloat16=True))

@@ -10,7 +10,6 @@ import torch
 from torch.nn import functional as F
 
 from dashinfer_vlm.layers.backend import Backend
-from dashinfer_vlm.layers.delta_rule import causal_conv, gated_delta_rule, l2_norm
 from dashinfer_vlm.models.base import StepBatch
 from dashinfer_vlm.models.config import TextConfig
 from dashinfer_vlm.models.weights import Weights
@@ -45,40 +44,16 @@ class GatedDeltaNet:
         """[T, hidden] -> [T, value heads * value_dim]. The states in `batch.seats` become those after the step's rows;
         a sequence that these rows begin with begins with zeros."""
         assert batch.seats is not None, "a cache with states"
-        c = self.sizes
-        channels, gate = self.qkv(x).split_with_sizes([c.num_channels, c.num_value_heads * c.value_dim], dim=1)
+        c, where, (inputs, memory) = self.sizes, (batch.seats, batch.query_starts, batch.context_lens), cache
+        keys, values = c.num_key_heads * c.key_dim, c.num_value_heads * c.value_dim
+        channels, gate = self.qkv(x).split_with_sizes([c.num_channels, values], dim=1)
+        mixed = self.ops.causal_conv(channels.float(), inputs, self.conv, *where)
+        parts = zip(
+            mixed.split_with_sizes([keys, keys, values], dim=1), (c.key_dim, c.key_dim, c.value_dim), strict=True
+        )
+        q, k, v = (part.view(len(mixed), -1, dim) for part, dim in parts)
         learnt, forgotten = F.linear(x.float(), self.rates).chunk(2, dim=-1)
-        beta, decay = learnt.sigmoid(), self.speed * F.softplus(forgotten + self.rate_bias)
-        out = torch.empty(len(gate), c.num_value_heads, c.value_dim, device=gate.device)
-        lengths = batch.query_starts.diff()
-        for length in sorted(set(lengths.tolist())):  # sequences of equal length are computed together
-            which = (lengths == length).nonzero().flatten()
-            rows = batch.query_starts[which].long()[:, None] + torch.arange(length, device=out.device)
-            seats, is_new = batch.seats[which], batch.context_lens[which] == length
-            inputs, memory = (kept[seats] for kept in cache)
-            inputs[is_new], memory[is_new] = 0, 0
-            out[rows] = self._mix(channels[rows].float(), beta[rows], decay[rows], inputs, memory)
-            for kept, new in zip(cache, (inputs, memory), strict=True):
-                kept[seats] = new
+        decay = self.speed * F.softplus(forgotten + self.rate_bias)
+        out = self.ops.delta_rule(q, k, v, learnt.sigmoid(), decay, memory, *where)
         normed = self.ops.rms_norm(out.to(gate.dtype).flatten(0, 1), self.norm, self.config.rms_norm_eps)
         return normed.view(gate.shape) * F.silu(gate)
-
-    def _mix(
-        self,
-        channels: torch.Tensor,
-        beta: torch.Tensor,
-        decay: torch.Tensor,
-        inputs: torch.Tensor,
-        memory: torch.Tensor,
-    ) -> torch.Tensor:
-        """float32 [n, T, value heads, value_dim] of n sequences, whose `inputs` and `memory` are brought up to date."""
-        c, (num_sequences, num_tokens, _) = self.sizes, channels.shape
-        keys = c.num_key_heads * c.key_dim
-        mixed = causal_conv(channels, inputs, self.conv)
-        q, k, v = mixed.split_with_sizes([keys, keys, c.num_value_heads * c.value_dim], dim=-1)
-        q, k, v = (
-            x.reshape(num_sequences, num_tokens, -1, d) for x, d in ((q, c.key_dim), (k, c.key_dim), (v, c.value_dim))
-        )
-        group = c.num_value_heads // c.num_key_heads  # value heads that share a key head
-        q, k = (l2_norm(x).repeat_interleave(group, dim=2) for x in (q, k))
-        return gated_delta_rule(q * c.key_dim**-0.5, k, v, beta, decay, memory)

@@ -53,4 +53,5 @@ NB_MODULE(_cpu, m) {
   di::bind_layer(m);
   di::bind_experts(m);
   di::bind_sample(m);
+  di::bind_delta_net(m);
 }

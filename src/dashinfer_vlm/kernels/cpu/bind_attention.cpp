@@ -2,9 +2,7 @@
 #include "bindings.h"
 
 namespace di {
-namespace {
 
-// starts [n + 1] rise from 0 to total.
 void require_starts(const TensorView& starts, std::int64_t total) {
   starts.require(DType::kI32, 1).require_dense_from(0);
   if (starts.shape[0] < 1) starts.fail("at least one element");
@@ -17,6 +15,8 @@ void require_starts(const TensorView& starts, std::int64_t total) {
                            std::to_string(p[0]) + " to " + std::to_string(p[n]))
                               .c_str());
 }
+
+namespace {
 
 // Every context fits its row of the table, covers its queries, and lies in blocks that exist.
 void require_tables(const TensorView& tables, const TensorView& starts, const TensorView& contexts,

@@ -26,6 +26,7 @@ void bind_experts(nb::module_& m);
 void bind_cache(nb::module_& m);
 void bind_norm(nb::module_& m);
 void bind_sample(nb::module_& m);
+void bind_delta_net(nb::module_& m);
 
 // A kernel runs without the GIL and alone.
 struct Running {
@@ -87,6 +88,9 @@ LinearArgs linear_args(const PackedWeight& w, Epilogue epilogue);
 
 // Every slot [tokens] is one of the cache's.
 void require_slots(const TensorView& slots, const TensorView& cache, std::int64_t tokens);
+
+// starts [n + 1] rise from 0 to total.
+void require_starts(const TensorView& starts, std::int64_t total);
 
 // Which blocks the context of each of the sequences lies in, checked; args.cache is set already.
 void set_contexts(PagedAttentionArgs& args, const TensorView& tables, const TensorView& starts,

@@ -163,6 +163,50 @@ struct RopeArgs {
   int head_dim;
 };
 
+// Which rows each sequence of a step owns, and the seat that its state lies in. With as many tokens in its context as
+// rows it begins, and its state is not read.
+struct SeatedRows {
+  int sequences;
+  const std::int64_t* seats;          // no two alike
+  const std::int32_t* query_starts;  // [sequences + 1]
+  const std::int32_t* context_lens;
+};
+
+// SiLU of each channel's weighted sum over its `size` newest inputs.
+struct CausalConvArgs {
+  SeatedRows rows;
+  const float* x;  // [T, channels]
+  std::int64_t x_stride;
+  float* inputs;        // [seats, size - 1, channels], the last ones of every sequence, which become those of x
+  const float* weight;  // [size, channels], that of the newest input last
+  float* out;           // [T, channels]
+  int channels;
+  int size;  // at least 2
+};
+
+// Each token decays the memory of each head, moves what its k finds there towards its v, and reads it with its q. k, and
+// q before it is divided by the root of key_dim, are brought to length 1.
+struct DeltaRuleArgs {
+  SeatedRows rows;
+  const float* q;  // [T, key_heads, key_dim]
+  const float* k;
+  const float* v;  // [T, heads, value_dim]
+  std::int64_t q_strides[2];
+  std::int64_t k_strides[2];
+  std::int64_t v_strides[2];
+  const float* beta;   // [T, heads]
+  const float* decay;  // logarithms
+  std::int64_t beta_stride;
+  std::int64_t decay_stride;
+  float* memory;  // [seats, heads, key_dim, value_dim]
+  float* out;     // [T, heads, value_dim]
+  int tokens;
+  int key_heads;
+  int heads;  // a multiple of key_heads
+  int key_dim;
+  int value_dim;
+};
+
 // What `choose` gives where there is no token.
 constexpr std::int32_t kNotANumber = -1;      // the row holds NaN or its largest logit is infinite, with or without penalties
 constexpr std::int32_t kNothingAllowed = -2;  // everything is forbidden
@@ -221,6 +265,8 @@ struct KernelTable {
   void (*write_kv)(const WriteKvArgs&);
   void (*norm)(const NormArgs&);
   void (*rope)(const RopeArgs&);
+  void (*causal_conv)(const CausalConvArgs&);
+  void (*delta_rule)(const DeltaRuleArgs&);
   void (*choose)(const ChooseArgs&);
   void (*likeliest)(const LikeliestArgs&);
 };
