@@ -17,6 +17,8 @@ from dashinfer_vlm.models.config import read_config
 
 __all__ = ["Tensors", "Write", "assert_refused", "write_pair"]
 
+QUANTISED = ("_proj.weight", ".in_proj_qkv.weight", ".in_proj_z.weight")
+
 Tensors = dict[str, Tensor]
 Write = Callable[[str, Tensor], tuple[Tensors, Tensor]]
 """What stands for the weight `X.weight` of the layer `X`, by whole names, and the numbers that it stands for."""
@@ -42,7 +44,7 @@ def write_pair(origin: Path, to: Path, settings: dict[str, Any], write: Write) -
     whole: Tensors = {}
     for name, tensor in load_file(origin / "model.safetensors").items():
         found, whole[name] = {name: tensor}, tensor
-        if name.endswith("_proj.weight") and "visual" not in name:
+        if name.endswith(QUANTISED) and "visual" not in name:
             found, whole[name] = write(name.removesuffix(".weight"), tensor)
         as_stored |= {key: x.contiguous() for key, x in found.items()}
     save_file(as_stored, stored / "model.safetensors")

@@ -120,6 +120,77 @@ def test_caches_are_those_of_the_layers_that_have_them(folder: Path) -> None:
     assert kv.num_bytes == sum(kept) + 3 * 16 * kv_token_bytes(text, torch.float32)
 
 
+def test_a_configuration_as_published_is_read(tmp_path: Path) -> None:
+    """That of the 27B models, from memory: 3 MiB of memories and 120 KiB of inputs in each of 48 layers."""
+    rope = {"rope_type": "default", "rope_theta": 1e7, "mrope_section": [11, 11, 10], "mrope_interleaved": True}
+    text = {
+        "model_type": "qwen3_5_text",
+        "attention_bias": False,
+        "attn_output_gate": True,
+        "output_gate_type": "swish",
+        "mamba_ssm_dtype": "float32",
+        "mtp_num_hidden_layers": 1,
+        "mtp_use_dedicated_embeddings": False,
+        "full_attention_interval": 4,
+        "layer_types": 16 * [LINEAR, LINEAR, LINEAR, FULL],
+        "hidden_act": "silu",
+        "hidden_size": 5120,
+        "intermediate_size": 17408,
+        "num_hidden_layers": 64,
+        "num_attention_heads": 24,
+        "num_key_value_heads": 4,
+        "head_dim": 256,
+        "linear_conv_kernel_dim": 4,
+        "linear_key_head_dim": 128,
+        "linear_num_key_heads": 16,
+        "linear_num_value_heads": 48,
+        "linear_value_head_dim": 128,
+        "partial_rotary_factor": 0.25,
+        "rope_parameters": rope | {"partial_rotary_factor": 0.25},
+        "max_position_embeddings": 262144,
+        "rms_norm_eps": 1e-6,
+        "vocab_size": 248320,
+        "dtype": "bfloat16",
+        "eos_token_id": 248044,
+    }
+    vision = {
+        "model_type": "qwen3_5",
+        "deepstack_visual_indexes": [],
+        "depth": 27,
+        "hidden_act": "gelu_pytorch_tanh",
+        "hidden_size": 1152,
+        "in_channels": 3,
+        "intermediate_size": 4304,
+        "num_heads": 16,
+        "num_position_embeddings": 2304,
+        "out_hidden_size": 5120,
+        "patch_size": 16,
+        "spatial_merge_size": 2,
+        "temporal_patch_size": 2,
+    }
+    config = {
+        "architectures": ["Qwen3_5ForConditionalGeneration"],
+        "model_type": "qwen3_5",
+        "language_model_only": False,
+        "image_token_id": 248056,
+        "video_token_id": 248057,
+        "vision_start_token_id": 248053,
+        "vision_end_token_id": 248054,
+        "tie_word_embeddings": False,
+        "text_config": text,
+        "vision_config": vision,
+    }
+    processor = {"patch_size": 16, "merge_size": 2, "image_mean": [0.5] * 3, "image_std": [0.5] * 3}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(processor))
+    read = read_config(tmp_path)
+    assert read.text.num_kv_layers == 16
+    assert read.text.state_bytes == 48 * ((3 << 20) + (120 << 10))
+    assert kv_token_bytes(read.text, torch.bfloat16) == 64 << 10
+    assert read.text.rope.sections == (11, 11, 10)
+    assert read.embedding_size == 5120
+
+
 @pytest.mark.parametrize(
     ("values", "message"),
     [

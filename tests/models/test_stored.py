@@ -117,8 +117,8 @@ def test_it_can_be_quantised_anew(pair: tuple[Path, Path]) -> None:
     assert torch.equal(logits(pair[0], quant_type="a8w8"), logits(pair[1], quant_type="a8w8"))
 
 
-@pytest.mark.parametrize("arch", ["qwen3_vl", "qwen3_moe"])
-def test_a_model_that_sees_and_one_of_experts_are_read_too(
+@pytest.mark.parametrize("arch", ["qwen3_vl", "qwen3_moe", "qwen3_5"])
+def test_models_that_see_and_those_of_experts_or_states_are_read_too(
     checkpoint: CheckpointMaker, tmp_path: Path, arch: str
 ) -> None:
     pair = write_pair(checkpoint(arch, dtype="bfloat16"), tmp_path, *FORMATS["fp8, blocks"])
