@@ -87,6 +87,10 @@ def main() -> int:
     out, end = os.fdopen(os.dup(1), "w"), time.monotonic() + options.seconds
     os.dup2(2, 1)  # what libraries print is no message
     setting = Setting(torch.device(options.device), options.tiny)
+    if options.device == "cpu":
+        import quick_interpreter  # imports triton
+
+        quick_interpreter.leave_out_what_is_in_vain()
     for phase, function, seconds, done in json.loads(options.phases):
 
         def tell(message: dict[str, Any], phase: str = phase) -> None:

@@ -1,10 +1,16 @@
 from __future__ import annotations
 
+import importlib.util
 import warnings
 from typing import Any
 
 import pytest
 import torch
+
+if importlib.util.find_spec("triton") and not torch.cuda.is_available():
+    import quick_interpreter
+
+    quick_interpreter.leave_out_what_is_in_vain()
 
 
 @pytest.fixture(autouse=True)
