@@ -136,7 +136,7 @@ check: $(READY)
 	$(BIN)/ruff format --check src tests tools
 	$(BIN)/ruff check src tests tools
 	$(BIN)/mypy
-	$(BIN)/python -m pytest -m cards tests/kernels/cuda
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m cards tests/kernels/cuda
 
 # A full run takes long; FLAGS="--quick --only single:8:24" makes it short (see tools/peers/measure.py).
 bench: $(READY)
