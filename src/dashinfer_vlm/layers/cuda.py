@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from dashinfer_vlm.kernels.cuda import (
     decode,
     experts,
+    few_bits,
     fp8,
     gemv,
     narrow,
@@ -193,7 +194,7 @@ def grouped_ops(head: Callable[[Tensor, Tensor | None, Epilogue], Linear]) -> Gr
             return torch.add(y, residual, out=out)
         return y if out is None else out.copy_(y)
 
-    return GroupedOps(few, skinny.MOST_ROWS, gemv.MOST_NORMED, rows.rms_norm, skinny.expand, CudaLinear, head)
+    return GroupedOps(few, skinny.MOST_ROWS, gemv.MOST_NORMED, rows.rms_norm, few_bits.expand, CudaLinear, head)
 
 
 class CudaRouter(Router):

@@ -22,6 +22,7 @@ from dashinfer_vlm.engine.cards.worst_step import worst_step_bytes
 from dashinfer_vlm.kernels.cuda import (
     decode,
     experts,
+    few_bits,
     fp8,
     gemv,
     hadamard,
@@ -33,6 +34,7 @@ from dashinfer_vlm.kernels.cuda import (
     segments,
     skinny,
     skinny_floats,
+    splits,
 )
 from dashinfer_vlm.layers.card_backend import in_floats, in_groups, on_card
 from dashinfer_vlm.models.loading import allocate_kv
@@ -40,7 +42,8 @@ from dashinfer_vlm.models.model import LoadedModel
 
 META = torch.device("meta")
 MODULES = (
-    *(decode, experts, fp8, gemv, hadamard, narrow, paged, patches, rotary, rows, segments, skinny, skinny_floats),
+    *(decode, experts, few_bits, fp8, gemv, hadamard, narrow, paged, patches, rotary, rows, segments, skinny),
+    *(skinny_floats, splits),
 )
 SHAPES = Shapes(4, 64, decode_sizes=(1, 2, 4), mixed_sizes=(32, 64))
 

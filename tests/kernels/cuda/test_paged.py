@@ -12,9 +12,10 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
-from dashinfer_vlm.kernels.cuda import paged
+from dashinfer_vlm.kernels.cuda import paged, splits
 from dashinfer_vlm.kernels.cuda.launch import launch
-from dashinfer_vlm.kernels.cuda.paged import num_splits, paged_attention
+from dashinfer_vlm.kernels.cuda.paged import paged_attention
+from dashinfer_vlm.kernels.cuda.splits import num_splits
 from dashinfer_vlm.layers import attention
 from tests.kernels.cuda.numbers import DEVICE, TYPES, allowed, error
 
@@ -151,7 +152,8 @@ def test_a_chunk_of_a_prompt_is_shared_by_programs(monkeypatch: pytest.MonkeyPat
         launched.append(grid)
         launch(kernel, grid, *arguments, **options)
 
-    monkeypatch.setattr(paged, "launch", counted)
+    for module in (paged, splits):
+        monkeypatch.setattr(module, "launch", counted)
     assert error(batch.run(), batch.expected()) < 1e-5
     few, many, combined = launched
     assert few[2] == many[2] == 4
@@ -177,7 +179,8 @@ def test_what_splits_find_takes_no_more_memory_in_long_steps(num_rows: int, monk
         return taken[-1]
 
     monkeypatch.setattr(torch, "empty", measured)
-    monkeypatch.setattr(paged, "launch", lambda *_, **__: None)
+    for module in (paged, splits):
+        monkeypatch.setattr(module, "launch", lambda *_, **__: None)
     monkeypatch.setattr(paged, "MANY_PROGRAMS", 264)
     out = paged_attention(q, keys, keys, tables, starts, contexts, 0.3)
     assert sum(x.nbytes for x in taken) - out.nbytes <= 264 * 64 * (128 + 1) * 4

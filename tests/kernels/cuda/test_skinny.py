@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 pytest.importorskip("triton")
 
-from dashinfer_vlm.kernels.cuda import skinny
+from dashinfer_vlm.kernels.cuda import few_bits, skinny
 from dashinfer_vlm.kernels.cuda.skinny import MOST_ROWS, num_splits, product
 from dashinfer_vlm.kernels.grouped import GroupedWeight
 from dashinfer_vlm.layers.activation import EPILOGUES, Epilogue, silu_mul
@@ -184,7 +184,7 @@ def test_a_weight_of_another_depth_is_refused() -> None:
 @pytest.mark.parametrize("bits", [8, 4])
 def test_a_weight_is_expanded_as_the_reference_does_it(bits: int) -> None:
     weight = rounded(torch.randn(5, 300, device=DEVICE), bits)
-    assert torch.equal(skinny.expand(weight, torch.float32), expand(weight, torch.float32))
+    assert torch.equal(few_bits.expand(weight, torch.float32), expand(weight, torch.float32))
 
 
 @pytest.mark.parametrize("epilogue", ["none", "silu_mul", "quick_gelu"])

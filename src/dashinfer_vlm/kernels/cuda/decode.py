@@ -15,8 +15,9 @@ from torch import Tensor
 from dashinfer_vlm.kernels.cuda import paged, rotary
 from dashinfer_vlm.kernels.cuda.arrivals import arrived_of
 from dashinfer_vlm.kernels.cuda.launch import check, compute_type, launch, power_of_two, starts_early, wait_for_last
-from dashinfer_vlm.kernels.cuda.paged import places_of, share_of, weighed
+from dashinfer_vlm.kernels.cuda.paged import places_of, weighed
 from dashinfer_vlm.kernels.cuda.rotary import rotated
+from dashinfer_vlm.kernels.cuda.splits import join, num_splits, parts_of, share_of
 from dashinfer_vlm.kernels.head_norms import HeadNorms
 
 __all__ = ["MOST_SHARED", "rope_and_attend"]
@@ -121,7 +122,7 @@ def _decode(
     BN: tl.constexpr, SPLITS: tl.constexpr, JOIN: tl.constexpr, NORM: tl.constexpr, EARLY: tl.constexpr,
     C: tl.constexpr,
 ):  # fmt: skip
-    """Splits that are not to `JOIN` leave what they found as `paged.parts_of` the result has it."""
+    """Splits that are not to `JOIN` leave what they found as `splits.parts_of` the result has it."""
     s = tl.program_id(0)
     head = tl.program_id(1)
     split = tl.program_id(2)
@@ -222,7 +223,7 @@ def rope_and_attend(
     num_pairs = num_rows * num_kv_heads
     if splits is None:
         max_context = block_tables.shape[1] * k_cache.shape[1]
-        splits = paged.num_splits(paged.FEW_PROGRAMS, num_pairs, max_context, tile.columns)
+        splits = num_splits(paged.FEW_PROGRAMS, num_pairs, max_context, tile.columns)
     check(
         splits == 1 or not joins or num_pairs <= MOST_SHARED,
         f"at most {MOST_SHARED} pairs of row and head may be shared",
@@ -230,7 +231,7 @@ def rope_and_attend(
         k,
     )
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    parts, lse = paged.parts_of(out, splits)
+    parts, lse = parts_of(out, splits)
     arrived = arrived_of(k_cache, MOST_SHARED) if joins and splits > 1 else lse
     gains = (cos, cos, 0.0) if norms is None else (norms.queries, norms.keys, norms.eps)  # what is there is not read
     launch(
@@ -241,5 +242,5 @@ def rope_and_attend(
         compute_type(q.dtype), num_warps=tile.warps, num_stages=tile.stages, maxnreg=REGISTERS, early=early,
     )  # fmt: skip
     if splits > 1 and not joins:
-        paged.join(parts, lse, query_starts, context_lens, out, 1, tile.columns, tile.columns)
+        join(parts, lse, query_starts, context_lens, out, 1, tile.columns, tile.columns)
     return out

@@ -17,6 +17,7 @@ from torch import Tensor
 from dashinfer_vlm.kernels.choices import Choices
 from dashinfer_vlm.kernels.cuda import (
     experts,
+    few_bits,
     fp8,
     gemv,
     narrow,
@@ -238,7 +239,7 @@ def _few_rows(s: Sizes, dtype: torch.dtype, device: torch.device) -> Iterator[Va
         gate_up, qkv, down = (
             weight(*sides, bits) for sides in ((2 * s.inner, s.hidden), (queries, s.hidden), (s.hidden, s.inner))
         )
-        yield Variant(f"{bits} bits, expanded", partial(skinny.expand, weight(s.hidden, s.inner, bits), dtype))
+        yield Variant(f"{bits} bits, expanded", partial(few_bits.expand, weight(s.hidden, s.inner, bits), dtype))
         row, out = empty(1, s.hidden), weight(s.hidden, s.heads * s.head_dim, bits)
         of_row = partial(narrow.of_groups, row, gains=empty(s.hidden))
         yield Variant(f"{bits} bits, qkv of one row", partial(of_row, qkv, empty(queries)))
