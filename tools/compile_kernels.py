@@ -7,8 +7,8 @@ Prints one JSON object a line: model, variant, kernel, registers, bytes of stack
 shared memory, and how often the instructions occur that decide the speed: `HGMMA` (products of a warp group), `HMMA`
 (of a warp), `QGMMA` (of a warp group, 8-bit floats), and asynchronous copies, of these the ones of 128 bits, and those
 of whole tiles; how many groups of copies may be under way while one is waited for; sines that are only approximate;
-reads of 128 bits before a kernel waits for the one before it; products that read from a wrong address (see sass.py);
-exponentials with a product of a warp group under way.
+reads of 128 bits before a kernel waits for the one before it; products that read from a wrong address, and instructions
+that write over a factor of one under way (see sass.py); exponentials with a product of a warp group under way.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import sm_arch_from_capability
 
 from dashinfer_vlm.kernels.cuda import launch as launching
-from sass import listings, machine_code, raw_descriptors
+from sass import listings, machine_code, overwritten_factors, raw_descriptors
 
 TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 
@@ -57,6 +57,7 @@ class Compiled:
     fast_sines: int
     wide_reads_before_wait: int
     raw_descriptors: int
+    overwritten_factors: int
     exponentials_beside_products: int
 
 
@@ -201,6 +202,7 @@ def _read(kernel: Kernel, code: str) -> Compiled:
         len(re.findall(r"\bMUFU\.(?:SIN|COS)\b", code)),
         len(re.findall(r"\bLDG\S*\.128", code.partition("ACQBULK")[0])),
         len(raw_descriptors(code)),
+        len(overwritten_factors(code)),
         _exponentials_beside_products(code),
     )
 

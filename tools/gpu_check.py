@@ -39,7 +39,7 @@ PHASES: dict[str, tuple[str, float]] = {
     "ceilings": ("device.ceilings", 15),
     "compile": ("device.compile_all", 60),
     "kernels": ("kernels.check", 60),
-    "families": ("families.families", 60),
+    "families": ("families.families", 110),
     "steps": ("steps.steps", 60),
     "profile": ("profiles.profiles", 30),
     "serving": ("profiles.serving", 20),

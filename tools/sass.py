@@ -10,7 +10,7 @@ from collections import defaultdict
 from itertools import accumulate, pairwise
 from pathlib import Path
 
-__all__ = ["listings", "machine_code", "raw_descriptors"]
+__all__ = ["listings", "machine_code", "overwritten_factors", "raw_descriptors"]
 
 _SECTION = struct.Struct("<IIQQQQIIQQ")
 """Of an ELF file of 64 bits: name, type, flags, address, place in the file, size, and four more."""
@@ -26,6 +26,13 @@ _CUTTING = ("USHF", "USGXT", "ULOP3", "UBFE", "UPRMT")
 _ADDING = ("UIADD3", "ULEA", "USEL", "UIMAD")
 _Held = defaultdict[str, frozenset[str]]
 """What may be in uniform registers."""
+_FACTOR_REGISTERS = 4
+"""Of each thread, that hold a product's first factor."""
+_MOST_GROUPS = 8
+"""Of products that are told apart; no wait leaves more under way."""
+_Flying = tuple[frozenset[int], ...]
+"""Registers of factors that products under way may still read: those of each group of products, the oldest first, and
+at last those of the group that is not closed."""
 
 
 def machine_code(cubin: bytes) -> bytes:
@@ -82,6 +89,60 @@ def raw_descriptors(code: str) -> list[str]:
         elif _REGISTER.fullmatch(words[0]):
             _follow(operation, words, held)
     return found
+
+
+def overwritten_factors(code: str) -> list[str]:
+    """Instructions that write into registers from which a product of warp groups that is under way may still read its
+    first factor: what it multiplies then is a matter of luck.
+
+    Triton 3.6 and 3.7 leave a product under way at the end of a loop's round, and load the next factor into the same
+    registers (docs/log.md). `code` is a listing; all ways through it are followed.
+    """
+    coming: dict[int, _Flying] = {}
+    found: set[str] = set()
+    while True:
+        before = dict(coming)
+        flying: _Flying = (frozenset(),)
+        for place, operation, operands in _INSTRUCTION.findall(code):
+            flying = _both(flying, coming.get(int(place, 16), (frozenset(),)))
+            if frozenset[int]().union(*flying) & _written(operation, operands):
+                found.add(f"{place}: {operation} {operands}")
+            flying = _after(operation, operands, flying)
+            if operation.startswith("BRA"):
+                target = int(operands.split(",")[-1], 16)
+                coming[target] = _both(coming.get(target, (frozenset(),)), flying)
+        if coming == before:
+            return sorted(found)
+
+
+def _after(operation: str, operands: str, flying: _Flying) -> _Flying:
+    if operation.startswith(("HGMMA", "QGMMA")):
+        factor = re.search(r"\bR(\d+), gdesc", operands)
+        more = range(int(factor[1]), int(factor[1]) + _FACTOR_REGISTERS) if factor else ()
+        flying = (*flying[:-1], flying[-1].union(more))
+        flying = (*flying, frozenset()) if "gsb0" in operands else flying
+        surplus = max(0, len(flying) - _MOST_GROUPS)  # a loop without a wait would have ever more of them
+        return (frozenset[int]().union(*flying[: surplus + 1]), *flying[surplus + 1 :])
+    if operation.startswith("WARPGROUP.DEPBAR"):
+        return flying[-1 - int(operands.split(",")[-1], 16) :]
+    return flying
+
+
+def _both(one: _Flying, other: _Flying) -> _Flying:
+    """What may be under way where two ways meet; the groups that are not closed are the same one."""
+    longest = max(len(one), len(other))
+    padded = ((frozenset[int](),) * (longest - len(ways)) + ways for ways in (one, other))
+    return tuple(a | b for a, b in zip(*padded, strict=True))
+
+
+def _written(operation: str, operands: str) -> frozenset[int]:
+    """Registers that an instruction other than a product writes."""
+    target = re.match(r"R(\d+)(?:,|$)", operands)
+    if target is None or operation.startswith(("HGMMA", "QGMMA")):
+        return frozenset()
+    wide = re.search(r"\.(64|128|M88\.[24]|WIDE)\b", operation)
+    count = {"64": 2, "128": 4, "M88.2": 2, "M88.4": 4, "WIDE": 2}[wide[1]] if wide else 1
+    return frozenset(range(int(target[1]), int(target[1]) + count))
 
 
 def _descriptor_registers(words: list[str], operands: str) -> list[str]:

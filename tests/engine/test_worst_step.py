@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from dashinfer_vlm.config import EngineConfig
+from dashinfer_vlm.config import EngineConfig, ScheduleName
 from dashinfer_vlm.engine import memory
 from dashinfer_vlm.engine.cards.worst_step import SLACK_BYTES, largest_picture, worst_step_bytes
 from dashinfer_vlm.engine.memory import EMBEDDING_HEADROOM_BYTES, kv_block_bytes, num_kv_blocks
@@ -65,9 +65,13 @@ def test_the_largest_picture_is_measured_by_a_smaller_one(vision: VisionConfig) 
     assert measured == 2 * 1000 + 4 * 500 + SLACK_BYTES
 
 
-def test_small_pictures_are_still_encoded_many_at_a_time(vision: VisionConfig) -> None:
-    config = EngineConfig(max_pixels=vision.patch_size**2 * 64, min_pixels=1)
-    assert worst_step_bytes(SeeingModel(), vision, config, 8, SaidMeter(0, 500)) == 2 * 500 + SLACK_BYTES
+@pytest.mark.parametrize(("schedule", "times"), [("balanced", 2), ("throughput", 8)])
+def test_small_pictures_are_still_encoded_many_at_a_time(
+    vision: VisionConfig, schedule: ScheduleName, times: int
+) -> None:
+    """More of them for crowds that do not watch their streams."""
+    config = EngineConfig(max_pixels=vision.patch_size**2 * 64, min_pixels=1, schedule=schedule)
+    assert worst_step_bytes(SeeingModel(), vision, config, 8, SaidMeter(0, 500)) == times * 500 + SLACK_BYTES
 
 
 def test_the_cache_takes_what_the_step_and_embeddings_leave(monkeypatch: pytest.MonkeyPatch) -> None:

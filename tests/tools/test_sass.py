@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from sass import listings, machine_code, raw_descriptors
+from sass import listings, machine_code, overwritten_factors, raw_descriptors
 
 BASE = """
         /*0100*/                   S2UR UR4, SR_CgaCtaId ;
@@ -60,6 +60,47 @@ def test_the_first_pair_of_a_factor_in_registers_is_nobodys() -> None:
 def test_a_jump_past_the_address_brings_none_along(target: str, wrong: int) -> None:
     jump = f"        /*0130*/               @P2 BRA {target} ;\n"
     assert len(raw_descriptors(BASE + jump + RIGHT)) == wrong
+
+
+ROUND = """
+        /*0100*/                   LDS.U16 R93, [R11+UR4] ;
+        /*0110*/                   I2F.BF16.U8 R88, R93 ;
+        /*0120*/                   HGMMA.64x128x16.F32.BF16 R24, R88, gdesc[UR20], R24 ;
+        /*0130*/                   HGMMA.64x128x16.F32.BF16 R24, R92, gdesc[UR20], R24, gsb0 ;
+"""
+WAIT = "        /*0140*/                   WARPGROUP.DEPBAR.LE gsb0, {} ;\n"
+AGAIN = "        /*0150*/              @!P6 BRA 0x100 ;\n"
+
+
+def test_a_factor_that_the_next_round_loads_while_a_product_reads_it_is_found() -> None:
+    found = overwritten_factors(ROUND + AGAIN)
+    assert [place.partition(":")[0] for place in found] == ["0100", "0110"]
+
+
+@pytest.mark.parametrize(("left", "wrong"), [("0x0", 0), ("0x1", 2)])
+def test_behind_a_wait_for_the_product_the_registers_are_free(left: str, wrong: int) -> None:
+    """A wait that leaves one group of products under way leaves this one."""
+    assert len(overwritten_factors(ROUND + WAIT.format(left) + AGAIN)) == wrong
+
+
+def test_a_factor_is_written_before_its_product_is_begun() -> None:
+    assert overwritten_factors(ROUND) == []
+
+
+@pytest.mark.parametrize(
+    ("instruction", "wrong"),
+    [
+        ("LDSM.16.M88.4 R85, [R0]", 1),
+        ("LDSM.16.M88.4 R84, [R0]", 0),
+        ("LDS.64 R95, [R0]", 1),
+        ("IMAD.WIDE R87, R2, R3, R4", 1),
+        ("LDGSTS.E.64 [R90], desc[UR20][R12.64]", 0),
+        ("STS [R90], R91", 0),
+        ("HGMMA.64x128x16.F32.BF16 R24, gdesc[UR20], R24, gsb0", 0),
+    ],
+)
+def test_what_an_instruction_writes(instruction: str, wrong: int) -> None:
+    assert len(overwritten_factors(f"{ROUND}        /*0140*/                   {instruction} ;\n")) == wrong
 
 
 def elf(**sections: bytes) -> bytes:

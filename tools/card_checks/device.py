@@ -82,6 +82,7 @@ def _compile(setting: Setting, *what: str) -> Row:
     spilt = [f"{x['model']}: {x['variant']}" for x in lines if x.get("spills_in_loops") and x["kernel"] != "_tables"]
     failed = [f"{x['model']}: {x['variant']}: {x['failed']}" for x in lines if "failed" in x]
     failed += [f"{x['model']}: {x['variant']} reads from a wrong address" for x in lines if x.get("raw_descriptors")]
+    failed += [f"{x['model']}: {x['variant']} overwrites a factor" for x in lines if x.get("overwritten_factors")]
     ended = sorted({process.returncode for process in started})
     note = f"{len(lines)} kernels, {num_parts} processes; spills in loops: {', '.join(spilt) or 'none'}"
     wrong = 0.0 if ended == [0] and not failed else float("nan")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -25,26 +26,57 @@ from card_checks.models import (
 )
 from card_checks.results import Check, Setting, error
 from card_checks.rows import Row
-from dashinfer_vlm.layers.backend import choose_backend
+from dashinfer_vlm.layers.backend import Backend, choose_backend
+from dashinfer_vlm.layers.card_backend import in_floats, in_groups
+from dashinfer_vlm.layers.grouped import BITS
 from dashinfer_vlm.models.config import CheckpointConfig
 from dashinfer_vlm.models.loading import allocate_kv
 from dashinfer_vlm.models.model import LoadedModel
 from dashinfer_vlm.request import Grid
 from make_checkpoint import RECIPES
 
-ON_CARDS = tuple(arch for arch in RECIPES if not arch.startswith("qwen3_5"))
+ON_CARDS = tuple(arch for arch in RECIPES if arch != "qwen3_5")
 """Cards refuse the others."""
 
 
 def families(setting: Setting) -> Iterator[Check]:
-    """Greedy tokens of a tiny model of each family in float32: the device's are the CPU's; logits in bfloat16
-    nearly."""
+    """Steps of decode and prompts agree; greedy tokens of a tiny model of each family in float32: the device's are the
+    CPU's; logits in bfloat16 nearly."""
+    for name, backend, cache in _precisions(setting):
+        yield f"decode beside prompts in {name}", partial(_decoding, setting, backend, cache)
     for arch in ON_CARDS:
         yield f"logits of a tiny {arch} in bfloat16", partial(_rounding, setting, arch)
         if RECIPES[arch][2]:
             yield f"embeddings by the ViT of {arch} in bfloat16", partial(_seeing, setting, arch)
         for way in [USUAL] if setting.tiny else WAYS:
             yield f"tokens of a tiny {arch}, {way}", partial(_tokens, setting, arch, way)
+
+
+def _precisions(setting: Setting) -> Iterator[tuple[str, Backend, torch.dtype | None]]:
+    """Names, backends, and types of the cache."""
+    dtype = torch.float32 if setting.device.type == "cpu" else torch.bfloat16
+    yield "16 bits", checked_backend(setting, dtype), None
+    yield "16 bits over an int8 cache", checked_backend(setting, dtype), torch.int8
+    if setting.multiplies_floats_of_8_bits:
+        yield "8-bit floats", in_floats(setting.device, dtype), None
+    for kind in BITS:
+        yield kind, in_groups(setting.device, dtype, kind), None
+
+
+def _decoding(setting: Setting, backend: Backend, cache: torch.dtype | None) -> Row:
+    """Logits of 1, 8 and 64 streams' last tokens in a step of decode, beside those of the same tokens in prompts: by
+    products of few rows, and of many. At published size, where programs run side by side."""
+    config, length = published_config("qwen2_vl", "tiny" if setting.tiny else "2b"), 5 if setting.tiny else 200
+    weights = RandomWeights(config, setting.device, same_everywhere=setting.tiny)
+    model = LoadedModel(config, config.family.decoder(config, weights, backend), None, backend)
+    errors = []
+    for count in (2,) if setting.tiny else (1, 8, 64):
+        kv = allocate_kv(model, count * -(-length // BLOCK_SIZE), BLOCK_SIZE, cache)
+        prompts = text_batch(setting.device, [length] * count, [length] * count)
+        want = model.forward(prompts, kv)
+        newest = text_batch(setting.device, [1] * count, [length] * count)
+        errors.append(error(model.forward(replace(newest, ids=prompts.ids[prompts.logits_rows]), kv), want))
+    return Row(error=max(errors), allowed=0.1, note=", ".join(f"{x:.1e}" for x in errors))
 
 
 def _tokens(setting: Setting, arch: str, way: str) -> Row:

@@ -37,7 +37,7 @@ def on_card(device: torch.device, dtype: torch.dtype) -> Backend:
     head: TensorLinear = CudaHead if multiplies_into_float32(device, dtype) else CudaLinear
 
     def patches(weight: Tensor, bias: Tensor) -> Patches:
-        return TorchPatches(weight, bias) if dtype == torch.float32 else CudaPatches(weight, bias, dtype)
+        return TorchPatches(weight, bias) if dtype == torch.float32 else CudaPatches(weight, bias)
 
     def stacked(matrices: Sequence[Matrix]) -> Tensor:
         first = matrices[0]

@@ -24,7 +24,6 @@ from dashinfer_vlm.kernels.cuda import (
     skinny,
     skinny_floats,
 )
-from dashinfer_vlm.kernels.cuda.patches import embed_patches, two_halves
 from dashinfer_vlm.kernels.grouped import GroupedWeight
 from dashinfer_vlm.layers.activation import EPILOGUES, Epilogue
 from dashinfer_vlm.layers.experts import Router, Routing, with_shared
@@ -43,6 +42,7 @@ __all__ = [
     "CudaStreamLinear",
     "grouped_ops",
     "multiplies_into_float32",
+    "two_halves",
 ]
 
 OPS = Ops(
@@ -60,6 +60,11 @@ OPS = Ops(
 _EPILOGUES = {**EPILOGUES, "silu_mul": rows.silu_mul, "quick_gelu": rows.quick_gelu}
 """One launch each: torch's GELU is one already."""
 
+
+_ONES = 8
+"""Columns: rows of a product begin at multiples of 16 bytes."""
+_PATCHES_AT_ONCE = 8192
+"""They stand in memory in four times their bytes, meanwhile."""
 
 _RIDING: tuple[Epilogue, ...] = ("none", "silu_mul")
 """Those that ride in products of a row and of few."""
@@ -227,12 +232,27 @@ class CudaExperts:
 
 
 class CudaPatches:
-    """`layers.patches.TorchPatches` from bytes, to `dtype`."""
+    """`layers.patches.TorchPatches` in bfloat16, which holds bytes exactly: the weight is the sum of two halves, so
+    that the product is as good as one of float32 numbers with 16 bits. Both halves stand side by side in one product,
+    and behind them the bias, which ones are multiplied with."""
 
-    def __init__(self, weight: Tensor, bias: Tensor, dtype: torch.dtype) -> None:
-        self.halves = two_halves(weight)
-        self.bias = bias
-        self.dtype = dtype
+    def __init__(self, weight: Tensor, bias: Tensor) -> None:
+        self.weight_t = torch.cat((*two_halves(weight), F.pad(two_halves(bias).t(), (0, _ONES - 2))), dim=1).t()
 
     def __call__(self, patches: Tensor) -> Tensor:
-        return embed_patches(patches, self.halves, self.bias, self.dtype)
+        """uint8 [P, K] -> float32 [P, N]."""
+        out = torch.empty(len(patches), self.weight_t.shape[1], device=patches.device)
+        for start in range(0, len(patches), _PATCHES_AT_ONCE):
+            rows = slice(start, start + _PATCHES_AT_ONCE)
+            x = F.pad(patches[rows].bfloat16().repeat(1, 2), (0, _ONES), value=1.0)
+            if x.is_cuda:
+                torch.mm(x, self.weight_t, out_dtype=torch.float32, out=out[rows])
+            else:  # the same numbers, which torch multiplies into float32 on cards alone
+                torch.mm(x.float(), self.weight_t.float(), out=out[rows])
+        return out
+
+
+def two_halves(x: Tensor) -> Tensor:
+    """bfloat16 [2, ...] whose sum is float32 `x` to 16 bits."""
+    high = x.bfloat16()
+    return torch.stack((high, (x - high.float()).bfloat16()))

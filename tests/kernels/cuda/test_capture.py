@@ -28,7 +28,6 @@ from dashinfer_vlm.kernels.cuda import (
     hadamard,
     narrow,
     paged,
-    patches,
     rotary,
     rows,
     segments,
@@ -42,7 +41,7 @@ from dashinfer_vlm.models.model import LoadedModel
 
 META = torch.device("meta")
 MODULES = (
-    *(decode, experts, few_bits, fp8, gemv, hadamard, narrow, paged, patches, rotary, rows, segments, skinny),
+    *(decode, experts, few_bits, fp8, gemv, hadamard, narrow, paged, rotary, rows, segments, skinny),
     *(skinny_floats, splits),
 )
 SHAPES = Shapes(4, 64, decode_sizes=(1, 2, 4), mixed_sizes=(32, 64))

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from dashinfer_vlm.config import EngineConfig
+from dashinfer_vlm.encoders.placement import batch_patches
 from dashinfer_vlm.kernels.choices import Choices
 from dashinfer_vlm.layers import card_sampling
 from dashinfer_vlm.models.base import Model, StepBatch, VisionEncoder
@@ -25,8 +26,6 @@ logger = logging.getLogger(__name__)
 
 MEASURED_GRID = (1, 64, 128)
 """8,192 patches. What the encoder takes grows with them, so that a larger picture need not be encoded."""
-BATCH_PATCHES = 16384
-"""The encoder takes as many at a time, of small pictures."""
 SLACK_BYTES = 1 << 30
 """For the static buffers of steps, what graphs and cuBLAS keep for themselves, and the allocator's holes."""
 
@@ -58,14 +57,15 @@ def worst_step_bytes(
     model: Model, vision: VisionConfig | None, config: EngineConfig, max_rows: int, meter: Meter
 ) -> int:
     """What must stay free beside the KV cache: the largest step of text twice (graphs have memory of their own), the
-    largest picture under way, and some slack."""
+    largest picture or batch of pictures under way, and some slack."""
     text = meter.peak_bytes(lambda: _step(model, config.max_num_seqs, max_rows, config.block_size))
     picture = 0
     if model.encoder is not None and vision is not None:
         encoder, patch_dim = model.encoder, vision.patch_dim
         measured = meter.peak_bytes(lambda: _encode(encoder, patch_dim, model.device))
         rows, columns = MEASURED_GRID[1:]
-        picture = measured * max(BATCH_PATCHES, largest_picture(vision, config)) // (rows * columns)
+        most = max(batch_patches("cuda", config), largest_picture(vision, config))
+        picture = measured * most // (rows * columns)
     logger.info("worst step: %.2f GiB of text, %.2f GiB of the largest picture", text / 2**30, picture / 2**30)
     return 2 * text + picture + SLACK_BYTES
 

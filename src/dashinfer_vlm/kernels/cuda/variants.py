@@ -22,7 +22,6 @@ from dashinfer_vlm.kernels.cuda import (
     gemv,
     narrow,
     paged,
-    patches,
     rotary,
     rows,
     sampling,
@@ -315,14 +314,8 @@ def _vit(s: Sizes, dtype: torch.dtype, device: torch.device) -> Iterator[Variant
         q, k, v = torch.split(empty(1024, 3 * s.vit_heads, dim), s.vit_heads, dim=1)
         return segments.varlen_attention(q, k, v, empty(num_segments + 1, dtype=torch.int32), 0.1)
 
-    def embed() -> Tensor:
-        halves = empty(2, s.vit_width, -(-s.patch_dim // patches.DEPTH) * patches.DEPTH, dtype=torch.bfloat16)
-        pixels, bias = empty(1024, s.patch_dim, dtype=torch.uint8), empty(s.vit_width, dtype=torch.float32)
-        return patches.embed_patches(pixels, halves, bias, dtype)
-
     table = empty(1024, dim // 2, dtype=torch.float32)
     x, weight, shift = empty(16, s.vit_width), empty(s.vit_width), empty(s.vit_width, dtype=torch.float32)
-    yield Variant("embed_patches", embed)
     yield Variant("ViT layer_norm", lambda: rows.layer_norm(x, weight, weight, 1e-6, shift=shift))
     yield Variant("ViT rms_norm", lambda: rows.rms_norm(x, weight, 1e-6, shift=shift))
     yield Variant("ViT quick_gelu", lambda: rows.quick_gelu(empty(16, s.vit_inner)))
