@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 import tempfile
 from collections.abc import Mapping
@@ -30,7 +29,7 @@ from dashinfer_vlm.models.loading import allocate_kv
 from dashinfer_vlm.models.model import LoadedModel
 from dashinfer_vlm.models.weights import Weights
 from dashinfer_vlm.request import Grid, Item, Request, SamplingParams
-from make_checkpoint import RECIPES, generation_config, processor_configs
+from make_checkpoint import write_configs
 
 BLOCK_SIZE = 16
 USUAL = "as graphs, one ahead"
@@ -76,15 +75,9 @@ class RandomWeights(Weights):
 
 def published_config(arch: str, size: str) -> CheckpointConfig:
     """What the JSON files of a published model of this size say."""
-    architecture, config, processor = RECIPES[arch]
-    with tempfile.TemporaryDirectory() as temporary:
-        folder = Path(temporary)
-        told = {"architectures": [architecture], "model_type": arch, "torch_dtype": "bfloat16"} | config(size)
-        (folder / "config.json").write_text(json.dumps(told))
-        (folder / "generation_config.json").write_text(json.dumps(generation_config(size)))
-        for name, settings in ({} if processor is None else processor_configs(processor)).items():
-            (folder / name).write_text(json.dumps(settings))
-        return read_config(folder)
+    with tempfile.TemporaryDirectory() as folder:
+        write_configs(Path(folder), arch, size, "bfloat16")
+        return read_config(Path(folder))
 
 
 def checked_backend(setting: Setting, dtype: torch.dtype) -> Backend:
