@@ -3,8 +3,8 @@
 
     make_checkpoint.py OUT --arch qwen2_vl --size tiny [--seed 0] [--dtype bfloat16]
 
-`2b`, `7b`, `8b` (Qwen3-VL) and `30b` (its mixture of experts) have the published shapes, so that speed and memory are
-the real ones; the text that comes out is noise.
+`2b`, `7b`, `8b` (Qwen3-VL), `30b` (its mixture of experts) and `35b` (that of Qwen3.5) have the published shapes, so
+that speed and memory are the real ones; the text that comes out is noise.
 `tiny` and `small` are for tests, parity with `transformers` among them; their norms and biases are random too, since an
 error in a norm of ones or a bias of zeros would not show, and their vocabulary is small, since every logit of every
 test costs time. A new family is one more row of RECIPES.
@@ -23,7 +23,7 @@ from safetensors.torch import save_file
 
 SPECIAL = """<|endoftext|> <|im_start|> <|im_end|> <|object_ref_start|> <|object_ref_end|> <|box_start|> <|box_end|>
 <|quad_start|> <|quad_end|> <|vision_start|> <|vision_end|> <|vision_pad|> <|image_pad|> <|video_pad|>""".split()
-FIRST_SPECIAL = {"tiny": 4000, "small": 4000, "2b": 151643, "7b": 151643, "8b": 151643, "30b": 151643}
+FIRST_SPECIAL = {"tiny": 4000, "small": 4000, "2b": 151643, "7b": 151643, "8b": 151643, "30b": 151643, "35b": 248044}
 """Id of <|endoftext|>, in the published vocabulary at the large sizes; the other special tokens follow it in order."""
 WORDS = """the of and to in is you that it he was for on are as with his they at be this have from or one had by word
 but not what all were we when your can said there use an each which she do how their if will up
@@ -92,6 +92,14 @@ TEXT: dict[str, dict[str, Any]] = {
         "tie_word_embeddings": False,
         "vocab_size": 151936,
     },
+    "35b": {
+        "hidden_size": 2048,
+        "num_hidden_layers": 40,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 2,
+        "tie_word_embeddings": False,
+        "vocab_size": 248320,
+    },
     "7b": {
         "hidden_size": 3584,
         "intermediate_size": 18944,
@@ -104,13 +112,7 @@ TEXT: dict[str, dict[str, Any]] = {
 }
 QWEN3_2B = {"hidden_size": 2048, "intermediate_size": 6144, "num_attention_heads": 16, "num_key_value_heads": 8}
 """Where the published Qwen3-VL-2B differs from the 2B shape of Qwen2-VL."""
-QWEN3_5_2B = {
-    "num_hidden_layers": 24,
-    "num_attention_heads": 8,
-    "num_key_value_heads": 2,
-    "head_dim": 256,
-    "vocab_size": 248320,
-}
+QWEN3_5_2B = {"num_hidden_layers": 24, "num_attention_heads": 8, "num_key_value_heads": 2, "vocab_size": 248320}
 """Where the published Qwen3.5-2B differs from that."""
 MROPE_SECTION = {"tiny": [4, 6, 6], "small": [8, 12, 12], "2b": [16, 24, 24], "7b": [16, 24, 24]}
 VISION = {
@@ -120,6 +122,7 @@ VISION = {
     "7b": (32, 1280, 16),
     "8b": (27, 1152, 16),
     "30b": (27, 1152, 16),
+    "35b": (27, 1152, 16),
 }
 """Depth, width and heads of the vision encoder."""
 
@@ -276,6 +279,8 @@ def mixture(size: str) -> dict[str, Any]:
     """What is written about experts."""
     if size == "30b":
         return {"num_experts": 128, "num_experts_per_tok": 8, "moe_intermediate_size": 768, "decoder_sparse_step": 1}
+    if size == "35b":
+        return {"num_experts": 256, "num_experts_per_tok": 8, "moe_intermediate_size": 512}
     return {"num_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 96, "decoder_sparse_step": 1}
 
 
@@ -305,7 +310,7 @@ def qwen3_vl(size: str) -> dict[str, Any]:
         "patch_size": 16,
         "spatial_merge_size": 2,
         "temporal_patch_size": 2,
-        "num_position_embeddings": 2304 if size in ("2b", "8b", "30b") else 64,
+        "num_position_embeddings": 2304 if size in ("2b", "8b", "30b", "35b") else 64,
         "deepstack_visual_indexes": {24: [5, 11, 17], 27: [8, 16, 24]}.get(depth, [0, 1, 2]),
         "hidden_act": "gelu_pytorch_tanh",
     }
@@ -327,26 +332,35 @@ def qwen3_5(size: str) -> dict[str, Any]:
     """As Qwen3-VL without deepstack, but for the text model: a quarter of each head turns, and every fourth layer alone
     has keys and values. The small sizes have a head of their own: a tied one would repeat the last token for ever."""
     config = qwen3_vl(size)
-    published = size == "2b"
+    published, is_tied = size in ("2b", "35b"), size == "2b"
     text = config["text_config"] | {
         "model_type": "qwen3_5_text",
-        "tie_word_embeddings": published,
+        "tie_word_embeddings": is_tied,
         "attn_output_gate": True,
         "full_attention_interval": 4,
         "linear_num_key_heads": 16 if published else 2,
-        "linear_num_value_heads": 16 if published else 4,
+        "linear_num_value_heads": {"2b": 16, "35b": 32}.get(size, 4),
         "linear_key_head_dim": 128 if published else 16,
         "linear_value_head_dim": 128 if published else 24,
         "linear_conv_kernel_dim": 4,
     }
     if published:
-        text |= QWEN3_5_2B
+        text |= {"head_dim": 256, **(QWEN3_5_2B if size == "2b" else {})}
     section = {64: [4, 2, 2], 128: [6, 5, 5], 256: [11, 11, 10]}[text["head_dim"]]
     rope = {"mrope_interleaved": True, "mrope_section": section, "rope_type": "default", "rope_theta": 1e7}
     del text["rope_scaling"], text["rope_theta"]
     text["rope_parameters"] = rope | {"partial_rotary_factor": 0.25}
     vision = config["vision_config"] | {"model_type": "qwen3_5", "deepstack_visual_indexes": []}
-    return config | {"text_config": text, "vision_config": vision, "tie_word_embeddings": published}
+    return config | {"text_config": text, "vision_config": vision, "tie_word_embeddings": is_tied}
+
+
+def qwen3_5_moe(size: str) -> dict[str, Any]:
+    """A shared expert is as large as the others; no layer has an MLP, whose size is not written."""
+    config, experts = qwen3_5(size), mixture(size)
+    text = config["text_config"] | experts | {"model_type": "qwen3_5_moe_text"}
+    text["shared_expert_intermediate_size"] = experts["moe_intermediate_size"]
+    text.pop("intermediate_size", None)
+    return config | {"text_config": text, "vision_config": config["vision_config"] | {"model_type": "qwen3_5_moe"}}
 
 
 RECIPES: dict[str, tuple[str, Callable[[str], dict[str, Any]], str | None]] = {
@@ -354,6 +368,7 @@ RECIPES: dict[str, tuple[str, Callable[[str], dict[str, Any]], str | None]] = {
     "qwen2_5_vl": ("Qwen2_5_VLForConditionalGeneration", qwen2_5_vl, "Qwen2_5_VLProcessor"),
     "qwen3_vl": ("Qwen3VLForConditionalGeneration", qwen3_vl, "Qwen3VLProcessor"),
     "qwen3_5": ("Qwen3_5ForConditionalGeneration", qwen3_5, "Qwen3VLProcessor"),
+    "qwen3_5_moe": ("Qwen3_5MoeForConditionalGeneration", qwen3_5_moe, "Qwen3VLProcessor"),
     "qwen2": ("Qwen2ForCausalLM", text_config, None),
     "qwen3_vl_moe": ("Qwen3VLMoeForConditionalGeneration", qwen3_vl_moe, "Qwen3VLProcessor"),
     "qwen3": ("Qwen3ForCausalLM", qwen3, None),
@@ -409,7 +424,7 @@ def write_weights(out: Path, *, sees: bool, seed: int, dtype: str, randomise: bo
     model = AutoModelForImageTextToText if sees else AutoModelForCausalLM
     weights = model.from_config(AutoConfig.from_pretrained(out), dtype=getattr(torch, dtype)).state_dict()
     described = json.loads((out / "config.json").read_text())
-    tied, is_new = described["tie_word_embeddings"], "text_config" in described
+    tied, arch, is_new = described["tie_word_embeddings"], described["model_type"], "text_config" in described
     tensors = {
         (name if is_new else first_name(name)): weight.contiguous()
         for name, weight in weights.items()
@@ -420,18 +435,19 @@ def write_weights(out: Path, *, sees: bool, seed: int, dtype: str, randomise: bo
             weight += 0.1 * torch.randn_like(weight)
         if name.endswith(".A_log"):
             weight -= 4  # as they are, most states would forget their past within a token or two
-    tensors = dict(pair for name, weight in tensors.items() for pair in published_experts(name, weight, sees=sees))
+    tensors = dict(pair for name, weight in tensors.items() for pair in published_experts(name, weight, arch))
     save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
     num_parameters = sum(weight.numel() for weight in tensors.values())
     print(f"{out}: {num_parameters / 1e9:.3f} B parameters, {len(tensors)} tensors")
 
 
-def published_experts(name: str, weight: torch.Tensor, *, sees: bool) -> Iterator[tuple[str, torch.Tensor]]:
-    """Experts lie in one tensor in `transformers`. Qwen3-VL's are published so, but transposed, Qwen3's one by one."""
+def published_experts(name: str, weight: torch.Tensor, arch: str) -> Iterator[tuple[str, torch.Tensor]]:
+    """Experts lie in one tensor in `transformers`. Qwen3.5's are published so, Qwen3-VL's too, but transposed, Qwen3's
+    one by one."""
     prefix, found, kind = name.partition(".experts.")
-    if not found:
+    if not found or arch == "qwen3_5_moe":
         yield name, weight
-    elif sees:
+    elif arch == "qwen3_vl_moe":
         yield name, weight.transpose(1, 2).contiguous()
     else:
         for i, matrix in enumerate(weight):

@@ -76,6 +76,14 @@ def test_what_a_token_takes_of_a_mixture_is_told(
     assert "experts 8, of which a token takes 3: 0.9 million parameters" in told
 
 
+def test_a_shared_expert_is_told(checkpoint: CheckpointMaker, capsys: pytest.CaptureFixture[str]) -> None:
+    """Five of eight experts of 3 x 96 x 128 numbers in each of four layers are left out."""
+    assert execute(info, [str(checkpoint("qwen3_5_moe"))]) == 0
+    told = " ".join(capsys.readouterr().out.split())
+    assert "text 2.7 million" in told
+    assert "experts 8, of which a token takes 3 and a shared one: 1.9 million parameters" in told
+
+
 def test_an_unknown_family_is_refused(
     checkpoint: CheckpointMaker, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

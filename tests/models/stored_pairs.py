@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from itertools import chain, starmap
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from dashinfer_vlm.errors import CheckpointError
 from dashinfer_vlm.models.config import read_config
+from make_checkpoint import published_experts
 
 __all__ = ["Tensors", "Write", "assert_refused", "write_pair"]
 
@@ -35,14 +37,15 @@ def _copied(origin: Path, folder: Path, settings: dict[str, Any] | None) -> None
 
 def write_pair(origin: Path, to: Path, settings: dict[str, Any], write: Write) -> tuple[Path, Path]:
     """Two folders: stored as `settings` say, and the same numbers written out. Quantised is what published checkpoints
-    quantise: the text model's linear layers, not its head and not the ViT."""
+    quantise: the text model's linear layers, not its head and not the ViT; experts one by one."""
     stored, written = to / "stored", to / "written"
     for folder, said in ((stored, settings), (written, None)):
         folder.mkdir()
         _copied(origin, folder, said)
     as_stored: Tensors = {}
     whole: Tensors = {}
-    for name, tensor in load_file(origin / "model.safetensors").items():
+    tensors = load_file(origin / "model.safetensors")
+    for name, tensor in chain.from_iterable(starmap(_one_by_one, tensors.items())):
         found, whole[name] = {name: tensor}, tensor
         if name.endswith(QUANTISED) and "visual" not in name:
             found, whole[name] = write(name.removesuffix(".weight"), tensor)
@@ -50,6 +53,11 @@ def write_pair(origin: Path, to: Path, settings: dict[str, Any], write: Write) -
     save_file(as_stored, stored / "model.safetensors")
     save_file(whole, written / "model.safetensors")
     return stored, written
+
+
+def _one_by_one(name: str, tensor: Tensor) -> list[tuple[str, Tensor]]:
+    """Experts that lie in one tensor, [E, 2I, H] or [E, H, I], as they are published when they are quantised."""
+    return list(published_experts(name, tensor, "qwen3_moe")) if tensor.ndim == 3 else [(name, tensor)]
 
 
 def assert_refused(origin: Path, folder: Path, settings: dict[str, Any], message: str) -> None:

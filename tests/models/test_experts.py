@@ -27,7 +27,7 @@ from tests.models import driving, qwen3_vl
 from tests.models.driving import Driver, Prompt, greedy, hf_logits
 
 
-@pytest.fixture(scope="module", params=["qwen3_moe", "qwen3_vl_moe"])
+@pytest.fixture(scope="module", params=["qwen3_moe", "qwen3_vl_moe", "qwen3_5_moe"])
 def folder(request: pytest.FixtureRequest, checkpoint: CheckpointMaker) -> Path:
     return checkpoint(request.param)
 
@@ -50,7 +50,8 @@ def model(request: pytest.FixtureRequest, folder: Path) -> Model:
 def cases(folder: Path, hf: Any) -> list[Prompt]:
     if hf.config.model_type == "qwen3_moe":
         return [driving.prompt(70), driving.prompt(23, seed=1)]
-    return [qwen3_vl.prompt(folder, *parts) for parts in qwen3_vl.CASES.values()]
+    # what pictures do is compared in test_qwen3_vl.py; experts see rows
+    return [qwen3_vl.prompt(folder, *qwen3_vl.CASES[name]) for name in ("text only", "videos and images mixed")]
 
 
 def assert_close(ours: torch.Tensor, theirs: torch.Tensor) -> None:
@@ -128,7 +129,16 @@ def test_experts_that_do_not_fit_are_named(
         ("qwen3_moe", {"moe_intermediate_size": None}, "moe_intermediate_size is missing"),
         ("qwen3_moe", {"decoder_sparse_step": 0}, "decoder_sparse_step"),
         ("qwen3_moe", {"mlp_only_layers": "all"}, "mlp_only_layers"),
+        ("qwen3_moe", {"intermediate_size": None}, "intermediate_size is missing"),
         ("qwen3_vl_moe", {"norm_topk_prob": False}, "norm_topk_prob is false"),
+        ("qwen3_5_moe", {"norm_topk_prob": False}, "norm_topk_prob is false"),
+        ("qwen3_5_moe", {"mlp_only_layers": [0]}, "intermediate_size is missing"),
+        (
+            "qwen3_5_moe",
+            {"shared_expert_intermediate_size": 64},
+            "shared_expert_intermediate_size is 64; supported: 96",
+        ),
+        ("qwen3_5_moe", {"layer_types": ["linear_attention"] * 4}, "layer_types names linear_attention alone"),
     ],
 )
 def test_nonsense_is_named_with_its_key(
@@ -146,20 +156,29 @@ def test_nonsense_is_named_with_its_key(
 
 
 def test_which_layers_have_experts(checkpoint: CheckpointMaker) -> None:
-    mixtures = [read_config(checkpoint(arch)).text.mixture for arch in ("qwen3_moe", "qwen3_vl_moe", "qwen3")]
-    assert [mixture and sorted(mixture.layers) for mixture in mixtures] == [[1], [0, 1, 2, 3], None]
+    archs = ("qwen3_moe", "qwen3_vl_moe", "qwen3_5_moe", "qwen3", "qwen3_5")
+    mixtures = [read_config(checkpoint(arch)).text.mixture for arch in archs]
+    assert [mixture and sorted(mixture.layers) for mixture in mixtures] == [[1], *2 * [[0, 1, 2, 3]], None, None]
+    assert [mixture and mixture.has_shared for mixture in mixtures] == [False, False, True, None, None]
 
 
 @pytest.mark.skipif(not cpu_ops.available(), reason="needs the native kernels")
 @pytest.mark.parametrize(
-    ("options", "most"),
-    [({}, 0.02), ({"quant_type": "a8w8"}, 0.06), ({"quant_type": "a16w8"}, 0.04), ({"quant_type": "a16w4"}, 0.4)],
-    ids=["bfloat16", "a8w8", "a16w8", "a16w4"],
+    ("arch", "options", "most"),
+    [
+        ("qwen3_moe", {}, 0.02),
+        ("qwen3_moe", {"quant_type": "a8w8"}, 0.06),
+        ("qwen3_moe", {"quant_type": "a16w8"}, 0.04),
+        ("qwen3_moe", {"quant_type": "a16w4"}, 0.4),
+        ("qwen3_5_moe", {"quant_type": "a8w8"}, 0.15),  # states remember an expert that was chosen otherwise
+        ("qwen3_5_moe", {"quant_type": "a16w4"}, 0.6),
+    ],
+    ids=str,
 )
 def test_rounded_weights_stay_near_the_stored_ones(
-    checkpoint: CheckpointMaker, options: dict[str, str], most: float
+    checkpoint: CheckpointMaker, arch: str, options: dict[str, str], most: float
 ) -> None:
-    model, case = str(checkpoint("qwen3_moe", size="small")), driving.prompt(40)
+    model, case = str(checkpoint(arch, size="small")), driving.prompt(40)
     exact, ours = (
         Driver(load_model(EngineConfig(model=model, device="cpu", quant_cache_gib=0, dtype=dtype, **more)))  # type: ignore[arg-type]
         for dtype, more in (("float32", {}), ("bfloat16", options))
@@ -183,9 +202,10 @@ def test_the_parts_of_two_ranks_add_up(checkpoint: CheckpointMaker, monkeypatch:
     torch.testing.assert_close(made(Ranks(0, 2)) + made(Ranks(1, 2)), made(Ranks()))
 
 
-def test_the_transformers_tower_agrees_with_ours(checkpoint: CheckpointMaker) -> None:
+@pytest.mark.parametrize("arch", ["qwen3_vl_moe", "qwen3_5_moe"])
+def test_the_transformers_tower_agrees_with_ours(checkpoint: CheckpointMaker, arch: str) -> None:
     """There is a class of it for each architecture."""
-    folder, grid = checkpoint("qwen3_vl_moe"), (1, 8, 12)
+    folder, grid = checkpoint(arch), (1, 8, 12)
     patches = torch.randint(0, 256, (96, 1536), dtype=torch.uint8)
     towers = (driving.load(folder, vision_engine=engine) for engine in ("native", "transformers"))
     (ours,), (theirs,) = (driving.run_vit(tower, [patches], [grid]) for tower in towers)

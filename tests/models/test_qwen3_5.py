@@ -1,5 +1,5 @@
 """What Qwen3.5 alone has, against `transformers`: layers in any order, gates, heads that turn in part; and what is
-refused. The rest is compared in `test_qwen3_vl.py`."""
+refused. The rest is compared in `test_qwen3_vl.py`, and with experts in `test_experts.py`."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText
 from dashinfer_vlm.config import EngineConfig
 from dashinfer_vlm.errors import CheckpointError, ConfigError
 from dashinfer_vlm.models import loading
-from dashinfer_vlm.models.config import read_config
+from dashinfer_vlm.models.config import CheckpointConfig, MixtureConfig, read_config
 from dashinfer_vlm.models.footprint import kv_token_bytes
 from dashinfer_vlm.models.loading import allocate_kv, load_model
 from dashinfer_vlm.models.settings import check_settings
@@ -87,13 +87,17 @@ def test_other_shapes_give_the_logits_of_transformers(changed: Path, values: dic
         torch.testing.assert_close(logits, hf_logits(hf, case), atol=1e-4, rtol=0)
 
 
-def test_the_head_for_drafts_is_left_out(changed: Path, folder: Path) -> None:
-    tensors = load_file(folder / "model.safetensors")
-    (changed / "model.safetensors").unlink()
-    save_file(tensors | {"mtp.fc.weight": torch.zeros(2, 2)}, changed / "model.safetensors")
-    names = read_config(changed).family.names
-    assert Weights(changed, names, None).num_bytes == Weights(folder, names, None).num_bytes
-    load_model(EngineConfig(model=str(changed), dtype="float32", device="cpu"))
+@pytest.mark.parametrize("arch", ["qwen3_5", "qwen3_5_moe"])
+def test_the_head_for_drafts_is_left_out(checkpoint: CheckpointMaker, tmp_path: Path, arch: str) -> None:
+    """Also when its layer has experts, which are no matter of ours."""
+    folder = checkpoint(arch)
+    for path in folder.glob("*.json"):
+        shutil.copy(path, tmp_path)
+    drafts = {name: torch.zeros(2, 2) for name in ("mtp.fc.weight", "mtp.layers.0.mlp.experts.gate_up_proj")}
+    save_file(load_file(folder / "model.safetensors") | drafts, tmp_path / "model.safetensors")
+    names = read_config(tmp_path).family.names
+    assert Weights(tmp_path, names, None).num_bytes == Weights(folder, names, None).num_bytes
+    load_model(EngineConfig(model=str(tmp_path), dtype="float32", device="cpu"))
 
 
 def test_states_begin_with_zeros_whoever_had_the_seat(folder: Path) -> None:
@@ -120,8 +124,8 @@ def test_caches_are_those_of_the_layers_that_have_them(folder: Path) -> None:
     assert kv.num_bytes == sum(kept) + 3 * 16 * kv_token_bytes(text, torch.float32)
 
 
-def test_a_configuration_as_published_is_read(tmp_path: Path) -> None:
-    """That of the 27B models, from memory: 3 MiB of memories and 120 KiB of inputs in each of 48 layers."""
+def read_published(folder: Path, architecture: str, **values: Any) -> CheckpointConfig:
+    """The configuration of the 27B models, from memory, with other values of the text model."""
     rope = {"rope_type": "default", "rope_theta": 1e7, "mrope_section": [11, 11, 10], "mrope_interleaved": True}
     text = {
         "model_type": "qwen3_5_text",
@@ -152,6 +156,7 @@ def test_a_configuration_as_published_is_read(tmp_path: Path) -> None:
         "vocab_size": 248320,
         "dtype": "bfloat16",
         "eos_token_id": 248044,
+        **values,
     }
     vision = {
         "model_type": "qwen3_5",
@@ -163,13 +168,13 @@ def test_a_configuration_as_published_is_read(tmp_path: Path) -> None:
         "intermediate_size": 4304,
         "num_heads": 16,
         "num_position_embeddings": 2304,
-        "out_hidden_size": 5120,
+        "out_hidden_size": text["hidden_size"],
         "patch_size": 16,
         "spatial_merge_size": 2,
         "temporal_patch_size": 2,
     }
     config = {
-        "architectures": ["Qwen3_5ForConditionalGeneration"],
+        "architectures": [architecture],
         "model_type": "qwen3_5",
         "language_model_only": False,
         "image_token_id": 248056,
@@ -181,14 +186,52 @@ def test_a_configuration_as_published_is_read(tmp_path: Path) -> None:
         "vision_config": vision,
     }
     processor = {"patch_size": 16, "merge_size": 2, "image_mean": [0.5] * 3, "image_std": [0.5] * 3}
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    (tmp_path / "preprocessor_config.json").write_text(json.dumps(processor))
-    read = read_config(tmp_path)
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "preprocessor_config.json").write_text(json.dumps(processor))
+    return read_config(folder)
+
+
+def test_a_configuration_as_published_is_read(tmp_path: Path) -> None:
+    """That of the 27B models: 3 MiB of memories and 120 KiB of inputs in each of 48 layers."""
+    read = read_published(tmp_path, "Qwen3_5ForConditionalGeneration")
     assert read.text.num_kv_layers == 16
     assert read.text.state_bytes == 48 * ((3 << 20) + (120 << 10))
     assert kv_token_bytes(read.text, torch.bfloat16) == 64 << 10
     assert read.text.rope.sections == (11, 11, 10)
     assert read.embedding_size == 5120
+
+
+def test_a_mixture_as_published_is_read(tmp_path: Path) -> None:
+    """Qwen3.5-35B-A3B's: 2 MiB of memories and 96 KiB of inputs in each of 30 layers; none has an MLP."""
+    read = read_published(
+        tmp_path,
+        "Qwen3_5MoeForConditionalGeneration",
+        model_type="qwen3_5_moe_text",
+        hidden_size=2048,
+        intermediate_size=None,
+        layer_types=10 * [LINEAR, LINEAR, LINEAR, FULL],
+        num_hidden_layers=40,
+        num_attention_heads=16,
+        num_key_value_heads=2,
+        linear_num_value_heads=32,
+        num_experts=256,
+        num_experts_per_tok=8,
+        moe_intermediate_size=512,
+        shared_expert_intermediate_size=512,
+        mlp_only_layers=[],
+        output_router_logits=False,
+        router_aux_loss_coef=0.001,
+    )
+    assert read.text.mixture == MixtureConfig(
+        num_experts=256,
+        num_chosen=8,
+        intermediate_size=512,
+        is_normalised=True,
+        layers=frozenset(range(40)),
+        has_shared=True,
+    )
+    assert read.text.state_bytes == 30 * ((2 << 20) + (96 << 10))
+    assert kv_token_bytes(read.text, torch.bfloat16) == 20 << 10
 
 
 @pytest.mark.parametrize(
@@ -228,33 +271,30 @@ def test_deepstack_is_told_by_name(changed: Path) -> None:
         read_config(changed)
 
 
-def test_a_mixture_of_experts_is_told_by_name(changed: Path) -> None:
-    config = json.loads((changed / "config.json").read_text())
-    config["architectures"] = ["Qwen3_5MoeForConditionalGeneration"]
-    (changed / "config.json").write_text(json.dumps(config))
-    with pytest.raises(CheckpointError, match="Qwen3_5MoeForConditionalGeneration is not supported; supported: "):
-        read_config(changed)
-
-
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"parallel_size": 2}, "--parallel-size is 2; Qwen3_5ForConditionalGeneration runs on one device only"),
+        ({"parallel_size": 2}, r"--parallel-size is 2; Qwen3_5\w*ForConditionalGeneration runs on one device only"),
         (
             {"speculative_config": {"method": "ngram", "num_speculative_tokens": 4}},
-            "--speculative-config is set, but Qwen3_5ForConditionalGeneration has states",
+            r"--speculative-config is set, but Qwen3_5\w*ForConditionalGeneration has states",
         ),
     ],
     ids=["ranks", "guesses"],
 )
-def test_settings_that_it_cannot_have_are_refused(folder: Path, options: dict[str, Any], message: str) -> None:
+@pytest.mark.parametrize("arch", ["qwen3_5", "qwen3_5_moe"])
+def test_settings_that_it_cannot_have_are_refused(
+    checkpoint: CheckpointMaker, arch: str, options: dict[str, Any], message: str
+) -> None:
+    folder = checkpoint(arch)
     config = EngineConfig(model=str(folder), device="cpu", **options)
     for refuse in (lambda: check_settings(read_config(folder), config), lambda: load_model(config)):
         with pytest.raises(ConfigError, match=message):
             refuse()
 
 
-def test_cards_are_refused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("arch", ["qwen3_5", "qwen3_5_moe"])
+def test_cards_are_refused(checkpoint: CheckpointMaker, arch: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(loading, "device_of", lambda *_: torch.device("cuda"))
     with pytest.raises(ConfigError, match="is served on processors only; start with --device cpu"):
-        load_model(EngineConfig(model=str(folder)))
+        load_model(EngineConfig(model=str(checkpoint(arch))))

@@ -91,7 +91,8 @@ def _experts(checkpoint: CheckpointConfig, parts: Parts) -> Iterator[tuple[str, 
         return
     experts = num_parameters(experts_of(parts.text))
     used = num_parameters(parts.text) - experts + experts * mixture.num_chosen // mixture.num_experts
-    yield "experts", f"{mixture.num_experts}, of which a token takes {mixture.num_chosen}: {_count(used)} parameters"
+    taken = f"{mixture.num_chosen} and a shared one" if mixture.has_shared else f"{mixture.num_chosen}"
+    yield "experts", f"{mixture.num_experts}, of which a token takes {taken}: {_count(used)} parameters"
 
 
 def _memory(checkpoint: CheckpointConfig, parts: Parts, config: EngineConfig) -> Iterator[Table]:

@@ -114,6 +114,7 @@ class TextConfig:
     vocab_size: int
     hidden_size: int
     intermediate_size: int
+    """Channels of an MLP; 0 where no layer has one."""
     num_layers: int
     num_heads: int
     num_kv_heads: int
@@ -224,11 +225,13 @@ def read_config(folder: Path) -> CheckpointConfig:
     )
 
 
-def read_text(section: Section, root: Section, rope: Rope) -> TextConfig:
+def read_text(section: Section, root: Section, rope: Rope, mixture: MixtureConfig | None = None) -> TextConfig:
     """The text model's sizes, which all families write alike; `root` may hold what `section` leaves out."""
     section.choice("hidden_act", ("silu",), "silu")
     _refuse_windows(section)
     num_heads, head_dim = section.integer("num_attention_heads"), read_head_dim(section)
+    num_layers = section.integer("num_hidden_layers")
+    has_mlps = mixture is None or len(mixture.layers) < num_layers
     num_kv_heads = section.integer("num_key_value_heads", num_heads)
     if num_heads % num_kv_heads:
         raise section.error("num_key_value_heads", f"is {num_kv_heads}, no divisor of num_attention_heads {num_heads}")
@@ -236,8 +239,8 @@ def read_text(section: Section, root: Section, rope: Rope) -> TextConfig:
     return TextConfig(
         vocab_size=section.integer("vocab_size"),
         hidden_size=section.integer("hidden_size"),
-        intermediate_size=section.integer("intermediate_size"),
-        num_layers=section.integer("num_hidden_layers"),
+        intermediate_size=section.integer("intermediate_size") if has_mlps else 0,
+        num_layers=num_layers,
         num_heads=num_heads,
         num_kv_heads=num_kv_heads,
         head_dim=head_dim,
@@ -245,11 +248,13 @@ def read_text(section: Section, root: Section, rope: Rope) -> TextConfig:
         rms_norm_eps=section.number("rms_norm_eps"),
         rope=rope,
         tie_word_embeddings=tied_in.boolean("tie_word_embeddings", False),
+        mixture=mixture,
     )
 
 
-def read_mixture(section: Section, num_layers: int, *, is_normalised: bool) -> MixtureConfig:
+def read_mixture(section: Section, *, is_normalised: bool) -> MixtureConfig:
     """The experts of a text model."""
+    num_layers = section.integer("num_hidden_layers")
     num_experts, num_chosen = section.integer("num_experts"), section.integer("num_experts_per_tok")
     if num_chosen > num_experts:
         raise section.error("num_experts_per_tok", f"is {num_chosen}; there are {num_experts} experts")

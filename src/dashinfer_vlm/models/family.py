@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Literal, Protocol, get_args
 import numpy as np
 
 from dashinfer_vlm.errors import CheckpointError
-from dashinfer_vlm.models.config import CheckpointConfig, TextConfig, VisionConfig
+from dashinfer_vlm.models.config import CheckpointConfig, MixtureConfig, TextConfig, VisionConfig
 from dashinfer_vlm.models.mrope import mrope_positions
 from dashinfer_vlm.models.section import Section
 from dashinfer_vlm.processors.qwen import ProcessorConfig
@@ -122,6 +122,10 @@ class Family(ABC):
     def text(self, section: Section, root: Section) -> TextConfig:
         """The text model's configuration, from `text_config` and the whole file, which may be the same; raises
         CheckpointError for what this family cannot do."""
+
+    def mixture(self, section: Section) -> MixtureConfig | None:
+        """Experts in place of MLPs, for `text`; None: there are none."""
+        return None
 
     @abstractmethod
     def decoder(self, config: CheckpointConfig, weights: Weights, backend: Backend) -> Decoder:

@@ -21,6 +21,7 @@ FAMILIES: dict[str, tuple[str, str]] = {
     "Qwen3VLForConditionalGeneration": ("qwen3_vl", "Qwen3VL"),
     "Qwen3VLMoeForConditionalGeneration": ("qwen3_vl", "Qwen3VLMoe"),
     "Qwen3_5ForConditionalGeneration": ("qwen3_5", "Qwen35"),
+    "Qwen3_5MoeForConditionalGeneration": ("qwen3_5", "Qwen35Moe"),
     "Qwen2ForCausalLM": ("qwen_text", "Qwen2"),
     "Qwen3ForCausalLM": ("qwen_text", "Qwen3"),
     "Qwen3MoeForCausalLM": ("qwen_text", "Qwen3Moe"),

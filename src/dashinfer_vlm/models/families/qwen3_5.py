@@ -1,5 +1,5 @@
-"""Qwen3.5, 3.6 and 3.8 (dense): Qwen3-VL's ViT without deepstack, in front of a text model three layers in four of
-which keep a state of fixed size in place of keys and values.
+"""Qwen3.5, 3.6 and 3.8: Qwen3-VL's ViT without deepstack, in front of a text model three layers in four of which keep
+a state of fixed size in place of keys and values.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from dashinfer_vlm.models.config import CheckpointConfig, DeltaNetConfig, TextConfig, read_mrope, read_text
-from dashinfer_vlm.models.families.qwen3_vl import Qwen3VL
+from dashinfer_vlm.models.families.qwen3_vl import Qwen3VL, Qwen3VLMoe
 from dashinfer_vlm.models.family import TransformersTower, VisionFamily, refuse_attention_bias
 from dashinfer_vlm.models.section import Section
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from dashinfer_vlm.models.decoder import Decoder
     from dashinfer_vlm.models.weights import Weights
 
-__all__ = ["Qwen35"]
+__all__ = ["Qwen35", "Qwen35Moe"]
 
 ROTATED = 0.25
 """Share of a head's channels that turn."""
@@ -39,13 +39,19 @@ class Qwen35(Qwen3VL):
         if vision.values.get("deepstack_visual_indexes"):
             indexes = vision.values["deepstack_visual_indexes"]
             raise vision.error("deepstack_visual_indexes", f"is {indexes}; this architecture is supported without")
-        text = read_text(section, root, read_mrope(section, interleaved=True, rotated=ROTATED))
+        text = read_text(section, root, read_mrope(section, interleaved=True, rotated=ROTATED), self.mixture(section))
         return replace(text, norm_offset=1.0, delta_net=_read_delta_net(section, text.num_layers))
 
     def decoder(self, config: CheckpointConfig, weights: Weights, backend: Backend) -> Decoder:
         from dashinfer_vlm.models.decoder import Decoder, GatedAttention
 
         return Decoder(config.text, weights, backend, attention=partial(GatedAttention, qk_norm=True))
+
+
+class Qwen35Moe(Qwen35, Qwen3VLMoe):
+    """As Qwen3.5, with Qwen3-VL's experts in place of the MLP of each layer, and a shared one."""
+
+    tower = TransformersTower("qwen3_5_moe.modeling_qwen3_5_moe", "Qwen3_5MoeVisionModel")
 
 
 def _read_delta_net(section: Section, num_layers: int) -> DeltaNetConfig:

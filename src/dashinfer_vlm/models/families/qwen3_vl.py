@@ -6,13 +6,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dashinfer_vlm.models.config import (
     CheckpointConfig,
+    MixtureConfig,
     TextConfig,
     VisionConfig,
     read_mixture,
@@ -51,7 +51,7 @@ class Qwen3VL(VisionFamily):
 
     def text(self, section: Section, root: Section) -> TextConfig:
         refuse_attention_bias(section)
-        text = read_text(section, root, read_mrope(section, interleaved=True))
+        text = read_text(section, root, read_mrope(section, interleaved=True), self.mixture(section))
         if len(_deepstack(root.section("vision_config"))) >= text.num_layers:
             raise section.error(
                 "num_hidden_layers", f"is {text.num_layers}; deepstack needs one layer more than it has"
@@ -130,11 +130,10 @@ class Qwen3VLMoe(Qwen3VL):
 
     tower = TransformersTower("qwen3_vl_moe.modeling_qwen3_vl_moe", "Qwen3VLMoeVisionModel")
 
-    def text(self, section: Section, root: Section) -> TextConfig:
-        text = super().text(section, root)
+    def mixture(self, section: Section) -> MixtureConfig:
         if not section.boolean("norm_topk_prob", True):
             raise section.error("norm_topk_prob", "is false; this architecture is supported with true")
-        return replace(text, mixture=read_mixture(section, text.num_layers, is_normalised=True))
+        return read_mixture(section, is_normalised=True)
 
 
 def _deepstack(section: Section) -> tuple[int, ...]:

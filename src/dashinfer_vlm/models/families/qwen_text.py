@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING
 
-from dashinfer_vlm.models.config import CheckpointConfig, TextConfig, read_mixture, read_rope, read_text
+from dashinfer_vlm.models.config import CheckpointConfig, MixtureConfig, TextConfig, read_mixture, read_rope, read_text
 from dashinfer_vlm.models.family import Family, refuse_attention_bias
 from dashinfer_vlm.models.section import Section
 
@@ -35,7 +34,7 @@ class Qwen3(Family):
 
     def text(self, section: Section, root: Section) -> TextConfig:
         refuse_attention_bias(section)
-        return read_text(section, root, read_rope(section))
+        return read_text(section, root, read_rope(section), self.mixture(section))
 
     def decoder(self, config: CheckpointConfig, weights: Weights, backend: Backend) -> Decoder:
         from dashinfer_vlm.models.decoder import Attention, Decoder
@@ -46,7 +45,5 @@ class Qwen3(Family):
 class Qwen3Moe(Qwen3):
     """As Qwen3, with experts in place of the MLP of most layers."""
 
-    def text(self, section: Section, root: Section) -> TextConfig:
-        text = super().text(section, root)
-        is_normalised = section.boolean("norm_topk_prob", False)
-        return replace(text, mixture=read_mixture(section, text.num_layers, is_normalised=is_normalised))
+    def mixture(self, section: Section) -> MixtureConfig:
+        return read_mixture(section, is_normalised=section.boolean("norm_topk_prob", False))
