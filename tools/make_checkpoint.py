@@ -363,6 +363,11 @@ def qwen3_5_moe(size: str) -> dict[str, Any]:
     return config | {"text_config": text, "vision_config": config["vision_config"] | {"model_type": "qwen3_5_moe"}}
 
 
+def without_eyes(seeing: Callable[[str], dict[str, Any]]) -> Callable[[str], dict[str, Any]]:
+    """The text model of another recipe by itself."""
+    return lambda size: seeing(size)["text_config"]
+
+
 RECIPES: dict[str, tuple[str, Callable[[str], dict[str, Any]], str | None]] = {
     "qwen2_vl": ("Qwen2VLForConditionalGeneration", qwen2_vl, "Qwen2VLProcessor"),
     "qwen2_5_vl": ("Qwen2_5_VLForConditionalGeneration", qwen2_5_vl, "Qwen2_5_VLProcessor"),
@@ -373,6 +378,8 @@ RECIPES: dict[str, tuple[str, Callable[[str], dict[str, Any]], str | None]] = {
     "qwen3_vl_moe": ("Qwen3VLMoeForConditionalGeneration", qwen3_vl_moe, "Qwen3VLProcessor"),
     "qwen3": ("Qwen3ForCausalLM", qwen3, None),
     "qwen3_moe": ("Qwen3MoeForCausalLM", qwen3_moe, None),
+    "qwen3_5_text": ("Qwen3_5ForCausalLM", without_eyes(qwen3_5), None),
+    "qwen3_5_moe_text": ("Qwen3_5MoeForCausalLM", without_eyes(qwen3_5_moe), None),
 }
 """Architecture, `config.json` by size, processor; None for a text model."""
 
@@ -445,7 +452,7 @@ def published_experts(name: str, weight: torch.Tensor, arch: str) -> Iterator[tu
     """Experts lie in one tensor in `transformers`. Qwen3.5's are published so, Qwen3-VL's too, but transposed, Qwen3's
     one by one."""
     prefix, found, kind = name.partition(".experts.")
-    if not found or arch == "qwen3_5_moe":
+    if not found or arch.startswith("qwen3_5_moe"):
         yield name, weight
     elif arch == "qwen3_vl_moe":
         yield name, weight.transpose(1, 2).contiguous()

@@ -23,7 +23,7 @@ from dashinfer_vlm.models.settings import check_settings
 from dashinfer_vlm.models.weights import Weights
 from tests.conftest import CheckpointMaker
 from tests.models import driving
-from tests.models.driving import Driver, hf_logits
+from tests.models.driving import Driver, greedy, hf_logits
 from tests.models.qwen3_vl import image, prompt
 
 LINEAR, FULL = "linear_attention", "full_attention"
@@ -85,6 +85,41 @@ def test_other_shapes_give_the_logits_of_transformers(changed: Path, values: dic
         driver = Driver(model)
         logits = driver.run(driver.start(case), chunk)
         torch.testing.assert_close(logits, hf_logits(hf, case), atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("yarn", [{}, {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}])
+@pytest.mark.parametrize("arch", ["qwen3_5_text", "qwen3_5_moe_text"])
+def test_text_models_give_the_logits_and_tokens_of_transformers(
+    checkpoint: CheckpointMaker, tmp_path: Path, arch: str, yarn: dict[str, Any]
+) -> None:
+    """Which saves the sections of the axes with them; they turn alike."""
+    folder, case = checkpoint(arch), driving.prompt(50)
+    for path in folder.iterdir():
+        (tmp_path / path.name).symlink_to(path)
+    config = json.loads((folder / "config.json").read_text())
+    config["rope_parameters"] |= yarn
+    (tmp_path / "config.json").unlink()
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    model, hf = driving.load(tmp_path), driving.load_hf(tmp_path)
+    for chunk in (1000, 7):
+        driver = Driver(model)
+        torch.testing.assert_close(driver.run(driver.start(case), chunk), hf_logits(hf, case), atol=1e-4, rtol=0)
+    with torch.no_grad():
+        theirs = hf.generate(**case.hf_inputs(), max_new_tokens=64, min_new_tokens=64, do_sample=False)
+    assert greedy(Driver(model), case, 64, forbidden=model.eos_token_ids) == theirs[0, len(case.ids) :].tolist()
+
+
+def test_tensors_of_a_text_model_may_be_called_as_those_of_one_that_sees(
+    checkpoint: CheckpointMaker, tmp_path: Path
+) -> None:
+    folder, case = checkpoint("qwen3_5_text"), driving.prompt(20)
+    for path in folder.glob("*.json"):
+        shutil.copy(path, tmp_path)
+    tensors = load_file(folder / "model.safetensors")
+    renamed = {name.replace("model.", "model.language_model."): x for name, x in tensors.items()}
+    save_file(renamed, tmp_path / "model.safetensors")
+    ours, theirs = (Driver(driving.load(each)) for each in (tmp_path, folder))
+    assert torch.equal(ours.run(ours.start(case)), theirs.run(theirs.start(case)))
 
 
 @pytest.mark.parametrize("arch", ["qwen3_5", "qwen3_5_moe"])

@@ -291,21 +291,26 @@ def read_mrope(section: Section, *, interleaved: bool = False, rotated: float = 
         raise rope.error(
             "mrope_interleaved", f"is {not interleaved}; this architecture is supported with {interleaved}"
         )
-    share = (rope if rope.has("partial_rotary_factor") else section).number("partial_rotary_factor", rotated)
-    if share != rotated:
-        raise rope.error("partial_rotary_factor", f"is {share:g}; this architecture is supported with {rotated:g}")
-    sections, half = rope.integers("mrope_section"), int(read_head_dim(section) * rotated) // 2
+    sections, half = rope.integers("mrope_section"), _rotated_pairs(rope, section, rotated)
     if len(sections) != 3 or sum(sections) != half:
         raise rope.error("mrope_section", f"is {list(sections)}; three numbers must add up to {half}")
     return Rope(theta=_theta(rope, section), sections=(sections[0], sections[1], sections[2]), interleaved=interleaved)
 
 
-def read_rope(section: Section) -> Rope:
-    """RoPE of a text model, stretched by YaRN where the file asks for it."""
+def read_rope(section: Section, *, rotated: float = 1.0) -> Rope:
+    """RoPE of a text model, stretched by YaRN where the file asks for it; `rotated` as of `read_mrope`, whose sections
+    make no difference to text."""
     rope = section.optional("rope_parameters" if section.has("rope_parameters") else "rope_scaling")
     kinds = [rope.choice(key, ("default", "yarn"), "default") for key in ("rope_type", "type")]
     yarn = _yarn(rope, section) if "yarn" in kinds else None
-    return Rope(theta=_theta(rope, section), sections=(read_head_dim(section) // 2, 0, 0), yarn=yarn)
+    return Rope(theta=_theta(rope, section), sections=(_rotated_pairs(rope, section, rotated), 0, 0), yarn=yarn)
+
+
+def _rotated_pairs(rope: Section, section: Section, rotated: float) -> int:
+    share = (rope if rope.has("partial_rotary_factor") else section).number("partial_rotary_factor", rotated)
+    if share != rotated:
+        raise rope.error("partial_rotary_factor", f"is {share:g}; this architecture is supported with {rotated:g}")
+    return int(read_head_dim(section) * rotated) // 2
 
 
 def _theta(rope: Section, section: Section) -> float:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Literal, Protocol, get_args
 import numpy as np
 
 from dashinfer_vlm.errors import CheckpointError
-from dashinfer_vlm.models.config import CheckpointConfig, MixtureConfig, TextConfig, VisionConfig
+from dashinfer_vlm.models.config import CheckpointConfig, MixtureConfig, TextConfig, VisionConfig, read_mixture
 from dashinfer_vlm.models.mrope import mrope_positions
 from dashinfer_vlm.models.section import Section
 from dashinfer_vlm.processors.qwen import ProcessorConfig
@@ -32,6 +32,7 @@ __all__ = [
     "Family",
     "LoadedItem",
     "Names",
+    "NormalisedExperts",
     "Part",
     "Run",
     "TransformersTower",
@@ -155,6 +156,15 @@ class Family(ABC):
     def positions(self, config: CheckpointConfig, num_tokens: int, items: Sequence[Item]) -> tuple[np.ndarray, int]:
         """int64 [3, num_tokens] of a prompt, and the offset from a later token's index to its position."""
         return mrope_positions(num_tokens, items, merge_size=config.merge_size)
+
+
+class NormalisedExperts(Family):
+    """To be mixed into a family: experts whose shares add up to 1 in every row, whether the file says so or not."""
+
+    def mixture(self, section: Section) -> MixtureConfig:
+        if not section.boolean("norm_topk_prob", True):
+            raise section.error("norm_topk_prob", "is false; this architecture is supported with true")
+        return read_mixture(section, is_normalised=True)
 
 
 class VisionFamily(Family):

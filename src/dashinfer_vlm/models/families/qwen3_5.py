@@ -8,9 +8,23 @@ from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING
 
-from dashinfer_vlm.models.config import CheckpointConfig, DeltaNetConfig, TextConfig, read_mrope, read_text
-from dashinfer_vlm.models.families.qwen3_vl import Qwen3VL, Qwen3VLMoe
-from dashinfer_vlm.models.family import TransformersTower, VisionFamily, refuse_attention_bias
+from dashinfer_vlm.models.config import (
+    CheckpointConfig,
+    DeltaNetConfig,
+    Rope,
+    TextConfig,
+    read_mrope,
+    read_rope,
+    read_text,
+)
+from dashinfer_vlm.models.families.qwen3_vl import Qwen3VL
+from dashinfer_vlm.models.family import (
+    Family,
+    NormalisedExperts,
+    TransformersTower,
+    VisionFamily,
+    refuse_attention_bias,
+)
 from dashinfer_vlm.models.section import Section
 
 if TYPE_CHECKING:
@@ -18,29 +32,31 @@ if TYPE_CHECKING:
     from dashinfer_vlm.models.decoder import Decoder
     from dashinfer_vlm.models.weights import Weights
 
-__all__ = ["Qwen35", "Qwen35Moe"]
+__all__ = ["Qwen35", "Qwen35Moe", "Qwen35Text", "Qwen35TextMoe"]
 
 ROTATED = 0.25
 """Share of a head's channels that turn."""
 LINEAR, FULL = "linear_attention", "full_attention"
 
 
-class Qwen35(Qwen3VL):
-    """See `models.family`."""
+class Qwen35Text(Family):
+    """The text model by itself, as `transformers` saves what was trained without pictures."""
 
-    names = replace(VisionFamily.names, ignored=("mtp.",))  # a head that drafts the token after the next
-    tower = TransformersTower("qwen3_5.modeling_qwen3_5", "Qwen3_5VisionModel")
+    names = replace(
+        Family.names,
+        renamed=(("model.language_model.", "model."),),
+        ignored=("mtp.",),  # a head that drafts the token after the next
+    )
 
     def text(self, section: Section, root: Section) -> TextConfig:
         refuse_attention_bias(section)
         if not section.boolean("attn_output_gate", True):
             raise section.error("attn_output_gate", "is false; this architecture is supported with gates")
-        vision = root.section("vision_config")
-        if vision.values.get("deepstack_visual_indexes"):
-            indexes = vision.values["deepstack_visual_indexes"]
-            raise vision.error("deepstack_visual_indexes", f"is {indexes}; this architecture is supported without")
-        text = read_text(section, root, read_mrope(section, interleaved=True, rotated=ROTATED), self.mixture(section))
+        text = read_text(section, root, self.rope(section), self.mixture(section))
         return replace(text, norm_offset=1.0, delta_net=_read_delta_net(section, text.num_layers))
+
+    def rope(self, section: Section) -> Rope:
+        return read_rope(section, rotated=ROTATED)
 
     def decoder(self, config: CheckpointConfig, weights: Weights, backend: Backend) -> Decoder:
         from dashinfer_vlm.models.decoder import Decoder, GatedAttention
@@ -48,8 +64,29 @@ class Qwen35(Qwen3VL):
         return Decoder(config.text, weights, backend, attention=partial(GatedAttention, qk_norm=True))
 
 
-class Qwen35Moe(Qwen35, Qwen3VLMoe):
-    """As Qwen3.5, with Qwen3-VL's experts in place of the MLP of each layer, and a shared one."""
+class Qwen35TextMoe(NormalisedExperts, Qwen35Text):
+    """The text model of Qwen35Moe by itself."""
+
+
+class Qwen35(Qwen35Text, Qwen3VL):
+    """The text model behind a ViT."""
+
+    names = replace(VisionFamily.names, ignored=Qwen35Text.names.ignored)
+    tower = TransformersTower("qwen3_5.modeling_qwen3_5", "Qwen3_5VisionModel")
+
+    def text(self, section: Section, root: Section) -> TextConfig:
+        vision = root.section("vision_config")
+        if vision.values.get("deepstack_visual_indexes"):
+            indexes = vision.values["deepstack_visual_indexes"]
+            raise vision.error("deepstack_visual_indexes", f"is {indexes}; this architecture is supported without")
+        return super().text(section, root)
+
+    def rope(self, section: Section) -> Rope:
+        return read_mrope(section, interleaved=True, rotated=ROTATED)
+
+
+class Qwen35Moe(NormalisedExperts, Qwen35):
+    """As Qwen35, with experts in place of the MLP of each layer, one of which all rows share."""
 
     tower = TransformersTower("qwen3_5_moe.modeling_qwen3_5_moe", "Qwen3_5MoeVisionModel")
 

@@ -12,16 +12,15 @@ from typing import TYPE_CHECKING
 
 from dashinfer_vlm.models.config import (
     CheckpointConfig,
-    MixtureConfig,
     TextConfig,
     VisionConfig,
-    read_mixture,
     read_mrope,
     read_text,
 )
 from dashinfer_vlm.models.family import (
     Expansion,
     LoadedItem,
+    NormalisedExperts,
     Run,
     TransformersTower,
     VisionFamily,
@@ -125,15 +124,10 @@ class Qwen3VL(VisionFamily):
         )
 
 
-class Qwen3VLMoe(Qwen3VL):
+class Qwen3VLMoe(NormalisedExperts, Qwen3VL):
     """As Qwen3-VL, with experts in place of the MLP of each layer of the text model."""
 
     tower = TransformersTower("qwen3_vl_moe.modeling_qwen3_vl_moe", "Qwen3VLMoeVisionModel")
-
-    def mixture(self, section: Section) -> MixtureConfig:
-        if not section.boolean("norm_topk_prob", True):
-            raise section.error("norm_topk_prob", "is false; this architecture is supported with true")
-        return read_mixture(section, is_normalised=True)
 
 
 def _deepstack(section: Section) -> tuple[int, ...]:
