@@ -81,6 +81,11 @@ def test_what_is_no_call_stays_text(text: str, before: str) -> None:
     assert said(before + text, TOOLS) == ("", before + text, [])
 
 
+def test_a_call_that_is_nested_too_deeply_stays_text() -> None:
+    deep = LOOK.replace('"sky"', "[" * 10_000 + "]" * 10_000)
+    assert said(deep, TOOLS) == ("", deep, [])
+
+
 @pytest.mark.parametrize("num_chars", range(len(LOOK)))
 @pytest.mark.parametrize("sure", [False, True])
 def test_no_markup_of_a_call_that_was_cut_is_text(num_chars: int, sure: bool) -> None:

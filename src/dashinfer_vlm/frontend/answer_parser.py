@@ -1,10 +1,7 @@
 """The text of an answer read as it comes: reasoning split off, calls of tools told from text.
 
-The tags are those that Qwen's models write: `<think>`, and the form of Hermes for calls,
-
-    <tool_call>
-    {"name": "look", "arguments": {"at": "the sky"}}
-    </tool_call>
+The tags are those that Qwen's models write: `<think>`, and `<tool_call>` around a call. What stands in a call is JSON
+(`json_calls`) or XML (`xml_calls`), as the model's template has it.
 
 Only what may be a tag, or may turn out to be a call, is held back. Whatever pieces the text comes in, it reads the
 same.
@@ -12,14 +9,14 @@ same.
 
 from __future__ import annotations
 
-import re
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any, Protocol
 
-import msgspec
-
+from dashinfer_vlm.frontend.json_calls import JsonCall
 from dashinfer_vlm.frontend.pieces import CallArguments, CallStart, Piece, ReasoningPiece, TextPiece
+from dashinfer_vlm.frontend.xml_calls import XmlCall
 
 __all__ = ["CALL", "CALL_END", "PLAIN", "TAGS", "THINK", "THINK_END", "AnswerForm", "AnswerParser"]
 
@@ -27,8 +24,24 @@ THINK, THINK_END = "<think>", "</think>"
 CALL, CALL_END = "<tool_call>", "</tool_call>"
 TAGS = (THINK, THINK_END, CALL, CALL_END)
 
-_HEADER = re.compile(r'\s*\{\s*"name"\s*:\s*"([^"\\]*)"\s*,\s*"arguments"\s*:\s*(?=\{)')
-_NO_CALL = re.compile(r"\s*[^\s{]")
+
+class CallReader(Protocol):
+    """Reads what stands between the tags of one call, in pieces, and tells its arguments as the text of JSON."""
+
+    name: str | None
+    """Of the tool, once it is known."""
+    rest: str | None
+    """What was pushed behind the call, once that is whole."""
+    is_broken: bool
+    """It is no call; nothing more is pushed."""
+
+    def push(self, text: str) -> None:
+        """More of it, up to where it is whole or broken."""
+        ...
+
+    def take(self) -> str:
+        """More of its arguments: what has become certain since the last time."""
+        ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,6 +54,8 @@ class AnswerForm:
     """The prompt has opened the reasoning already."""
     names: frozenset[str] = frozenset()
     """The tools that it may call; calls of others are text."""
+    schemas: Mapping[str, Mapping[str, Any]] | None = None
+    """Where calls are XML: the JSON schemas of what tools take, by their names."""
     parallel: bool = True
     """False: it is over after its first call."""
     sure: bool = False
@@ -67,7 +82,7 @@ class AnswerParser:
         self.in_thought = form.begins_in_thought
         """What comes now is reasoning."""
         self._is_plain = form.is_plain
-        self._scanner = _ObjectScanner()
+        self._call_reader = self._new_call()
         self.num_calls = 0
         self.ends_in_call = False
         """It is flushed, and its last call was not whole."""
@@ -91,8 +106,8 @@ class AnswerParser:
 
         `cut`: the model had more to say. A call that has been begun is then told as far as it came, and not as text.
         """
-        if self._read == self._after_object:
-            self._finish_call(len(self._held))
+        if self._read == self._after_call:
+            self._finish_call("")
         elif cut:
             self._cut_call()
         self.ends_in_call = self._read == self._arguments
@@ -167,8 +182,11 @@ class AnswerParser:
         before = len(self._held[:at].rstrip("\n"))
         self._tell_text(self._held[:before])
         self._held, self._body = self._held[before:], at - before + len(CALL)
-        self._scanned, self._scanner, self._read = self._body, _ObjectScanner(), self._call
+        self._scanned, self._call_reader, self._read = self._body, self._new_call(), self._call
         return True
+
+    def _new_call(self) -> CallReader:
+        return JsonCall() if self._form.schemas is None else XmlCall(self._form.schemas)
 
     def _let_go(self, tag: str) -> str:
         """All that cannot belong to `tag` or to the line ends before it; the rest stays held."""
@@ -180,34 +198,33 @@ class AnswerParser:
         return text[:kept]
 
     def _call(self) -> bool:
-        """Behind the tag: from `_body` on stands, or should stand, an object; `_scanned` is how far it was looked
-        at."""
-        if _NO_CALL.match(self._held, self._body):
-            return self._give_up()
-        if self._form.sure and (header := _HEADER.match(self._held, self._body)):
-            return self._begin_arguments(header)
-        end = self._scanner.end(self._held, self._scanned)
+        """Behind the tag: from `_body` on stands, or should stand, a call; `_scanned` is how far it was looked at."""
+        call = self._call_reader
+        call.push(self._held[self._scanned :])
         self._scanned = len(self._held)
-        if end is None:
+        if self._form.sure and call.name in self._form.names:
+            self._start_call()
+            return self._go_on_behind(call)
+        if call.is_broken:
+            return self._give_up()
+        if call.rest is None:
             return False
-        self._object_end, self._read = end, self._after_object
+        self._call_end, self._read = self._scanned - len(call.rest), self._after_call
         return True
 
-    def _after_object(self) -> bool:
+    def _after_call(self) -> bool:
         """A call is one when its end tag is there; anything else makes it text."""
-        rest = self._held[self._object_end :].lstrip()
+        rest = self._held[self._call_end :].lstrip()
         if rest.startswith(CALL_END):
-            return self._finish_call(len(self._held) - len(rest) + len(CALL_END))
+            return self._finish_call(rest[len(CALL_END) :])
         return False if CALL_END.startswith(rest) else self._give_up()
 
-    def _finish_call(self, end: int) -> bool:
-        """Tell the call, if what stands there is one; the held text goes on at `end`."""
-        call = _read_call(self._held[self._body : self._object_end])
-        if call is None or call.name not in self._form.names:
+    def _finish_call(self, rest: str) -> bool:
+        """Tell the call, if it is one of a tool that may be called; the held text goes on with `rest`."""
+        if self._call_reader.name not in self._form.names:
             return self._give_up()
-        self._start_call(call.name)
-        self._news.append(CallArguments(self.num_calls - 1, bytes(call.arguments).decode()))
-        return self._end_call(end)
+        self._start_call()
+        return self._end_call(rest)
 
     def _cut_call(self) -> None:
         """No more comes of what may be a call. Where it names a tool it is told, as is what there is of its
@@ -215,12 +232,12 @@ class AnswerParser:
         if self._read == self._text:
             self._held = self._held.partition(CALL[0])[0]
         elif self._read == self._call:
-            header = _HEADER.match(self._held, self._body)
-            if header is None:
+            name = self._call_reader.name
+            if name is None:
                 self._held = ""
-            elif header[1] in self._form.names:
-                self._begin_arguments(header)
-                self._arguments()
+            elif name in self._form.names:
+                self._start_call()
+                self._held, self._read = "", self._arguments
 
     def _give_up(self) -> bool:
         """It is no call: its tag is text, and so is what follows up to the next one."""
@@ -228,75 +245,34 @@ class AnswerParser:
         self._held, self._read = self._held[self._body :], self._text
         return True
 
-    def _begin_arguments(self, header: re.Match[str]) -> bool:
-        self._start_call(header[1])
-        self._held, self._scanner, self._read = self._held[header.end() :], _ObjectScanner(), self._arguments
-        return True
-
     def _arguments(self) -> bool:
-        end = self._scanner.end(self._held, 0)
-        told = self._held[:end]
-        self._news.append(CallArguments(self.num_calls - 1, told))
-        self._held = self._held[len(told) :]
-        if end is not None:
-            self._read = self._after_arguments
-        return end is not None
+        call = self._call_reader
+        if not call.is_broken:
+            call.push(self._held)
+            self._tell_arguments()
+        return self._go_on_behind(call)
 
-    def _after_arguments(self) -> bool:
-        at = self._held.find(CALL_END)
-        return at >= 0 and self._end_call(at + len(CALL_END))
+    def _go_on_behind(self, call: CallReader) -> bool:
+        """What was held has been read, or stands behind the call."""
+        self._held, self._read = call.rest or "", self._arguments if call.rest is None else self._behind_arguments
+        return call.rest is not None
 
-    def _start_call(self, name: str) -> None:
-        self._news.append(CallStart(self.num_calls, f"call_{secrets.token_hex(12)}", name))
+    def _behind_arguments(self) -> bool:
+        _, found, rest = self._held.partition(CALL_END)
+        return bool(found) and self._end_call(rest)
+
+    def _start_call(self) -> None:
+        """Tell that there is a call, and what there is of its arguments."""
+        assert self._call_reader.name is not None
+        self._news.append(CallStart(self.num_calls, f"call_{secrets.token_hex(12)}", self._call_reader.name))
         self.num_calls += 1
+        self._tell_arguments()
 
-    def _end_call(self, end: int) -> bool:
-        self._held = self._held[end:]
+    def _tell_arguments(self) -> None:
+        if more := self._call_reader.take():
+            self._news.append(CallArguments(self.num_calls - 1, more))
+
+    def _end_call(self, rest: str) -> bool:
+        self._held = rest
         self._read = self._text if self._form.parallel else None
         return True
-
-
-class _ObjectScanner:
-    """Finds where a JSON object ends that comes in pieces."""
-
-    _OUTSIDE = re.compile(r'["{}\[\]]')
-    _INSIDE = re.compile(r'["\\]')
-
-    def __init__(self) -> None:
-        self._depth = 0
-        self._in_string = False
-        self._skip = 0
-        """Characters at the front of the next piece that an escape has used up."""
-
-    def end(self, text: str, at: int) -> int | None:
-        """The index behind the object, looking at `text` from `at` on; None where it goes on in the next piece."""
-        at, self._skip = at + self._skip, 0
-        while found := (self._INSIDE if self._in_string else self._OUTSIDE).search(text, at):
-            at = found.end()
-            match found[0]:
-                case '"':
-                    self._in_string = not self._in_string
-                case "\\":
-                    at += 1
-                case "{" | "[":
-                    self._depth += 1
-                case _:
-                    self._depth -= 1
-                    if self._depth <= 0:
-                        return at
-        self._skip = max(0, at - len(text))
-        return None
-
-
-class _Call(msgspec.Struct):
-    name: str
-    arguments: msgspec.Raw = msgspec.Raw(b"{}")
-
-
-def _read_call(text: str) -> _Call | None:
-    try:
-        call = msgspec.json.decode(text, type=_Call)
-        msgspec.json.decode(call.arguments, type=dict[str, object])
-    except msgspec.DecodeError:
-        return None
-    return call
