@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
+from dashinfer_vlm.engine.grammars.xml_arguments import arguments_in_lark
 from dashinfer_vlm.request import Grammar
 
 if TYPE_CHECKING:
@@ -26,6 +27,8 @@ class CallForm(msgspec.Struct, frozen=True):
     head: str
     schema: dict[str, Any]
     tail: str
+    xml: bool = False
+    """Whether the arguments are parameters in XML, not JSON."""
 
 
 class Calls(msgspec.Struct, frozen=True):
@@ -48,8 +51,8 @@ class Calls(msgspec.Struct, frozen=True):
 
 def calls_in_lark(calls: Calls, tokenizer: llguidance.LLTokenizer, whitespace: str) -> str:
     """`whitespace` is the pattern of what may stand between two parts of JSON. Their content is named `content`."""
-    rules = [f"tool{i}: {_form(form, whitespace)}" for i, form in enumerate(calls.forms)]
-    tools = " | ".join(f"tool{i}" for i in range(len(rules)))
+    rules = [rule for i, form in enumerate(calls.forms) for rule in _rules(f"tool{i}", form, whitespace)]
+    tools = " | ".join(f"tool{i}" for i in range(len(calls.forms)))
     rules.append(f"call: ({tools}) {_tag(calls.end, tokenizer)}")
     if calls.free:
         begin, rules = _text_before(calls.begin, tokenizer), [*rules, *_text_rules(calls.marks, tokenizer)]
@@ -72,9 +75,13 @@ def thought_in_lark(thought: tuple[str, str], tokenizer: llguidance.LLTokenizer)
     return f"{start}\n{rule}"
 
 
-def _form(form: CallForm, whitespace: str) -> str:
+def _rules(name: str, form: CallForm, whitespace: str) -> list[str]:
+    if form.xml:
+        arguments = f"{name}_arguments"
+        rules = arguments_in_lark(arguments, form.schema, whitespace)
+        return [f"{name}: {_json(form.head)} {arguments} {_json(form.tail)}", *rules]
     schema = {"type": "object", "x-guidance": {"whitespace_pattern": whitespace}, **form.schema}
-    return f"{_json(form.head)} %json {_json(schema)} {_json(form.tail)}"
+    return [f"{name}: {_json(form.head)} %json {_json(schema)} {_json(form.tail)}"]
 
 
 def _text_before(tag: str, tokenizer: llguidance.LLTokenizer) -> list[str]:
