@@ -38,6 +38,7 @@ from dashinfer_vlm.offline.inputs import Conversation
 from dashinfer_vlm.offline.options import configs
 from dashinfer_vlm.shared_array import shared_root
 from tests.conftest import CheckpointMaker
+from tests.frontend.xml_template import QWEN3_5
 
 GREEDY = SamplingParams(max_tokens=4, temperature=0.0, ignore_eos=True, logprobs=0)
 ENDLESS = SamplingParams(temperature=0.0, ignore_eos=True)
@@ -193,6 +194,23 @@ def test_a_tool_that_must_be_called_is_called(vlm: VLM) -> None:
     assert vlm.chat("Which colour?", params, tools=[colour], tool_choice="none").first.tool_calls == ()
     with pytest.raises(InvalidRequestError, match=r"tools\[0\] has type 'web_search'"):
         vlm.chat("Which colour?", params, tools=[{"type": "web_search"}])
+
+
+def test_a_tool_is_called_in_xml_where_the_template_writes_it(checkpoint: CheckpointMaker, tmp_path: Path) -> None:
+    thoughtless = QWEN3_5.replace("enable_thinking is defined and not enable_thinking", "true")
+    (tmp_path / "template.jinja").write_text(thoughtless)
+    name = {"type": "string", "maxLength": 3}
+    properties = {"is": {"enum": ["red", "blue"]}, "sure": {"type": "boolean"}, "name": name}
+    parameters = {"type": "object", "properties": properties, "required": ["is", "sure"]}
+    colour = {"type": "function", "function": {"name": "colour", "parameters": parameters}}
+    named = {"type": "function", "function": {"name": "colour"}}
+    params = [SamplingParams(max_tokens=300, seed=seed) for seed in range(4)]
+    with VLM(checkpoint("qwen2_vl"), chat_template=str(tmp_path / "template.jinja"), progress=False) as vlm:
+        answers = [vlm.chat("Which colour?", one, tools=[colour], tool_choice=named).first for one in params]
+    for answer in answers:
+        (call,) = answer.tool_calls
+        arguments = json.loads(call.arguments)
+        assert (arguments["is"] in ("red", "blue"), type(arguments["sure"])) == (True, bool)
 
 
 def test_leaving_a_stream_aborts_it(vlm: VLM) -> None:

@@ -30,7 +30,8 @@ def constrained(
     grammar = params.sampling.grammar
     if dialogue.callable_names and (grammar is not None or form.sure):
         form = replace(form, sure=True)
-        grammar = _calls(dialogue, marks, None if dialogue.choice.must_call else grammar)
+        content = None if dialogue.choice.must_call else grammar
+        grammar = _calls(dialogue, marks, content, xml=form.schemas is not None)
     if grammar is None:
         return params, form
     if form.may_think:
@@ -38,12 +39,12 @@ def constrained(
     return replace(params, sampling=msgspec.structs.replace(params.sampling, grammar=grammar)), form
 
 
-def _calls(dialogue: Dialogue, marks: Collection[str], content: Grammar | None) -> Grammar:
-    names, choice = set(dialogue.callable_names), dialogue.choice
+def _calls(dialogue: Dialogue, marks: Collection[str], content: Grammar | None, *, xml: bool) -> Grammar:
+    names, choice, form = set(dialogue.callable_names), dialogue.choice, _xml_form if xml else _json_form
     calls = Calls(
         begin=CALL,
         end=CALL_END,
-        forms=[_form(tool, choice.must_call) for tool in dialogue.tools if tool.name in names],
+        forms=[form(tool, choice.must_call or tool.strict) for tool in dialogue.tools if tool.name in names],
         parallel=choice.parallel,
         free=not choice.must_call and content is None,
         marks=sorted(marks),
@@ -52,10 +53,15 @@ def _calls(dialogue: Dialogue, marks: Collection[str], content: Grammar | None) 
     return Grammar("calls", msgspec.json.encode(calls).decode(), "tools" if content is None else content.param)
 
 
-def _form(tool: Tool, must_call: bool) -> CallForm:
-    """A call as the models were trained to write it."""
-    schema = tool.parameters if tool.strict or must_call else ANY_OBJECT
-    return CallForm(f'\n{{"name": {json.dumps(tool.name)}, "arguments": ', _of_object(schema), "}\n")
+def _json_form(tool: Tool, keeps_schema: bool) -> CallForm:
+    """A call as models whose calls are JSON were trained to write it."""
+    schema = _of_object(tool.parameters if keeps_schema else ANY_OBJECT)
+    return CallForm(f'\n{{"name": {json.dumps(tool.name)}, "arguments": ', schema, "}\n")
+
+
+def _xml_form(tool: Tool, keeps_schema: bool) -> CallForm:
+    schema = tool.parameters if keeps_schema else ANY_OBJECT
+    return CallForm(f"\n<function={tool.name}>\n", dict(schema), "</function>\n", xml=True)
 
 
 def _of_object(schema: Mapping[str, Any]) -> dict[str, Any]:

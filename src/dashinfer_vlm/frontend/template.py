@@ -25,6 +25,7 @@ from dashinfer_vlm.frontend.hermes import Turn, in_plain_turns
 from dashinfer_vlm.frontend.messages import Dialogue, Message
 from dashinfer_vlm.frontend.params import Next
 from dashinfer_vlm.frontend.tokenizer import Tokenizer
+from dashinfer_vlm.frontend.xml_calls import PARAMETER
 from dashinfer_vlm.tokenizer_file import read_json
 
 _OURS = ("messages", "tools", "add_generation_prompt")
@@ -126,9 +127,15 @@ class ChatTemplate:
             may_think=thinks,
             begins_in_thought=thinks and end.endswith(THINK),
             names=frozenset(dialogue.callable_names),
+            schemas={tool.name: tool.parameters for tool in dialogue.tools} if self._writes_xml else None,
             parallel=dialogue.choice.parallel,
             sure=dialogue.is_sure,
         )
+
+    @property
+    def _writes_xml(self) -> bool:
+        """Whether the model's calls of tools are XML (`xml_calls`), as the template writes earlier ones."""
+        return PARAMETER in self.source
 
     def _with_tools(self, turns: list[Turn], tools: list[Turn]) -> tuple[list[Turn], list[Turn]]:
         """Turns and tools as the template understands them."""
