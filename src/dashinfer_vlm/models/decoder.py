@@ -18,9 +18,10 @@ from dashinfer_vlm.layers.native_layer import native_layer
 from dashinfer_vlm.layers.ranks import Cut
 from dashinfer_vlm.layers.rotary import axes_of_channels, inverse_frequencies, yarn_frequencies
 from dashinfer_vlm.models.base import KVCache, StepBatch, TextShape
-from dashinfer_vlm.models.config import Rope, TextConfig
+from dashinfer_vlm.models.config import TextConfig
 from dashinfer_vlm.models.delta_net import GatedDeltaNet
 from dashinfer_vlm.models.experts import ExpertMlp
+from dashinfer_vlm.models.rope import Rope
 from dashinfer_vlm.models.weights import Weights
 
 __all__ = ["Attention", "Decoder", "GatedAttention", "GatedMlp", "Rotary"]

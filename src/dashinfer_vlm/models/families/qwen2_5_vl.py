@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from dashinfer_vlm.models.config import CheckpointConfig, TextConfig, VisionConfig, read_mrope, read_text
+from dashinfer_vlm.models.config import CheckpointConfig, TextConfig, VisionConfig, read_text
 from dashinfer_vlm.models.family import TransformersTower, VisionFamily, read_vision
 from dashinfer_vlm.models.mrope import mrope_positions
+from dashinfer_vlm.models.rope import read_mrope
 from dashinfer_vlm.models.section import Section
 from dashinfer_vlm.request import Item
 

@@ -8,15 +8,7 @@ from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING
 
-from dashinfer_vlm.models.config import (
-    CheckpointConfig,
-    DeltaNetConfig,
-    Rope,
-    TextConfig,
-    read_mrope,
-    read_rope,
-    read_text,
-)
+from dashinfer_vlm.models.config import CheckpointConfig, DeltaNetConfig, TextConfig, read_text
 from dashinfer_vlm.models.families.qwen3_vl import Qwen3VL
 from dashinfer_vlm.models.family import (
     Family,
@@ -25,6 +17,7 @@ from dashinfer_vlm.models.family import (
     VisionFamily,
     refuse_attention_bias,
 )
+from dashinfer_vlm.models.rope import Rope, read_mrope, read_rope
 from dashinfer_vlm.models.section import Section
 
 if TYPE_CHECKING:

@@ -10,13 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dashinfer_vlm.models.config import (
-    CheckpointConfig,
-    TextConfig,
-    VisionConfig,
-    read_mrope,
-    read_text,
-)
+from dashinfer_vlm.models.config import CheckpointConfig, TextConfig, VisionConfig, read_text
 from dashinfer_vlm.models.family import (
     Expansion,
     LoadedItem,
@@ -27,6 +21,7 @@ from dashinfer_vlm.models.family import (
     read_vision,
     refuse_attention_bias,
 )
+from dashinfer_vlm.models.rope import read_mrope
 from dashinfer_vlm.models.section import Section
 
 if TYPE_CHECKING:

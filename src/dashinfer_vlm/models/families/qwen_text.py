@@ -5,8 +5,9 @@ from __future__ import annotations
 from functools import partial
 from typing import TYPE_CHECKING
 
-from dashinfer_vlm.models.config import CheckpointConfig, MixtureConfig, TextConfig, read_mixture, read_rope, read_text
+from dashinfer_vlm.models.config import CheckpointConfig, MixtureConfig, TextConfig, read_mixture, read_text
 from dashinfer_vlm.models.family import Family, refuse_attention_bias
+from dashinfer_vlm.models.rope import read_rope
 from dashinfer_vlm.models.section import Section
 
 if TYPE_CHECKING:
