@@ -10,7 +10,7 @@ from transformers.models.qwen3_5_moe.modeling_qwen3_5_moe import Qwen3_5MoeSpars
 from dashinfer_vlm.kernels import cpu_ops
 from dashinfer_vlm.layers.backend import choose_backend
 from dashinfer_vlm.layers.experts import LoopedExperts, Routing, choose
-from dashinfer_vlm.layers.linear import Matrix
+from dashinfer_vlm.layers.linear import Matrix, NativeLinear
 
 HIDDEN, INNER, COUNT, CHOSEN = 48, 40, 6, 2
 ROUTING = Routing(CHOSEN, is_normalised=True, has_shared=True)
@@ -59,6 +59,7 @@ def test_rows_get_what_the_block_of_transformers_gives(
     backend = choose_backend(torch.device("cpu"), torch.float32)
     experts = backend.experts(router, list(map(matrix, gate_ups)), list(map(matrix, downs)), ROUTING)
     assert isinstance(experts, LoopedExperts) == (kind == "looped")
+    assert isinstance(experts.router, NativeLinear) == (kind == "native")
     x, residual = torch.randn(num_rows, HIDDEN), torch.randn(num_rows, HIDDEN)
     expected = block(x[None])[0]
     torch.testing.assert_close(experts(x, residual=None), expected, atol=1e-4, rtol=1e-5)

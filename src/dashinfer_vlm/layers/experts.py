@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from dashinfer_vlm.kernels import cpu_ops
 from dashinfer_vlm.kernels.experts import NativeExperts
 from dashinfer_vlm.layers.activation import Epilogue
 from dashinfer_vlm.layers.linear import Linear, Matrix, NativeLinear
@@ -121,12 +122,14 @@ def looped_experts(
     downs: Sequence[Matrix],
     routing: Routing,
 ) -> Experts:
-    """A layer for each matrix, in one call where all of them are the native kernels'."""
+    """A layer for each matrix, in one call where all of them are the native kernels', of which the router is one more,
+    in float32."""
     layers = [
         (make_linear(gate_up, None, "silu_mul"), make_linear(down, None, "none"))
         for gate_up, down in zip(gate_ups, downs, strict=True)
     ]
     packed = [(a.packed, b.packed) for a, b in layers if isinstance(a, NativeLinear) and isinstance(b, NativeLinear)]
     if len(packed) == len(layers):
-        return _NativeExperts(Router(router), NativeExperts(packed), routing)
+        whole_router = NativeLinear(cpu_ops.pack_linear(router), None, "none")
+        return _NativeExperts(whole_router, NativeExperts(packed), routing)
     return LoopedExperts(Router(router), layers, routing)
