@@ -152,7 +152,16 @@ class CudaStreamLinear:
         return self.plain(x, residual=residual, out=out)
 
 
-class CudaHead:
+class _NormingWhole:
+    """See `layers.linear.NormingLinear`: rows are normed in a launch of their own, which sums the parts of few, too."""
+
+    def normed(self, x: Stream, weight: Tensor, eps: float) -> Tensor:
+        if isinstance(x, Unsummed):
+            return rows.add_rms_norm(x.x, x.parts, weight, eps)
+        return rows.rms_norm(x, weight, eps)
+
+
+class CudaHead(_NormingWhole):
     """As `CudaLinear`, to float32 logits: those of 16 bits tie where the sums behind them do not."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None, epilogue: Epilogue) -> None:
@@ -202,14 +211,8 @@ def grouped_ops(head: Callable[[Tensor, Tensor | None, Epilogue], Linear]) -> Gr
     return GroupedOps(few, skinny.MOST_ROWS, gemv.MOST_NORMED, rows.rms_norm, few_bits.expand, CudaLinear, head)
 
 
-class CudaRouter(Router):
-    """What reads the stream behind attention: its norm sums the parts of few rows, too."""
-
-    def normed(self, x: Stream, weight: Tensor, eps: float) -> Tensor:
-        """See `layers.linear.NormingLinear`."""
-        if isinstance(x, Unsummed):
-            return rows.add_rms_norm(x.x, x.parts, weight, eps)
-        return rows.rms_norm(x, weight, eps)
+class CudaRouter(_NormingWhole, Router):
+    """What reads the stream behind attention."""
 
 
 class CudaExperts:

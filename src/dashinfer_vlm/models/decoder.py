@@ -219,8 +219,9 @@ class Decoder:
                 mixer = attention(f"{prefix}.self_attn", config, weights, backend)
             make = ExpertMlp if config.mixture and i in config.mixture.layers else mlp
             self.layers.append(_Layer(prefix, mixer, make(f"{prefix}.mlp", config, weights, backend), weights, backend))
-        self.norm = backend.vector(gains("model.norm.weight", config.hidden_size, config, weights))
         self.head = self._make_head(weights)
+        of_norm = gains("model.norm.weight", config.hidden_size, config, weights)
+        self.norm = backend.norm_before(self.head, of_norm, config.rms_norm_eps)
 
     def _make_head(self, weights: Weights) -> Linear:
         vocab_size, hidden_size = self.embedding.shape
@@ -269,7 +270,7 @@ class Decoder:
                 self._add_deepstack(x, i, batch)
         # the last layer owes K and V of all rows to the cache, but only the wanted rows go on from its attention
         x = self.layers[-1].forward(x, table, batch, caches[-1], rows=batch.logits_rows)
-        return self.head(self.backend.ops.rms_norm(whole(x), self.norm, self.config.rms_norm_eps)).float()
+        return self.head(self.norm(x)).float()
 
     def _add_deepstack(self, x: torch.Tensor, layer: int, batch: StepBatch) -> None:
         """Ready-made embeddings of the hidden size have nothing to add."""
