@@ -147,4 +147,6 @@ def test_it_is_told_how_many_run_and_that_no_prefix_is_kept(folder: Path, caplog
     core.close()
     assert 1 < info.max_num_seqs < 4000
     assert f"states of {info.max_num_seqs} sequences in 0.02 GiB; no prefix cache" in caplog.text
-    assert "Each request has a state of 0.0 MiB, which no other can begin with: there is no prefix cache" in caplog.text
+    assert (
+        "Each request has a state of 0.02 MiB, which no other can begin with: there is no prefix cache" in caplog.text
+    )

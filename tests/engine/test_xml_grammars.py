@@ -15,7 +15,7 @@ import pytest
 
 from dashinfer_vlm.engine.grammars.calls import CallForm, Calls
 from dashinfer_vlm.engine.grammars.compiler import read_vocabulary
-from dashinfer_vlm.engine.grammars.forms import compile_for
+from dashinfer_vlm.engine.grammars.forms import compile_for, complaint
 from dashinfer_vlm.engine.grammars.trial import Trial
 from dashinfer_vlm.frontend.answer_parser import AnswerForm, AnswerParser
 from dashinfer_vlm.frontend.pieces import join
@@ -76,9 +76,12 @@ VALUES: list[tuple[dict[str, Any], list[str], list[str]]] = [
     ({"anyOf": [TEXT, LISTED]}, ["sky", "[1]", "7", "\u00a0[true]"], ['["a"]', " [true]"]),
     ({"$ref": "#/$defs/Box"}, ['{"a": 1}'], ['{"a": "b"}']),
     ({"$ref": "#/$defs/Word"}, ["ab"], ["a"]),
+    ({"type": "array", "items": {"$ref": "#"}}, ["[]", '[{"at": [{"at": []}]}]'], ["[[]]", "[{}]", '[{"at": 1}]']),
+    ({"$ref": "#/$defs/Deep"}, ["[]", '[{"at": []}]'], ["[[]]", "[{}]"]),
 ]
 DEFS = {"Box": {"type": "object", "properties": {"a": {"$ref": "#/$defs/Number"}}}, "Number": {"type": "integer"}}
 DEFS["Word"] = {"type": "string", "minLength": 2}
+DEFS["Deep"] = {"type": "array", "items": {"$ref": "#"}}
 
 
 @pytest.mark.parametrize(("schema", "right", "wrong"), VALUES, ids=[json.dumps(schema) for schema, *_ in VALUES])
@@ -93,6 +96,19 @@ def test_a_value_follows_its_schema(
         jsonschema.validate(json.loads(told.arguments), whole)
     for text in wrong:
         assert not allows(vocabulary, grammar(whole), call(at=text)), text
+
+
+@pytest.mark.parametrize("target", ["#/properties/a", "#/properties/b/items"])
+def test_a_reference_leads_to_another_parameter(vocabulary: llguidance.LLTokenizer, target: str) -> None:
+    number = {"type": "integer", "minimum": 3}
+    schema = grammar(of({"a": number, "b": {"type": "array", "items": number}, "c": {"$ref": target}}, "c"))
+    assert [allows(vocabulary, schema, call(c=text)) for text in ("3", "2", "x")] == [True, False, False]
+
+
+def test_arguments_may_hold_arguments(vocabulary: llguidance.LLTokenizer) -> None:
+    schema = grammar(of({"a": {"$ref": "#"}, "n": {"type": "integer"}}))
+    assert [allows(vocabulary, schema, call(a=text)) for text in ('{"a": {"n": 1}}', "{}")] == [True, True]
+    assert [allows(vocabulary, schema, call(a=text)) for text in ('{"a": {"n": "1"}}', "[]")] == [False, False]
 
 
 def test_parameters_are_those_of_the_schema_in_its_order(vocabulary: llguidance.LLTokenizer) -> None:
@@ -157,6 +173,18 @@ def test_what_cannot_be_kept_is_refused_with_the_reason(schema: dict[str, Any], 
         assert reason in (trial.problem(grammar(schema)) or "")
     finally:
         trial.close()
+
+
+def test_a_reason_shows_no_grammar_that_the_client_did_not_write() -> None:
+    trial = Trial()
+    try:
+        wrong = grammar(of({"at": {"type": "array", "items": {"$ref": "#/properties/no"}}}))
+        told = complaint(wrong, trial.problem(wrong) or "")
+    finally:
+        trial.close()
+    assert "/properties/no" in told
+    assert "tool0" not in told
+    assert "\n" not in told
 
 
 def test_whatever_is_drawn_is_a_call_that_follows_the_schema(vocabulary: llguidance.LLTokenizer) -> None:

@@ -46,6 +46,6 @@ def announce(name: str, info: EngineInfo) -> None:
     )
     if info.state_bytes:
         logger.info(
-            "Each request has a state of %.1f MiB, which no other can begin with: there is no prefix cache",
+            "Each request has a state of %.2f MiB, which no other can begin with: there is no prefix cache",
             info.state_bytes / 2**20,
         )

@@ -90,8 +90,11 @@ def compile_for(tokenizer: llguidance.LLTokenizer, grammar: Grammar) -> llguidan
 
 
 def complaint(grammar: Grammar, reason: str) -> str:
-    """The library's reason as a sentence, without its state and its stack."""
+    """The library's reason as a sentence, without its state and its stack; without lines of a grammar that the client
+    did not write."""
     words = re.split(r"\n?<(?:state|backtrace|non-verbose/)>", reason, maxsplit=1)[0].strip()
+    if grammar.kind != "grammar":
+        words = re.sub(r"^at \d+\(\d+\): |\n +\d+ \|.*", "", words, flags=re.DOTALL)
     shortened = words if len(words) <= _MOST_WORDS else f"{words[:_MOST_WORDS]} ..."
     return f"{_NAMES.get(grammar.kind, 'the grammar')} cannot be used: {shortened}"
 

@@ -26,6 +26,8 @@ _NO_BRACKET = r"~/[ \t\r\n]*[\[{]" + _ANY + "/"
 _MOST_LENGTH = 1000
 """Of a text that has a bound: the library counts each character in a state of its own, beside those of what a text must
 not hold, and gives up at somewhat more."""
+_NAMED = ("$defs", "definitions")
+_TO_NAMED = tuple(f"#/{key}/" for key in _NAMED)
 _COMBINING = frozenset({"$ref", "$dynamicRef", "allOf", "anyOf", "oneOf", "not", "if", "then", "else", "const", "enum"})
 _OF_SCALARS = frozenset(
     {"pattern", "minLength", "maxLength", "minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf"}
@@ -114,10 +116,23 @@ class _Rules:
         return name
 
     def _as_json(self, schema: object) -> str:
-        described = dict(schema) if isinstance(schema, Mapping) else {}
-        named = {key: self._schema[key] for key in ("$defs", "definitions") if key in self._schema}
-        with_blanks = {"x-guidance": {"whitespace_pattern": self._whitespace}, **named, **described}
+        with_blanks = {"x-guidance": {"whitespace_pattern": self._whitespace}, **self._document(schema)}
         return f"%json {_json(with_blanks)} {_json(_END)}"
+
+    def _document(self, schema: object) -> dict[str, Any]:
+        """A part of the arguments' schema by itself, in which references lead where they led."""
+        described = dict(schema) if isinstance(schema, Mapping) else {}
+        named = {key: self._schema[key] for key in _NAMED if key in self._schema}
+        document = {**named, **described}
+        if _moved(document, "") == document:
+            return document
+        whole = "arguments"
+        while whole in document.get("$defs", {}):
+            whole += "_"
+        rest = {key: of for key, of in self._schema.items() if key not in _NAMED}
+        document["$defs"] = {**document.get("$defs", {}), whole: rest}
+        moved: dict[str, Any] = _moved(document, f"#/$defs/{whole}")
+        return moved
 
     def _one_of(self, texts: list[str]) -> str:
         return texts[0] if len(texts) == 1 else f"({' | '.join(texts)})"
@@ -126,6 +141,20 @@ class _Rules:
         name = f"{self._name}_{len(self._rules)}"
         self._rules.append(f"{name}: {body}")
         return name
+
+
+def _moved(schema: Any, root: str) -> Any:
+    """With references that begin at the root beginning at `root` instead, but for those to named schemas, which stand
+    at the root of each part."""
+    if isinstance(schema, list):
+        return [_moved(of, root) for of in schema]
+    if not isinstance(schema, Mapping):
+        return schema
+    moved = {key: of if key in ("const", "enum") else _moved(of, root) for key, of in schema.items()}
+    target = schema.get("$ref")
+    if isinstance(target, str) and target.startswith("#") and not target.startswith(_TO_NAMED):
+        moved["$ref"] = root + target[1:]
+    return moved
 
 
 def _refuse(schema: Schema, keywords: frozenset[str], where: str) -> None:
