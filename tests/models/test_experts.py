@@ -33,20 +33,6 @@ def folder(request: pytest.FixtureRequest, checkpoint: CheckpointMaker) -> Path:
 
 
 @pytest.fixture(scope="module")
-def hf(folder: Path) -> Any:
-    return driving.load_hf(folder)
-
-
-@pytest.fixture(scope="module", params=["native", "reference"])
-def model(request: pytest.FixtureRequest, folder: Path) -> Model:
-    if request.param == "native" and not cpu_ops.available():
-        pytest.skip(str(cpu_ops.why_unavailable()))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cpu_ops, "available", lambda: request.param == "native")
-        return driving.load(folder)
-
-
-@pytest.fixture(scope="module")
 def cases(folder: Path, hf: Any) -> list[Prompt]:
     if hf.config.model_type == "qwen3_moe":
         return [driving.prompt(70), driving.prompt(23, seed=1)]

@@ -30,20 +30,6 @@ def folder(request: pytest.FixtureRequest, checkpoint: CheckpointMaker) -> Path:
     return checkpoint(request.param)
 
 
-@pytest.fixture(scope="module")
-def hf(folder: Path) -> Any:
-    return driving.load_hf(folder)
-
-
-@pytest.fixture(scope="module", params=["native", "reference"])
-def model(request: pytest.FixtureRequest, folder: Path) -> Model:
-    if request.param == "native" and not cpu_ops.available():
-        pytest.skip(str(cpu_ops.why_unavailable()))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cpu_ops, "available", lambda: request.param == "native")
-        return driving.load(folder)
-
-
 @pytest.fixture(params=CASES)
 def case(request: pytest.FixtureRequest, folder: Path) -> Prompt:
     return prompt(folder, *CASES[request.param])

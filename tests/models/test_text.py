@@ -12,7 +12,6 @@ import torch
 
 from dashinfer_vlm.config import EngineConfig
 from dashinfer_vlm.errors import CheckpointError, ConfigError
-from dashinfer_vlm.kernels import cpu_ops
 from dashinfer_vlm.models.base import Model
 from dashinfer_vlm.models.config import read_config
 from dashinfer_vlm.models.loading import load_encoder, load_model
@@ -26,20 +25,6 @@ CASE, OTHER = prompt(70), prompt(23, seed=1)
 @pytest.fixture(scope="module", params=["qwen2", "qwen3"])
 def folder(request: pytest.FixtureRequest, checkpoint: CheckpointMaker) -> Path:
     return checkpoint(request.param)
-
-
-@pytest.fixture(scope="module")
-def hf(folder: Path) -> Any:
-    return driving.load_hf(folder)
-
-
-@pytest.fixture(scope="module", params=["native", "reference"])
-def model(request: pytest.FixtureRequest, folder: Path) -> Model:
-    if request.param == "native" and not cpu_ops.available():
-        pytest.skip(str(cpu_ops.why_unavailable()))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cpu_ops, "available", lambda: request.param == "native")
-        return driving.load(folder)
 
 
 def assert_close(ours: torch.Tensor, theirs: torch.Tensor) -> None:
