@@ -140,5 +140,8 @@ def test_they_are_tried_before_they_are_used(free: bool) -> None:
         unknown = CallForm("a", {"uniqueItems": True, "type": "array"}, "b")
         text = msgspec.json.encode(Calls(*TEXT_TAGS, [unknown], True, free, [])).decode()
         assert "uniqueItems" in (trial.problem(Grammar("calls", text)) or "")
+        rounded = CallForm("a", {"properties": {"id": {"enum": [2**53 + 1]}}}, "b")
+        text = msgspec.json.encode(Calls(*TEXT_TAGS, [rounded], True, free, [])).decode()
+        assert "9007199254740993 in const or enum" in (trial.problem(Grammar("calls", text)) or "")
     finally:
         trial.close()

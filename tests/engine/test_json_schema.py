@@ -9,7 +9,7 @@ from typing import Any
 import llguidance
 import pytest
 
-from dashinfer_vlm.engine.grammars.forms import compile_for
+from dashinfer_vlm.engine.grammars.forms import _DEEPEST, compile_for
 from dashinfer_vlm.request import Grammar
 
 KEPT: list[tuple[dict[str, Any], list[Any], list[Any]]] = [
@@ -79,6 +79,30 @@ def test_a_keyword_is_kept(schema: dict[str, Any], valid: list[Any], invalid: li
 def test_a_keyword_that_is_not_kept_is_refused_by_name(name: str) -> None:
     with pytest.raises(ValueError, match=rf"\b{re.escape(name)}\b"):
         can_be_written(REFUSED[name], None)
+
+
+@pytest.mark.parametrize("number", [2**53 + 1, -(2**53) - 1, 2**64 + 3])
+def test_a_whole_number_that_a_float_does_not_hold_is_refused_where_it_would_be_the_answer(number: int) -> None:
+    for schema in ({"const": number}, {"enum": ["a", number]}, {"type": "array", "items": {"const": {"a": [number]}}},
+                   {"properties": {"const": {"const": number}}}, {"anyOf": [{"type": "null"}, {"const": number}]},
+                   {"$defs": {"enum": {"const": number}}, "$ref": "#/$defs/enum"}):  # fmt: skip
+        with pytest.raises(ValueError, match=rf"^{number} in const or enum"):
+            can_be_written(schema, number)
+
+
+@pytest.mark.parametrize("schema", [
+    {"const": 2**53}, {"properties": {"const": {"type": "integer", "maximum": 2**62}}}, {"default": {"const": 2**60 + 1}},
+    {"enum": ["9007199254740993"]},
+])  # fmt: skip
+def test_other_numbers_may_be_large(schema: dict[str, Any]) -> None:
+    compile_for(llguidance.LLTokenizer("byte"), Grammar.json_schema(schema))
+
+
+def test_a_schema_as_deep_as_is_said_is_read() -> None:
+    deep: dict[str, Any] = {"type": "null"}
+    while json.dumps(deep).count("{") < _DEEPEST:
+        deep = {"properties": {"a": deep}} if json.dumps(deep).count("{") < _DEEPEST - 1 else {"anyOf": [deep]}
+    compile_for(llguidance.LLTokenizer("byte"), Grammar.json_schema(deep))
 
 
 def test_blanks_between_parts_are_bounded() -> None:

@@ -13,6 +13,7 @@ import pytest
 from dashinfer_vlm import errors
 from dashinfer_vlm.config import MediaConfig
 from dashinfer_vlm.frontend.params import GenerationParams
+from dashinfer_vlm.frontend.schema import DEEPEST
 from dashinfer_vlm.server.errors import reply_to
 from tests.frontend.scripted import ScriptedLoader
 from tests.server.conftest import Serve
@@ -157,6 +158,13 @@ def test_numbers_that_are_not_finite_are_400(shared: httpx.Client, field: str, v
     content = f'{{"messages": [{{"role": "user", "content": "x"}}], "{field}": {value}}}'
     reply = shared.post(CHAT, content=content)
     assert (reply.status_code, error_of(reply)["param"]) == (400, field)
+
+
+def test_a_body_that_is_nested_too_deep_is_told_so(shared: httpx.Client) -> None:
+    for depth, told in ((DEEPEST, "response_format"), (DEEPEST + 1, "nested too deep: a field may hold 200 levels")):
+        body = b'{"response_format": ' + b"[" * depth + b"]" * depth + b"}"
+        reply = shared.post(CHAT, content=body, headers={"Content-Type": "application/json"})
+        assert (reply.status_code, told in error_of(reply)["message"]) == (400, True), reply.text
 
 
 def test_a_body_without_a_content_type_is_read(shared: httpx.Client) -> None:

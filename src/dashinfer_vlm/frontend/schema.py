@@ -21,6 +21,8 @@ from pydantic_core.core_schema import no_info_after_validator_function
 
 from dashinfer_vlm.errors import InvalidRequestError, UnsupportedError
 
+DEEPEST = 200
+"""Arrays and objects within each other in a field of a body: what the parser takes."""
 _UNSUPPORTED = "unsupported"
 """Type of the validation error of a known field whose value is not served."""
 _AN_OBJECT = "Input should be an object"
@@ -123,6 +125,8 @@ def explain(error: ValidationError, root: str = "") -> InvalidRequestError:
     """
     finding = error.errors(include_url=False)[0]
     kind, where = finding["type"], path_of(finding["loc"], root)
+    if kind == "json_invalid" and "recursion limit" in finding["msg"]:
+        return InvalidRequestError(f"the body is nested too deep: a field may hold {DEEPEST} levels of JSON")
     if kind == "json_invalid":
         return InvalidRequestError(f"the body is not JSON: {finding['msg'].removeprefix('Invalid JSON: ')}")
     if kind in (_MEANT, _UNSUPPORTED):

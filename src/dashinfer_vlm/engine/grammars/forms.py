@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from typing import Any
 
@@ -9,6 +10,7 @@ import llguidance
 import msgspec
 
 from dashinfer_vlm.engine.grammars.calls import Calls, calls_in_lark, thought_in_lark
+from dashinfer_vlm.engine.grammars.exact import refuse_inexact
 from dashinfer_vlm.request import Grammar
 
 WHITESPACE = r"[\x20\x0A\x0D\x09]{1,32}"
@@ -26,6 +28,8 @@ class _Forms(msgspec.Struct):
 
 _LITERALS = re.compile(r'//[^\n]*|"(?:\\.|[^"\\\n])*"|/(?:\\.|[^/\\\n])+/')
 _MOST_WORDS = 300
+_DEEPEST = 120
+"""Levels of a schema that the library always reads."""
 _NAMES = {
     "json_schema": "the JSON schema",
     "regex": "the regular expression",
@@ -50,6 +54,8 @@ def _forms(grammar: Grammar, tokenizer: llguidance.LLTokenizer) -> list[Form]:
     if grammar.kind != "calls":
         return [_form(grammar)]
     calls = msgspec.json.decode(grammar.text, type=Calls)
+    for call in calls.forms:
+        refuse_inexact(call.schema)
     form: Form = {"lark_grammar": calls_in_lark(calls, tokenizer, WHITESPACE)}
     return [form, {**_form(calls.content), "name": "content"}] if calls.content else [form]
 
@@ -65,9 +71,11 @@ def _form(grammar: Grammar) -> Form:
 def _text(grammar: Grammar) -> str:
     match grammar.kind:
         case "json_schema":
-            return llguidance.LLMatcher.grammar_from_json_schema(
+            form = llguidance.LLMatcher.grammar_from_json_schema(
                 grammar.text, defaults={"whitespace_pattern": WHITESPACE}
             )
+            refuse_inexact(json.loads(grammar.text))
+            return form
         case "regex":
             return llguidance.LLMatcher.grammar_from_regex(grammar.text)
         case "choice":
@@ -95,6 +103,8 @@ def complaint(grammar: Grammar, reason: str) -> str:
     words = re.split(r"\n?<(?:state|backtrace|non-verbose/)>", reason, maxsplit=1)[0].strip()
     if grammar.kind != "grammar":
         words = re.sub(r"^at \d+\(\d+\): |\n +\d+ \|.*", "", words, flags=re.DOTALL)
+    if "recursion limit exceeded" in words:
+        words = f"it is nested too deep; objects and arrays may be {_DEEPEST} levels deep"
     shortened = words if len(words) <= _MOST_WORDS else f"{words[:_MOST_WORDS]} ..."
     return f"{_NAMES.get(grammar.kind, 'the grammar')} cannot be used: {shortened}"
 
