@@ -120,6 +120,19 @@ async def test_every_token_is_an_event_that_arrives_by_itself(serve: Serve, toke
     assert 1 + len(client.waits_s) == len(tokens) + around
 
 
+@pytest.mark.parametrize("path", [CHAT, TEXT, "/v1/messages", "/v1/responses"])
+async def test_an_event_is_one_line_for_clients_that_end_lines_as_unicode_does(serve: Serve, path: str) -> None:
+    said = "\N{SNOWMAN}a\u2028b\u2029c\x85d\x0be\x1ef"
+    running = await serve(said)
+    body = {"/v1/messages": {"messages": [{"role": "user", "content": "say it"}], "max_tokens": 50, "model": "model"},
+            "/v1/responses": {"input": "say it"}}.get(path) or ASK[path]  # fmt: skip
+    reply = await running.post(path, body | {"stream": True})
+    lines = [line for line in reply.text.splitlines() if line]
+    assert all(line.startswith(("data: ", "event: ")) for line in lines), lines
+    told = [json.loads(line[6:]) for line in lines if line.startswith("data: {")]
+    assert all(escaped in json.dumps(told) for escaped in (r"\u2028", r"\u2029", r"\u0085"))
+
+
 async def test_vllms_client_measures_what_our_bench_measures(serve: Serve, tokenizer: Tokenizer) -> None:
     """Both read the same events with the same times: the role must not come long before the first token."""
     running = await serve()

@@ -18,7 +18,7 @@ from dashinfer_vlm.frontend.generation import Generation
 from dashinfer_vlm.server.body import unless_gone
 from dashinfer_vlm.server.errors import reply_to
 from dashinfer_vlm.server.reading import forget_body
-from dashinfer_vlm.server.stream import EventStream, unnamed
+from dashinfer_vlm.server.stream import EventStream, data, unnamed
 
 _SHORT_TOKENS = 64
 """Their log probabilities are written in about 5 ms; those of longer answers are written in a thread."""
@@ -49,7 +49,7 @@ class Form:
     """What stands behind the last event of a stream that was not ended so."""
 
 
-OPENAI = Form(unnamed, lambda error: b"data: " + reply_to(error).body + b"\n\n", b"data: [DONE]\n\n")
+OPENAI = Form(unnamed, lambda error: data(reply_to(error).body), b"data: [DONE]\n\n")
 
 
 async def respond(

@@ -14,7 +14,7 @@ from dashinfer_vlm.frontend.deltas import Delta
 from dashinfer_vlm.frontend.generation import Generation
 from dashinfer_vlm.server.outlet import Outlet
 
-__all__ = ["EventStream", "named", "unnamed"]
+__all__ = ["EventStream", "data", "named", "unnamed"]
 
 
 class NamedEvent(Protocol):
@@ -24,6 +24,8 @@ class NamedEvent(Protocol):
     def type(self) -> str: ...
 
 
+_LINE_ENDS = {end.encode(): b"\\u%04x" % ord(end) for end in "\x85\u2028\u2029"}
+"""Which JSON may hold as they are; all others are escaped anyway. They stand in strings alone."""
 Show = Callable[[Delta], bytes]
 """The events that tell a delta; may be none."""
 
@@ -63,5 +65,13 @@ def named(events: Iterable[NamedEvent]) -> bytes:
     return b"".join(b"event: " + event.type.encode() + b"\n" + _data(event) for event in events)
 
 
+def data(told: bytes) -> bytes:
+    """An event of a JSON text. It is one line for everybody: some clients end lines as Unicode does."""
+    if not told.isascii():
+        for end, escaped in _LINE_ENDS.items():
+            told = told.replace(end, escaped)
+    return b"data: %b\n\n" % told
+
+
 def _data(event: object) -> bytes:
-    return b"data: %b\n\n" % msgspec.json.encode(event)
+    return data(msgspec.json.encode(event))
