@@ -198,6 +198,9 @@ def test_values_that_are_not_offered_are_not_listed(capsys: pytest.CaptureFixtur
     assert "`native`, `transformers` |" in reference_page()
     assert execute(command, ["--vision-engine", "tensorrt"]) == 2
     assert "is not offered yet" in capsys.readouterr().err
+    assert execute(command, ["--quant-type", "int8"]) == 2
+    assert "none, a8w8, a16w8, a16w4, fp8" in told
+    assert "--quant-type is 'int8': it must be one of none, a8w8, a16w8, a16w4, fp8\n" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -115,7 +115,7 @@ def reference_page() -> str:
 def _option(item: Flag) -> Callable[[Command], Command]:
     """The click option; its default is the field's own."""
     values = [str(value) for value in item.offered or (get_args(item.type) if get_origin(item.type) is Literal else ())]
-    details: dict[str, Any] = {} if item.type is bool else {"type": _param_type(item.type), "metavar": _metavar(item)}
+    details: dict[str, Any] = {} if item.type is bool else {"type": _param_type(item), "metavar": _metavar(item)}
     callbacks: dict[Any, Callable[..., Any]] = {str: named, tuple[str, ...]: all_named}
     return click.option(
         *item.spellings,
@@ -143,9 +143,11 @@ def _metavar(item: Flag) -> str:
     return names[get_origin(item.type) or item.type]
 
 
-def _param_type(kind: Any) -> Any:
+def _param_type(item: Flag) -> Any:
+    """Values of a flag with more names than it offers are the config's to refuse: click would offer all of them."""
+    kind = item.type
     if get_origin(kind) is Literal:
-        return click.Choice(get_args(kind))
+        return click.STRING if item.offered else click.Choice(get_args(kind))
     converters: dict[Any, Callable[..., Any]] = {
         dict[str, int]: count_table,
         dict[str, str | int]: settings_table,
