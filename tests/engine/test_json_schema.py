@@ -90,10 +90,15 @@ def test_a_whole_number_that_a_float_does_not_hold_is_refused_where_it_would_be_
             can_be_written(schema, number)
 
 
-@pytest.mark.parametrize("schema", [
-    {"const": 2**53}, {"properties": {"const": {"type": "integer", "maximum": 2**62}}}, {"default": {"const": 2**60 + 1}},
-    {"enum": ["9007199254740993"]},
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "schema",
+    [
+        {"const": 2**53},
+        {"properties": {"const": {"type": "integer", "maximum": 2**62}}},
+        {"default": {"const": 2**60 + 1}},
+        {"enum": ["9007199254740993"]},
+    ],
+)
 def test_other_numbers_may_be_large(schema: dict[str, Any]) -> None:
     compile_for(llguidance.LLTokenizer("byte"), Grammar.json_schema(schema))
 

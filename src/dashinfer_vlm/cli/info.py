@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import rich_click as click
@@ -30,7 +30,7 @@ VISION = {"a8w8": "a8w8", "a16w8": "a16w8", "a16w4": "a16w8"}
 _GIB = 2**30
 
 
-@dataclass(frozen=True, slots=True)
+@dataclasses.dataclass(frozen=True, slots=True)
 class Parts:
     """The shapes of a model's tensors; a text model has none in `vision`."""
 
@@ -52,8 +52,10 @@ def info(model: str, **values: Any) -> None:
 
     # brings torch
     from dashinfer_vlm.models.config import read_config
+    from dashinfer_vlm.models.loading import check_checkpoint
     from dashinfer_vlm.models.weights import Weights
 
+    check_checkpoint(dataclasses.replace(config, model=str(folder)))
     checkpoint = read_config(folder)
     weights = Weights(folder, checkpoint.family.names, checkpoint.stored)
     model_parts = Parts(weights.shapes("text"), weights.shapes("vision"))

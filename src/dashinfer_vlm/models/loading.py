@@ -10,19 +10,22 @@ import torch
 from dashinfer_vlm.config import EngineConfig
 from dashinfer_vlm.errors import CheckpointError, ConfigError, DashInferError
 from dashinfer_vlm.kernels.threads import leave_torch_one_thread
+from dashinfer_vlm.layers.activation import Epilogue
 from dashinfer_vlm.layers.attention import cache_row_size
 from dashinfer_vlm.layers.backend import Backend, choose_backend
+from dashinfer_vlm.layers.linear import Linear, Matrix, TorchLinear
 from dashinfer_vlm.layers.memory import huge_zeros
+from dashinfer_vlm.layers.ops import REFERENCE
 from dashinfer_vlm.layers.ranks import ALONE, Ranks
 from dashinfer_vlm.models.base import KVCache, Model, VisionEncoder
 from dashinfer_vlm.models.config import CheckpointConfig, read_config
 from dashinfer_vlm.models.hf_tower import TransformersVision
 from dashinfer_vlm.models.model import LoadedModel
 from dashinfer_vlm.models.quant_cache import open_store
-from dashinfer_vlm.models.settings import refuse_options_with_states, refuse_vision_options
+from dashinfer_vlm.models.settings import check_settings, refuse_options_with_states, refuse_vision_options
 from dashinfer_vlm.models.weights import Progress, Weights
 
-__all__ = ["allocate_kv", "device_of", "load_encoder", "load_model", "quantise"]
+__all__ = ["allocate_kv", "check_checkpoint", "device_of", "load_encoder", "load_model", "quantise"]
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
@@ -60,6 +63,24 @@ def load_model(config: EngineConfig, *, progress: Progress | None = None, ranks:
     return LoadedModel(checkpoint, decoder, encoder, backend)
 
 
+def check_checkpoint(config: EngineConfig) -> None:
+    """Raise what a server has to say of the checkpoint and of its settings on whatever machine: missing tensors, other
+    shapes, what the model cannot have. Of large weights only headers are read."""
+    checkpoint = read_config(Path(config.model))
+    check_settings(checkpoint, config)
+    weights = Weights(checkpoint.folder, checkpoint.family.names, checkpoint.stored)
+    nowhere = torch.device("meta")
+
+    def layer(weight: Matrix, bias: torch.Tensor | None, epilogue: Epilogue) -> Linear:
+        return TorchLinear(torch.empty(weight.num_rows, weight.depth, device=nowhere), bias, epilogue)
+
+    backend = Backend("nothing", nowhere, torch.bfloat16, torch.bfloat16, REFERENCE, layer)
+    if checkpoint.vision is not None:
+        checkpoint.family.encoder(checkpoint.vision, weights, backend)
+    checkpoint.family.decoder(checkpoint, weights, backend)
+    weights.finish()
+
+
 def load_encoder(config: EngineConfig, *, progress: Progress | None = None) -> VisionEncoder:
     """Load the ViT alone, onto `config.vision_device` or else `config.device`; raises as `load_model` does."""
     checkpoint = read_config(Path(config.model))
@@ -80,6 +101,7 @@ def load_encoder(config: EngineConfig, *, progress: Progress | None = None) -> V
 def quantise(config: EngineConfig, *, progress: Progress | None = None) -> list[Path]:
     """Have the quantised weights that `config` asks for in the cache, and say in which files; raises as `load_model`
     does, and DashInferError when they could not be kept."""
+    check_checkpoint(config)
     if config.quant_type != "none":
         load_model(config, progress=progress)
     else:
