@@ -29,7 +29,7 @@ from tests.searching import searched
 def engine_for(max_tokens: int) -> Engine:
     """One whose running sequences may hold that many visual tokens, and which keeps none otherwise."""
     engine = make_engine(num_blocks=256, vision_cache_gib=0.0)
-    engine.scheduler.max_pinned_tokens = max_tokens
+    engine.scheduler.wanted.max_tokens = max_tokens
     return engine
 
 
@@ -44,8 +44,7 @@ def asks(name: str, *fills: int, num_tokens: int = 6) -> tuple[Request, list[int
 
 
 def num_pinned_tokens(engine: Engine) -> int:
-    held = {i.content_hash: i.num_tokens for items in engine.scheduler._wanted.values() for i in items}
-    return sum(held.values())
+    return sum(engine.scheduler.wanted.rows.values())
 
 
 def test_sequences_wait_until_the_embeddings_of_others_are_used() -> None:

@@ -27,7 +27,7 @@ from dashinfer_vlm.engine.sequence import Sequence
 from dashinfer_vlm.engine.share import Share
 from dashinfer_vlm.engine.steps import Chunk, Plan
 from dashinfer_vlm.engine.waiting import WaitingLine
-from dashinfer_vlm.request import Item
+from dashinfer_vlm.engine.wanted import WantedItems
 
 FAR_S = 1.0
 """Prefill of this many seconds, or an item to be encoded, makes a request a far one; less makes it partly a near one.
@@ -61,12 +61,11 @@ class Scheduler:
         self.max_num_seqs = max_num_seqs
         self.max_num_batched_tokens = max_num_batched_tokens
         self.share = share
-        self.max_pinned_tokens = max_pinned_tokens
+        self.wanted = WantedItems(stage, max_pinned_tokens)
         self.waiting = WaitingLine()
         self.running: list[Sequence] = []  # by rank
         self.num_preemptions = 0
         self._encoder_is_next = False
-        self._wanted: dict[str, list[Item]] = {}  # items that each running sequence holds at the encoder
 
     def add(self, sequence: Sequence) -> None:
         self.waiting.add(sequence)
@@ -104,7 +103,7 @@ class Scheduler:
         written again."""
         sequence.num_computed += num_tokens
         self.publish(sequence)
-        self._release_items(sequence, computed=sequence.num_computed)
+        self.wanted.release(sequence, computed=sequence.num_computed)
 
     def publish(self, sequence: Sequence) -> None:
         """Let others find the full blocks whose tokens are all known."""
@@ -134,7 +133,7 @@ class Scheduler:
         assert all(not s.blocks for s in self.waiting), "a waiting sequence holds blocks"
         if not self.running:
             assert self.pool.num_free == self.pool.num_blocks, "blocks leaked"
-            assert not self._wanted, "items leaked"
+            assert not self.wanted, "items leaked"
 
     # Decode
 
@@ -203,7 +202,7 @@ class Scheduler:
         self.pool.release(sequence.blocks)
         sequence.blocks = []
         sequence.num_computed = sequence.num_published = 0
-        self._release_items(sequence, computed=None)
+        self.wanted.release(sequence, computed=None)
 
     # Admission
 
@@ -223,7 +222,7 @@ class Scheduler:
             self.pool.share(block)
         reserve = len(self.running)  # a block for each: who is admitted without it is preempted at once
         wanted = sequence.items_to_encode(behind=len(shared) * self.block_size)
-        if needed + reserve > self.pool.num_free or not self._embeddings_fit(wanted):
+        if needed + reserve > self.pool.num_free or not self.wanted.fit(wanted):
             self.pool.release(shared)
             return False
         sequence.blocks = shared + self.pool.allocate(needed)
@@ -231,18 +230,8 @@ class Scheduler:
         if not sequence.has_begun:  # what it computes again after a preemption is nobody's gift, and was paid for
             sequence.num_cached = sequence.num_computed
             self.waiting.charge(sequence, sequence.num_uncomputed + sum(item.num_rows for item in wanted))
-        for item in wanted:
-            self.stage.request(item)
-        if wanted:
-            self._wanted[sequence.id] = wanted
+        self.wanted.request(sequence, wanted)
         return True
-
-    def _embeddings_fit(self, wanted: list[Item]) -> bool:
-        """Content that several sequences wait for counts once. Who holds nothing that others wait for fits always, or
-        a long video would never run."""
-        pinned = {item.content_hash: item.num_rows for items in self._wanted.values() for item in items}
-        wanted_too = {item.content_hash: item.num_rows for item in wanted}
-        return not pinned or sum((pinned | wanted_too).values()) <= self.max_pinned_tokens
 
     def _find_prefix(self, sequence: Sequence) -> list[int]:
         """Cached blocks from the start; at least one token is left to compute, since its logits are wanted."""
@@ -256,20 +245,6 @@ class Scheduler:
             found.append(block)
         return found
 
-    def _release_items(self, sequence: Sequence, *, computed: int | None) -> None:
-        """Tell the encoder that the sequence is past some items (`computed` tokens), or needs none (None)."""
-        wanted = self._wanted.get(sequence.id)
-        if wanted is None:
-            return
-        done = [item for item in wanted if computed is None or item.start + item.num_tokens <= computed]
-        for item in done:
-            if computed is not None:
-                sequence.saw(self.stage.cache.spans(item.content_hash))
-            self.stage.release(item)
-            wanted.remove(item)
-        if not wanted:
-            del self._wanted[sequence.id]
-
     # Prefill
 
     def _extra_seconds(self, num_decoding: int) -> float | None:
@@ -282,7 +257,7 @@ class Scheduler:
 
     def _distance(self, sequence: Sequence) -> float:
         """How far a running sequence is from decoding: from 0, near, to 1."""
-        num_ready = self._num_ready(sequence)
+        num_ready = self.wanted.num_ready(sequence)
         return 1.0 if num_ready < sequence.num_uncomputed else min(1.0, num_ready * self.cost.token_s / FAR_S)
 
     def _prefill_chunks(self, num_rows: int, extra_s: float | None) -> list[Chunk]:
@@ -298,7 +273,7 @@ class Scheduler:
                 break
             if sequence.is_decoding or not self._catch_up(sequence, in_this_step):
                 continue
-            num_tokens = min(budget, self._num_ready(sequence))
+            num_tokens = min(budget, self.wanted.num_ready(sequence))
             if not sequence.is_scored:
                 num_tokens = min(num_tokens, scored_left)
                 scored_left -= num_tokens
@@ -330,12 +305,5 @@ class Scheduler:
             sequence.num_published = index + 1
             if not sequence.num_output:
                 sequence.num_cached += size
-            self._release_items(sequence, computed=sequence.num_computed)
+            self.wanted.release(sequence, computed=sequence.num_computed)
         return True
-
-    def _num_ready(self, sequence: Sequence) -> int:
-        """Tokens before the first item whose embedding is not here yet."""
-        for item in sequence.pending_items:
-            if item.embedding is None and item.content_hash not in self.stage.cache:
-                return max(0, item.start - sequence.num_computed)
-        return sequence.num_uncomputed
