@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch.nn import functional as F
 
-__all__ = ["EPILOGUES", "Epilogue", "gelu", "gelu_tanh", "quick_gelu", "silu_mul"]
+__all__ = ["EPILOGUES", "Epilogue", "gelu", "gelu_tanh", "quick_gelu", "sigmoid_mul", "silu_mul"]
 
 Epilogue = Literal["none", "silu_mul", "quick_gelu", "gelu", "gelu_tanh"]
 """What a linear layer does to its product before it adds the residual."""
@@ -18,6 +18,11 @@ def silu_mul(x: torch.Tensor) -> torch.Tensor:
     """[T, 2 N] of gates, then ups -> [T, N]: silu(gate) * up (SwiGLU, Shazeer 2020)."""
     gate, up = x.chunk(2, dim=-1)
     return F.silu(gate) * up
+
+
+def sigmoid_mul(x: torch.Tensor, gates: torch.Tensor) -> torch.Tensor:
+    """x * sigmoid(gates), of one shape, in x's memory."""
+    return x.mul_(gates.sigmoid())
 
 
 def quick_gelu(x: torch.Tensor) -> torch.Tensor:

@@ -55,6 +55,7 @@ OPS = Ops(
     paged_attention=paged.paged_attention,
     varlen_attention=segments.varlen_attention,
     rope_and_attend=decode.rope_and_attend,
+    sigmoid_mul=rows.sigmoid_mul,
 )
 
 _EPILOGUES = {**EPILOGUES, "silu_mul": rows.silu_mul, "quick_gelu": rows.quick_gelu}

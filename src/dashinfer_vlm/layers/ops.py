@@ -12,7 +12,7 @@ from torch import Tensor
 
 from dashinfer_vlm.kernels import cpu_ops
 from dashinfer_vlm.kernels.head_norms import HeadNorms
-from dashinfer_vlm.layers import attention, delta_net, norm, rotary
+from dashinfer_vlm.layers import activation, attention, delta_net, norm, rotary
 from dashinfer_vlm.layers.embed import embed
 
 __all__ = ["NATIVE", "NATIVE_BFLOAT16", "REFERENCE", "Ops"]
@@ -48,6 +48,7 @@ class Ops:
     rope_and_attend: Callable[..., Tensor] | None = None
     """`attend`, where that is more than one after the other."""
     write_kv: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], None] = attention.write_kv
+    sigmoid_mul: Callable[[Tensor, Tensor], Tensor] = activation.sigmoid_mul
     causal_conv: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], Tensor] = delta_net.causal_conv
     delta_rule: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], Tensor] = (
         delta_net.delta_rule

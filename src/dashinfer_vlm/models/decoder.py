@@ -121,7 +121,7 @@ class GatedAttention(Attention):
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, table: Table, batch: StepBatch, cache: Cache
     ) -> torch.Tensor:
         queries, gates = q[:, ::2], q[:, 1::2]
-        return super().over_cache(queries, k, v, table, batch, cache).mul_(gates.sigmoid())
+        return self.ops.sigmoid_mul(super().over_cache(queries, k, v, table, batch, cache), gates)
 
 
 def gains(name: str, size: int, config: TextConfig, weights: Weights) -> torch.Tensor:

@@ -60,8 +60,9 @@ def make(
     dtype: torch.dtype = torch.float32,
     cache: torch.dtype | None = None,
     rows: list[int] | None = None,
+    turned: int | None = None,
 ) -> Step:
-    """One row of each sequence where `rows` says nothing else."""
+    """One row of each sequence where `rows` says nothing else, all channels turned where `turned` does not."""
     rows = rows or [1] * len(contexts)
     needed = [-(-context // BLOCK_SIZE) for context in contexts]
     order = torch.randperm(sum(needed) + 2).int()
@@ -78,7 +79,7 @@ def make(
         k, v = torch.randn(2, context - count, heads[1], dim)
         attention.write_kv(k, v, caches[0], caches[1], slots[: context - count])
     joined = torch.randn(sum(rows), heads[0] + 2 * heads[1], dim).to(dtype)
-    angles = 100 * torch.rand(sum(rows), dim // 2)
+    angles = 100 * torch.rand(sum(rows), (turned or dim) // 2)
     starts, lengths = (torch.tensor(x, dtype=torch.int32) for x in ([0, *accumulate(rows)], contexts))
     found = (joined, angles.cos(), angles.sin(), *caches, torch.cat(newest), block_tables, starts, lengths)
     joined, cos, sin, keys, values, slots, block_tables, starts, lengths = (x.to(DEVICE) for x in found)
@@ -114,6 +115,18 @@ def test_heads_are_normed_before_they_are_rotated(dtype: torch.dtype, rows: list
     step = make([33, 70], dtype=dtype, rows=rows)
     of_q, of_k = (1 + torch.rand(2, 32, device=DEVICE)).to(dtype)
     # the interpreter cuts off where a card rounds, twice more in a norm
+    assert_right(replace(step, norms=HeadNorms(of_q, of_k, 1e-6)), 2, 2 * allowed(dtype))
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize("rows", [None, [1, 12]], ids=["decode", "a prompt"])
+@pytest.mark.parametrize(("dim", "turned"), [(256, 64), (64, 48)])
+def test_heads_turned_in_part(dtype: torch.dtype, rows: list[int] | None, dim: int, turned: int) -> None:
+    """Normed, as Qwen3.5 has them, and as they are."""
+    step = make([33, 70], (4, 1), dim, dtype, rows=rows, turned=turned)
+    assert_right(step, 2, allowed(dtype))
+    step = make([33, 70], (4, 1), dim, dtype, rows=rows, turned=turned)
+    of_q, of_k = (1 + torch.rand(2, dim, device=DEVICE)).to(dtype)
     assert_right(replace(step, norms=HeadNorms(of_q, of_k, 1e-6)), 2, 2 * allowed(dtype))
 
 
@@ -157,14 +170,20 @@ def test_rows_that_nobody_owns_are_neither_read_nor_written(splits: int) -> None
 
 
 @pytest.mark.parametrize(
-    ("contexts", "rows", "dim", "cache"),
-    [([40, 30], [1, 12], 32, None), ([20, 33], None, 80, None), ([20, 33], None, 32, torch.int8)],
-    ids=["a prompt", "80 channels", "int8"],
+    ("contexts", "rows", "dim", "turned", "cache"),
+    [
+        ([40, 30], [1, 12], 32, None, None),
+        ([40, 30], [1, 12], 32, 8, None),
+        ([20, 33], None, 80, None, None),
+        ([20, 33], None, 32, None, torch.int8),
+        ([20, 33], None, 256, 64, torch.int8),
+    ],
+    ids=["a prompt", "a prompt turned in part", "80 channels", "int8", "int8 turned in part"],
 )
 def test_what_is_none_of_these_is_two_launches(
-    contexts: list[int], rows: list[int] | None, dim: int, cache: torch.dtype | None
+    contexts: list[int], rows: list[int] | None, dim: int, turned: int | None, cache: torch.dtype | None
 ) -> None:
-    step = make(contexts, dim=dim, cache=cache, rows=rows)
+    step = make(contexts, dim=dim, cache=cache, rows=rows, turned=turned)
     if cache is None:
         assert_right(step, 2, 1e-5)
         return

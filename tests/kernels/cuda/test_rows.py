@@ -106,3 +106,14 @@ def test_what_does_not_fit_is_refused() -> None:
         rows.rms_norm(x, torch.ones(7, device=DEVICE), 1e-6)
     with pytest.raises(ValueError, match="rows must be dense"):
         rows.silu_mul(x.t())
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize(("num_rows", "heads", "dim"), [(1, 16, 256), (5, 3, 40)])
+def test_gates_of_heads_that_stand_between_others(num_rows: int, heads: int, dim: int, dtype: torch.dtype) -> None:
+    x, gates = (torch.randn(num_rows, 2 * heads, dim).to(DEVICE, dtype)[:, i::2] for i in range(2))
+    between = x._base[:, 1::2].clone()  # type: ignore[index]
+    want = activation.sigmoid_mul(x.double(), gates.double())
+    assert rows.sigmoid_mul(x, gates) is x
+    assert error(x, want) < allowed(dtype)
+    assert torch.equal(x._base[:, 1::2], between)  # type: ignore[index]

@@ -30,10 +30,11 @@ MOST_SHARED = 1024
 
 @triton.jit
 def _halves(
-    x, cos, sin, row, x_h, gains, eps, N: tl.constexpr, D: tl.constexpr, BH: tl.constexpr, NORM: tl.constexpr
+    x, cos, sin, row, x_h, gains, eps, N: tl.constexpr, D: tl.constexpr, R: tl.constexpr, BH: tl.constexpr,
+    NORM: tl.constexpr,
 ):  # fmt: skip
-    """Twice [BH, D / 2]: `N` heads of a row, rotated, and normed before with `NORM`."""
-    low, high, _, _ = rotated(x, cos, sin, row, 0, x_h, gains, eps, N, D, BH, D // 2, NORM)
+    """Twice [BH, D / 2]: `N` heads of a row, R of their channels rotated, and normed before with `NORM`."""
+    low, high, _, _ = rotated(x, cos, sin, row, 0, x_h, gains, eps, N, D, R, BH, D // 2, NORM)
     return low, high
 
 
@@ -118,9 +119,9 @@ def _fetch(
 def _decode(
     q_rows, k_rows, v_rows, cos, sin, q_gains, k_gains, eps, k_cache, v_cache, slots, tables, starts, contexts, out,
     parts, lse, arrived, scale, table_stride, q_t, q_h, k_t, k_h, v_t, v_h, o_t, o_h, G: tl.constexpr, D: tl.constexpr,
-    BS: tl.constexpr, BLOCK: tl.constexpr, SLOT: tl.constexpr, HEAD: tl.constexpr, BM: tl.constexpr, BG: tl.constexpr,
-    BN: tl.constexpr, SPLITS: tl.constexpr, JOIN: tl.constexpr, NORM: tl.constexpr, EARLY: tl.constexpr,
-    C: tl.constexpr,
+    R: tl.constexpr, BS: tl.constexpr, BLOCK: tl.constexpr, SLOT: tl.constexpr, HEAD: tl.constexpr, BM: tl.constexpr,
+    BG: tl.constexpr, BN: tl.constexpr, SPLITS: tl.constexpr, JOIN: tl.constexpr, NORM: tl.constexpr,
+    EARLY: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
     """Splits that are not to `JOIN` leave what they found as `splits.parts_of` the result has it."""
     s = tl.program_id(0)
@@ -142,7 +143,7 @@ def _decode(
     half: tl.constexpr = D // 2
     i = tl.arange(0, half)[None, :]
     d = tl.arange(0, D)
-    q_low, q_high = _halves(q_rows + at * q_t + head * G * q_h, cos, sin, at, q_h, q_gains, eps, G, D, BM, NORM)
+    q_low, q_high = _halves(q_rows + at * q_t + head * G * q_h, cos, sin, at, q_h, q_gains, eps, G, D, R, BM, NORM)
     q_low = q_low.to(C)
     q_high = q_high.to(C)
     k_cache += head * HEAD
@@ -158,7 +159,7 @@ def _decode(
     if begin + share >= context:  # this one sees to the newest key
         kind = k_cache.dtype.element_ty
         place = tl.load(slots + row) * SLOT
-        k_low, k_high = _halves(k_rows + at * k_t + head * k_h, cos, sin, at, k_h, k_gains, eps, 1, D, 1, NORM)
+        k_low, k_high = _halves(k_rows + at * k_t + head * k_h, cos, sin, at, k_h, k_gains, eps, 1, D, R, 1, NORM)
         k_low = k_low.to(kind)
         k_high = k_high.to(kind)
         v = tl.load(v_rows + at * v_t + head * v_h + d)[None, :].to(kind)
@@ -205,15 +206,15 @@ def rope_and_attend(
     """`layers.ops.Ops.attend`: [T, H, D] of q's dtype. Waits for nothing and reads nothing back.
 
     Where T equals the number of sequences, each may own one row at most, and all is one launch, of one row two; not
-    over a cache of int8, nor with heads of other sizes than 32, 64 and 128. Rows that no sequence owns, and their
+    over a cache of int8, nor with heads of other sizes than 32, 64, 128 and 256. Rows that no sequence owns, and their
     slots, are then neither read nor written. `splits` is as in `paged.paged_attention`. No two calls for one cache may
     be under way at a time. Raises ValueError for shapes that do not fit."""
     num_rows, num_heads, dim = q.shape
-    if num_rows != len(context_lens) or k_cache.dtype == torch.int8 or dim not in (32, 64, 128):
+    if num_rows != len(context_lens) or k_cache.dtype == torch.int8 or dim not in (32, 64, 128, 256):
         rotary.rope_write_kv(q, k, v, cos, sin, k_cache, v_cache, slots, norms)
         return paged.paged_attention(q, k_cache, v_cache, block_tables, query_starts, context_lens, scale, splits)
     num_kv_heads = k_cache.shape[2]
-    rotary.check_tables(q, cos, sin)
+    rotary.check_tables(q, cos, sin, whole=False)
     check(num_heads % num_kv_heads == 0 and k.shape[1] == v.shape[1] == num_kv_heads, "heads must agree", q, k, v)
     check(k_cache.is_contiguous() and v_cache.is_contiguous(), "the caches must be contiguous", k_cache, v_cache)
     check(k.stride(2) == v.stride(2) == 1, "channels must be dense", k, v)
@@ -237,9 +238,10 @@ def rope_and_attend(
     launch(
         _decode, (num_rows, num_kv_heads, splits), q, k, v, cos, sin, *gains, k_cache, v_cache, slots, block_tables,
         query_starts, context_lens, out, parts, lse, arrived, scale, block_tables.stride(0), *q.stride()[:2],
-        *k.stride()[:2], *v.stride()[:2], *out.stride()[:2], group, dim, k_cache.shape[1], *k_cache.stride()[:3],
-        power_of_two(group, 16), power_of_two(group), tile.columns, splits, joins, norms is not None, early,
-        compute_type(q.dtype), num_warps=tile.warps, num_stages=tile.stages, maxnreg=REGISTERS, early=early,
+        *k.stride()[:2], *v.stride()[:2], *out.stride()[:2], group, dim, 2 * cos.shape[1], k_cache.shape[1],
+        *k_cache.stride()[:3], power_of_two(group, 16), power_of_two(group), tile.columns, splits, joins,
+        norms is not None, early, compute_type(q.dtype), num_warps=tile.warps, num_stages=tile.stages,
+        maxnreg=REGISTERS, early=early,
     )  # fmt: skip
     if splits > 1 and not joins:
         join(parts, lse, query_starts, context_lens, out, 1, tile.columns, tile.columns)

@@ -15,16 +15,20 @@ __all__ = ["hadamard_blocks", "mixed_queries"]
 
 
 @triton.jit(do_not_specialize=["num_rows"])
-def _mix(q, mixer, out, num_rows, q_t, q_h, H: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, BM: tl.constexpr,
-         C: tl.constexpr):  # fmt: skip
+def _mix(q, mixer, out, num_rows, q_t, q_h, H: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, BK: tl.constexpr,
+         BM: tl.constexpr, C: tl.constexpr):  # fmt: skip
     row = tl.program_id(0) * BM + tl.arange(0, BM)
     d = tl.arange(0, DP)
-    inside = (row < num_rows * H)[:, None] & (d < D)[None, :]
-    place = (row // H).to(tl.int64)[:, None] * q_t + (row % H)[:, None] * q_h + d[None, :]
-    x = tl.load(q + place, mask=inside, other=0.0).to(C)
-    square = (d < D)[:, None] & (d < D)[None, :]
-    matrix = tl.load(mixer + d[:, None] * D + d[None, :], mask=square, other=0.0).to(C)
-    y = tl.dot(x, matrix, input_precision="ieee")
+    mine = row < num_rows * H
+    q += (row // H).to(tl.int64)[:, None] * q_t + (row % H)[:, None] * q_h
+    y = tl.zeros([BM, DP], tl.float32)
+    for first in tl.static_range(0, DP, BK):
+        k = first + tl.arange(0, BK)
+        x = tl.load(q + k[None, :], mask=mine[:, None] & (k < D)[None, :], other=0.0).to(C)
+        square = (k < D)[:, None] & (d < D)[None, :]
+        matrix = tl.load(mixer + k[:, None] * D + d[None, :], mask=square, other=0.0).to(C)
+        y = tl.dot(x, matrix, y, input_precision="ieee")
+    inside = mine[:, None] & (d < D)[None, :]
     tl.store(out + row.to(tl.int64)[:, None] * D + d[None, :], y.to(out.dtype.element_ty), mask=inside)
 
 
@@ -49,9 +53,9 @@ def mixed_queries(q: Tensor) -> Tensor:
     """Queries [T, H, D] as transformed keys want them, divided by the transform's size; a new contiguous tensor."""
     num_rows, num_heads, dim = q.shape
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    height = 32
+    height, width = 32, power_of_two(dim, 16)
     launch(
         _mix, (-(-num_rows * num_heads // height),), q, _query_mixer(dim, q.device), out, num_rows, *q.stride()[:2],
-        num_heads, dim, power_of_two(dim, 16), height, compute_type(q.dtype), num_warps=4,
+        num_heads, dim, width, min(width, 64), height, compute_type(q.dtype), num_warps=4,
     )  # fmt: skip
     return out

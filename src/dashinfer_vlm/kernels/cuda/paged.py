@@ -201,7 +201,7 @@ def many_tile(dtype: torch.dtype, cache: torch.dtype, group: int, dim: int, num_
     if dtype == torch.float32:
         return Tile(power_of_two(group, 32), 32, 4, 1)
     if dim > 128:
-        return Tile(power_of_two(group, 128), 64, 8, 2)
+        return Tile(power_of_two(group, 128), 32 if cache == torch.int8 else 64, 8, 2)
     if cache == torch.int8:
         return Tile(power_of_two(group, 64), 128, 4, 2)
     if num_pairs >= 128 * TALL_PROGRAMS:

@@ -20,6 +20,7 @@ __all__ = [
     "quick_gelu",
     "rms_norm",
     "scaled",
+    "sigmoid_mul",
     "silu_mul",
     "silu_times",
     "silu_times_up",
@@ -143,6 +144,19 @@ def _quick_gelu(x_rows, out, x_t, o_t, N: tl.constexpr, B: tl.constexpr):
 
 
 @triton.jit
+def _sigmoid_mul(x_rows, gates, x_t, x_h, g_t, g_h, N: tl.constexpr, D: tl.constexpr, B: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    i = tl.program_id(1) * B + tl.arange(0, B)
+    head = i // D
+    place = x_rows + row * x_t + head * x_h + i % D
+    gate = tl.load(gates + row * g_t + head * g_h + i % D, mask=i < N, other=0.0).to(tl.float32)
+    kind = x_rows.dtype.element_ty
+    sigmoid = (1 / (1 + tl.exp(-gate))).to(kind).to(tl.float32)  # rounded as the reference does it
+    x = tl.load(place, mask=i < N, other=0.0).to(tl.float32)
+    tl.store(place, (x * sigmoid).to(kind), mask=i < N)
+
+
+@triton.jit
 def _embed(
     ids,
     table,
@@ -243,6 +257,20 @@ def quick_gelu(x: Tensor) -> Tensor:
     """`layers.activation.quick_gelu` of [T, N], in place: a product that nobody else needs."""
     _check_rows(x)
     _elementwise(_quick_gelu, x, x)
+    return x
+
+
+def sigmoid_mul(x: Tensor, gates: Tensor) -> Tensor:
+    """`layers.activation.sigmoid_mul` of [T, H, D], any strides before D."""
+    check(x.shape == gates.shape and x.ndim == 3, "gates must be [T, H, D], as x is", x, gates)
+    check(x.stride(2) == gates.stride(2) == 1, "channels must be dense", x, gates)
+    num_rows, num_heads, dim = x.shape
+    size = num_heads * dim
+    block = min(power_of_two(size, 128), 1024)
+    launch(
+        _sigmoid_mul, (num_rows, -(-size // block)), x, gates, *x.stride()[:2], *gates.stride()[:2], size, dim, block,
+        num_warps=4,
+    )  # fmt: skip
     return x
 
 

@@ -48,7 +48,10 @@ class Sizes:
     kv_heads: int
     head_dim: int
     vocab: int = 151_936
+    turned: int | None = None
+    """Channels of a head that turn; None for all."""
     norms_heads: bool = False
+    gates_heads: bool = False
     vit_width: int = 0
     """0 for a model without a ViT."""
     vit_inner: int = 0
@@ -67,6 +70,10 @@ PUBLISHED = {
     "Qwen3-VL-8B": Sizes(
         hidden=4096, inner=12288, heads=32, kv_heads=8, head_dim=128, norms_heads=True, vit_width=1152,
         vit_inner=4304, vit_heads=16, patch_dim=1536,
+    ),
+    "Qwen3.5-9B": Sizes(
+        hidden=4096, inner=12288, heads=16, kv_heads=4, head_dim=256, turned=64, vocab=248_320, norms_heads=True,
+        gates_heads=True, vit_width=1152, vit_inner=4304, vit_heads=16, patch_dim=1536,
     ),
 }  # fmt: skip
 """Of the published models, those whose kernels differ: the ones of Qwen2.5-VL are Qwen2-VL's."""
@@ -116,6 +123,7 @@ def _text(s: Sizes, dtype: torch.dtype, device: torch.device) -> Iterator[Varian
         return torch.empty(*shape, dtype=dtype, device=device)
 
     norms = HeadNorms(empty(s.head_dim), empty(s.head_dim), 1e-6) if s.norms_heads else None
+    half = (s.turned or s.head_dim) // 2
 
     def heads(num_rows: int) -> tuple[Tensor, ...]:
         joined = empty(num_rows, s.heads + 2 * s.kv_heads, s.head_dim)
@@ -130,13 +138,13 @@ def _text(s: Sizes, dtype: torch.dtype, device: torch.device) -> Iterator[Varian
 
     def write(cache: torch.dtype, num_rows: int) -> None:
         keys = empty(64, BLOCK_SIZE, s.kv_heads, s.head_dim + 16 * (cache == torch.int8), dtype=cache)
-        table = empty(num_rows, s.head_dim // 2, dtype=torch.float32)
+        table = empty(num_rows, half, dtype=torch.float32)
         q, k, v = heads(num_rows)
         rotary.rope_write_kv(q, k, v, table, table, keys, keys, empty(num_rows, dtype=torch.int64), norms)
 
     def decode(num_rows: int, splits: int) -> Tensor:
         keys = empty(64, BLOCK_SIZE, s.kv_heads, s.head_dim)
-        table = empty(num_rows, s.head_dim // 2, dtype=torch.float32)
+        table = empty(num_rows, half, dtype=torch.float32)
         starts, contexts = (empty(n, dtype=torch.int32) for n in (num_rows + 1, num_rows))
         q, k, v = heads(num_rows)
         slots, blocks = empty(num_rows, dtype=torch.int64), empty(num_rows, 64, dtype=torch.int32)
@@ -146,7 +154,6 @@ def _text(s: Sizes, dtype: torch.dtype, device: torch.device) -> Iterator[Varian
     yield Variant("embed", lambda: rows.embed(ids, table, dtype))
     yield Variant("embed with pictures", lambda: rows.embed(ids, table, dtype, empty(16, s.hidden), is_item))
     yield Variant("rms_norm", lambda: rows.rms_norm(empty(16, s.hidden), empty(s.hidden), 1e-6))
-    half = s.head_dim // 2
     yield Variant(
         "mrope_cos_sin",
         lambda: rotary.mrope_cos_sin(
@@ -154,6 +161,8 @@ def _text(s: Sizes, dtype: torch.dtype, device: torch.device) -> Iterator[Varian
         ),
     )
     yield Variant("silu_mul", lambda: rows.silu_mul(empty(16, 2 * s.inner)))
+    if s.gates_heads:
+        yield Variant("gates", lambda: rows.sigmoid_mul(*(empty(16, s.heads, s.head_dim) for _ in range(2))))
     for cache in (dtype, torch.int8):
         kind = "int8" if cache == torch.int8 else "plain"
         yield Variant(f"rope_write_kv {kind}", partial(write, cache, 16))
