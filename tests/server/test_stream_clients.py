@@ -19,6 +19,10 @@ from tests.server.conftest import Running, Serve
 
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
 ASK: Any = {CHAT: {"messages": [{"role": "user", "content": "say it"}]}, TEXT: {"prompt": "say it", "max_tokens": 50}}
+ALSO_ASK: Any = {
+    "/v1/messages": {"messages": [{"role": "user", "content": "say it"}], "max_tokens": 50, "model": "model"},
+    "/v1/responses": {"input": "say it"},
+}
 EVERY_STEP = {"include_usage": True, "continuous_usage_stats": True}
 
 
@@ -120,13 +124,11 @@ async def test_every_token_is_an_event_that_arrives_by_itself(serve: Serve, toke
     assert 1 + len(client.waits_s) == len(tokens) + around
 
 
-@pytest.mark.parametrize("path", [CHAT, TEXT, "/v1/messages", "/v1/responses"])
+@pytest.mark.parametrize("path", [CHAT, TEXT, *ALSO_ASK])
 async def test_an_event_is_one_line_for_clients_that_end_lines_as_unicode_does(serve: Serve, path: str) -> None:
     said = "\N{SNOWMAN}a\u2028b\u2029c\x85d\x0be\x1ef"
     running = await serve(said)
-    body = {"/v1/messages": {"messages": [{"role": "user", "content": "say it"}], "max_tokens": 50, "model": "model"},
-            "/v1/responses": {"input": "say it"}}.get(path) or ASK[path]  # fmt: skip
-    reply = await running.post(path, body | {"stream": True})
+    reply = await running.post(path, {**ALSO_ASK, **ASK}[path] | {"stream": True})
     lines = [line for line in reply.text.splitlines() if line]
     assert all(line.startswith(("data: ", "event: ")) for line in lines), lines
     told = [json.loads(line[6:]) for line in lines if line.startswith("data: {")]
