@@ -8,7 +8,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from card_checks import attention, experts, linear
+from card_checks import attention, delta_net, experts, linear
 from card_checks.cases import BFLOAT16_ERROR, Case
 from card_checks.models import checked_backend
 from card_checks.results import Check, Setting, error
@@ -56,6 +56,7 @@ def cases(setting: Setting, dtype: torch.dtype, *, small: bool) -> Iterator[Case
     yield from linear.cases(setting, dtype, small=small)
     yield from attention.cases_of_pictures(setting, dtype, small=small)
     yield from experts.cases(setting, dtype, small=small)
+    yield from delta_net.cases(setting, dtype, small=small)
 
 
 def _rows(setting: Setting, ops: Ops, dtype: torch.dtype, num_rows: int, size: int) -> Iterator[Case]:

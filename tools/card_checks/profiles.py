@@ -11,6 +11,7 @@ from functools import partial
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+from card_checks import delta_net
 from card_checks.models import (
     BLOCK_SIZE,
     checked_backend,
@@ -41,6 +42,8 @@ def profiles(setting: Setting) -> Iterator[Check]:
             yield f"{size} kernels of decode {streams}", partial(_of_text, setting, model, rows, contexts)
         yield f"{size} kernels of prefill {prompt}", partial(_of_text, setting, model, [prompt], [prompt])
         yield f"{size} kernels of the ViT", partial(_of_pictures, setting, model)
+    for case in delta_net.cases(setting, dtype, small=setting.tiny):
+        yield f"kernels of {case.name}", partial(_profiled, setting, case.run)
 
 
 def _of_text(setting: Setting, model: LoadedModel, rows: list[int], contexts: list[int]) -> Row:

@@ -17,7 +17,7 @@ from dashinfer_vlm.errors import ConfigError
 from dashinfer_vlm.kernels import cpu_ops, cuda
 from dashinfer_vlm.layers import onednn
 from dashinfer_vlm.layers.activation import Epilogue
-from dashinfer_vlm.layers.experts import Experts, ExpertsFactory, Routing, looped_experts
+from dashinfer_vlm.layers.experts import Experts, ExpertsFactory, Router, Routing, looped_experts
 from dashinfer_vlm.layers.fp8 import Fp8Linear
 from dashinfer_vlm.layers.linear import (
     ExpandingLinear,
@@ -71,6 +71,8 @@ class Backend:
     """As `make_linear`, for layers onto the text model's residual stream; None: `make_linear`."""
     make_experts: ExpertsFactory | None = None
     """Mixtures of experts; None: a layer of `make_linear` for each matrix."""
+    make_unrounded: Callable[[Tensor], Linear] = Router
+    """A layer of a few rows, from a weight of the activations' type, which takes rows as they are."""
     make_patches: Callable[[Tensor, Tensor], Patches] = TorchPatches
     """First layer of a ViT from a float32 weight and bias on the device."""
     ranks: Ranks = ALONE
@@ -94,6 +96,10 @@ class Backend:
     def linear(self, weight: Matrix, bias: Tensor | None = None, *, epilogue: Epilogue = "none") -> Linear:
         """Linear layer of `weight` [N, K] and `bias` [N]."""
         return self.make_linear(weight, None if bias is None else self.vector(bias), epilogue)
+
+    def unrounded(self, weight: Tensor) -> Linear:
+        """Linear layer of a few decisive rows [N, K], which stay what they are where others are quantised."""
+        return self.make_unrounded(self.vector(weight))
 
     def experts(self, router: Tensor, gate_ups: Sequence[Matrix], downs: Sequence[Matrix], routing: Routing) -> Experts:
         """A mixture of experts; see `layers.experts.ExpertsFactory`."""

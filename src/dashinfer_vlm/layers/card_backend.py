@@ -30,6 +30,7 @@ def on_card(device: torch.device, dtype: torch.dtype) -> Backend:
         CudaHead,
         CudaLinear,
         CudaPatches,
+        CudaRouter,
         CudaStreamLinear,
         multiplies_into_float32,
     )
@@ -61,6 +62,7 @@ def on_card(device: torch.device, dtype: torch.dtype) -> Backend:
         make_head=of_own_copies(head, device, dtype),
         make_stream_linear=of_own_copies(CudaStreamLinear, device, dtype),
         make_experts=experts,
+        make_unrounded=CudaRouter,
         make_patches=patches,
     )
 

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from dashinfer_vlm.kernels.cuda import (
     decode,
+    delta_net,
     experts,
     few_bits,
     fp8,
@@ -39,6 +40,7 @@ __all__ = [
     "CudaHead",
     "CudaLinear",
     "CudaPatches",
+    "CudaRouter",
     "CudaStreamLinear",
     "grouped_ops",
     "multiplies_into_float32",
@@ -56,6 +58,7 @@ OPS = Ops(
     varlen_attention=segments.varlen_attention,
     rope_and_attend=decode.rope_and_attend,
     sigmoid_mul=rows.sigmoid_mul,
+    whole_delta_net=delta_net.delta_net,
 )
 
 _EPILOGUES = {**EPILOGUES, "silu_mul": rows.silu_mul, "quick_gelu": rows.quick_gelu}
@@ -213,7 +216,7 @@ def grouped_ops(head: Callable[[Tensor, Tensor | None, Epilogue], Linear]) -> Gr
 
 
 class CudaRouter(_NormingWhole, Router):
-    """What reads the stream behind attention."""
+    """Of whole rows, which come from the stream."""
 
 
 class CudaExperts:

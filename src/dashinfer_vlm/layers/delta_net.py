@@ -76,8 +76,8 @@ def _chunk(q: Tensor, k: Tensor, v: Tensor, beta: Tensor, decay: Tensor, *, memo
     """[n, H, T, V], all of [n, H, T, ...]. What the tokens change in the memory is found at once: each change depends
     on those before it, so that they solve a triangular system (Yang et al. 2024)."""
     total = decay.double().cumsum(-1)[..., None]  # of hundreds, small differences are wanted
-    since = (total - total.mT).float().tril().exp().tril()  # from a column's token to a row's; 0 if that is earlier
-    left, until_end, beta = total.float().exp(), (total[..., -1:, :] - total).float().exp(), beta[..., None]
+    since = (total - total.mT).to(q.dtype).tril().exp().tril()  # from a column's token to a row's; 0 if that is earlier
+    left, until_end, beta = total.exp().to(q.dtype), (total[..., -1:, :] - total).exp().to(q.dtype), beta[..., None]
     system = beta * (k @ k.mT) * since  # with a diagonal of 1, whatever stands there
     changes: Tensor = solve_triangular(system, beta * (v - left * (k @ memory)), upper=False, unitriangular=True)
     read = left * (q @ memory) + (q @ k.mT * since) @ changes
@@ -91,9 +91,9 @@ def _of_length_1(x: Tensor) -> Tensor:
 
 
 def _alike(seats: Tensor, query_starts: Tensor, context_lens: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Rows [n, T], seats [n], and which are new [n], of the n sequences of each number of rows T."""
+    """Rows [n, T], seats [n], and which are new [n], of the n sequences of each number of rows T but 0."""
     lengths = query_starts.diff()
-    for length in sorted(set(lengths.tolist())):
+    for length in sorted({*lengths.tolist()} - {0}):
         which = (lengths == length).nonzero().flatten()
         rows = query_starts[which].long()[:, None] + torch.arange(length, device=seats.device)
         yield rows, seats[which], context_lens[which] == length

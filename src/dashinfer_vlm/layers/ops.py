@@ -9,8 +9,10 @@ from typing import Protocol
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from dashinfer_vlm.kernels import cpu_ops
+from dashinfer_vlm.kernels.delta_net import DeltaNet
 from dashinfer_vlm.kernels.head_norms import HeadNorms
 from dashinfer_vlm.layers import activation, attention, delta_net, norm, rotary
 from dashinfer_vlm.layers.embed import embed
@@ -53,6 +55,10 @@ class Ops:
     delta_rule: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], Tensor] = (
         delta_net.delta_rule
     )
+    whole_delta_net: (
+        Callable[[Tensor, Tensor, Tensor, DeltaNet, Tensor, Tensor, Tensor, Tensor, Tensor], Tensor] | None
+    ) = None
+    """`gated_delta_net`, where that is more than one after the other."""
 
     def attend(
         self,
@@ -86,6 +92,35 @@ class Ops:
                 self.rope(x[..., :num_turned], cos, sin)
             self.write_kv(k, v, k_cache, v_cache, slots)
         return self.paged_attention(q, k_cache, v_cache, *where)
+
+    def gated_delta_net(
+        self,
+        channels: Tensor,
+        gate: Tensor,
+        rates: Tensor,
+        net: DeltaNet,
+        inputs: Tensor,
+        memory: Tensor,
+        seats: Tensor,
+        query_starts: Tensor,
+        context_lens: Tensor,
+    ) -> Tensor:
+        """[T, H * V] of the gate's type: `causal_conv` of channels [T, C], `delta_rule` by rates [T, 2 H] (how much is
+        learnt, then how much is forgotten), and the norm of each head times SiLU of the gate [T, H * V]. States, seats
+        and the rest are those of `layers.delta_net`; rows may be strided."""
+        where = (seats, query_starts, context_lens)
+        if self.whole_delta_net is not None:
+            return self.whole_delta_net(channels, gate, rates, net, inputs, memory, *where)
+        keys = net.num_key_heads * net.key_dim
+        mixed = self.causal_conv(channels.to(inputs.dtype), inputs, net.conv, *where)
+        parts = mixed.split_with_sizes([keys, keys, gate.shape[1]], dim=1)
+        dims = (net.key_dim, net.key_dim, net.value_dim)
+        q, k, v = (part.view(len(mixed), -1, dim) for part, dim in zip(parts, dims, strict=True))
+        learnt, forgotten = rates.to(memory.dtype).chunk(2, dim=1)
+        decay = net.speed * F.softplus(forgotten + net.rate_bias)
+        out = self.delta_rule(q, k, v, learnt.sigmoid(), decay, memory, *where)
+        normed = self.rms_norm(out.to(gate.dtype).flatten(0, 1), net.gains, net.eps)
+        return normed.view(gate.shape) * F.silu(gate)
 
 
 REFERENCE = Ops(

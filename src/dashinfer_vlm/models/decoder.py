@@ -52,9 +52,12 @@ class Mixer(Protocol):
     """Where rows of one sequence learn of each other, through what its layer keeps of it."""
 
     config: TextConfig
-    qkv: Linear
-    """The one layer that takes x through `Backend.norm_before`."""
     out: StreamLinear
+
+    @property
+    def first(self) -> Linear:
+        """A layer that takes x, as `Backend.norm_before` makes it; others that take x, too, take rows as well."""
+        ...
 
     def attend(self, x: Any, table: Table, batch: StepBatch, cache: Cache) -> torch.Tensor:
         """[T, hidden] -> what `out` projects; the cache is brought up to the step's last rows."""
@@ -93,6 +96,10 @@ class Attention:
         if qk_norm:
             of_q, of_k = (gains(f"{prefix}.{x}_norm.weight", config.head_dim, config, weights) for x in "qk")
             self.norms = HeadNorms(backend.vector(of_q), backend.vector(of_k), config.rms_norm_eps)
+
+    @property
+    def first(self) -> Linear:
+        return self.qkv
 
     def attend(self, x: Any, table: Table, batch: StepBatch, cache: Cache) -> torch.Tensor:
         """[T, hidden], as `Backend.norm_before` makes it for `qkv`, -> [T, heads * head_dim], which `out` projects; K
@@ -290,7 +297,7 @@ class _Layer:
         eps, hidden = config.rms_norm_eps, config.hidden_size
         names = (f"{prefix}.{x}_layernorm.weight" for x in ("input", "post_attention"))
         gains1, gains2 = (gains(name, hidden, config, weights) for name in names)
-        self.norm1 = backend.norm_before(attention.qkv, gains1, eps)
+        self.norm1 = backend.norm_before(attention.first, gains1, eps)
         self.norm2 = backend.norm_before(mlp.first, gains2, eps)
         self.native = None
         if type(attention) is Attention and type(mlp) is GatedMlp:  # another class may compute otherwise

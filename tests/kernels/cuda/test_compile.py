@@ -164,6 +164,23 @@ def test_keys_and_values_are_copied_by_128_bits_beside_the_arithmetic(found: Fou
         assert x["wide_copies"] >= (8 if "int8" in x["variant"] else 12), x
 
 
+def test_states_are_read_by_128_bits_and_leave_room_for_two_programs(found: Found) -> None:
+    """And before the wait, where a kernel starts early: half of a memory of 64 KiB is under way in each of them."""
+    rows = found.of("_one_row")
+    assert rows
+    for x in rows:
+        assert x["registers"] * x["warps"] * 32 <= REGISTERS // 2, x
+        assert x["wide_reads_before_wait"] >= 16, x
+
+
+def test_chunks_of_prompts_multiply_in_warp_groups_and_are_copied_beside_it(found: Found) -> None:
+    walks, prepared = found.of("_walk"), found.of("_prepare")
+    assert walks
+    assert prepared
+    assert all(x["hgmma"] >= 28 and x["wide_copies"] >= 60 for x in walks), walks
+    assert all(x["hgmma"] >= 96 for x in prepared), prepared
+
+
 def test_tables_take_exact_sines(found: Found) -> None:
     """Angles reach tens of thousands, where the fast instruction has no digit left."""
     tables = found.of("_tables")

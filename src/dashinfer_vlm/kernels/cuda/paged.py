@@ -32,6 +32,7 @@ __all__ = [
     "few_tile",
     "paged_attention",
     "places_of",
+    "tile_of",
     "weighed",
 ]
 
@@ -46,7 +47,7 @@ against 48.5, and 768 took 551 against 649 (an H200)."""
 
 
 @triton.jit
-def _tile_of(starts, tile, num_sequences, BQ: tl.constexpr, FEW: tl.constexpr, MANY: tl.constexpr):
+def tile_of(starts, tile, num_sequences, BQ: tl.constexpr, FEW: tl.constexpr, MANY: tl.constexpr):
     """Sequence and first row of one of the tiles of all sequences of more than `FEW` rows, or of all others with `MANY`
     False; the number of sequences where there are not so many tiles."""
     s = 0
@@ -144,7 +145,7 @@ def _attend(
         s = tile
         local = 0
     else:
-        s, local = _tile_of(starts, tile, num_sequences, BQ, FEW, MANY)
+        s, local = tile_of(starts, tile, num_sequences, BQ, FEW, MANY)
     first = tl.load(starts + s)
     n = tl.load(starts + tl.minimum(s + 1, num_sequences)) - first
     context = tl.load(contexts + tl.minimum(s, num_sequences - 1))

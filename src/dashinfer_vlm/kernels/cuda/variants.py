@@ -30,12 +30,25 @@ from dashinfer_vlm.kernels.cuda import (
     skinny_floats,
 )
 from dashinfer_vlm.kernels.cuda.decode import rope_and_attend
+from dashinfer_vlm.kernels.cuda.delta_net import delta_net
+from dashinfer_vlm.kernels.delta_net import DeltaNet
 from dashinfer_vlm.kernels.grouped import GROUP, GroupedWeight
 from dashinfer_vlm.kernels.head_norms import HeadNorms
 
-__all__ = ["MIXTURES", "PUBLISHED", "Mixture", "Sizes", "Variant", "variants"]
+__all__ = ["MIXTURES", "PUBLISHED", "DeltaSizes", "Mixture", "Sizes", "Variant", "variants"]
 
 BLOCK_SIZE = 16
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DeltaSizes:
+    """The sizes of a gated delta net."""
+
+    key_heads: int
+    value_heads: int
+    dim: int
+    """Of a head of either."""
+    taps: int = 4
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,6 +65,8 @@ class Sizes:
     """Channels of a head that turn; None for all."""
     norms_heads: bool = False
     gates_heads: bool = False
+    delta_net: DeltaSizes | None = None
+    """Of the layers without keys and values; None: there are none."""
     vit_width: int = 0
     """0 for a model without a ViT."""
     vit_inner: int = 0
@@ -73,7 +88,8 @@ PUBLISHED = {
     ),
     "Qwen3.5-9B": Sizes(
         hidden=4096, inner=12288, heads=16, kv_heads=4, head_dim=256, turned=64, vocab=248_320, norms_heads=True,
-        gates_heads=True, vit_width=1152, vit_inner=4304, vit_heads=16, patch_dim=1536,
+        gates_heads=True, delta_net=DeltaSizes(key_heads=16, value_heads=32, dim=128), vit_width=1152,
+        vit_inner=4304, vit_heads=16, patch_dim=1536,
     ),
 }  # fmt: skip
 """Of the published models, those whose kernels differ: the ones of Qwen2.5-VL are Qwen2-VL's."""
@@ -114,6 +130,8 @@ def variants(model: str, dtype: torch.dtype) -> Iterator[Variant]:
     yield from _few_rows(sizes, dtype, meta)
     yield from _single(sizes, dtype, meta)
     yield from _choosing(sizes.vocab, meta)
+    if sizes.delta_net:
+        yield from _delta_net(sizes.delta_net, dtype, meta)
     if sizes.vit_width:
         yield from _vit(sizes, dtype, meta)
 
@@ -291,6 +309,36 @@ def _experts(s: Mixture, dtype: torch.dtype, device: torch.device) -> Iterator[V
             logits = empty(num_rows, s.experts)
             yield Variant(f"experts chosen for {told}", partial(experts.choose, logits, s.count, normalise=True))
         yield Variant(f"experts of {told}", partial(experts.multiply, x, gate_up, down, chosen, shares, x))
+
+
+def _delta_net(s: DeltaSizes, dtype: torch.dtype, device: torch.device) -> Iterator[Variant]:
+    """A row by itself, streams, and prompts beside them."""
+    values = s.value_heads * s.dim
+    num_channels = 2 * s.key_heads * s.dim + values
+
+    def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.empty(*shape, dtype=dtype, device=device)
+
+    net = DeltaNet(
+        num_key_heads=s.key_heads,
+        key_dim=s.dim,
+        conv=empty(s.taps, num_channels),
+        speed=empty(s.value_heads),
+        rate_bias=empty(s.value_heads),
+        gains=empty(s.dim, dtype=dtype),
+        eps=1e-6,
+    )
+
+    def call(num_rows: int, num_sequences: int) -> Tensor:
+        joined, rates = (empty(num_rows, n, dtype=dtype) for n in (num_channels + values, 2 * s.value_heads))
+        channels, gate = joined.split_with_sizes([num_channels, values], dim=1)
+        states = empty(9, s.taps - 1, num_channels), empty(9, s.value_heads, s.dim, s.dim)
+        seats = empty(num_sequences, dtype=torch.int64)
+        starts, contexts = (empty(n, dtype=torch.int32) for n in (num_sequences + 1, num_sequences))
+        return delta_net(channels, gate, rates, net, *states, seats, starts, contexts)
+
+    for num_rows, num_sequences, told in ((1, 1, "one row"), (128, 128, "streams"), (2048, 16, "prompts")):
+        yield Variant(f"states of {told}", partial(call, num_rows, num_sequences))
 
 
 def _choosing(vocab: int, device: torch.device) -> Iterator[Variant]:
