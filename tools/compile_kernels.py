@@ -156,6 +156,7 @@ def of_checks() -> Iterator[Work]:
     """What `gpu_check.py` asks for beside that, on tensors without memory."""
     from card_checks import families, kernels, products, tiles
     from card_checks.results import Setting
+    from make_checkpoint import RECIPES
 
     setting = Setting(torch.device("meta"), tiny=False)
     for dtype, small in ((torch.bfloat16, True), (torch.float32, True), (torch.float16, True), (torch.bfloat16, False)):
@@ -163,7 +164,7 @@ def of_checks() -> Iterator[Work]:
             yield Work("check", f"{case.name} {dtype}", case.run)
     for name, way in (*products.every_way(setting), *tiles.every_tile(setting)):
         yield Work("check", name, way)
-    for arch in families.ON_CARDS:
+    for arch in RECIPES:
         for dtype in (torch.float32, torch.bfloat16):
             yield Work("check", f"tiny {arch} {dtype}", partial(families.call_everything, setting, arch, dtype))
 

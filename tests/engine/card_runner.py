@@ -4,6 +4,8 @@ has put there is poison.
 
 from __future__ import annotations
 
+from itertools import chain
+
 import torch
 
 from dashinfer_vlm.config import EngineConfig
@@ -28,6 +30,8 @@ class PoisonedCardRunner(CardRunner):
         for keys, values in zip(calls.all_kv.keys, calls.all_kv.values, strict=True):
             poison_floats(keys[-1])
             poison_floats(values[-1])
+        for state in chain.from_iterable(calls.all_kv.states):
+            poison_floats(state[-1])
         calls.staging.static.fill_(0xFF)
         calls.staging._turns[calls.staging._turn ^ 1].fill_(0xFF)
         flight = super().start(plan)
@@ -60,9 +64,10 @@ def make_card_runner(
 
 
 def with_spare_block(kv: KVCache) -> KVCache:
-    """So that what is left for sequences is what was given."""
+    """And a spare seat, so that what is left for sequences is what was given."""
 
-    def longer(caches: list[torch.Tensor]) -> list[torch.Tensor]:
-        return [torch.cat([cache, torch.zeros_like(cache[:1])]) for cache in caches]
+    def longer(cache: torch.Tensor) -> torch.Tensor:
+        return torch.cat([cache, torch.zeros_like(cache[:1])])
 
-    return KVCache(longer(kv.keys), longer(kv.values))
+    states = [(longer(inputs), longer(memory)) for inputs, memory in kv.states]
+    return KVCache([longer(keys) for keys in kv.keys], [longer(values) for values in kv.values], states)

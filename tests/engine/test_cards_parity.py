@@ -54,8 +54,10 @@ def kernels_for_cards(*args: Any) -> Backend:
         ("qwen2_vl", plain_torch, 12, 2048),
         ("qwen2_5_vl", plain_torch, 12, 2048),
         ("qwen3_vl", plain_torch, 12, 2048),
+        ("qwen3_5", plain_torch, 12, 2048),
         ("qwen2_vl", kernels_for_cards, 4, 256),  # interpreted, each further part of a context takes its time
         pytest.param("qwen3_vl", kernels_for_cards, 12, 2048, marks=pytest.mark.slow),
+        pytest.param("qwen3_5", kernels_for_cards, 4, 256, marks=pytest.mark.slow),
     ],
 )
 def test_padding_and_seats_change_no_token(
@@ -78,3 +80,20 @@ def test_padding_and_seats_change_no_token(
     assert ask(family, make_card_runner) == want
     if backend is plain_torch:
         assert ask(family, make_card_runner, max_num_seqs=2) == want
+
+
+@pytest.mark.parametrize("arch", ["qwen3_5", "qwen3_5_moe"])
+def test_states_of_who_is_preempted_begin_again(
+    checkpoint: CheckpointMaker, monkeypatch: pytest.MonkeyPatch, arch: str
+) -> None:
+    """In fewer seats than sequences, which are given to the next ones while older steps are under way."""
+    names = ("text0", "text1", "text2", "one0")
+    want = answers(make_family(checkpoint, arch), make_runner, names, 60)
+    monkeypatch.setattr(loading, "choose_backend", plain_torch)
+    monkeypatch.setattr(engine_module, "make_runner", make_card_runner)
+    family = make_family(checkpoint, arch)
+    for options, preempts in (({"max_num_seqs": 2}, False), ({"max_model_len": 144, "num_blocks": 10}, True)):
+        engine, prompts = family.engine(**options), mixed_prompts(family)
+        got = run(engine, *(family.request(name, prompts[name], max_tokens=60) for name in names))
+        assert got == want
+        assert (engine.stats().num_preemptions_total > 0) == preempts

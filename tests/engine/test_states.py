@@ -15,7 +15,7 @@ from dashinfer_vlm.config import EngineConfig
 from dashinfer_vlm.engine import memory
 from dashinfer_vlm.engine.engine import Engine
 from dashinfer_vlm.engine.load import load_engine
-from dashinfer_vlm.engine.memory import kv_block_bytes, num_kv_blocks, num_seats
+from dashinfer_vlm.engine.memory import EMBEDDING_HEADROOM_BYTES, kv_block_bytes, num_kv_blocks, num_seats
 from dashinfer_vlm.models.base import Model
 from dashinfer_vlm.models.loading import allocate_kv, load_model
 from dashinfer_vlm.request import Request, SamplingParams
@@ -129,6 +129,19 @@ def test_states_take_their_part_of_the_memory(
     found = num_seats(model, config)
     assert found == (seats if seats != "half" else int(total / 2 // state))
     left = total - found * state - num_kv_blocks(model, config) * kv_block_bytes(model, config)
+    assert 0 <= left < kv_block_bytes(model, config)
+
+
+def test_on_a_card_they_take_their_part_of_what_steps_leave_and_padding_has_one(
+    model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    free, reserved = 64 * MIB, 24 * MIB
+    monkeypatch.setattr(memory, "free_bytes", lambda device: free + EMBEDDING_HEADROOM_BYTES)
+    config = EngineConfig(max_model_len=32000, max_num_seqs=4000, vision_cache_gib=0, dtype="float32")
+    state, total = model.text.state_bytes, free - reserved
+    found = num_seats(model, config, reserved)
+    assert found == int(total / 2 // state) > 1
+    left = total - (found + 1) * state - num_kv_blocks(model, config, reserved) * kv_block_bytes(model, config)
     assert 0 <= left < kv_block_bytes(model, config)
 
 

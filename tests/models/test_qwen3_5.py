@@ -15,7 +15,6 @@ from transformers import AutoConfig, AutoModelForImageTextToText
 
 from dashinfer_vlm.config import EngineConfig
 from dashinfer_vlm.errors import CheckpointError, ConfigError
-from dashinfer_vlm.models import loading
 from dashinfer_vlm.models.config import CheckpointConfig, MixtureConfig, read_config
 from dashinfer_vlm.models.footprint import kv_token_bytes
 from dashinfer_vlm.models.loading import allocate_kv, load_model
@@ -326,10 +325,3 @@ def test_settings_that_it_cannot_have_are_refused(
     for refuse in (lambda: check_settings(read_config(folder), config), lambda: load_model(config)):
         with pytest.raises(ConfigError, match=message):
             refuse()
-
-
-@pytest.mark.parametrize("arch", ["qwen3_5", "qwen3_5_moe"])
-def test_cards_are_refused(checkpoint: CheckpointMaker, arch: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loading, "device_of", lambda *_: torch.device("cuda"))
-    with pytest.raises(ConfigError, match="is served on processors only; start with --device cpu"):
-        load_model(EngineConfig(model=str(checkpoint(arch))))

@@ -17,7 +17,7 @@ from card_checks.results import Setting
 from dashinfer_vlm.bench.spans import replaced
 from dashinfer_vlm.config import EngineConfig
 from dashinfer_vlm.engine import engine as engine_module
-from dashinfer_vlm.engine.devices import make_card_runner, num_spare_blocks
+from dashinfer_vlm.engine.devices import make_card_runner, num_spares
 from dashinfer_vlm.engine.engine import Engine
 from dashinfer_vlm.layers.backend import Backend, choose_backend
 from dashinfer_vlm.layers.card_backend import on_card
@@ -32,6 +32,8 @@ from dashinfer_vlm.request import Grid, Item, Request, SamplingParams
 from make_checkpoint import write_configs
 
 BLOCK_SIZE = 16
+MOST_SEATED = 8
+"""Sequences of a model with states that run at once."""
 USUAL = "as graphs, one ahead"
 WAYS = {USUAL: (True, 1), "as graphs": (True, 0), "kernel by kernel": (False, 0)}
 """How steps are started: whether model calls are graphs, and how many steps are under way while one is planned."""
@@ -96,8 +98,9 @@ def make_model(config: CheckpointConfig, backend: Backend, *, small: bool) -> Lo
 def make_engine(model: LoadedModel, num_tokens: int, max_model_len: int, **options: object) -> Engine:
     """An engine with a KV cache for `num_tokens`."""
     config = EngineConfig(device=model.device.type, max_model_len=max_model_len, **options)  # type: ignore[arg-type]
-    num_blocks = -(-num_tokens // BLOCK_SIZE) + num_spare_blocks(model.device)
-    return Engine(model, allocate_kv(model, num_blocks, BLOCK_SIZE), config)
+    spare = num_spares(model.device)
+    num_blocks, num_seats = -(-num_tokens // BLOCK_SIZE) + spare, MOST_SEATED + spare
+    return Engine(model, allocate_kv(model, num_blocks, BLOCK_SIZE, num_seats=num_seats), config)
 
 
 def engine_for(model: LoadedModel, way: str, num_tokens: int, **options: object) -> Engine:
@@ -106,7 +109,7 @@ def engine_for(model: LoadedModel, way: str, num_tokens: int, **options: object)
     config = EngineConfig(device=model.device.type, **options)  # type: ignore[arg-type]
     num_blocks = -(-num_tokens // BLOCK_SIZE) + 1  # the runner's own is the last one
     with replaced(engine_module, "make_runner", partial(make_card_runner, with_graphs=with_graphs, depth=depth)):
-        return Engine(model, allocate_kv(model, num_blocks, BLOCK_SIZE), config)
+        return Engine(model, allocate_kv(model, num_blocks, BLOCK_SIZE, num_seats=MOST_SEATED + 1), config)
 
 
 def picture(config: CheckpointConfig, grid: Grid, start: int, seed: int) -> Item:
@@ -171,4 +174,5 @@ def text_batch(device: torch.device, rows: list[int], contexts: list[int]) -> St
         context_lens=torch.tensor(contexts, dtype=torch.int32, device=device),
         block_tables=tables.to(device),
         logits_rows=(starts[1:] - 1).to(device),
+        seats=torch.arange(len(rows), device=device),
     )

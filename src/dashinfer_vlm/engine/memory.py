@@ -30,19 +30,20 @@ def num_kv_blocks(model: Model, config: EngineConfig, reserved: int | None = Non
     never more than every sequence could fill. Raises ConfigError when what was asked for is more than the machine has.
 
     With `reserved` bytes for steps, as on a card, the cache takes all that those and the kept embeddings leave."""
-    seats = num_seats(model, config)
-    left = _cache_bytes(model, config, reserved) - seats * model.text.state_bytes
+    seats = num_seats(model, config, reserved)
+    num_states = seats if reserved is None else seats + 1  # padding has one
+    left = _cache_bytes(model, config, reserved) - num_states * model.text.state_bytes
     max_len = resolve_max_model_len(model.text.max_position_embeddings, config)
     useful = seats * -(-max_len // config.block_size)
     return max(1, min(int(left // kv_block_bytes(model, config)), useful))
 
 
-def num_seats(model: Model, config: EngineConfig) -> int:
+def num_seats(model: Model, config: EngineConfig, reserved: int | None = None) -> int:
     """Sequences that may run at once: as configured, and no more than have room for their states in half of the cache's
-    memory, but one."""
+    memory, but one. `reserved` as in `num_kv_blocks`."""
     if not model.text.state_bytes:
         return config.max_num_seqs
-    fit = int(_cache_bytes(model, config) / 2 // model.text.state_bytes)
+    fit = int(_cache_bytes(model, config, reserved) / 2 // model.text.state_bytes)
     return max(1, min(fit, config.max_num_seqs))
 
 

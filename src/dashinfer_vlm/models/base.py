@@ -84,7 +84,7 @@ class StepBatch:
     staged: StagedRows | None = None
     """In place of `embeddings`."""
     seats: torch.Tensor | None = None
-    """int64 [S]: where the states of each sequence lie; None for a model without states."""
+    """int64 [S]: where the states of each sequence lie. None, or not looked at, where the model has none."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -42,8 +43,6 @@ def load_model(config: EngineConfig, *, progress: Progress | None = None, ranks:
     dtype = DTYPES[checkpoint.dtype if config.dtype == "auto" else config.dtype]
     refuse_options_with_states(checkpoint, config)
     device = device_of(config, ranks)
-    if checkpoint.text.delta_net is not None and device.type != "cpu":
-        raise ConfigError(f"{checkpoint.architecture} is served on processors only; start with --device cpu")
     _stay_on(device)
     weights = Weights(checkpoint.folder, checkpoint.family.names, checkpoint.stored, progress=progress)
     with ExitStack() as stores:  # none of them keeps anything of a checkpoint that turns out to be wrong
@@ -136,17 +135,17 @@ def allocate_kv(
     dtype, text = dtype or model.kv_dtype, model.text
     row_size = cache_row_size(text.head_dim, dtype, model.device.type)
     shape = (num_blocks, block_size, text.num_kv_heads, row_size)
-
-    def caches() -> list[torch.Tensor]:
-        if model.device.type == "cpu":
-            return [huge_zeros(shape, dtype) for _ in range(text.num_kv_layers)]
-        return [torch.zeros(shape, dtype=dtype, device=model.device) for _ in range(text.num_kv_layers)]
-
+    zeros = huge_zeros if model.device.type == "cpu" else partial(_zeros_on, model.device)
+    keys, values = ([zeros(shape, dtype) for _ in range(text.num_kv_layers)] for _ in range(2))
     if text.delta_net is None:
-        return KVCache(caches(), caches())
+        return KVCache(keys, values)
     inputs, memory = ((num_seats, *shape) for shape in text.delta_net.state_shapes)
-    states = [(huge_zeros(inputs, torch.float32), huge_zeros(memory, torch.float32)) for _ in text.delta_net.layers]
-    return KVCache(caches(), caches(), states)
+    states = [(zeros(inputs, torch.float32), zeros(memory, torch.float32)) for _ in text.delta_net.layers]
+    return KVCache(keys, values, states)
+
+
+def _zeros_on(device: torch.device, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    return torch.zeros(shape, dtype=dtype, device=device)
 
 
 def device_of(config: EngineConfig, ranks: Ranks) -> torch.device:

@@ -13,14 +13,16 @@ from torch.utils._pytree import tree_leaves
 
 pytest.importorskip("triton")
 
-from card_checks.families import ON_CARDS
 from card_checks.models import BLOCK_SIZE, RandomWeights, make_model, published_config
 from dashinfer_vlm.config import EngineConfig
 from dashinfer_vlm.engine.cards.calls import ModelCalls
 from dashinfer_vlm.engine.cards.graphs import Shapes
 from dashinfer_vlm.engine.cards.worst_step import worst_step_bytes
 from dashinfer_vlm.kernels.cuda import (
+    causal_conv,
     decode,
+    delta_chunks,
+    delta_net,
     experts,
     few_bits,
     fp8,
@@ -38,10 +40,27 @@ from dashinfer_vlm.kernels.cuda import (
 from dashinfer_vlm.layers.card_backend import in_floats, in_groups, on_card
 from dashinfer_vlm.models.loading import allocate_kv
 from dashinfer_vlm.models.model import LoadedModel
+from make_checkpoint import RECIPES
 
 META = torch.device("meta")
 MODULES = (
-    *(decode, experts, few_bits, fp8, gemv, hadamard, narrow, paged, rotary, rows, segments, skinny),
+    *(
+        causal_conv,
+        decode,
+        delta_chunks,
+        delta_net,
+        experts,
+        few_bits,
+        fp8,
+        gemv,
+        hadamard,
+        narrow,
+        paged,
+        rotary,
+        rows,
+        segments,
+        skinny,
+    ),
     *(skinny_floats, splits),
 )
 SHAPES = Shapes(4, 64, decode_sizes=(1, 2, 4), mixed_sizes=(32, 64))
@@ -73,14 +92,14 @@ def capture_and_replay(model: LoadedModel, cache: torch.dtype | None = None) -> 
     """Every shape runs once to warm up, which may send what is kept, and again as it is captured."""
     config = EngineConfig(device="cpu", max_num_seqs=4, max_num_batched_tokens=64, max_model_len=256)
     with torch.inference_mode():
-        calls = ModelCalls(model, allocate_kv(model, 9, BLOCK_SIZE, cache), config, SHAPES)
+        calls = ModelCalls(model, allocate_kv(model, 9, BLOCK_SIZE, cache, num_seats=5), config, SHAPES)
         calls.capture()
         with OnTheDevice():  # type: ignore[no-untyped-call]
             for shape in SHAPES.all():
                 calls.graphs.replay(shape)
 
 
-@pytest.mark.parametrize("arch", ON_CARDS)
+@pytest.mark.parametrize("arch", RECIPES)
 @pytest.mark.parametrize("cache", [None, torch.int8])
 def test_a_step_asks_for_no_value_and_takes_nothing_from_the_processor(arch: str, cache: torch.dtype | None) -> None:
     config = published_config(arch, "tiny")
@@ -109,7 +128,7 @@ def test_nor_do_experts(num_rows: int) -> None:
         assert experts.multiply(x, gate_up, down, *chosen, x, x) is x
 
 
-@pytest.mark.parametrize("arch", ON_CARDS)
+@pytest.mark.parametrize("arch", RECIPES)
 def test_the_heaviest_step_can_be_done_on_a_device_of_its_own(arch: str) -> None:
     """Choice of tokens and pictures, too; prompts that are longer than a graph are computed so."""
 

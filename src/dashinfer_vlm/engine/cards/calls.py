@@ -63,18 +63,24 @@ class Followers(Protocol):
 
 
 class ModelCalls:
-    """Owns all that a replayed graph reads or writes. The last block of the cache is for padding."""
+    """Owns all that a replayed graph reads or writes. The last block of the cache, and its last seat where it has some,
+    are for padding."""
 
     def __init__(self, model: Model, kv: KVCache, config: EngineConfig, shapes: Shapes) -> None:
         self.model = model
         self.shapes = shapes
-        self.kv = KVCache([keys[:-1] for keys in kv.keys], [values[:-1] for values in kv.values])
-        """Without the last block."""
+        self.kv = KVCache(
+            [keys[:-1] for keys in kv.keys],
+            [values[:-1] for values in kv.values],
+            [(inputs[:-1], memory[:-1]) for inputs, memory in kv.states],
+        )
+        """Without the last block and the last seat."""
         self.all_kv = kv
-        self.spare = Spare(self.kv.num_blocks * kv.block_size, kv.block_size)
+        self.num_seats = min(config.max_num_seqs, self.kv.num_seats or config.max_num_seqs)
+        self.spare = Spare(self.kv.num_blocks * kv.block_size, kv.block_size, self.num_seats)
         max_len = resolve_max_model_len(model.text.max_position_embeddings, config)
         self.max_blocks = min(-(-max_len // kv.block_size) + 1, self.kv.num_blocks)
-        self.newest = torch.zeros(config.max_num_seqs + 1, dtype=torch.int64, device=model.device)
+        self.newest = torch.zeros(self.num_seats + 1, dtype=torch.int64, device=model.device)
         """The newest token of each seat. The seat behind all others is nobody's."""
         self._make_buffers()
         self.graphs = Graphs(self._run_into_logits, model.device)
@@ -144,6 +150,7 @@ class ModelCalls:
             context_lens=arrays["context_lens"],
             block_tables=self.tables[: shape.num_sequences],
             logits_rows=arrays["logits_rows"],
+            seats=arrays["state_seats"],
             staged=StagedRows(self.items[: shape.num_rows], arrays["is_item"]) if shape.has_items else None,
         )
         return self.model.forward(batch, self.all_kv)

@@ -19,10 +19,11 @@ from dashinfer_vlm.layers.sampling import uniform
 
 @dataclass(frozen=True, slots=True)
 class Spare:
-    """Where padding writes its keys and values: a block behind the pool."""
+    """Where padding has its keys and values, and its states: a block behind the pool, a seat behind all others."""
 
     first_slot: int
     block_size: int
+    seat: int
 
     def slots(self, count: int) -> np.ndarray:
         return self.first_slot + np.arange(count) % self.block_size
@@ -39,6 +40,7 @@ def pack_rows(chunks: tuple[Chunk, ...], seated: list[Seat], seats: Seats, spare
     _pad(arrays, starts[-1], len(chunks), spare)
     arrays["query_starts"][: len(starts)] = starts
     arrays["context_lens"][: len(chunks)] = [chunk.start + chunk.num_rows for chunk in chunks]
+    arrays["state_seats"][: len(chunks)] = [seat.index for seat in seated]
     decode = [i for i, chunk in enumerate(chunks) if chunk.num_rows == 1 and chunk.sequence.num_prompt <= chunk.start]
     if len(decode) == len(chunks):
         _pack_decode(chunks, slice(len(chunks)), seated, seats, spare.block_size, arrays)
@@ -63,6 +65,7 @@ def _pad(arrays: Arrays, num_rows: int, num_sequences: int, spare: Spare) -> Non
         arrays["slots"][num_rows:] = spare.slots(len(arrays["slots"]) - num_rows)
     arrays["query_starts"][num_sequences:] = num_rows
     arrays["context_lens"][num_sequences:] = 0
+    arrays["state_seats"][num_sequences:] = spare.seat
     arrays["logits_rows"][:] = 0
 
 

@@ -69,7 +69,7 @@ class CardFlight:
 
 
 class CardRunner:
-    """See `engine.steps.StepRunner`. The last block of the cache that it is given is its own: padding writes there."""
+    """See `engine.steps.StepRunner`. The last block and seat of the cache that it is given are its own, for padding."""
 
     def __init__(
         self,
@@ -90,7 +90,7 @@ class CardRunner:
         self.kv = self.calls.kv
         self._followers = followers
         self._embeddings = embeddings
-        self._seats = Seats(config.max_num_seqs, self.calls.max_blocks)
+        self._seats = Seats(self.calls.num_seats, self.calls.max_blocks)
         sampler = Sampler(model.eos_token_ids, model.device)
         masks = Masks(model.text.vocab_size, model.eos_token_ids)
         self._sampler = CardSampler(sampler, masks, model.device, self.calls.newest, model.text.vocab_size)

@@ -76,6 +76,7 @@ def layout_of(shape: Shape) -> Layout:
         "is_item": (np.bool_, (rows,)),
         "query_starts": (np.int32, (sequences + 1,)),
         "context_lens": (np.int32, (sequences,)),
+        "state_seats": (np.int64, (sequences,)),  # where the states of each sequence lie, if the model has some
         "logits_rows": (np.int64, (logits,)),
         "seats": (np.int64, (logits,)),  # who gets the token of each logits row; the seat behind all others: nobody
         "counted_rows": (np.int64, (logits,)),  # of the logits, whose seen tokens the device counts, and their seats

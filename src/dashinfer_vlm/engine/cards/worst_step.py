@@ -16,7 +16,7 @@ from dashinfer_vlm.config import EngineConfig
 from dashinfer_vlm.encoders.placement import batch_patches
 from dashinfer_vlm.kernels.choices import Choices
 from dashinfer_vlm.layers import card_sampling
-from dashinfer_vlm.models.base import Model, StepBatch, VisionEncoder
+from dashinfer_vlm.models.base import KVCache, Model, StepBatch, VisionEncoder
 from dashinfer_vlm.models.config import VisionConfig
 from dashinfer_vlm.models.loading import allocate_kv
 
@@ -58,7 +58,8 @@ def worst_step_bytes(
 ) -> int:
     """What must stay free beside the KV cache: the largest step of text twice (graphs have memory of their own), the
     largest picture or batch of pictures under way, and some slack."""
-    text = meter.peak_bytes(lambda: _step(model, config.max_num_seqs, max_rows, config.block_size))
+    kv = allocate_kv(model, 1, config.block_size)
+    text = meter.peak_bytes(lambda: _step(model, kv, config.max_num_seqs, max_rows))
     picture = 0
     if model.encoder is not None and vision is not None:
         encoder, patch_dim = model.encoder, vision.patch_dim
@@ -77,10 +78,10 @@ def largest_picture(vision: VisionConfig, config: EngineConfig) -> int:
 
 
 @torch.inference_mode()
-def _step(model: Model, max_num_seqs: int, max_rows: int, block_size: int) -> None:
-    """As many rows and sequences as a step may have; each wants a token, and asks for all that shapes it."""
-    count = min(max_num_seqs, max_rows)
-    kv = allocate_kv(model, 1, block_size)
+def _step(model: Model, kv: KVCache, max_num_seqs: int, max_rows: int) -> None:
+    """As many rows and sequences as a step may have, all in one block and seat; each wants a token, and asks for all
+    that shapes it."""
+    count, block_size = min(max_num_seqs, max_rows), kv.block_size
     starts = torch.arange(count + 1, device=model.device) * max_rows // count
     rows = torch.arange(max_rows, device=model.device)
     batch = StepBatch(
@@ -91,6 +92,7 @@ def _step(model: Model, max_num_seqs: int, max_rows: int, block_size: int) -> No
         context_lens=starts.diff().int(),
         block_tables=torch.zeros(count, -(-max_rows // block_size), dtype=torch.int32, device=model.device),
         logits_rows=starts[1:] - 1,
+        seats=torch.zeros_like(starts[1:]),
     )
     logits = model.forward(batch, kv)
     choices = _choices(count, model.text.vocab_size, model.device)
