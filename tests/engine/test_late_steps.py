@@ -153,11 +153,12 @@ PARAMS: list[dict[str, Any]] = [
 
 
 @st.composite
-def lives(draw: st.DrawFn) -> list[Request | int | str]:
-    """What happens to an engine: a request, a number of steps, or the name of a request that is given up."""
+def lives(draw: st.DrawFn, longest_prefix: int = 9) -> list[Request | int | str]:
+    """What happens to an engine: a request, a number of steps, or the name of a request that is given up. Prompts begin
+    with up to `longest_prefix` equal words."""
     told: list[Request | int | str] = []
     for index in range(draw(st.integers(1, 8))):
-        num_prefix, has_image = draw(st.integers(1, 9)), draw(st.booleans())
+        num_prefix, has_image = draw(st.integers(1, longest_prefix)), draw(st.booleans())
         items = (image(num_prefix, 6, draw(st.integers(1, 2))),) if has_image else ()
         prompt = [*[9] * num_prefix, *[VOCAB] * 6 * has_image, *draw(st.lists(st.integers(1, 3), max_size=9)), 1]
         fields = {**draw(st.sampled_from(PARAMS)), "seed": index, "max_tokens": draw(st.integers(1, 24))}

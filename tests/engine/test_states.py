@@ -16,14 +16,15 @@ from dashinfer_vlm.engine import memory
 from dashinfer_vlm.engine.engine import Engine
 from dashinfer_vlm.engine.load import load_engine
 from dashinfer_vlm.engine.memory import EMBEDDING_HEADROOM_BYTES, kv_block_bytes, num_kv_blocks, num_seats
+from dashinfer_vlm.engine.states import PROMPT_TAIL
 from dashinfer_vlm.models.base import Model
 from dashinfer_vlm.models.loading import allocate_kv, load_model
-from dashinfer_vlm.request import Request, SamplingParams
+from dashinfer_vlm.request import Output, Request, SamplingParams
 from tests.conftest import CheckpointMaker
 from tests.engine.test_parity import run
 from tests.engine.test_video_runs import Reference, request
 from tests.models.driving import Prompt
-from tests.models.qwen3_vl import CASES, prompt
+from tests.models.qwen3_vl import CASES, image, prompt
 
 MIB = 1 << 20
 
@@ -98,6 +99,50 @@ def test_choices_of_one_prompt_have_states_of_their_own(folder: Path, model: Mod
     assert (stats.num_cached_tokens_total, stats.num_items_encoded_total) == (0, 1)
 
 
+@pytest.mark.parametrize("kernels", ["reference", "generic"])
+def test_the_next_turn_about_a_picture_begins_behind_it(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, kernels: str
+) -> None:
+    monkeypatch.setenv("DASHINFER_KERNELS", kernels)
+    model = load_model(EngineConfig(model=str(folder), dtype="float32", device="cpu"))
+    case = prompt(folder, 5, image(320, 256), 30)
+    core = engine(folder, model)
+    answer = [token for news in told(core, request("first", case)) for token in news.token_ids]
+    params = SamplingParams(temperature=0, max_tokens=24, ignore_eos=True, logprobs=1)
+    ids = [*case.ids, *answer, *case.ids[-9:]]
+    second = Request(id="second", prompt_ids=ids, items=case.items, params=params)
+    before = core.stats().num_computed_tokens_total
+    found, alone = told(core, second), told(engine(folder, model), second)
+    num_cached = found[-1].num_cached_tokens
+    assert num_cached == (len(case.ids) - PROMPT_TAIL) // 16 * 16, "its answer was too short for a state"
+    assert num_cached > case.items[0].end
+    assert core.stats().num_computed_tokens_total - before == len(ids) - num_cached + 23
+    for ours, theirs in zip(found, alone, strict=True):
+        assert ours.token_ids == theirs.token_ids
+        assert [p.logprob for p in ours.logprobs] == pytest.approx([p.logprob for p in theirs.logprobs], abs=1e-4)
+
+
+def told(core: Engine, asked: Request) -> list[Output]:
+    """All that is said to a request, step by step."""
+    core.add(asked)
+    return [news for _ in iter(core.has_work, False) for news in core.step()]
+
+
+def test_choices_about_a_long_picture_are_computed_once_and_stay_their_own(folder: Path, model: Model) -> None:
+    case = prompt(folder, 5, image(320, 256), 30)
+
+    def choices() -> list[Request]:
+        sampled = [SamplingParams(temperature=1.0, max_tokens=20, ignore_eos=True, seed=seed) for seed in range(4)]
+        return [replace(request(f"{params.seed}", case), params=params) for params in sampled]
+
+    core = engine(folder, model)
+    together = run(core, *choices())
+    assert together == {each.id: run(engine(folder, model), each)[each.id] for each in choices()}
+    mark = (len(case.ids) - PROMPT_TAIL) // 16 * 16
+    assert core.stats().num_cached_tokens_total == 3 * mark
+    assert core.stats().num_computed_tokens_total == mark + 4 * (len(case.ids) - mark + 19)
+
+
 def test_who_leaves_gives_the_seat_back(
     folder: Path, model: Model, expected: Reference, cases: dict[str, Prompt]
 ) -> None:
@@ -116,7 +161,7 @@ def test_who_leaves_gives_the_seat_back(
 
 @pytest.mark.parametrize(
     ("gib", "max_num_seqs", "seats"),
-    [(0.25, 128, 128), (0.0625, 4000, "half"), (0.001, 128, "half")],
+    [(0.25, 128, 4 * 128), (0.0625, 1000, "half"), (0.001, 128, "half")],
     ids=["enough", "half of the memory", "little"],
 )
 def test_states_take_their_part_of_the_memory(
@@ -124,6 +169,8 @@ def test_states_take_their_part_of_the_memory(
 ) -> None:
     monkeypatch.setattr(memory, "free_bytes", lambda device: 1 << 30)
     config = EngineConfig(max_model_len=32000, kv_cache_gib=gib, max_num_seqs=max_num_seqs, dtype="float32")
+    without = num_seats(model, replace(config, prefix_cache=False))
+    assert without == min(max_num_seqs, int(gib * 1024 * MIB / 2 // model.text.state_bytes))
     assert model.text.delta_net is not None
     total, state = gib * 1024 * MIB, model.text.delta_net.state_bytes
     found = num_seats(model, config)
@@ -150,7 +197,7 @@ def test_there_is_always_a_seat(model: Model, monkeypatch: pytest.MonkeyPatch) -
     assert num_seats(model, EngineConfig(max_model_len=16)) == 1
 
 
-def test_it_is_told_how_many_run_and_that_no_prefix_is_kept(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_it_is_told_how_many_run_and_how_many_states_there_are(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
     num_threads = torch.get_num_threads()
     config = EngineConfig(model=str(folder), device="cpu", kv_cache_gib=0.05, max_model_len=512, max_num_seqs=4000)
     with caplog.at_level(logging.INFO):
@@ -158,8 +205,6 @@ def test_it_is_told_how_many_run_and_that_no_prefix_is_kept(folder: Path, caplog
         announce("model", info)
     torch.set_num_threads(num_threads)
     core.close()
-    assert 1 < info.max_num_seqs < 4000
-    assert f"states of {info.max_num_seqs} sequences in 0.02 GiB; no prefix cache" in caplog.text
-    assert (
-        "Each request has a state of 0.02 MiB, which no other can begin with: there is no prefix cache" in caplog.text
-    )
+    assert 1 < info.max_num_seqs == info.num_states < 4000
+    assert f"{info.num_states} states, of sequences and saved ones, in 0.02 GiB" in caplog.text
+    assert f"Each request has a state of 0.02 MiB; there is room for {info.num_states:,}, those that the" in caplog.text

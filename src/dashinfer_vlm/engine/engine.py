@@ -18,7 +18,7 @@ from dashinfer_vlm.encoders.shared.stage import with_shared_cache
 from dashinfer_vlm.engine.admission import Limits, check_request
 from dashinfer_vlm.engine.blocks import BlockPool
 from dashinfer_vlm.engine.cards.calls import Followers
-from dashinfer_vlm.engine.devices import first_cost, make_runner, max_batched_tokens
+from dashinfer_vlm.engine.devices import first_cost, keeps_prefixes, make_runner, max_batched_tokens
 from dashinfer_vlm.engine.drafts import Drafter
 from dashinfer_vlm.engine.grammars.compiler import Compiler
 from dashinfer_vlm.engine.memory import max_item_patches, max_pinned_tokens
@@ -60,7 +60,7 @@ class Engine:
         kv = self.runner.kv
         self.limits = Limits.of(model, kv, config, max_item_patches=max_item_patches(model, kv))
         self.scheduler = Scheduler(
-            pool=BlockPool(kv.num_blocks, prefix_cache=config.prefix_cache and not model.text.state_bytes),
+            pool=BlockPool(kv.num_blocks, prefix_cache=config.prefix_cache and keeps_prefixes(self.runner, model)),
             block_size=kv.block_size,
             stage=self.stage,
             cost=first_cost(model, config),
@@ -68,6 +68,7 @@ class Engine:
             max_num_batched_tokens=max_batched_tokens(config, model.device),
             share=SHARES[config.schedule],
             max_pinned_tokens=max_pinned_tokens(model, config),
+            num_seats=kv.num_seats or 0,
         )
         self._speculation = config.speculation
         self._sequences: dict[str, Sequence] = {}

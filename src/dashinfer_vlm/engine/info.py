@@ -33,7 +33,9 @@ class EngineInfo(msgspec.Struct, frozen=True):
     """How the text model's weights are quantised, as `--quant-type` says it."""
     vision_quant_type: str = "none"
     state_bytes: int = 0
-    """Of one request, in layers that keep a state in place of keys and values; then there is no prefix cache."""
+    """Of one request, in layers that keep a state in place of keys and values."""
+    num_states: int = 0
+    """That there is memory for: of requests that run, and saved for others that begin alike."""
 
     @property
     def precision(self) -> str:

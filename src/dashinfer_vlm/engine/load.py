@@ -70,9 +70,9 @@ def load_engine(
         num_blocks * config.block_size,
         num_blocks * kv_block_bytes(model, config) / 2**30,
     )
-    if info.state_bytes:
-        states = info.max_num_seqs * info.state_bytes / 2**30
-        logger.info("states of %d sequences in %.2f GiB; no prefix cache", info.max_num_seqs, states)
+    if info.num_states:
+        size = info.num_states * info.state_bytes / 2**30
+        logger.info("%d states, of sequences and saved ones, in %.2f GiB", info.num_states, size)
     if model.device.type == "cpu":
         pinned = "not pinned" if cores is None else f"pinned to cores {', '.join(map(str, cores))}"
         logger.info(
@@ -137,6 +137,7 @@ def _info(engine: Engine, kv: KVCache) -> EngineInfo:
         quant_type=engine.config.quant_type,
         vision_quant_type=engine.config.vision_quant_type,
         state_bytes=engine.model.text.state_bytes,
+        num_states=kv.num_seats or 0,
     )
 
 

@@ -21,6 +21,9 @@ _CPU_SHARE = 0.5
 MIN_ITEM_PATCHES = 1024
 """A picture of 448 x 448."""
 _ENCODER_SHARE = 0.8
+SEATS_PER_SEQUENCE = 4
+"""For states: of one that runs, and three saved ones, such as behind its last prompt, its last answer, and where its
+prompt parts from others."""
 EMBEDDING_HEADROOM_BYTES = 256 << 20
 """What running sequences may hold beyond the cache's budget, so that a cache of 0 does not mean one at a time."""
 
@@ -34,17 +37,17 @@ def num_kv_blocks(model: Model, config: EngineConfig, reserved: int | None = Non
     num_states = seats if reserved is None else seats + 1  # padding has one
     left = _cache_bytes(model, config, reserved) - num_states * model.text.state_bytes
     max_len = resolve_max_model_len(model.text.max_position_embeddings, config)
-    useful = seats * -(-max_len // config.block_size)
+    useful = min(seats, config.max_num_seqs) * -(-max_len // config.block_size)
     return max(1, min(int(left // kv_block_bytes(model, config)), useful))
 
 
 def num_seats(model: Model, config: EngineConfig, reserved: int | None = None) -> int:
-    """Sequences that may run at once: as configured, and no more than have room for their states in half of the cache's
-    memory, but one. `reserved` as in `num_kv_blocks`."""
+    """States that can be kept, of sequences that run and saved ones; without states, of sequences that run. As many as
+    have room in half of the cache's memory, but one; no more than are of use. `reserved` as in `num_kv_blocks`."""
     if not model.text.state_bytes:
         return config.max_num_seqs
     fit = int(_cache_bytes(model, config, reserved) / 2 // model.text.state_bytes)
-    return max(1, min(fit, config.max_num_seqs))
+    return max(1, min(fit, config.max_num_seqs * (SEATS_PER_SEQUENCE if config.prefix_cache else 1)))
 
 
 def _cache_bytes(model: Model, config: EngineConfig, reserved: int | None = None) -> float:

@@ -56,12 +56,12 @@ class Runner:
         self.embeddings = embeddings
         self.sampler = Sampler(model.eos_token_ids, model.device)
         self.masks = Masks(model.text.vocab_size, model.eos_token_ids)
-        self._seats: dict[Sequence, int] = {}
-        self._free_seats = list(range(kv.num_seats or 0))
 
     @torch.inference_mode()
     def start(self, plan: Plan) -> DoneStep:
         begun = time.perf_counter()
+        for source, target in plan.copies:
+            self.kv.copy_state(source, target)
         wanted = [(chunk.sequence, chunk.draft) for chunk in plan.sampled_chunks]
         mask = self.masks.begin(wanted)
         logits = self.model.forward(self.batch(plan.chunks), self.kv)
@@ -77,9 +77,7 @@ class Runner:
         return sequence.shaping.follows_output or sequence.matcher is not None
 
     def forget(self, sequence: Sequence) -> None:
-        """Its seat is free, if it has one; nothing else is kept from step to step."""
-        if (seat := self._seats.pop(sequence, None)) is not None:
-            self._free_seats.append(seat)
+        """Nothing is kept from step to step."""
 
     def batch(self, chunks: tuple[Chunk, ...]) -> StepBatch:
         """The chunks as one model call. Its logits: those of the `num_logits` of all chunks, then those of all `scored`
@@ -101,22 +99,8 @@ class Runner:
             block_tables=self._tensor(_block_tables(chunks)),
             logits_rows=self._tensor(rows_of_logits(chunks, starts)),
             embeddings=embeddings,
-            seats=self._seats_of(chunks) if self.kv.states else None,
+            seats=self._tensor(np.array([c.sequence.seat for c in chunks], np.int64)) if self.kv.states else None,
         )
-
-    def _seats_of(self, chunks: tuple[Chunk, ...]) -> torch.Tensor:
-        """int64 [S]: where the states of their sequences lie."""
-        return self._tensor(np.array([self._seat(chunk.sequence) for chunk in chunks], np.int64))
-
-    def _seat(self, sequence: Sequence) -> int:
-        """A sequence's own, or a free one. Who was preempted has no state worth keeping: it begins again."""
-        seat = self._seats.get(sequence)
-        if seat is None:
-            if not self._free_seats:
-                for preempted in [other for other in self._seats if not other.blocks]:
-                    self.forget(preempted)
-            seat = self._seats[sequence] = self._free_seats.pop()
-        return seat
 
     def _tensor(self, values: np.ndarray) -> torch.Tensor:
         return torch.from_numpy(values).to(self.model.device, non_blocking=True)

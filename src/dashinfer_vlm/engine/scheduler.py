@@ -5,9 +5,11 @@ Order of side effects in `schedule()`:
    youngest of those whose `priority` is the highest number;
 2. waiting sequences are admitted, tenants in turns and each one's by rank, the oldest of the lowest number first
    (`waiting.py`), while sequences, blocks and embeddings fit: blocks for the whole prompt are taken, prefixes shared,
-   and the encoder is asked for the items that are still needed;
+   where layers keep states as far as one is saved (`states.py`), and the encoder is asked for the items that are still
+   needed;
 3. decoding sequences that can guess what comes next (`drafts.py`) get as many guesses as are expected to pay;
-4. chunks are cut for admitted sequences, by rank, up to their first item without an embedding;
+4. chunks are cut for admitted sequences, by rank, up to their first item without an embedding, or to where their state
+   is to be saved;
 5. what is left of the step's time goes to the encoder; after a step with prefill, while anything decodes, the whole
    extra time does: no step pays for both, and neither waits for the end of the other's queue.
 
@@ -25,6 +27,7 @@ from dashinfer_vlm.engine.blocks import BlockPool
 from dashinfer_vlm.engine.cost import StepCost
 from dashinfer_vlm.engine.sequence import Sequence
 from dashinfer_vlm.engine.share import Share
+from dashinfer_vlm.engine.states import States
 from dashinfer_vlm.engine.steps import Chunk, Plan
 from dashinfer_vlm.engine.waiting import WaitingLine
 from dashinfer_vlm.engine.wanted import WantedItems
@@ -52,8 +55,10 @@ class Scheduler:
         max_num_batched_tokens: int,
         share: Share,
         max_pinned_tokens: int = 1 << 62,
+        num_seats: int = 0,
     ) -> None:
-        """`max_pinned_tokens` bounds the visual tokens that running sequences wait for or have yet to compute."""
+        """`max_pinned_tokens` bounds the visual tokens that running sequences wait for or have yet to compute;
+        `num_seats` are for states, at least `max_num_seqs` where the model has some."""
         self.pool = pool
         self.block_size = block_size
         self.stage = stage
@@ -62,6 +67,7 @@ class Scheduler:
         self.max_num_batched_tokens = max_num_batched_tokens
         self.share = share
         self.wanted = WantedItems(stage, max_pinned_tokens)
+        self.states = States(num_seats, pool, block_size)
         self.waiting = WaitingLine()
         self.running: list[Sequence] = []  # by rank
         self.num_preemptions = 0
@@ -77,16 +83,19 @@ class Scheduler:
         chunks = self._decode_chunks(decoding)
         if extra_s is not None and self._encoder_is_next and self.stage.computes_here:
             self._encoder_is_next = False
-            return Plan(tuple(chunks), extra_s)
+            return self._plan(chunks, extra_s)
         prefill = self._prefill_chunks(sum(c.num_rows for c in chunks), extra_s)
         self._encoder_is_next = bool(prefill) and self.stage.computes_here
-        plan = tuple(chunks + prefill)
         if not self.stage.has_work():
-            return Plan(plan, None)
+            return self._plan(chunks + prefill, None)
         if extra_s is None:
-            return Plan(plan, IDLE_STEP_S)
+            return self._plan(chunks + prefill, IDLE_STEP_S)
         added_s = self.cost.more(sum(c.num_rows for c in chunks), sum(c.num_tokens for c in prefill))
-        return Plan(plan, max(0.0, extra_s - added_s))
+        return self._plan(chunks + prefill, max(0.0, extra_s - added_s))
+
+    def _plan(self, chunks: list[Chunk], encoder_s: float | None) -> Plan:
+        """States are copied with the next rows that are computed."""
+        return Plan(tuple(chunks), encoder_s, self.states.take_copies() if chunks else ())
 
     def started(self, plan: Plan) -> None:
         """The plan's rows are computed, or will be before anything that is started from now on: its tokens are owed."""
@@ -129,8 +138,9 @@ class Scheduler:
     def check_integrity(self) -> None:
         """Blocks are accounted for exactly; for tests and idle moments."""
         self.pool.check_integrity()
+        self.states.check_integrity(self.running)
         assert not self.running or all(s.num_computed <= len(s.blocks) * self.block_size for s in self.running)
-        assert all(not s.blocks for s in self.waiting), "a waiting sequence holds blocks"
+        assert not any(s.blocks or s.state for s in self.waiting), "a waiting sequence holds blocks, or a seat"
         if not self.running:
             assert self.pool.num_free == self.pool.num_blocks, "blocks leaked"
             assert not self.wanted, "items leaked"
@@ -166,6 +176,8 @@ class Scheduler:
                 drafts[index].append(token)
                 num_rows += 1
                 num_expected += chance
+        for sequence in decoding:
+            self.states.save(sequence)
         return [Chunk.of(sequence, 1, tuple(draft)) for sequence, draft in zip(decoding, drafts, strict=True)]
 
     def _guesses(self, decoding: list[Sequence]) -> list[tuple[float, int, int]]:
@@ -200,6 +212,7 @@ class Scheduler:
 
     def _give_up_resources(self, sequence: Sequence) -> None:
         self.pool.release(sequence.blocks)
+        self.states.leave(sequence)
         sequence.blocks = []
         sequence.num_computed = sequence.num_published = 0
         self.wanted.release(sequence, computed=None)
@@ -216,10 +229,12 @@ class Scheduler:
             self.running.insert(place, sequence)  # behind those of its own priority: they are older
 
     def _try_admit(self, sequence: Sequence) -> bool:
-        shared = self._find_prefix(sequence)
-        needed = -(-len(sequence.tokens) // self.block_size) - len(shared)
-        for block in shared:
+        known = self._find_prefix(sequence)
+        for block in known:
             self.pool.share(block)
+        shared = known[: self.states.reach(sequence, len(known))]
+        self.pool.release(known[len(shared) :])  # to be computed again, and kept: there the state will be saved
+        needed = -(-len(sequence.tokens) // self.block_size) - len(shared)
         reserve = len(self.running)  # a block for each: who is admitted without it is preempted at once
         wanted = sequence.items_to_encode(behind=len(shared) * self.block_size)
         if needed + reserve > self.pool.num_free or not self.wanted.fit(wanted):
@@ -227,6 +242,7 @@ class Scheduler:
             return False
         sequence.blocks = shared + self.pool.allocate(needed)
         sequence.num_computed, sequence.num_published = len(shared) * self.block_size, len(shared)
+        self.states.admit(sequence, len(known))
         if not sequence.has_begun:  # what it computes again after a preemption is nobody's gift, and was paid for
             sequence.num_cached = sequence.num_computed
             self.waiting.charge(sequence, sequence.num_uncomputed + sum(item.num_rows for item in wanted))
@@ -237,8 +253,12 @@ class Scheduler:
         """Cached blocks from the start; at least one token is left to compute, since its logits are wanted."""
         if not sequence.is_scored:
             return []
+        return self._find_blocks(sequence, 0, (len(sequence.tokens) - 1) // self.block_size)
+
+    def _find_blocks(self, sequence: Sequence, first: int, end: int) -> list[int]:
+        """Cached blocks from its block `first` on, up to one that is missing."""
         found: list[int] = []
-        for index in range((len(sequence.tokens) - 1) // self.block_size):
+        for index in range(first, end):
             block = self.pool.find(sequence.block_hash(index, self.block_size))
             if block is None:
                 break
@@ -271,9 +291,12 @@ class Scheduler:
         for sequence in self.running:
             if budget <= 0:
                 break
-            if sequence.is_decoding or not self._catch_up(sequence, in_this_step):
+            if sequence.is_decoding:
                 continue
-            num_tokens = min(budget, self.wanted.num_ready(sequence))
+            self.states.save(sequence)
+            if not self._catch_up(sequence, in_this_step):
+                continue
+            num_tokens = min(budget, self.wanted.num_ready(sequence), self.states.longest_chunk(sequence))
             if not sequence.is_scored:
                 num_tokens = min(num_tokens, scored_left)
                 scored_left -= num_tokens
@@ -284,26 +307,28 @@ class Scheduler:
         return chunks
 
     def _catch_up(self, sequence: Sequence, in_this_step: set[bytes]) -> bool:
-        """Share blocks that others computed since admission. False: its next block is being computed in this very
-        step by another sequence, so that waiting one step is cheaper than doing it twice."""
+        """Share blocks that others computed since admission. False: what it would compute next is being computed in
+        this very step by another sequence, so that waiting one step is cheaper than doing it twice."""
         if not self.pool.prefix_cache or not sequence.is_scored:  # nothing is found, or its own rows are wanted
             return True
         size = self.block_size
-        while sequence.num_computed % size == 0 and sequence.num_computed + size < len(sequence.tokens):
-            index = sequence.num_computed // size
-            block_hash = sequence.block_hash(index, size)
-            found = self.pool.find(block_hash)
-            if found is None or found == sequence.blocks[index]:
+        while (stop := self.states.next_stop(sequence)) is not None:
+            first, end = sequence.num_computed // size, stop // size
+            found = self._find_blocks(sequence, first, end)
+            is_there = len(found) == end - first and self.states.reach(sequence, end) == end
+            if not is_there or found[0] == sequence.blocks[first]:
+                block_hash = sequence.block_hash(end - 1, size)
                 if block_hash in in_this_step:
                     return False
                 in_this_step.add(block_hash)
                 return True
-            self.pool.share(found)
-            self.pool.release([sequence.blocks[index]])
-            sequence.blocks[index] = found
-            sequence.num_computed += size
-            sequence.num_published = index + 1
+            for block in found:
+                self.pool.share(block)
+            self.pool.release(sequence.blocks[first:end])
+            sequence.blocks[first:end] = found
             if not sequence.num_output:
-                sequence.num_cached += size
-            self.wanted.release(sequence, computed=sequence.num_computed)
+                sequence.num_cached += stop - sequence.num_computed
+            sequence.num_computed, sequence.num_published = stop, end
+            self.states.resume(sequence)
+            self.wanted.release(sequence, computed=stop)
         return True

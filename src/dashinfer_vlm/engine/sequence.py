@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from dashinfer_vlm.engine.blocks import BlockHash
     from dashinfer_vlm.engine.drafts import Drafter
     from dashinfer_vlm.engine.grammars.matcher import Matcher
+    from dashinfer_vlm.engine.states import StateSeat
 
 
 PENDING = -1
@@ -27,8 +28,8 @@ PENDING = -1
 class Sequence:
     """Mutable state of one request. Everything that can be derived is a property.
 
-    Owners: the scheduler moves `blocks`, `num_computed`, `num_published` and `num_scored`, and says which tokens are
-    owed; the engine appends tokens and sets `finish`.
+    Owners: the scheduler moves `blocks`, `state`, `num_computed`, `num_published` and `num_scored`, and says which
+    tokens are owed; the engine appends tokens and sets `finish`.
     """
 
     def __init__(
@@ -52,6 +53,8 @@ class Sequence:
         self.drafter = drafter
         self.matcher = matcher
         self.blocks: list[int] = []
+        self.state: StateSeat | None = None
+        """While it runs, if the model has states."""
         self.num_computed = 0
         """Tokens whose K and V are in `blocks`, or will be before a step that is started from now on."""
         self.num_published = 0
@@ -83,6 +86,12 @@ class Sequence:
     def priority(self) -> int:
         """The lower, the earlier."""
         return self.request.priority
+
+    @property
+    def seat(self) -> int:
+        """Where its state lies: of a sequence that runs, and a model that has states."""
+        assert self.state is not None, self.id
+        return self.state.index
 
     @property
     def num_output(self) -> int:

@@ -60,6 +60,8 @@ class Plan:
 
     chunks: tuple[Chunk, ...]
     encoder_s: float | None
+    copies: tuple[tuple[int, int], ...] = ()
+    """From which seat to which a state is copied, one after the other, before the model call; none without chunks."""
 
     @cached_property
     def num_tokens(self) -> int:
@@ -128,7 +130,8 @@ class StepRunner(Protocol):
         ...
 
     def start(self, plan: Plan) -> Flight:
-        """Begin the model call of a plan that has chunks, and the sampling behind it.
+        """Begin the model call of a plan that has chunks, and the sampling behind it. The plan's copies are made
+        first, whatever fails then.
 
         Called before the plan's tokens are owed: `num_output` of a sequence is the place of the token that is chosen
         first, owed ones counted. Where `Sequence.tokens` has PENDING at a row of a chunk, the value is the token that

@@ -112,8 +112,13 @@ class KVCache:
 
     @property
     def num_seats(self) -> int | None:
-        """Sequences that may run at once; None: states set no limit, since there are none."""
+        """For states; None: there are none."""
         return len(self.states[0][0]) if self.states else None
+
+    def copy_state(self, source: int, target: int) -> None:
+        """From seat to seat."""
+        for tensor in chain.from_iterable(self.states):
+            tensor[target] = tensor[source]
 
 
 class EncoderState(Protocol):
