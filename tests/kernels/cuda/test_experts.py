@@ -73,7 +73,7 @@ def test_rows_by_themselves_are_two_launches(
     num_rows: int, count: int, inner: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tensors = given(num_rows, 8, count, 72, inner)
-    monkeypatch.setattr(experts, "_sorted", None)
+    monkeypatch.setattr(experts, "sort_pairs", None)
     assert error(multiply(*tensors), wanted(*tensors)) < 1e-5
 
 
@@ -121,7 +121,7 @@ def test_a_result_is_the_same_again_and_that_of_any_other_step() -> None:
 def test_every_pair_is_in_one_tile_of_its_expert(num_pairs: int, num_experts: int, rows: int) -> None:
     chosen = torch.randint(0, num_experts, (num_pairs, 1), device=DEVICE).int()
     chosen[chosen == 3] = 0  # nobody's
-    of_tiles, pairs = experts._sorted(chosen, num_experts, rows)
+    of_tiles, pairs = experts.sort_pairs(chosen, num_experts, rows)
     assert len(of_tiles) == min(num_pairs, num_experts) + num_pairs // rows
     found: list[int] = []
     for expert, tile in zip(of_tiles.tolist(), pairs.view(-1, rows).tolist(), strict=True):

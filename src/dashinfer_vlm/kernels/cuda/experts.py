@@ -1,7 +1,7 @@
 """Mixtures of experts: who is chosen for each row, and the sum of what they make of it.
 
-A pair is a row and an expert that was chosen for it. One or two rows by themselves are multiplied pair by pair, by
-plain sums, in two launches. Of more rows pairs are sorted by their experts into tiles first, so that rows of one expert
+A pair is a row and an expert that was chosen for it. One or two rows by themselves are multiplied pair by pair
+(`experts_alone.py`). Of more rows pairs are sorted by their experts into tiles first, so that rows of one expert
 are multiplied together and its weight is read once; as in `skinny.py` the weight's rows are the tall side of a tile.
 How many launches and programs there are follows from shapes alone, and nothing waits for the host.
 """
@@ -16,10 +16,8 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from dashinfer_vlm.kernels.cuda import gemv
-from dashinfer_vlm.kernels.cuda.gemv import columns_of, row_of
+from dashinfer_vlm.kernels.cuda.experts_alone import MOST_ALONE, add_alone, silu
 from dashinfer_vlm.kernels.cuda.launch import (
-    INTERPRETED,
     Tile,
     check,
     compute_type,
@@ -33,10 +31,7 @@ from dashinfer_vlm.kernels.cuda.launch import (
 from dashinfer_vlm.kernels.cuda.rows import magnitudes
 from dashinfer_vlm.kernels.cuda.skinny import can_multiply, tile_of
 
-__all__ = ["MOST_ALONE", "choose", "multiply", "rows_for"]
-
-MOST_ALONE = 2
-"""Rows that are multiplied pair by pair: hardly two of them share an expert."""
+__all__ = ["add_shares", "choose", "multiply", "rows_for", "sort_pairs"]
 
 
 @triton.jit
@@ -64,63 +59,6 @@ def _choose_experts(
         share /= tl.sum(share, 0)
     tl.store(experts + row * COUNT + j, expert, mask=j < COUNT)
     tl.store(shares + row * COUNT + j, share.to(shares.dtype.element_ty), mask=j < COUNT)
-
-
-@triton.jit
-def _silu(x):
-    return x / (1 + tl.exp(-x))
-
-
-@triton.jit
-def _gate_up_of_pair(
-    h, x, w, chosen, x_t, w_e, w_n, N: tl.constexpr, K: tl.constexpr, COUNT: tl.constexpr, BN: tl.constexpr,
-    BK: tl.constexpr, ROUNDS: tl.constexpr, EARLY: tl.constexpr,
-):  # fmt: skip
-    """SiLU of gates times ups of one pair, by plain sums."""
-    n = tl.program_id(0) * BN + tl.arange(0, BN)
-    pair = tl.program_id(1).to(tl.int64)
-    k = tl.arange(0, BK)
-    wait_for_last(EARLY)
-    w += tl.load(chosen + pair).to(tl.int64) * w_e
-    x += pair // COUNT * x_t
-    gates = w + tl.minimum(n, N - 1).to(tl.int64)[:, None] * w_n + k[None, :]
-    ups = gates + N * w_n
-    gate = tl.zeros([BN, BK], tl.float32)
-    up = tl.zeros([BN, BK], tl.float32)
-    for i in tl.static_range(ROUNDS):
-        row = row_of(x, k, i * BK, K, BK)
-        gate += columns_of(gates, k, i * BK, K, BK).to(tl.float32) * row[None, :]
-        up += columns_of(ups, k, i * BK, K, BK).to(tl.float32) * row[None, :]
-    y = _silu(tl.sum(gate, 1)) * tl.sum(up, 1)
-    tl.store(h + pair * N + n, y.to(h.dtype.element_ty), mask=n < N)
-
-
-@triton.jit
-def _down_of_row(
-    out, h, w, chosen, shares, residual, w_e, w_n, r_t, o_t, N: tl.constexpr, K: tl.constexpr, COUNT: tl.constexpr,
-    BN: tl.constexpr, BK: tl.constexpr, COUNTS: tl.constexpr, ROUNDS: tl.constexpr, EARLY: tl.constexpr,
-):  # fmt: skip
-    """What all experts of a row make of it; a warp reads the columns of one expert."""
-    n = tl.program_id(0) * BN + tl.arange(0, BN)
-    row = tl.program_id(1).to(tl.int64)
-    j = tl.arange(0, COUNTS)
-    k = tl.arange(0, BK)
-    pair = row * COUNT + j
-    wait_for_last(EARLY)
-    expert = tl.load(chosen + pair, mask=j < COUNT, other=0).to(tl.int64)
-    share = tl.load(shares + pair, mask=j < COUNT, other=0.0).to(tl.float32)
-    y = tl.load(residual + row * r_t + n, mask=n < N, other=0.0).to(tl.float32)
-    x = h + pair[:, None] * K + k[None, :]
-    places = w + tl.minimum(n, N - 1).to(tl.int64)[:, None, None] * w_n
-    places += (expert[:, None] * w_e + k[None, :])[None, :, :]
-    acc = tl.zeros([BN, COUNTS, BK], tl.float32)
-    for i in tl.static_range(ROUNDS):
-        inside = (j < COUNT)[:, None] & (i * BK + k < K)[None, :]
-        factor = tl.load(x + i * BK, mask=inside, other=0.0).to(tl.float32)
-        columns = tl.load(places + i * BK, mask=inside[None, :, :], other=0.0, eviction_policy="evict_first")
-        acc += columns.to(tl.float32) * factor[None, :, :]
-    y += tl.sum(tl.sum(acc, 2) * share[None, :], 1)
-    tl.store(out + row * o_t + n, y.to(out.dtype.element_ty), mask=n < N)
 
 
 @triton.jit(do_not_specialize=["num_pairs"])
@@ -180,7 +118,7 @@ def _multiply_pairs(
             other = tile_of(w, first + N, i * BK, w_n, size, K, BN, BK, TILED).to(C)
             up = tl.dot(other, factor, up, input_precision="ieee")
     if GATED:
-        acc = _silu(acc) * up
+        acc = silu(acc) * up
     inside = (n < N)[:, None] & (pair >= 0)[None, :]
     tl.store(out + pair.to(tl.int64)[None, :] * o_t + n[:, None], acc.to(out.dtype.element_ty), mask=inside)
 
@@ -239,38 +177,26 @@ def multiply(
     check(all(y.stride(1) == 1 for y in (x, residual, out)), "rows must be dense", x, residual, out)
     dense = (gate_up, down, chosen, shares)
     check(all(y.is_contiguous() for y in dense), "weights, experts and shares must be dense", *dense)
-    add = _add_alone if len(x) <= MOST_ALONE else _add_sorted
+    add = add_alone if len(x) <= MOST_ALONE else _add_sorted
     add(out, x, gate_up, down, chosen, shares, residual)
     return out
-
-
-def _add_alone(
-    out: Tensor, x: Tensor, gate_up: Tensor, down: Tensor, chosen: Tensor, shares: Tensor, residual: Tensor
-) -> None:
-    (num_rows, size), count, inner = x.shape, chosen.shape[1], down.shape[2]
-    h = torch.empty(chosen.numel(), inner, dtype=x.dtype, device=x.device)
-    tile, early = gemv.tile_for(inner, size), starts_early(x)
-    launch(
-        _gate_up_of_pair, (-(-inner // tile.rows), len(h)), h, x, gate_up, chosen, x.stride(0), *gate_up.stride()[:2],
-        inner, size, count, tile.rows, tile.columns, -(-size // tile.columns), early, num_warps=tile.warps, early=early,
-    )  # fmt: skip
-    rows, columns, counts = 64 if INTERPRETED else 2, 256, power_of_two(count)
-    launch(
-        _down_of_row, (-(-size // rows), num_rows), out, h, down, chosen, shares, residual, *down.stride()[:2],
-        residual.stride(0), out.stride(0), size, inner, count, rows, columns, counts, -(-inner // columns), early,
-        num_warps=min(counts, 8), early=early,
-    )  # fmt: skip
 
 
 def _add_sorted(
     out: Tensor, x: Tensor, gate_up: Tensor, down: Tensor, chosen: Tensor, shares: Tensor, residual: Tensor
 ) -> None:
-    (num_rows, size), count, inner = x.shape, chosen.shape[1], down.shape[2]
+    size, count, inner = x.shape[1], chosen.shape[1], down.shape[2]
     rows = rows_for(chosen.numel() / len(down), x.itemsize, is_roomy=is_roomy(x))
-    tiles = _sorted(chosen, len(down), rows)
+    tiles = sort_pairs(chosen, len(down), rows)
     h, parts = (torch.empty(chosen.numel(), n, dtype=x.dtype, device=x.device) for n in (inner, size))
     _multiply_tiles(h, x, gate_up, *tiles, rows, count, is_gated=True)
     _multiply_tiles(parts, h, down, *tiles, rows, 1, is_gated=False)
+    add_shares(out, parts, shares, residual)
+
+
+def add_shares(out: Tensor, parts: Tensor, shares: Tensor, residual: Tensor) -> None:
+    """`residual` [T, N] and, of each row, what its experts made of it, [T * k, N], times their shares [T, k]."""
+    (num_rows, size), count = out.shape, shares.shape[1]
     block = min(power_of_two(size, 128), 1024)
     launch(
         _add_shares, (num_rows, -(-size // block)), out, parts, shares, residual, residual.stride(0), out.stride(0),
@@ -296,7 +222,7 @@ def tile_for(rows: int, itemsize: int, *, is_roomy: bool, is_gated: bool) -> Til
     return Tile(rows, 2 * columns, 4, 3)
 
 
-def _sorted(chosen: Tensor, num_experts: int, rows: int) -> tuple[Tensor, Tensor]:
+def sort_pairs(chosen: Tensor, num_experts: int, rows: int) -> tuple[Tensor, Tensor]:
     """Of each tile its expert, and its pairs [tiles * rows]."""
     num_pairs = chosen.numel()
     num_tiles = min(num_experts, num_pairs) + num_pairs // rows

@@ -17,6 +17,7 @@ from torch import Tensor
 from dashinfer_vlm.kernels.choices import Choices
 from dashinfer_vlm.kernels.cuda import (
     experts,
+    experts_floats,
     few_bits,
     fp8,
     gemv,
@@ -299,6 +300,15 @@ def _experts(s: Mixture, dtype: torch.dtype, device: torch.device) -> Iterator[V
         return torch.empty(*shape, dtype=dtype, device=device)
 
     gate_up, down = empty(s.experts, 2 * s.inner, s.hidden), empty(s.experts, s.hidden, s.inner)
+
+    def stack(matrix: Tensor, *edges: int) -> experts_floats.Stack:
+        sides = (-(-side // edge) for side, edge in zip(matrix.shape[1:], edges, strict=True))
+        return experts_floats.Stack(
+            empty(*matrix.shape, dtype=torch.float8_e4m3fn), empty(s.experts, *sides, dtype=torch.float32)
+        )
+
+    by_rows = stack(gate_up, 1, s.hidden), stack(down, 1, s.inner)
+    in_blocks = stack(gate_up, fp8.BLOCK, fp8.BLOCK), stack(down, fp8.BLOCK, fp8.BLOCK)
     for num_rows, told in ((1, "one row"), (16, "few rows"), (256, "some rows"), (2048, "many rows")):
         x, chosen, shares = (
             empty(num_rows, s.hidden),
@@ -309,6 +319,9 @@ def _experts(s: Mixture, dtype: torch.dtype, device: torch.device) -> Iterator[V
             logits = empty(num_rows, s.experts)
             yield Variant(f"experts chosen for {told}", partial(experts.choose, logits, s.count, normalise=True))
         yield Variant(f"experts of {told}", partial(experts.multiply, x, gate_up, down, chosen, shares, x))
+        for kind, stacks in (("fp8", by_rows), ("fp8 in blocks", in_blocks)):
+            of_floats = partial(experts_floats.multiply, x, *stacks, chosen, shares, x)
+            yield Variant(f"{kind} experts of {told}", of_floats)
 
 
 def _delta_net(s: DeltaSizes, dtype: torch.dtype, device: torch.device) -> Iterator[Variant]:
