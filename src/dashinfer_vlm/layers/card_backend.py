@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -24,6 +25,7 @@ __all__ = ["float_linears", "grouped_linears", "in_floats", "in_groups", "on_car
 
 def on_card(device: torch.device, dtype: torch.dtype) -> Backend:
     """The kernels of `kernels/cuda`, which must be available; on a CPU where triton interprets them."""
+    from dashinfer_vlm.kernels.cuda import experts as kernels
     from dashinfer_vlm.layers.cuda import (
         OPS,
         CudaExperts,
@@ -48,7 +50,8 @@ def on_card(device: torch.device, dtype: torch.dtype) -> Backend:
         return stack
 
     def experts(router: Tensor, gate_ups: Sequence[Matrix], downs: Sequence[Matrix], routing: Routing) -> Experts:
-        return CudaExperts(router, stacked(gate_ups), stacked(downs), routing)
+        weights = partial(kernels.multiply, gate_up=stacked(gate_ups), down=stacked(downs))
+        return CudaExperts(router, weights, routing)
 
     return Backend(
         name="triton",
@@ -113,18 +116,33 @@ def grouped_linears(
 
 def in_floats(device: torch.device, dtype: torch.dtype) -> Backend:
     """As `on_card`, the text model's layers but the head in 8-bit floats; on a CPU where triton interprets."""
-    from dashinfer_vlm.layers.cuda import FP8_OPS
+    from dashinfer_vlm.kernels.cuda.experts_floats import Stack, multiply
+    from dashinfer_vlm.layers.cuda import FP8_OPS, CudaExperts
+
+    def stacked(matrices: Sequence[Matrix]) -> Stack:
+        own = all(matrix.read_floats is not None for matrix in matrices)  # else their scales would not be alike
+        first = _floats_of(matrices[0], device, dtype, FP8_OPS, own=own)
+        stack = Stack(*(x.new_empty(len(matrices), *x.shape) for x in (first.numbers, first.scales)))
+        for numbers, scales, matrix in zip(stack.numbers, stack.scales, matrices, strict=True):
+            found = _floats_of(matrix, device, dtype, FP8_OPS, own=own)
+            numbers.copy_(found.numbers)
+            scales.copy_(found.scales)
+        return stack
+
+    def experts(router: Tensor, gate_ups: Sequence[Matrix], downs: Sequence[Matrix], routing: Routing) -> Experts:
+        weights = partial(multiply, gate_up=stacked(gate_ups), down=stacked(downs))
+        return CudaExperts(router, weights, routing)
 
     layers = float_linears(device, dtype, FP8_OPS)
     return replace(on_card(device, dtype), name="triton, fp8", make_linear=layers, make_stream_linear=None,
-                   make_experts=_no_experts("fp8"))  # fmt: skip
+                   make_experts=experts)  # fmt: skip
 
 
 def _no_experts(quant_type: str) -> ExpertsFactory:
     """They would silently stay what they are otherwise."""
 
     def refuse(router: Tensor, gate_ups: Sequence[Matrix], downs: Sequence[Matrix], routing: Routing) -> Experts:
-        raise ConfigError(f"--quant-type {quant_type}: cards compute with experts of 16 bits alone; leave it out")
+        raise ConfigError(f"--quant-type {quant_type}: cards have no experts of so few bits; take fp8")
 
     return refuse
 
@@ -133,16 +151,21 @@ def float_linears(device: torch.device, dtype: torch.dtype, ops: Fp8Ops) -> Line
     """Layers of 8-bit floats: the checkpoint's own where it has them, else weights of `dtype` rounded on the device."""
 
     def make(weight: Matrix, bias: Tensor | None, epilogue: Epilogue) -> Linear:
-        if weight.read_floats is None:
+        floats = _floats_of(weight, device, dtype, ops)
+        if not floats.is_in_blocks:
             _check_sides(weight)
-            return Fp8Linear(rounded(own_copy(weight.read(), device, dtype), ops), bias, epilogue, ops)
-        stored = weight.read_floats()
-        if not stored.is_in_blocks:
-            _check_sides(weight)
-        numbers, scales = (own_copy(x, device, x.dtype) for x in (stored.numbers, stored.scales))
-        return Fp8Linear(Floats(numbers, scales, stored.is_in_blocks), bias, epilogue, ops)
+        return Fp8Linear(floats, bias, epilogue, ops)
 
     return make
+
+
+def _floats_of(weight: Matrix, device: torch.device, dtype: torch.dtype, ops: Fp8Ops, *, own: bool = True) -> Floats:
+    """On the device: the checkpoint's own where it has them, and `own` says so."""
+    if weight.read_floats is None or not own:
+        return rounded(own_copy(weight.read(), device, dtype), ops)
+    stored = weight.read_floats()
+    numbers, scales = (own_copy(x, device, x.dtype) for x in (stored.numbers, stored.scales))
+    return Floats(numbers, scales, stored.is_in_blocks)
 
 
 def _check_sides(weight: Matrix) -> None:

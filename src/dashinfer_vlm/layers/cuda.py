@@ -220,12 +220,12 @@ class CudaRouter(_NormingWhole, Router):
 
 
 class CudaExperts:
-    """See `layers.experts.Experts`. gate_up is [experts, 2 * channels, hidden], down [experts, hidden, channels]."""
+    """See `layers.experts.Experts`. `multiply` is that of one of `kernels.cuda.experts` and `experts_floats`, its
+    weights given."""
 
-    def __init__(self, router: Tensor, gate_up: Tensor, down: Tensor, routing: Routing) -> None:
+    def __init__(self, router: Tensor, multiply: Callable[..., Tensor], routing: Routing) -> None:
         self.router = CudaRouter(router)
-        self.gate_up = gate_up
-        self.down = down
+        self.multiply = multiply
         self.routing = routing
 
     def __call__(self, x: Tensor, *, residual: Tensor | None) -> Tensor:
@@ -235,7 +235,7 @@ class CudaExperts:
         if routing.has_shared:
             chosen, shares = with_shared(chosen, shares, logits)
         out = torch.zeros_like(x) if residual is None else residual
-        return experts.multiply(x, self.gate_up, self.down, chosen, shares, out, out)
+        return self.multiply(x, chosen=chosen, shares=shares, residual=out, out=out)
 
 
 class CudaPatches:

@@ -24,6 +24,8 @@ from dashinfer_vlm.kernels.cuda import (
     delta_chunks,
     delta_net,
     experts,
+    experts_alone,
+    experts_floats,
     few_bits,
     fp8,
     gemv,
@@ -50,6 +52,8 @@ MODULES = (
         delta_chunks,
         delta_net,
         experts,
+        experts_alone,
+        experts_floats,
         few_bits,
         fp8,
         gemv,
@@ -107,9 +111,11 @@ def test_a_step_asks_for_no_value_and_takes_nothing_from_the_processor(arch: str
     capture_and_replay(model, cache)
 
 
-@pytest.mark.parametrize("quant_type", ["fp8", "a16w8", "a16w4"])
-def test_nor_does_one_of_quantised_weights(quant_type: str) -> None:
-    config = published_config("qwen2", "tiny")
+@pytest.mark.parametrize(
+    ("arch", "quant_type"), [("qwen2", "fp8"), ("qwen2", "a16w8"), ("qwen2", "a16w4"), ("qwen3_moe", "fp8")]
+)
+def test_nor_does_one_of_quantised_weights(arch: str, quant_type: str) -> None:
+    config = published_config(arch, "tiny")
     is_fp8 = quant_type == "fp8"
     backend = in_floats(META, torch.bfloat16) if is_fp8 else in_groups(META, torch.bfloat16, quant_type)
     weights = RandomWeights(config, META, same_everywhere=False)
