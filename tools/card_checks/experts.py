@@ -2,16 +2,43 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from functools import partial
+from itertools import product as each
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from card_checks.cases import Case
+from card_checks.cases import BFLOAT16_ERROR, Case
 from card_checks.results import Setting
-from dashinfer_vlm.layers import activation
+from dashinfer_vlm.layers import activation, fp8
+
+if TYPE_CHECKING:  # triton reads the environment when it is imported
+    from dashinfer_vlm.kernels.cuda.experts_floats import Stack
+
+
+@dataclass(frozen=True, slots=True)
+class _Experts:
+    """Weights of one kind, and what they stand for."""
+
+    name: str
+    multiply: Callable[..., Tensor]
+    """See `kernels.cuda.experts.multiply`; its weights are given."""
+    hidden: int
+    inner: int
+    wide: Callable[[int], tuple[Tensor, Tensor]]
+    """float64 of one expert: gates and ups, and `down`."""
+    num_bytes: int
+    """Of one expert."""
+    taken: Callable[[Tensor], Tensor] = Tensor.double
+    """float64 of rows as tiles take them."""
+    flops: float = 1
+    """Of a product, as against one of 16 bits."""
+    allowed: float = 0
+    """Error of tiles."""
 
 
 def cases(setting: Setting, dtype: torch.dtype, *, small: bool) -> Iterator[Case]:
@@ -19,12 +46,22 @@ def cases(setting: Setting, dtype: torch.dtype, *, small: bool) -> Iterator[Case
     hidden, inner, num_experts, count = (144, 48, 5, 2) if small else (2048, 768, 128, 8)
     if small:
         yield _choice(setting, dtype, 3, num_experts, count)
-    gate_up, down = (
-        torch.randn(num_experts, *sides, device=setting.device, dtype=dtype).div_(sides[1] ** 0.5)
-        for sides in ((2 * inner, hidden), (hidden, inner))
-    )
-    for num_rows in (1, 3, 40, 200) if small else (1, 16, 64, 2048):
-        yield _mixture(setting, gate_up, down, num_rows, count)
+    kinds = [_whole(setting, dtype, hidden, inner, num_experts)]
+    if setting.multiplies_floats_of_8_bits:
+        kinds += [
+            _floats(setting, dtype, hidden, 128 if small and blocks else inner, num_experts, blocks=blocks)
+            for blocks in (False, True)
+        ]
+    for experts, num_rows in each(kinds, (1, 3, 40, 200) if small else (1, 16, 64, 2048)):
+        yield _mixture(setting, dtype, experts, num_experts, num_rows, count)
+
+
+def in_blocks(setting: Setting, counts: Iterable[int]) -> Iterator[Case]:
+    """So many rows by 8-bit floats of published size."""
+    if setting.multiplies_floats_of_8_bits:
+        experts = _floats(setting, torch.bfloat16, 2048, 768, 128, blocks=True)
+        for num_rows in counts:
+            yield _mixture(setting, torch.bfloat16, experts, 128, num_rows, 8)
 
 
 def _choice(setting: Setting, dtype: torch.dtype, num_rows: int, num_experts: int, count: int) -> Case:
@@ -44,27 +81,91 @@ def _choice(setting: Setting, dtype: torch.dtype, num_rows: int, num_experts: in
     return Case(f"experts chosen for {num_rows} rows", lambda: spread(*run()), want, logits.nbytes)
 
 
-def _mixture(setting: Setting, gate_up: Tensor, down: Tensor, num_rows: int, count: int) -> Case:
-    """Bound by reading those that anybody chose."""
-    from dashinfer_vlm.kernels.cuda import experts  # triton reads the environment when it is imported
+def _whole(setting: Setting, dtype: torch.dtype, hidden: int, inner: int, num_experts: int) -> _Experts:
+    """16 bits, or 32."""
+    from dashinfer_vlm.kernels.cuda.experts import multiply  # triton reads the environment when it is imported
 
-    num_experts, hidden, inner = down.shape
-    x, residual = (torch.randn(num_rows, hidden, device=setting.device).to(down.dtype) for _ in range(2))
+    gate_up, down = _matrices(setting, dtype, hidden, inner, num_experts)
+    return _Experts(
+        "experts",
+        partial(multiply, gate_up=gate_up, down=down),
+        hidden,
+        inner,
+        lambda expert: (gate_up[expert].double(), down[expert].double()),
+        gate_up[0].nbytes + down[0].nbytes,
+    )
+
+
+def _floats(
+    setting: Setting, dtype: torch.dtype, hidden: int, inner: int, num_experts: int, *, blocks: bool
+) -> _Experts:
+    """Any numbers, with scales of about one; more than two rows are rounded."""
+    from dashinfer_vlm.kernels.cuda.experts_floats import Stack, multiply
+
+    stacks = []
+    for weight in _matrices(setting, torch.float32, hidden, inner, num_experts):
+        _, num_rows, depth = weight.shape
+        sides = (-(-num_rows // fp8.BLOCK), -(-depth // fp8.BLOCK)) if blocks else (num_rows, 1)
+        scales = 0.5 + torch.rand(num_experts, *sides, device=setting.device)
+        stacks.append(Stack(weight.to(torch.float8_e4m3fn), scales))
+
+    def wide(expert: int) -> tuple[Tensor, Tensor]:
+        return _wide(stacks[0], expert), _wide(stacks[1], expert)
+
+    name = "fp8 experts in blocks" if blocks else "fp8 experts"
+    return _Experts(name, partial(multiply, gate_up=stacks[0], down=stacks[1]), hidden, inner, wide,
+                    3 * hidden * inner, _rounded, 0.5, BFLOAT16_ERROR)  # fmt: skip
+
+
+def _matrices(setting: Setting, dtype: torch.dtype, hidden: int, inner: int, num_experts: int) -> tuple[Tensor, Tensor]:
+    """Gates and ups, and `down`, of each expert."""
+
+    def random(size: int, depth: int) -> Tensor:
+        return torch.randn(num_experts, size, depth, device=setting.device, dtype=dtype).div_(depth**0.5)
+
+    return random(2 * inner, hidden), random(hidden, inner)
+
+
+def _wide(stack: Stack, expert: int) -> Tensor:
+    numbers, scales = stack.numbers[expert].double(), stack.scales[expert].double()
+    if stack.is_in_blocks:
+        num_rows, depth = numbers.shape
+        scales = scales.repeat_interleave(fp8.BLOCK, 0)[:num_rows].repeat_interleave(fp8.BLOCK, 1)[:, :depth]
+    return numbers * scales
+
+
+def _rounded(x: Tensor) -> Tensor:
+    numbers, scales = fp8.quantise(x, fp8.BLOCK)
+    return numbers.double() * scales.double().repeat_interleave(fp8.BLOCK, 1)[:, : x.shape[1]]
+
+
+def _mixture(
+    setting: Setting, dtype: torch.dtype, experts: _Experts, num_experts: int, num_rows: int, count: int
+) -> Case:
+    """Bound by reading those that anybody chose."""
+    from dashinfer_vlm.kernels.cuda.experts_alone import MOST_ALONE
+
+    taken, allowed = (Tensor.double, 0.0) if num_rows <= MOST_ALONE else (experts.taken, experts.allowed)
+    x, residual = (torch.randn(num_rows, experts.hidden, device=setting.device).to(dtype) for _ in range(2))
     of_rows, places = torch.randn(num_rows, num_experts).softmax(1).topk(count)
-    chosen, shares = places.int().to(setting.device), of_rows.to(setting.device, down.dtype)
+    chosen, shares = places.int().to(setting.device), of_rows.to(setting.device, dtype)
 
     def want() -> Tensor:
         y = residual.double()
-        of_all = y.new_zeros(num_rows, num_experts).scatter_(1, chosen.long(), shares.double())
-        for share, first, second in zip(of_all.t(), gate_up.double(), down.double(), strict=True):
-            y += share[:, None] * F.linear(activation.silu_mul(F.linear(x.double(), first)), second)
+        rows = taken(x)
+        for expert in places.unique().tolist():
+            mine, column = (chosen == expert).nonzero(as_tuple=True)
+            first, second = experts.wide(expert)
+            h = activation.silu_mul(F.linear(rows[mine], first))
+            y[mine] += shares[mine, column].double()[:, None] * F.linear(taken(h), second)
         return y
 
     return Case(
-        f"experts of {num_rows} rows",
-        partial(experts.multiply, x, gate_up, down, chosen, shares, residual),
+        f"{experts.name} of {num_rows} rows",
+        partial(experts.multiply, x, chosen=chosen, shares=shares, residual=residual),
         want,
-        len(places.unique()) * (gate_up[0].nbytes + down[0].nbytes),
-        6 * num_rows * count * hidden * inner,
+        len(places.unique()) * experts.num_bytes,
+        6 * num_rows * count * experts.hidden * experts.inner * experts.flops,
         bar=1.5,
+        allowed=allowed,
     )

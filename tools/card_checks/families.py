@@ -47,6 +47,8 @@ def families(setting: Setting) -> Iterator[Check]:
             yield f"embeddings by the ViT of {arch} in bfloat16", partial(_seeing, setting, arch)
         for way in [USUAL] if setting.tiny else WAYS:
             yield f"tokens of a tiny {arch}, {way}", partial(_tokens, setting, arch, way)
+    if setting.multiplies_floats_of_8_bits:
+        yield "logits of a tiny qwen3_moe in 8-bit floats", partial(_in_floats, setting, "qwen3_moe")
 
 
 def _precisions(setting: Setting) -> Iterator[tuple[str, Backend, torch.dtype | None]]:
@@ -115,12 +117,26 @@ def _tiny(config: CheckpointConfig, device: torch.device) -> LoadedModel:
 
 def _rounding(setting: Setting, arch: str) -> Row:
     """Logits of a text in bfloat16 beside those in float32; torch's own kernels lose about a hundredth here."""
-    config, num_tokens, logits = published_config(arch, "tiny"), 17 if setting.tiny else 40, []
-    for dtype in (torch.float32, torch.bfloat16):
-        model = make_model(config, checked_backend(setting, dtype), small=True)
-        kv = allocate_kv(model, 8, BLOCK_SIZE)
-        logits.append(model.forward(text_batch(setting.device, [num_tokens], [num_tokens]), kv))
-    return Row(error=error(logits[1], logits[0]), allowed=0.05)
+    whole, rounded = (_logits(setting, arch, checked_backend(setting, x)) for x in (torch.float32, torch.bfloat16))
+    return Row(error=error(rounded, whole), allowed=0.05)
+
+
+def _in_floats(setting: Setting, arch: str) -> Row:
+    """As `_rounding`. A row that chooses another expert for it is farther off."""
+    dtype = torch.float32 if setting.device.type == "cpu" else torch.bfloat16
+    whole, rounded = (
+        _logits(setting, arch, backend)
+        for backend in (checked_backend(setting, torch.float32), in_floats(setting.device, dtype))
+    )
+    return Row(error=error(rounded, whole), allowed=0.2)
+
+
+def _logits(setting: Setting, arch: str, backend: Backend) -> torch.Tensor:
+    """Of all rows of a text."""
+    num_tokens = 17 if setting.tiny else 40
+    model = make_model(published_config(arch, "tiny"), backend, small=True)
+    kv = allocate_kv(model, 8, BLOCK_SIZE)
+    return model.forward(text_batch(setting.device, [num_tokens], [num_tokens]), kv)
 
 
 def call_everything(setting: Setting, arch: str, dtype: torch.dtype) -> None:

@@ -1,4 +1,4 @@
-"""Attention with other tiles than those that are served: what a card says of them decides which ones are."""
+"""Attention and experts with other tiles than those that are served: what a card says decides which ones are."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from unittest import mock
 
 import torch
 
+from card_checks import experts
 from card_checks.attention import Heads, attention_of_pictures, attention_over_a_cache, decode_alone
 from card_checks.cases import BFLOAT16_ERROR, Case
 from card_checks.results import Check, Setting, error
@@ -74,6 +75,12 @@ FRAMES: tuple[Cut, ...] = (
     (64, 64, 4, 2, 168),
     (128, 128, 8, 3, None),
 )
+EXPERTS: tuple[Cut, ...] = (
+    *((16, 128, 4, stages, None) for stages in (3, 6)),
+    *((64, 128, warps, stages, None) for warps in (4, 8) for stages in (3, 4)),
+    *((128, 128, warps, stages, None) for warps in (8, 16) for stages in (3, 4, 6)),
+)
+"""Pairs of a tile, and columns."""
 WINDOWS: tuple[Cut, ...] = ((64, 64, 4, 2, None), (64, 32, 4, 3, None))
 """None of one stage: what ptxas makes of it faults (`sass.raw_descriptors`)."""
 
@@ -91,7 +98,11 @@ def every_tile(setting: Setting) -> Iterator[tuple[str, Callable[[], Any]]]:
 
 
 def _contests(setting: Setting) -> Iterator[Contest]:
-    from dashinfer_vlm.kernels.cuda import paged, segments  # triton reads the environment when it is imported
+    from dashinfer_vlm.kernels.cuda import (
+        experts_floats,
+        paged,
+        segments,
+    )  # triton reads the environment when it is imported
 
     over_a_cache = partial(attention_over_a_cache, setting, torch.bfloat16)
     if setting.tiny:
@@ -114,6 +125,8 @@ def _contests(setting: Setting) -> Iterator[Contest]:
             prompt = partial(over_a_cache, heads=heads, rows=[length], contexts=[length])
             yield Contest(prompt(f"{size} prompt {name}"), paged, "many_tile", MANY)
             yield Contest(prompt(f"{size} prompt {name} over int8", cache=torch.int8), paged, "many_tile", MANY_INT8)
+    for case in experts.in_blocks(setting, (16, 64, 256, 2048)):
+        yield Contest(case, experts_floats, "tile_for", EXPERTS)
     long = decode_alone(setting, torch.bfloat16, "7b decode 8 of 8k", OF_7B, [8192] * 8)
     yield Contest(long, paged, "few_tile", FEW)
     for name, lengths, dim, cuts in (
