@@ -82,6 +82,44 @@ def test_4_bits_are_the_product_with_the_rounded_weight(rows: int, columns: int,
     assert_relative(got, want, error_in_groups(rows))
 
 
+def stored(columns: int, depth: int, group_size: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Numbers of 4 bits, scales and zeros."""
+    groups = -(-depth // group_size)
+    zeros = torch.randint(16, (columns, groups), dtype=torch.uint8)
+    return torch.randint(16, (columns, depth), dtype=torch.uint8), 0.1 * torch.randn(columns, groups), zeros
+
+
+def wide(numbers: Tensor, scales: Tensor, zeros: Tensor | None, group_size: int) -> Tensor:
+    """What they stand for, with scales as they are kept; float64."""
+    group = torch.arange(numbers.shape[1]) // group_size
+    less = 8 if zeros is None else zeros.double()[:, group]
+    return (numbers.double() - less) * scales.bfloat16().double()[:, group]
+
+
+@pytest.mark.parametrize("group_size", [32, 128])
+@pytest.mark.parametrize(("columns", "depth"), SHAPES)
+@pytest.mark.parametrize("rows", ROWS)
+def test_4_bits_are_taken_as_they_are_stored(rows: int, columns: int, depth: int, group_size: int) -> None:
+    x, bias = torch.randn(rows, depth), torch.randn(columns)
+    numbers, scales, zeros = stored(columns, depth, group_size)
+    for of_groups in (zeros, None):
+        got = cpu_ops.linear(x, cpu_ops.pack_stored_int4(numbers, scales, of_groups, group_size), bias)
+        want = seen_by_4_bits(x) @ wide(numbers, scales, of_groups, group_size).T + bias.double()
+        assert_relative(got, want, error_in_groups(rows))
+
+
+def test_numbers_that_were_rounded_before_are_packed_alike() -> None:
+    weight = torch.randn(40, 300)
+    groups = F.pad(weight, (0, 84)).view(40, 3, 128)
+    top = groups.gather(2, groups.abs().argmax(2, keepdim=True))
+    scales = (top / -8).bfloat16().float()
+    numbers = ((groups / scales).round().clamp(-8, 7) + 8).to(torch.uint8).flatten(1)[:, :300].contiguous()
+    for gate_up in (False, True):
+        got = cpu_ops.pack_stored_int4(numbers, scales[..., 0].contiguous(), None, gate_up=gate_up)
+        want = cpu_ops.pack_linear_int4(weight, gate_up=gate_up)
+        assert bytes(got.panels) == bytes(want.panels)
+
+
 @pytest.mark.parametrize("rows", [1, 40])
 def test_rounding_activations_adds_little_to_the_error_of_4_bit_weights(rows: int) -> None:
     x, weight = torch.randn(rows, 1536), torch.randn(96, 1536)
@@ -164,10 +202,12 @@ def test_a_weight_that_is_no_number_gives_none(pack: Callable[[Tensor], cpu_ops.
 @pytest.mark.parametrize("rows", [1, 9])
 def test_gate_and_up_are_multiplied_in_8_and_4_bits(rows: int, inner: int) -> None:
     x, weight, bias = torch.randn(rows, 96), torch.randn(2 * inner, 96), torch.randn(2 * inner)
+    as_stored = stored(2 * inner, 96, 32)
     for packed, x_seen, seen in (
         (cpu_ops.pack_linear_int8(weight, gate_up=True), activations_to_8_bits(x), weight_to_8_bits(weight)),
         (cpu_ops.pack_linear_int8(weight, 128, gate_up=True), x.double(), weight_to_8_bits(weight, 128)),
         (cpu_ops.pack_linear_int4(weight, 32, gate_up=True), seen_by_4_bits(x), weight_to_4_bits(weight, 32)),
+        (cpu_ops.pack_stored_int4(*as_stored, 32, gate_up=True), seen_by_4_bits(x), wide(*as_stored, 32)),
     ):
         gate, up = (x_seen @ seen.T + bias.double()).chunk(2, dim=-1)
         assert_relative(cpu_ops.linear(x, packed, bias, epilogue="silu_mul"), F.silu(gate) * up, 4e-4)
@@ -193,10 +233,11 @@ def test_integer_weights_take_one_and_half_a_byte_per_parameter_and_their_scales
     assert cpu_ops.pack_linear_int8(weight, 128).num_bytes == 64 * 1024 + 64 * 8 * 2
     assert cpu_ops.pack_linear_int4(weight).num_bytes == 64 * 1024 // 2 + 64 * 8 * 2
     assert cpu_ops.pack_linear_int4(weight, 32).num_bytes == 64 * 1024 // 2 + 64 * 32 * 2
+    assert cpu_ops.pack_stored_int4(*stored(64, 1024, 128)).num_bytes == 64 * 1024 // 2 + 64 * 8 * 4
 
 
 def test_packing_names_what_is_wrong() -> None:
-    weight = torch.randn(6, 8)
+    weight, numbers = torch.randn(6, 8), torch.ones(6, 8, dtype=torch.uint8)
     cases: list[tuple[str, Callable[[], object]]] = [
         (
             "group_size: must be 32 or 128 for 4 bits, 128 or 0 for 8 bits, got 64",
@@ -206,6 +247,8 @@ def test_packing_names_what_is_wrong() -> None:
         ("weight: expected bfloat16 or float32", lambda: cpu_ops.pack_linear_int8(weight.long())),
         (r"K up to 2\*\*16", lambda: cpu_ops.pack_linear_int8(torch.zeros(1, (1 << 16) + 1))),
         ("even number of rows", lambda: cpu_ops.pack_linear_int4(weight[:5], gate_up=True)),
+        (r"scales: expected .*\[6, 1\]", lambda: cpu_ops.pack_stored_int4(numbers, torch.ones(6, 2), None)),
+        ("zeros: expected uint8", lambda: cpu_ops.pack_stored_int4(numbers, torch.ones(6, 1), torch.ones(6, 1))),
     ]
     for message, call in cases:
         with pytest.raises(ValueError, match=message):

@@ -201,6 +201,48 @@ def test_it_can_be_quantised_anew(pair: tuple[Path, Path]) -> None:
     assert torch.equal(logits(pair[0], quant_type="a16w8"), logits(pair[1], quant_type="a16w8"))
 
 
+def _error(got: Tensor, want: Tensor) -> float:
+    return float((got - want).norm() / want.norm())
+
+
+@pytest.mark.skipif(not cpu_ops.available(), reason="needs the native kernels")
+def test_4_bits_stay_what_they_are(pair: tuple[Path, Path], request: pytest.FixtureRequest) -> None:
+    """What is lost is a little of activations, of scales and of the head; what is rounded to other 4 bits loses more.
+    Columns in another order, and 8 bits, are rounded anew."""
+    exact, anew = logits(pair[1]), logits(pair[1], quant_type="a16w4")
+    got = logits(pair[0], quant_type="a16w4")
+    name = request.node.callspec.params["pair"]
+    if "8 bits" in name or "bytes" in name or "order" in name:
+        assert torch.equal(got, anew)
+        return
+    assert _error(got, exact) < 0.02
+    assert _error(anew, exact) > 0.08
+
+
+@pytest.mark.skipif(not cpu_ops.available(), reason="needs the native kernels")
+@pytest.mark.parametrize("group", [128, 64, -1])
+def test_groups_of_other_sizes_stay_what_they_are(checkpoint: CheckpointMaker, tmp_path: Path, group: int) -> None:
+    def write(weight: Tensor) -> tuple[Tensors, Tensor]:
+        columns = weight.shape[1] if group < 0 else group
+        numbers, zeros, scales, wide = in_groups(weight, 4, columns)
+        order = (0, 2, 4, 6, 1, 3, 5, 7)
+        packed, of_zeros = words(numbers.t(), 4, order), words(zeros.t(), 4, order)
+        return {".qweight": packed, ".qzeros": of_zeros, ".scales": scales.t().contiguous()}, wide
+
+    pair = write_pair(checkpoint("qwen3", dtype="float16"), tmp_path, AWQ | {"group_size": group}, write)
+    assert torch.equal(logits(pair[0]), logits(pair[1]))
+    assert _error(logits(pair[0], quant_type="a16w4"), logits(pair[1])) < 0.02
+
+
+@pytest.mark.skipif(not cpu_ops.available(), reason="needs the native kernels")
+def test_4_bits_as_they_are_stored_are_found_again(checkpoint: CheckpointMaker, tmp_path: Path) -> None:
+    folder, _ = write_pair(checkpoint("qwen3", dtype="float16"), tmp_path, *FORMATS["awq"])
+    options = {"quant_type": "a16w4", "quant_cache": str(tmp_path / "cache"), "quant_cache_gib": 1}
+    first = logits(folder, **options)
+    assert list((tmp_path / "cache").glob("text-a16w4-*.safetensors"))
+    assert torch.equal(logits(folder, **options), first)
+
+
 @pytest.mark.skipif(not cpu_ops.available(), reason="needs the native kernels")
 def test_what_is_kept_of_it_is_what_its_configuration_says(
     checkpoint: CheckpointMaker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -18,7 +18,7 @@ from torch import Tensor
 from dashinfer_vlm import envs
 from dashinfer_vlm.kernels.choices import Choices, Likeliest
 
-PackedType = Literal["float32", "bfloat16", "int8", "int8 in groups", "int4"]
+PackedType = Literal["float32", "bfloat16", "int8", "int8 in groups", "int4", "int4 with zeros"]
 Epilogue = Literal["none", "residual", "silu_mul", "gelu", "gelu_tanh", "quick_gelu"]
 
 
@@ -115,7 +115,7 @@ class PackedShape:
     num_rows: int
     depth: int
     group_size: int
-    """Columns per scale: 32 or 128 for int4, 128 for "int8 in groups", 0 for the others."""
+    """Columns per scale: 32 or 128 for 4 bits, 128 for "int8 in groups", 0 for the others."""
     gate_up: bool
 
 
@@ -182,6 +182,14 @@ def pack_linear_int4(weight: Tensor, group_size: int = 128, *, gate_up: bool = F
     hundredth to the error that 4-bit weights have anyway; at the others groups, x rounded to 16 bits per row and group.
     """
     return _packed(extension().pack_linear_int4(weight, group_size, gate_up))
+
+
+def pack_stored_int4(
+    numbers: Tensor, scales: Tensor, zeros: Tensor | None, group_size: int = 128, *, gate_up: bool = False
+) -> PackedWeight:
+    """As `pack_linear_int4`, of numbers that have 4 bits already: uint8 [N, K] below 16, float32 `scales` [N, groups],
+    which are rounded to bfloat16, and uint8 `zeros` [N, groups], None for 8. A weight is (number - zero) * scale."""
+    return _packed(extension().pack_stored_int4(numbers, scales, zeros, group_size, gate_up))
 
 
 def packing() -> str:

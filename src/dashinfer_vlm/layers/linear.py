@@ -22,6 +22,7 @@ __all__ = [
     "Linear",
     "Matrix",
     "NativeLinear",
+    "Nibbles",
     "NormingLinear",
     "OneDnnLinear",
     "RowToNorm",
@@ -50,6 +51,17 @@ class Floats:
 
 
 @dataclass(frozen=True, slots=True)
+class Nibbles:
+    """A matrix that the checkpoint has in 4 bits: a weight is (number - zero) * scale."""
+
+    group: int
+    """Columns that share a scale: 32 or 128."""
+    has_zeros: bool
+    read: Callable[[], tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]]
+    """Numbers, uint8 [N, K] below 16, scales, float32 [N, groups], and zeros, uint8 [N, groups], or None: all are 8."""
+
+
+@dataclass(frozen=True, slots=True)
 class Matrix:
     """A weight [num_rows, depth] that is read when its numbers are needed; a packed copy makes that unnecessary."""
 
@@ -63,6 +75,8 @@ class Matrix:
     """`read` gives memory on the device and in the stored type that stays: share it instead of copying."""
     read_floats: Callable[[], Floats] | None = None
     """The same as the checkpoint has it, where that is 8-bit floats; on the CPU."""
+    nibbles: Nibbles | None = None
+    """Likewise, where that is 4 bits."""
 
 
 def padded(matrix: Matrix, *, parts: int = 1, rows: int | None = None, depth: int | None = None) -> Matrix:

@@ -48,21 +48,27 @@ class QuantisedLinears:
         shape = self._shape(weight, gate_up=epilogue == "silu_mul")
         packed = self.store.find(weight.name, shape) if self.store else None
         if packed is None:
-            packed = _pack(weight.read().to(self.stored), shape)
+            packed = _pack(weight, shape, self.stored)
             if self.store:
                 self.store.keep(weight.name, packed)
         return NativeLinear(packed, bias, epilogue)
 
     def _shape(self, weight: Matrix, *, gate_up: bool) -> PackedShape:
-        group_size = 0
+        kind, group_size = self.type, 0
         if self.type == "int8 in groups":
             group_size = 128
+        elif self.type == "int4" and weight.nibbles is not None:
+            kind, group_size = "int4 with zeros" if weight.nibbles.has_zeros else "int4", weight.nibbles.group
         elif self.type == "int4":
             group_size = 128 if weight.depth % 128 == 0 else 32
-        return PackedShape(self.type, weight.num_rows, weight.depth, group_size, gate_up)
+        return PackedShape(kind, weight.num_rows, weight.depth, group_size, gate_up)
 
 
-def _pack(weight: torch.Tensor, shape: PackedShape) -> PackedWeight:
+def _pack(weight: Matrix, shape: PackedShape, dtype: torch.dtype) -> PackedWeight:
+    """What is not in 4 bits already is first rounded to `dtype`."""
+    if shape.type in ("int4", "int4 with zeros") and weight.nibbles is not None:
+        return cpu_ops.pack_stored_int4(*weight.nibbles.read(), shape.group_size, gate_up=shape.gate_up)
+    tensor = weight.read().to(dtype)
     if shape.type == "int4":
-        return cpu_ops.pack_linear_int4(weight, shape.group_size, gate_up=shape.gate_up)
-    return cpu_ops.pack_linear_int8(weight, shape.group_size, gate_up=shape.gate_up)
+        return cpu_ops.pack_linear_int4(tensor, shape.group_size, gate_up=shape.gate_up)
+    return cpu_ops.pack_linear_int8(tensor, shape.group_size, gate_up=shape.gate_up)

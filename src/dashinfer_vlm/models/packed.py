@@ -136,6 +136,28 @@ class StoredIntegers:
                 out[part] = wide[part].to(kind).sub_(less[:, of_column]).mul_(factors[:, of_column])
         return out
 
+    @property
+    def nibble_group(self) -> int:
+        """Columns of the groups that `nibbles` has; 0: kernels of 4 bits do not take these."""
+        if self.bits != 4:
+            return 0
+        return next((size for size in (128, 32) if self.group % size == 0), 0)
+
+    def nibbles(
+        self, numbers: torch.Tensor, parts: Mapping[str, torch.Tensor], shape: Shape
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """The numbers of 4 bits, uint8 [N, K], with float32 scales and uint8 zeros (or None: 8) for each `nibble_group`
+        columns, [N, groups]."""
+        import torch
+
+        rows, columns = shape
+        scales = parts["scales"].float()
+        scales = scales.reshape(rows, -1) if self.layout == "compressed" else scales.t()
+        first = torch.arange(0, columns, self.nibble_group)
+        group = first // (self.group or columns)
+        zeros = self._zeros(parts["zeros"], rows)[:, group].contiguous() if self.has_zeros else None
+        return self._unpacked(numbers, rows, columns).contiguous(), scales[:, group].contiguous(), zeros
+
     def _unpacked(self, numbers: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
         """[N, K] of bytes."""
         if self.layout == "bytes":

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from dashinfer_vlm.errors import CheckpointError
-from dashinfer_vlm.layers.linear import Floats, Matrix
+from dashinfer_vlm.layers.linear import Floats, Matrix, Nibbles
 from dashinfer_vlm.layers.memory import huge_zeros
 from dashinfer_vlm.layers.ranks import WHOLE, Cut
 from dashinfer_vlm.models.entries import (
@@ -103,6 +103,7 @@ class Weights:
             len(range(depth)[cut.columns]),
             partial(self._join, entries, parts, cut.columns),
             read_floats=_floats(entries, parts, cut.columns),
+            nibbles=_nibbles(entries, parts, cut.columns),
         )
 
     def fingerprint(self, part: Part) -> bytes:
@@ -199,6 +200,39 @@ def _floats(entries: list[Entry], parts: list[slice], columns: slice) -> Callabl
         return Floats(torch.cat(numbers).view(torch.float8_e4m3fn), torch.cat(joined), stored.block is not None)
 
     return read
+
+
+def _nibbles(entries: list[Entry], parts: list[slice], columns: slice) -> Nibbles | None:
+    """Reads them joined as they are stored, where all are 4 bits in groups of columns that follow each other."""
+    stored = entries[0].stored
+    if not isinstance(stored, StoredIntegers) or any(x.stored != stored or not _is_in_order(x) for x in entries):
+        return None
+    group, inside = stored.nibble_group, range(entries[0].shape[1])[columns]
+    if not group or inside.start % group:
+        return None
+    groups = slice(inside.start // group, -(-inside.stop // group))
+
+    def read() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        joined: tuple[list[torch.Tensor], ...] = [], [], []
+        for entry, rows in zip(entries, parts, strict=True):
+            beside = {part: read_whole(other) for part, other in entry.parts.items()}
+            found = stored.nibbles(read_whole(entry), beside, entry.shape)
+            for tensors, tensor, across in zip(joined, found, (columns, groups, groups), strict=True):
+                if tensor is not None:
+                    tensors.append(tensor[rows, across])
+        numbers, scales, zeros = joined
+        return torch.cat(numbers), torch.cat(scales), torch.cat(zeros) if zeros else None
+
+    return Nibbles(group, stored.has_zeros, read)
+
+
+def _is_in_order(entry: Entry) -> bool:
+    """Whether groups of columns follow each other; GPTQ says of each column to which group it belongs."""
+    assert isinstance(entry.stored, StoredIntegers)
+    if "groups" not in entry.parts:
+        return True
+    columns = torch.arange(entry.shape[1])
+    return torch.equal(read_whole(entry.parts["groups"]).long(), columns // (entry.stored.group or len(columns)))
 
 
 def _with_scales(entries: dict[str, Entry], stored: StoredFloats) -> dict[str, Entry]:

@@ -17,6 +17,7 @@ from dashinfer_vlm.config import EngineConfig
 from dashinfer_vlm.errors import CheckpointError, ConfigError
 from dashinfer_vlm.kernels import cpu_ops
 from dashinfer_vlm.layers import quantise
+from dashinfer_vlm.layers.linear import Matrix
 from dashinfer_vlm.models.config import read_config
 from dashinfer_vlm.models.family import Part
 from dashinfer_vlm.models.loading import load_encoder, load_model
@@ -42,9 +43,9 @@ def packed(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     shapes: list[Any] = []
     pack = quantise._pack
 
-    def counting(weight: torch.Tensor, shape: cpu_ops.PackedShape) -> cpu_ops.PackedWeight:
+    def counting(weight: Matrix, shape: cpu_ops.PackedShape, dtype: torch.dtype) -> cpu_ops.PackedWeight:
         shapes.append(shape)
-        return pack(weight, shape)
+        return pack(weight, shape, dtype)
 
     monkeypatch.setattr(quantise, "_pack", counting)
     return shapes

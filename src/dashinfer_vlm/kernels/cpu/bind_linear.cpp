@@ -2,6 +2,7 @@
 #include <nanobind/ndarray.h>
 
 #include <cerrno>
+#include <optional>
 #include <stdexcept>
 
 #include "bindings.h"
@@ -116,6 +117,15 @@ PackedWeight pack_int4(nb::handle weight_object, int group_size, bool gate_up) {
   return pack_linear_int4(weight, group_size, gate_up);
 }
 
+PackedWeight pack_stored(nb::handle numbers_object, nb::handle scales_object, nb::handle zeros_object, int group_size,
+                         bool gate_up) {
+  const TensorView numbers(numbers_object, "numbers"), scales(scales_object, "scales");
+  std::optional<TensorView> zeros;
+  if (!zeros_object.is_none()) zeros.emplace(zeros_object, "zeros");
+  const Running running;
+  return pack_stored_int4(numbers, scales, zeros ? &*zeros : nullptr, group_size, gate_up);
+}
+
 struct TypeName {
   WeightType type;
   const char* name;
@@ -124,7 +134,8 @@ constexpr TypeName kTypeNames[] = {{WeightType::kF32, "float32"},
                                    {WeightType::kBf16, "bfloat16"},
                                    {WeightType::kInt8, "int8"},
                                    {WeightType::kInt8Groups, "int8 in groups"},
-                                   {WeightType::kInt4, "int4"}};
+                                   {WeightType::kInt4, "int4"},
+                                   {WeightType::kInt4Zeros, "int4 with zeros"}};
 
 std::string type_name(const PackedWeight& w) {
   for (const TypeName& each : kTypeNames)
@@ -187,6 +198,8 @@ void bind_linear(nb::module_& m) {
   m.def("pack_linear", pack, nb::arg("weight"), nb::arg("gate_up"));
   m.def("pack_linear_int8", pack_int8, nb::arg("weight"), nb::arg("group_size"), nb::arg("gate_up"));
   m.def("pack_linear_int4", pack_int4, nb::arg("weight"), nb::arg("group_size"), nb::arg("gate_up"));
+  m.def("pack_stored_int4", pack_stored, nb::arg("numbers"), nb::arg("scales"), nb::arg("zeros").none(),
+        nb::arg("group_size"), nb::arg("gate_up"));
   m.def("linear", linear, nb::arg("x"), nb::arg("weight"), nb::arg("bias").none(), nb::arg("out"), nb::arg("epilogue"),
         nb::arg("residual").none());
   m.def("embed_patches", embed_patches, nb::arg("patches"), nb::arg("weight"), nb::arg("bias"), nb::arg("out"));

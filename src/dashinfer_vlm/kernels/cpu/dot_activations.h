@@ -37,7 +37,7 @@ DI_INLINE bool wants_tiles([[maybe_unused]] const LinearArgs& args) {
 
 DI_INLINE Form form_of(const LinearArgs& args, bool tiled) {
   if (args.type == WeightType::kInt8) return Form::kBytes;
-  if (args.group > 0 && !tiled) return args.type == WeightType::kInt4 ? Form::kBlocks : Form::kTwoBytes;
+  if (args.group > 0 && !tiled) return has_nibbles(args.type) ? Form::kBlocks : Form::kTwoBytes;
 #ifdef DI_AVX512_BF16
   return Form::kBfloat16;
 #else
@@ -116,7 +116,7 @@ static void prepare_blocks(const LinearArgs& args, const DotActivations& a, cons
         store_bytes(a.at(row, k + c), v);
         return v;
       });
-      offset -= 8.f * *scale * (float)total;
+      offset -= *scale * (float)total;
     }
     a.offsets[row * a.groups + g] = offset;
   }

@@ -12,10 +12,10 @@ DI_INLINE I16 dot_bytes(I16 sum, U16 of_unsigned, U16 of_signed) {
   return (I16)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)of_unsigned, (__m512i)of_signed);
 }
 
-// Scales of a panel's columns, from row g of its header.
-DI_INLINE F16 column_scales(const char* panel, int g) {
+// Scales or zeros of a panel's columns, from their row of its header.
+DI_INLINE F16 of_columns(const char* row) {
   F8 first, second;
-  load_pair(reinterpret_cast<const bf16*>(panel + g * 32), first, second);
+  load_pair(reinterpret_cast<const bf16*>(row), first, second);
   return join(first, second);
 }
 
@@ -78,6 +78,7 @@ struct TwoFactors {
 struct WideByteWeights {
   static constexpr int kRows = 6;
   static constexpr Scaling kScaling = Scaling::kGroups;
+  static constexpr WeightType kType = WeightType::kInt8Groups;
   static constexpr int kParts = 1;
   static constexpr int kBytes = 8;
   static constexpr int kDepth = 4;  // of K per 64 bytes
@@ -95,8 +96,10 @@ struct WideByteWeights {
   static DI_INLINE_MEMBER Sum start(int32_t sum_of_high) { return {-128 * sum_of_high - I16{}, I16{}}; }
 };
 
-// 4-bit weights with an offset of 8.
+// 4-bit weights with an offset of 8, or of a zero for each group.
+template <WeightType kOf>
 struct NibbleWeights {
+  static constexpr WeightType kType = kOf;
   static constexpr int kRows = 6;
   static constexpr Scaling kScaling = Scaling::kBlocks;
   static constexpr int kParts = 2;
@@ -108,3 +111,9 @@ struct NibbleWeights {
   static DI_INLINE_MEMBER Factor factor(const char* x) { return splat_word(x); }
   static DI_INLINE_MEMBER void add(Sum& sum, Weights w, Factor x) { sum = dot_bytes(sum, w, x); }
 };
+
+DI_INLINE const char* header_of_group(WeightType type, const char* panel, int g) { return panel + g * group_header(type); }
+
+DI_INLINE F16 column_zeros(WeightType type, const char* header) {
+  return type == WeightType::kInt4Zeros ? of_columns(header + 32) : 8.f - F16{};
+}

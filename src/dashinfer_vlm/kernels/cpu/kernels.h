@@ -9,11 +9,17 @@ struct bf16 {
   std::uint16_t bits;
 };
 
-// kInt8 multiplies activations of 8 bits, the types in groups multiply activations of 16 bits; kInt4 with Layout::kDots of
-// 8 bits in blocks of 32 columns.
-enum class WeightType { kF32, kBf16, kInt8, kInt8Groups, kInt4 };
+// kInt8 multiplies activations of 8 bits, the types in groups multiply activations of 16 bits; those of 4 bits with
+// Layout::kDots of 8 bits in blocks of 32 columns. Each group of kInt4Zeros has a number that stands for 0; of kInt4 it
+// is 8.
+enum class WeightType { kF32, kBf16, kInt8, kInt8Groups, kInt4, kInt4Zeros };
 
 constexpr bool is_integer(WeightType type) { return type != WeightType::kF32 && type != WeightType::kBf16; }
+
+constexpr bool has_nibbles(WeightType type) { return type == WeightType::kInt4 || type == WeightType::kInt4Zeros; }
+
+// Bytes of the header of a panel's group: 16 scales as bf16, and 16 zeros likewise.
+constexpr int group_header(WeightType type) { return type == WeightType::kInt4Zeros ? 64 : 32; }
 
 enum class CacheType { kF32, kBf16, kInt8 };
 
@@ -31,9 +37,10 @@ enum class Layout { kPairs, kDots };
 // int8 in groups: per group the scales and then the bytes, likewise
 // int4: per group 16 scales likewise, then [group / 4][8][2 of K] words of nibbles, every one + 8: (j, k), (j + 8, k),
 //       (j, k + 2), (j + 8, k + 2)
+// int4 with zeros: the same, 16 zeros as one more bf16 row behind the scales, every nibble + its zero
 // The integer types pad K to a multiple of 4.
 // Layout::kDots: rows of 64 bytes, 4 bytes of consecutive K per column, behind a header that holds the scales as bf16
-// rows (in the order of kPairs' bf16 rows) and ends on 64 bytes
+// rows (in the order of kPairs' bf16 rows), each followed by its zeros, and ends on 64 bytes
 // bf16: [K / 2][16][2], K padded to a multiple of 32
 // int8, in groups or not: [K / 4][16][4], every byte + 128, K padded to a multiple of 64 or to whole groups
 // int4: [K / 8][16][4] bytes, every nibble + 8, the low ones K to K + 3, the high ones K + 4 to K + 7; K padded to whole

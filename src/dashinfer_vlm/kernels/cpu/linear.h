@@ -199,7 +199,7 @@ static void finish_block(const LinearArgs& args, const Activations& a, int row0,
                         rows, panel0, panels);
   F16 scales[kBlockPanels];
   for (int p = 0; p < panels; ++p)
-    scales[p] = column_scales(static_cast<const char*>(args.panels) + (panel0 + p) * args.panel_bytes, 0);
+    scales[p] = of_columns(static_cast<const char*>(args.panels) + (panel0 + p) * args.panel_bytes);
   const auto scaled = [&](int r, int p) __attribute__((always_inline)) {
     const I16 exact = load_row<I16>(at(r, p)) - 128 * a.sums[row0 + r];
     return __builtin_convertvector(exact, F16) * (scales[p] * a.scales[row0 + r]);
@@ -220,7 +220,8 @@ static void block_sums(const LinearArgs& args, const Activations& a, int row0, i
     case WeightType::kBf16: return block_sums<bf16>(args, row0, rows, panel0, panels, c);
     case WeightType::kInt8:
     case WeightType::kInt8Groups:
-    case WeightType::kInt4: return int_block_sums(args, a, row0, rows, panel0, panels, c);
+    case WeightType::kInt4:
+    case WeightType::kInt4Zeros: return int_block_sums(args, a, row0, rows, panel0, panels, c);
   }
 }
 

@@ -111,12 +111,12 @@ DI_INLINE void store_pairs(char* out, F16 first, F16 second) {
   store_row(out, (low >> 16) | (high & 0xFFFF0000u));
 }
 
-// 8 of K: 4 rows of bf16 weights.
-DI_INLINE void expand_nibbles(const char* w, F16 scale, char* out) {
-  const F16 values = {-8, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7};
+// 8 of K: 4 rows of bf16 weights; `offset` is what stands for zeros, scaled.
+DI_INLINE void expand_nibbles(const char* w, F16 scale, F16 offset, char* out) {
+  const F16 values = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
   const U16 words = load_row<U16>(w);
   const auto nibble = [&](int shift) __attribute__((always_inline)) {  // only the lowest four bits of an index count
-    return (F16)_mm512_maskz_permutexvar_ps(0xFFFF, (__m512i)(words >> shift), (__m512)values) * scale;
+    return (F16)_mm512_maskz_permutexvar_ps(0xFFFF, (__m512i)(words >> shift), (__m512)values) * scale - offset;
   };
   store_pairs(out, nibble(0), nibble(8));
   store_pairs(out + 64, nibble(16), nibble(24));
@@ -136,13 +136,15 @@ DI_INLINE void expand_bytes(const char* w, F16 scale, char* out) {
 
 // `steps` tiles of bf16 weights from a panel of a type in groups, from K = 32 * step on.
 static void expand(const LinearArgs& args, const char* panel, int step, int steps, char* out) {
-  const bool nibbles = args.type == WeightType::kInt4;
+  const bool nibbles = has_nibbles(args.type);
   const char* w = panel + args.header_bytes + (int64_t)step * (nibbles ? 256 : 512);
   for (const int end = step + steps; step < end; ++step) {
-    const F16 scale = column_scales(panel, step * 32 / args.group);
-    if (nibbles)
-      for (int i = 0; i < 4; ++i, w += 64, out += 256) expand_nibbles(w, scale, out);
-    else
+    const char* header = header_of_group(args.type, panel, step * 32 / args.group);
+    const F16 scale = of_columns(header);
+    if (nibbles) {
+      const F16 offset = column_zeros(args.type, header) * scale;
+      for (int i = 0; i < 4; ++i, w += 64, out += 256) expand_nibbles(w, scale, offset, out);
+    } else
       for (int i = 0; i < 8; ++i, w += 64, out += 128) expand_bytes(w, scale, out);
   }
 }
@@ -196,7 +198,7 @@ static void tile_panels(const TileBlock& block, int panels, bool stream) {
 static void tile_groups(const TileBlock& block, int panels) {
   alignas(64) char expanded[2][kChunkTiles * kTileBytes];
   const LinearArgs& args = block.args;
-  const int steps = (int)(block.a.row_bytes / 64), step_bytes = args.type == WeightType::kInt4 ? 256 : 512;
+  const int steps = (int)(block.a.row_bytes / 64), step_bytes = has_nibbles(args.type) ? 256 : 512;
   for (int s = 0; s < steps; s += kChunkTiles)
     for (int p = 0; p < panels; p += 2) {
       const int count = panels - p < 2 ? 1 : 2, here = steps - s < kChunkTiles ? steps - s : kChunkTiles;

@@ -101,7 +101,7 @@ static void group_rows(const DotPiece& piece, int row, float* c, Later later) {
     add_rows<Kind, R, P>(a, piece.a.row_bytes, piece.weights() + (int64_t)i * 64, piece.args.panel_bytes, rows_per_group,
                          later.after(i), sums);
     DI_UNROLL for (int p = 0; p < P; ++p) {
-      const F16 scale = column_scales(piece.panel + p * piece.args.panel_bytes, g);
+      const F16 scale = of_columns(header_of_group(Kind::kType, piece.panel + p * piece.args.panel_bytes, g));
       DI_UNROLL for (int r = 0; r < R; ++r) {
         const I16 exact = (sums[p][r].high << 8) + sums[p][r].low;
         all.sums[p][r] +=
@@ -123,9 +123,10 @@ static void block_rows(const DotPiece& piece, int row, float* c, Later later) {
   for (int i = 0; i < piece.count; i += rows_per_group) {
     const int g = (piece.first + i) / rows_per_group;
     F16 totals[P][R];
-    DI_UNROLL for (int r = 0; r < R; ++r) {
-      const float offset = a.offsets[((int64_t)row + r) * a.groups + g];
-      DI_UNROLL for (int p = 0; p < P; ++p) totals[p][r] = offset - F16{};
+    DI_UNROLL for (int p = 0; p < P; ++p) {
+      const char* header = header_of_group(Kind::kType, piece.panel + p * piece.args.panel_bytes, g);
+      const F16 zeros = column_zeros(Kind::kType, header);
+      DI_UNROLL for (int r = 0; r < R; ++r) totals[p][r] = zeros * a.offsets[((int64_t)row + r) * a.groups + g];
     }
     for (int j = i; j < i + rows_per_group; j += kRowsPerBlock, ++scales) {
       typename Kind::Sum sums[P][R];
@@ -136,7 +137,7 @@ static void block_rows(const DotPiece& piece, int row, float* c, Later later) {
         totals[p][r] += __builtin_convertvector(sums[p][r], F16) * scales[(int64_t)r * a.blocks];
     }
     DI_UNROLL for (int p = 0; p < P; ++p) {
-      const F16 scale = column_scales(piece.panel + p * piece.args.panel_bytes, g);
+      const F16 scale = of_columns(header_of_group(Kind::kType, piece.panel + p * piece.args.panel_bytes, g));
       DI_UNROLL for (int r = 0; r < R; ++r) all.sums[p][r] += totals[p][r] * scale;
     }
   }
@@ -233,7 +234,9 @@ static void dot_block_sums(const LinearArgs& args, const DotActivations& a, int 
     return dot_block<BfloatWeights>(args, a, row0, rows, panel0, panels, (args.depth + 1) / 2, c);
   const int depth = a.groups * args.group;
   if (args.type == WeightType::kInt4)
-    return dot_block<NibbleWeights>(args, a, row0, rows, panel0, panels, depth / NibbleWeights::kDepth, c);
+    return dot_block<NibbleWeights<WeightType::kInt4>>(args, a, row0, rows, panel0, panels, depth / 8, c);
+  if (args.type == WeightType::kInt4Zeros)
+    return dot_block<NibbleWeights<WeightType::kInt4Zeros>>(args, a, row0, rows, panel0, panels, depth / 8, c);
   if (args.type == WeightType::kInt8Groups)
     return dot_block<WideByteWeights>(args, a, row0, rows, panel0, panels, depth / WideByteWeights::kDepth, c);
   dot_block<ByteWeights>(args, a, row0, rows, panel0, panels, (args.depth + 3) / 4, c);

@@ -175,20 +175,27 @@ static void int8_rows(const IntActivations& a, int row, const uint8_t* panel, in
 }
 
 // The same for weights in groups: every group's exact sum is scaled and added to c.
-template <int R, int kBits>
+template <int R, WeightType kType>
 static void group_rows(const IntActivations& a, int row, const uint8_t* panel, int k, int depth, int group,
                       int64_t ahead, float* c) {
-  const int64_t group_bytes = 32 + (int64_t)group * kPanel * kBits / 8;
+  constexpr int kBits = has_nibbles(kType) ? 4 : 8, kHeader = group_header(kType);
+  const int64_t group_bytes = kHeader + (int64_t)group * kPanel * kBits / 8;
   for (int end = k + depth; k < end; k += group) {
     const int g = k / group, n = end - k < group ? end - k : group;
     const uint8_t* w = panel + g * group_bytes;
+    I8 zeros[2] = {splat_int(1 << (kBits - 1)), splat_int(1 << (kBits - 1))};
+    if constexpr (kType == WeightType::kInt4Zeros) {
+      F8 wide[2];
+      load_pair(reinterpret_cast<const bf16*>(w + 32), wide[0], wide[1]);
+      DI_UNROLL for (int j = 0; j < 2; ++j) zeros[j] = __builtin_convertvector(wide[j], I8);
+    }
     I8 acc[R][2];
     DI_UNROLL for (int r = 0; r < R; ++r) DI_UNROLL for (int j = 0; j < 2; ++j)
-      acc[r][j] = splat_int(-(1 << (kBits - 1)) * a.sums[(row + r) * a.groups + g]);
+      acc[r][j] = zeros[j] * splat_int(-a.sums[(row + r) * a.groups + g]);
     if constexpr (kBits == 8)
-      add_products8<R>(a.q + row * a.words + k, a.words, w + 32, n, ahead, acc);
+      add_products8<R>(a.q + row * a.words + k, a.words, w + kHeader, n, ahead, acc);
     else
-      add_products4<R>(a.q + row * a.words + k, a.words, w + 32, n, ahead, acc);
+      add_products4<R>(a.q + row * a.words + k, a.words, w + kHeader, n, ahead, acc);
     F8 scale[2];
     load_pair(reinterpret_cast<const bf16*>(w), scale[0], scale[1]);
     DI_UNROLL for (int r = 0; r < R; ++r) {
@@ -215,9 +222,11 @@ struct IntPiece {
     if (args.type == WeightType::kInt8)
       int8_rows<R>(a, row, panel, k, depth, ahead, c);
     else if (args.type == WeightType::kInt8Groups)
-      group_rows<R, 8>(a, row, panel, k, depth, args.group, ahead, c);
+      group_rows<R, WeightType::kInt8Groups>(a, row, panel, k, depth, args.group, ahead, c);
+    else if (args.type == WeightType::kInt4)
+      group_rows<R, WeightType::kInt4>(a, row, panel, k, depth, args.group, ahead, c);
     else
-      group_rows<R, 4>(a, row, panel, k, depth, args.group, ahead, c);
+      group_rows<R, WeightType::kInt4Zeros>(a, row, panel, k, depth, args.group, ahead, c);
   }
 
   void tile(int height, int row, int64_t ahead, float* c) const {

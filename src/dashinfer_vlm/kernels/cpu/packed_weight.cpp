@@ -123,7 +123,7 @@ void round_all(const float* x, std::int64_t n, float scale, int offset, int leas
 // Rounds n columns of a row; returns the scale's bits.
 std::uint16_t round_group(const PackedWeight& w, const float* x, std::int64_t n, std::uint8_t* q) {
   const float top = x[largest(x, n)];
-  const bool is_int4 = w.type == WeightType::kInt4;
+  const bool is_int4 = has_nibbles(w.type);
   std::uint16_t scale = to_bf16(is_int4 ? top / -8.f : std::fabs(top) / 127.f);
   if (std::fabs(to_float(scale)) < FLT_MIN) scale = 0;  // its inverse may not be finite; such weights are nothing
   round_all(x, n, to_float(scale), is_int4 ? 8 : 128, is_int4 ? 0 : 1, q);
@@ -166,9 +166,19 @@ struct GroupPlaces {
 };
 
 GroupPlaces places_of(const PackedWeight& w, std::int64_t g) {
-  const std::int64_t bytes = w.group * kPanel / (w.type == WeightType::kInt4 ? 2 : 1);
-  if (w.layout == Layout::kDots) return {g * 32, w.header_bytes() + g * bytes};
-  return {g * (32 + bytes), g * (32 + bytes) + 32};
+  const std::int64_t bytes = w.group * kPanel / (has_nibbles(w.type) ? 2 : 1), header = group_header(w.type);
+  if (w.layout == Layout::kDots) return {g * header, w.header_bytes() + g * bytes};
+  return {g * (header + bytes), g * (header + bytes) + header};
+}
+
+// All groups of numbers q[16][padded_depth].
+void interleave_groups(const PackedWeight& w, const std::uint8_t* q, std::uint8_t* panel) {
+  const std::int64_t stride = padded_depth(w), group = w.group ? w.group : stride;
+  const bool is_int4 = has_nibbles(w.type);
+  const auto interleave = w.layout == Layout::kDots ? (is_int4 ? interleave4_dots : interleave8_dots)
+                                                    : (is_int4 ? interleave4 : interleave8);
+  for (std::int64_t k = 0, g = 0; k < stride; k += group, ++g)
+    interleave(q + k, stride, std::min(group, stride - k), panel + places_of(w, g).numbers);
 }
 
 template <class T>
@@ -178,9 +188,6 @@ void pack_integers(const PackedWeight& w, const Rows<T>& rows, std::uint8_t* pan
   auto* q = static_cast<std::uint8_t*>(thread_scratch(thread, numbers + w.depth * sizeof(float) + 64));
   auto* wide = reinterpret_cast<float*>(q + (numbers + 63) / 64 * 64);
   std::memset(q, 0, numbers);
-  const bool is_int4 = w.type == WeightType::kInt4;
-  const auto interleave = w.layout == Layout::kDots ? (is_int4 ? interleave4_dots : interleave8_dots)
-                                                    : (is_int4 ? interleave4 : interleave8);
   for (int j = 0; j < kPanel; ++j) {
     if (!rows.start[j]) continue;
     widen(rows.start[j], rows.stride, w.depth, wide);
@@ -190,8 +197,7 @@ void pack_integers(const PackedWeight& w, const Rows<T>& rows, std::uint8_t* pan
       std::memcpy(panel + places_of(w, g).scales + paired(j) * 2, &scale, sizeof scale);
     }
   }
-  for (std::int64_t k = 0, g = 0; k < stride; k += group, ++g)
-    interleave(q + k, stride, std::min(group, stride - k), panel + places_of(w, g).numbers);
+  interleave_groups(w, q, panel);
 }
 
 template <class T>
@@ -201,6 +207,34 @@ void pack_panel(const PackedWeight& w, const TensorView& weight, int panel, int 
   if (is_integer(w.type)) return pack_integers(w, rows, dst, thread);
   (w.layout == Layout::kDots ? pack_rows<Layout::kDots, T> : pack_rows<Layout::kPairs, T>)(w, rows,
                                                                                          reinterpret_cast<T*>(dst));
+}
+
+// 4-bit numbers as they are, with their scales and zeros.
+struct StoredNibbles {
+  const TensorView& numbers;  // u8 [N, K]
+  const TensorView& scales;   // f32 [N, groups]
+  const TensorView* zeros;    // u8 [N, groups], or null: 8
+};
+
+void pack_stored(const PackedWeight& w, const StoredNibbles& from, int panel, int thread) {
+  auto* dst = static_cast<std::uint8_t*>(w.panels.data) + panel * w.panel_bytes();
+  const std::int64_t stride = padded_depth(w);
+  auto* q = static_cast<std::uint8_t*>(thread_scratch(thread, static_cast<std::size_t>(kPanel * stride)));
+  std::memset(q, 0, static_cast<std::size_t>(kPanel * stride));
+  for (int j = 0; j < kPanel; ++j) {
+    const std::int64_t row = source_row(w, panel, j);
+    if (row < 0) continue;
+    std::memcpy(q + j * stride, from.numbers.as<const std::uint8_t>() + row * from.numbers.strides[0], w.depth);
+    for (std::int64_t g = 0; g * w.group < w.depth; ++g) {
+      std::uint8_t* header = dst + places_of(w, g).scales + paired(j) * 2;
+      const std::uint16_t scale = to_bf16(from.scales.as<const float>()[row * from.scales.strides[0] + g]);
+      std::memcpy(header, &scale, sizeof scale);
+      if (!from.zeros) continue;
+      const std::uint16_t zero = to_bf16(from.zeros->as<const std::uint8_t>()[row * from.zeros->strides[0] + g]);
+      std::memcpy(header + 32, &zero, sizeof zero);
+    }
+  }
+  interleave_groups(w, q, dst);
 }
 
 PackedWeight pack(const TensorView& weight, bool gate_up, WeightType type, int group) {
@@ -222,19 +256,19 @@ PackedWeight pack(const TensorView& weight, bool gate_up, WeightType type, int g
 
 }  // namespace
 
-const char* packing() { return kernels().layout == Layout::kDots ? "dots of 64 bytes, 1" : "panels of 16, 1"; }
+const char* packing() { return kernels().layout == Layout::kDots ? "dots of 64 bytes, 2" : "panels of 16, 2"; }
 
 std::int64_t PackedWeight::header_bytes() const {
   if (type == WeightType::kInt8) return 64;
-  return group > 0 ? padded((depth + group - 1) / group * 32, 64) : 0;
+  return group > 0 ? padded((depth + group - 1) / group * group_header(type), 64) : 0;
 }
 
 std::int64_t PackedWeight::panel_bytes() const {
   const std::int64_t numbers = padded_depth(*this) * kPanel;
   if (type == WeightType::kF32) return numbers * 4;
   if (type == WeightType::kBf16) return numbers * 2;
-  const std::int64_t scales = group > 0 ? (depth + group - 1) / group * 32 : 32;
-  return (layout == Layout::kDots ? header_bytes() : scales) + (type == WeightType::kInt4 ? numbers / 2 : numbers);
+  const std::int64_t scales = group > 0 ? (depth + group - 1) / group * group_header(type) : 32;
+  return (layout == Layout::kDots ? header_bytes() : scales) + (has_nibbles(type) ? numbers / 2 : numbers);
 }
 
 PackedWeight empty_weight(const PackedShape& shape, const std::string& what) {
@@ -249,8 +283,8 @@ PackedWeight empty_weight(const PackedShape& shape, const std::string& what) {
   if (w.gate_up && w.rows % 2 != 0) fail("[2 * I, K] with an even number of rows");
   // 2**16 keeps the exact sums of 8-bit products within 32 bits.
   if (w.rows > std::numeric_limits<int>::max() / 2 || w.depth > (1 << 16)) fail("N below 2**30, K up to 2**16");
-  const bool in_groups = w.type == WeightType::kInt8Groups || w.type == WeightType::kInt4;
-  if (in_groups ? w.group != 128 && (w.group != 32 || w.type != WeightType::kInt4) : w.group != 0)
+  const bool in_groups = w.type == WeightType::kInt8Groups || has_nibbles(w.type);
+  if (in_groups ? w.group != 128 && (w.group != 32 || !has_nibbles(w.type)) : w.group != 0)
     throw nb::value_error(("group_size: must be 32 or 128 for 4 bits, 128 or 0 for 8 bits, got " +
                            std::to_string(w.group)).c_str());
   const std::int64_t columns = w.gate_up ? w.rows / 2 : w.rows, per_panel = w.gate_up ? 8 : kPanel;
@@ -272,6 +306,28 @@ PackedWeight pack_linear_int8(const TensorView& weight, int group_size, bool gat
 PackedWeight pack_linear_int4(const TensorView& weight, int group_size, bool gate_up) {
   weight.require({DType::kBf16, DType::kF32}, 2);
   return pack(weight, gate_up, WeightType::kInt4, group_size);
+}
+
+PackedWeight pack_stored_int4(const TensorView& numbers, const TensorView& scales, const TensorView* zeros,
+                              int group_size, bool gate_up) {
+  numbers.require(DType::kU8, 2).require_dense_from(1);
+  const WeightType type = zeros ? WeightType::kInt4Zeros : WeightType::kInt4;
+  PackedWeight w = empty_weight({type, numbers.shape[0], numbers.shape[1], group_size, gate_up}, numbers.name);
+  const std::int64_t groups = (w.depth + w.group - 1) / w.group;
+  scales.require(DType::kF32, 2).require_shape({w.rows, groups}).require_dense_from(1);
+  if (zeros) zeros->require(DType::kU8, 2).require_shape({w.rows, groups}).require_dense_from(1);
+  struct Context {
+    const PackedWeight& w;
+    StoredNibbles from;
+  } context{w, {numbers, scales, zeros}};
+  run_tasks(
+      w.num_panels,
+      [](void* c, int panel, int thread) {
+        const auto& [packed, from] = *static_cast<Context*>(c);
+        pack_stored(packed, from, panel, thread);
+      },
+      &context);
+  return w;
 }
 
 }  // namespace di

@@ -48,4 +48,9 @@ PackedWeight pack_linear_int8(const TensorView& weight, int group_size, bool gat
 // -8 times the scale.
 PackedWeight pack_linear_int4(const TensorView& weight, int group_size, bool gate_up);
 
+// Takes numbers (u8 [N, K], below 16), scales (f32 [N, K / group_size], rounded to bf16) and zeros (u8, likewise, or null
+// for 8) as they are: a weight is (number - zero) * scale.
+PackedWeight pack_stored_int4(const TensorView& numbers, const TensorView& scales, const TensorView* zeros,
+                              int group_size, bool gate_up);
+
 }  // namespace di
