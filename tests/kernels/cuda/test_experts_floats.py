@@ -172,7 +172,9 @@ def test_experts_are_those_of_the_checkpoint_where_it_has_all_of_them_in_8_bit_f
     def matrix(weight: Tensor, i: int) -> Matrix:
         floats = in_blocks(weight.float()) if stored != "by rows" else Floats(*fp8.quantise(weight), False)
         has_own = stored in ("in blocks", "by rows") or (stored == "in part" and i != 2)
-        return Matrix(str(i), len(weight), weight.shape[1], lambda: weight, read_floats=(lambda: floats) if has_own else None)
+        return Matrix(
+            str(i), len(weight), weight.shape[1], lambda: weight, read_floats=(lambda: floats) if has_own else None
+        )
 
     gate_ups, downs = ([matrix(weight, i) for i, weight in enumerate(stack)] for stack in (gate_up, down))
     layer = in_floats(DEVICE, dtype).experts(torch.randn(3, 128), gate_ups, downs, Routing(2, True))
