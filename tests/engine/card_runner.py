@@ -4,8 +4,6 @@ has put there is poison.
 
 from __future__ import annotations
 
-from itertools import chain
-
 import torch
 
 from dashinfer_vlm.config import EngineConfig
@@ -30,8 +28,8 @@ class PoisonedCardRunner(CardRunner):
         for keys, values in zip(calls.all_kv.keys, calls.all_kv.values, strict=True):
             poison_floats(keys[-1])
             poison_floats(values[-1])
-        for state in chain.from_iterable(calls.all_kv.states):
-            poison_floats(state[-1])
+        for state in calls.all_kv.states:
+            poison_floats(state[:, -1])
         calls.staging.static.fill_(0xFF)
         calls.staging._turns[calls.staging._turn ^ 1].fill_(0xFF)
         flight = super().start(plan)
@@ -66,8 +64,8 @@ def make_card_runner(
 def with_spare_block(kv: KVCache) -> KVCache:
     """And a spare seat, so that what is left for sequences is what was given."""
 
-    def longer(cache: torch.Tensor) -> torch.Tensor:
-        return torch.cat([cache, torch.zeros_like(cache[:1])])
+    def longer(cache: torch.Tensor, dim: int = 0) -> torch.Tensor:
+        return torch.cat([cache, torch.zeros_like(cache.narrow(dim, 0, 1))], dim)
 
-    states = [(longer(inputs), longer(memory)) for inputs, memory in kv.states]
+    states = tuple(longer(state, 1) for state in kv.states)
     return KVCache([longer(keys) for keys in kv.keys], [longer(values) for values in kv.values], states)

@@ -28,18 +28,21 @@ class StatefulModel(ScriptedModel):
     def kv(self, num_blocks: int = 64, block_size: int = 4) -> KVCache:
         """States are NaN where none is."""
         kv = super().kv(num_blocks, block_size)
-        sums = torch.full((self.num_seats,), torch.nan, dtype=torch.float64)
-        return KVCache(kv.keys, kv.values, [(sums.clone(), sums)])
+        sums = torch.full((1, self.num_seats), torch.nan, dtype=torch.float64)
+        return KVCache(kv.keys, kv.values, (sums.clone(), sums))
 
     def forward(self, batch: StepBatch, kv: KVCache) -> torch.Tensor:
         logits = super().forward(batch, kv)
-        ((counts, sums),) = kv.states
+        counts, sums = (state[0] for state in kv.states)
         assert batch.seats is not None
         seats, written = batch.seats.tolist(), kv.keys[0].view(-1)[batch.slots]
-        assert len(set(seats)) == len(seats), "two sequences in one seat"
+        seated = [seat for seat, context in zip(seats, batch.context_lens.tolist(), strict=True) if context]
+        assert len(set(seated)) == len(seated), "two sequences in one seat"
         chosen = dict(zip(batch.logits_rows.tolist(), logits.argmax(dim=1).tolist(), strict=True))
         contexts = batch.context_lens.tolist()
         for seat, context, (start, stop) in zip(seats, contexts, pairwise(batch.query_starts.tolist()), strict=True):
+            if not context:
+                continue  # padding
             if context == stop - start:
                 counts[seat] = sums[seat] = 0
             totals = sums[seat] + written[start:stop].cumsum(0)

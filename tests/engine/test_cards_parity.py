@@ -20,7 +20,7 @@ from dashinfer_vlm.layers.ops import REFERENCE
 from dashinfer_vlm.models import loading
 from tests.conftest import CheckpointMaker
 from tests.engine.card_runner import make_card_runner
-from tests.engine.test_parity import Family, mixed_prompts, run
+from tests.engine.test_parity import Family, Prompt, mixed_prompts, picture, run
 
 
 def answers(
@@ -97,3 +97,21 @@ def test_states_of_who_is_preempted_begin_again(
         got = run(engine, *(family.request(name, prompts[name], max_tokens=60) for name in names))
         assert got == want
         assert (engine.stats().num_preemptions_total > 0) == preempts
+
+
+def test_the_next_turn_goes_on_from_a_saved_state(checkpoint: CheckpointMaker, monkeypatch: pytest.MonkeyPatch) -> None:
+    def turns(family: Family, runner: object, **options: Any) -> tuple[list[int], list[int], int]:
+        """Both answers, and how many tokens were found."""
+        first = family.prompt(4, picture(320, 256), 30)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(engine_module, "make_runner", runner)
+            engine = family.engine(**options)
+        answer = run(engine, family.request("a", first, max_tokens=70))["a"]
+        second = Prompt(first.ids + answer + family.prompt(9).ids, first.pictures)
+        return answer, run(engine, family.request("b", second))["b"], engine.stats().num_cached_tokens_total
+
+    *want, _ = turns(make_family(checkpoint, "qwen3_5"), make_runner, prefix_cache=False)
+    monkeypatch.setattr(loading, "choose_backend", plain_torch)
+    *got, num_found = turns(make_family(checkpoint, "qwen3_5"), make_card_runner)
+    assert got == want
+    assert num_found > 160, "behind the picture, and behind most of the answer"

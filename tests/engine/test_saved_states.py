@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from dashinfer_vlm.engine.sequence import Sequence
 from dashinfer_vlm.request import Request
 from tests.engine.scripted_model import expected
 from tests.engine.stateful_model import StatefulModel
+from tests.engine.test_cards import assert_same_up_to_errors, card_life, out_of_memory
 from tests.engine.test_engine import greedy, image, reason, tokens
 from tests.engine.test_late_steps import Life, life, lived, lives
 from tests.searching import searched
@@ -30,8 +32,11 @@ def short_prompts() -> Iterator[None]:
         yield
 
 
-def hybrid(depth: int = 0, *, seats: int = 8, num_blocks: int = 64, **options: Any) -> Life:
-    return life(depth, num_blocks, StatefulModel(seats), **options)
+LIVES: dict[str, Callable[..., Life]] = {"at once": partial(life, 0), "one late": partial(life, 1), "cards": card_life}
+
+
+def hybrid(runner: str = "at once", *, seats: int = 8, num_blocks: int = 64, **options: Any) -> Life:
+    return LIVES[runner](num_blocks, StatefulModel(seats), **options)
 
 
 def say(one: Life, name: str, prompt: list[int], num_tokens: int = 4) -> list[int]:
@@ -51,13 +56,13 @@ def num_rows(one: Life) -> int:
     return one.engine.stats().num_computed_tokens_total
 
 
-DEPTHS = pytest.mark.parametrize("depth", [0, 1])
+RUNNERS = pytest.mark.parametrize("runner", LIVES)
 PROMPT = list(range(1, 31))
 
 
-@DEPTHS
-def test_the_next_turn_goes_on_behind_the_last_block_of_the_prompt(depth: int) -> None:
-    chat = hybrid(depth)
+@RUNNERS
+def test_the_next_turn_goes_on_behind_the_last_block_of_the_prompt(runner: str) -> None:
+    chat = hybrid(runner)
     say(chat, "a", PROMPT)
     before = num_rows(chat)
     say(chat, "b", [*PROMPT[:-2], 70, 71, 72, 73])
@@ -65,9 +70,9 @@ def test_the_next_turn_goes_on_behind_the_last_block_of_the_prompt(depth: int) -
     assert num_rows(chat) - before == 32 - 28 + 3
 
 
-@DEPTHS
-def test_the_next_turn_goes_on_behind_the_last_block_of_the_answer(depth: int) -> None:
-    chat = hybrid(depth)
+@RUNNERS
+def test_the_next_turn_goes_on_behind_the_last_block_of_the_answer(runner: str) -> None:
+    chat = hybrid(runner)
     answer = say(chat, "a", PROMPT, 21)  # 51 tokens, of which 50 are computed
     assert len(chat.engine.scheduler.states._saved) == 2, "of the prompt, and the newest of the answer"
     say(chat, "b", [*PROMPT, *answer, 70])
@@ -82,9 +87,9 @@ def test_a_prompt_too_short_to_be_cut_costs_no_step() -> None:
     assert chat.engine.stats().num_steps_total == 3, "one was for the state behind 12 tokens"
 
 
-@DEPTHS
-def test_where_two_prompts_part_a_third_one_begins(depth: int) -> None:
-    one = hybrid(depth)
+@RUNNERS
+def test_where_two_prompts_part_a_third_one_begins(runner: str) -> None:
+    one = hybrid(runner)
     system = PROMPT[:20]
     found = {}
     for name, words in {"first": [41] * 20, "second": [42] * 20, "third": [43] * 20}.items():
@@ -93,9 +98,9 @@ def test_where_two_prompts_part_a_third_one_begins(depth: int) -> None:
     assert found == {"first": 0, "second": 0, "third": 20}
 
 
-@DEPTHS
-def test_equal_prompts_that_come_together_are_computed_once(depth: int) -> None:
-    one = hybrid(depth)
+@RUNNERS
+def test_equal_prompts_that_come_together_are_computed_once(runner: str) -> None:
+    one = hybrid(runner)
     for index in range(4):
         one.add(Request(id=f"r{index}", prompt_ids=PROMPT, params=greedy(3)))
     one.finish()
@@ -173,25 +178,25 @@ def test_a_state_whose_block_is_gone_goes_before_an_older_one() -> None:
     assert [seats.reach(sequence, 2) for sequence in (older, newer, third)] == [2, 0, 2]
 
 
-@DEPTHS
-def test_who_is_preempted_goes_on_from_the_state_that_is_saved(depth: int) -> None:
-    one = hybrid(depth, num_blocks=26, max_model_len=100)
+@RUNNERS
+def test_who_is_preempted_goes_on_from_the_state_that_is_saved(runner: str) -> None:
+    one = hybrid(runner, num_blocks=26, max_model_len=100)
     prompts = {name: [index + n for n in PROMPT] for index, name in enumerate("abc")}
     for name, prompt in prompts.items():
         one.add(Request(id=name, prompt_ids=prompt, params=greedy(24)))
     one.finish()
     assert one.engine.stats().num_preemptions_total > 0
     assert all(tokens(one.outputs[name]) == expected(prompt, 24) for name, prompt in prompts.items())
-    off = hybrid(depth, num_blocks=26, max_model_len=100, prefix_cache=False)
+    off = hybrid(runner, num_blocks=26, max_model_len=100, prefix_cache=False)
     for name, prompt in prompts.items():
         off.add(Request(id=name, prompt_ids=prompt, params=greedy(24)))
     off.finish()
     assert num_rows(one) < num_rows(off)
 
 
-@DEPTHS
-def test_who_leaves_in_the_middle_leaves_what_was_saved(depth: int) -> None:
-    one = hybrid(depth, max_num_batched_tokens=16)
+@RUNNERS
+def test_who_leaves_in_the_middle_leaves_what_was_saved(runner: str) -> None:
+    one = hybrid(runner, max_num_batched_tokens=16)
     one.add(Request(id="leaves", prompt_ids=PROMPT, params=greedy(40)))
     for _ in range(5):
         one.step()
@@ -259,17 +264,17 @@ def test_who_wants_to_know_of_its_prompt_finds_nothing_and_leaves_its_state() ->
     told=lives(longest_prefix=30),
     num_blocks=st.integers(20, 40),
     seats=st.integers(1, 8),
-    depth=st.integers(0, 1),
+    runner=st.sampled_from(sorted(LIVES)),
     max_num_batched_tokens=st.sampled_from([5, 16, 64]),
 )
 def test_random_lives_with_saved_states_say_what_those_without_say(
-    told: list[Request | int | str], num_blocks: int, seats: int, depth: int, max_num_batched_tokens: int
+    told: list[Request | int | str], num_blocks: int, seats: int, runner: str, max_num_batched_tokens: int
 ) -> None:
     options: dict[str, Any] = {"max_model_len": 80, "max_num_batched_tokens": max_num_batched_tokens}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(states, "MIN_SPARED", 4)
         patch.setattr(states, "PROMPT_TAIL", 1)
-        saving = lived(hybrid(depth, seats=seats, num_blocks=num_blocks, **options), told)
+        saving = lived(hybrid(runner, seats=seats, num_blocks=num_blocks, **options), told)
     off = lived(hybrid(seats=seats, num_blocks=num_blocks, prefix_cache=False, **options), told)
     for name, news in saving.outputs.items():
         other = off.outputs[name]
@@ -280,3 +285,20 @@ def test_random_lives_with_saved_states_say_what_those_without_say(
         assert tokens(news)[:shorter] == tokens(other)[:shorter]
     event(f"found: {saving.engine.stats().num_cached_tokens_total > 0}")
     event(f"preempted: {saving.engine.stats().num_preemptions_total > 0}")
+
+
+@searched(60)
+@given(
+    told=lives(longest_prefix=30),
+    num_blocks=st.integers(20, 40),
+    seats=st.integers(1, 8),
+    chance=st.sampled_from([0.02, 0.2]),
+)
+def test_random_lives_on_a_card_without_memory_change_no_state_twice(
+    told: list[Request | int | str], num_blocks: int, seats: int, chance: float
+) -> None:
+    told = [each for each in told if not isinstance(each, str)]
+    undisturbed = lived(hybrid(seats=seats, num_blocks=num_blocks, max_model_len=80), told)
+    with out_of_memory(chance, num_blocks):
+        one = lived(hybrid("cards", seats=seats, num_blocks=num_blocks, max_model_len=80), told)
+    assert_same_up_to_errors(undisturbed, one)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import accumulate, chain
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -177,7 +177,7 @@ class Driver:
         self.model = model
         self.block_size = block_size
         self.kv: KVCache = allocate_kv(model, num_blocks, block_size, kv_dtype, num_seats=NUM_SEATS)
-        for cache in (*self.kv.keys, *self.kv.values, *chain.from_iterable(self.kv.states)):
+        for cache in (*self.kv.keys, *self.kv.values, *self.kv.states):
             # whoever reads what was never written, shows: an int8 row of -1 has the bytes of NaN as its scale
             cache.fill_(-1 if cache.dtype == torch.int8 else float("nan"))
         self.free = list(range(num_blocks))

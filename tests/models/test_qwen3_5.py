@@ -152,8 +152,8 @@ def test_keys_and_values_of_8_bits_stay_near(folder: Path) -> None:
 def test_caches_are_those_of_the_layers_that_have_them(folder: Path) -> None:
     text, kv = read_config(folder).text, allocate_kv(driving.load(folder), 3, 16, num_seats=5)
     assert text.delta_net is not None
-    assert (len(kv.keys), len(kv.states), kv.num_seats) == (1, 3, 5)
-    kept = [x.nbytes for pair in kv.states for x in pair]
+    assert (len(kv.keys), [len(state) for state in kv.states], kv.num_seats) == (1, [3, 3], 5)
+    kept = [state.nbytes for state in kv.states]
     assert sum(kept) == 5 * text.delta_net.state_bytes
     assert kv.num_bytes == sum(kept) + 3 * 16 * kv_token_bytes(text, torch.float32)
 

@@ -18,7 +18,6 @@ from dashinfer_vlm.models.base import KVCache, Model
 __all__ = [
     "captures_graphs",
     "first_cost",
-    "keeps_prefixes",
     "make_card_runner",
     "make_runner",
     "max_batched_tokens",
@@ -45,11 +44,6 @@ def make_runner(
         with_graphs=captures_graphs(model),
         depth=int(model.device.type == "cuda"),
     )
-
-
-def keeps_prefixes(runner: StepRunner, model: Model) -> bool:
-    """Whether the runner can bring back what a prompt begins with. Cards copy no states yet."""
-    return isinstance(runner, Runner) or not model.text.state_bytes
 
 
 def captures_graphs(model: Model) -> bool:

@@ -18,7 +18,7 @@ from dashinfer_vlm.encoders.shared.stage import with_shared_cache
 from dashinfer_vlm.engine.admission import Limits, check_request
 from dashinfer_vlm.engine.blocks import BlockPool
 from dashinfer_vlm.engine.cards.calls import Followers
-from dashinfer_vlm.engine.devices import first_cost, keeps_prefixes, make_runner, max_batched_tokens
+from dashinfer_vlm.engine.devices import first_cost, make_runner, max_batched_tokens
 from dashinfer_vlm.engine.drafts import Drafter
 from dashinfer_vlm.engine.grammars.compiler import Compiler
 from dashinfer_vlm.engine.memory import max_item_patches, max_pinned_tokens
@@ -60,7 +60,7 @@ class Engine:
         kv = self.runner.kv
         self.limits = Limits.of(model, kv, config, max_item_patches=max_item_patches(model, kv))
         self.scheduler = Scheduler(
-            pool=BlockPool(kv.num_blocks, prefix_cache=config.prefix_cache and keeps_prefixes(self.runner, model)),
+            pool=BlockPool(kv.num_blocks, prefix_cache=config.prefix_cache),
             block_size=kv.block_size,
             stage=self.stage,
             cost=first_cost(model, config),
@@ -194,7 +194,8 @@ class Engine:
 
     def _start(self, plan: Plan) -> None:
         """A step that finds no memory costs the request that asks for most of it, the newest of equal ones. Nothing has
-        happened to the others, which are planned again. Other ranks cannot be brought back from within a step."""
+        happened to the others, which are planned again, but to their states. Other ranks cannot be brought back from
+        within a step."""
         try:
             flight = self.runner.start(plan)
         except EngineDeadError:
@@ -208,6 +209,9 @@ class Engine:
             log.error("no memory for a step of %d rows: %s", plan.num_tokens, error)
             largest = max(reversed(plan.chunks), key=lambda chunk: chunk.num_rows)
             self._end(largest.sequence, _NO_MEMORY)
+            if self.model.text.state_bytes:
+                self._settle(leave=0)
+                self.scheduler.begin_again(plan)
         else:
             self._flights.append(flight)
             self.scheduler.started(plan)

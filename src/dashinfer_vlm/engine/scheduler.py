@@ -202,6 +202,13 @@ class Scheduler:
         sequence.blocks += self.pool.allocate(1)
         return True
 
+    def begin_again(self, plan: Plan) -> None:
+        """The plan's step has failed on its way: states may have seen rows of it, which they must not see twice. Its
+        sequences owe no tokens."""
+        for chunk in reversed(plan.chunks):
+            if chunk.sequence.finish is None:
+                self._preempt(chunk.sequence)
+
     def _preempt(self, sequence: Sequence) -> None:
         """Give its blocks to those before it; its tokens stay and are computed again when there is room."""
         assert not sequence.num_owed, "a token that nobody knows cannot be computed again"

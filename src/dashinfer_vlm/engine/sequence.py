@@ -89,9 +89,8 @@ class Sequence:
 
     @property
     def seat(self) -> int:
-        """Where its state lies: of a sequence that runs, and a model that has states."""
-        assert self.state is not None, self.id
-        return self.state.index
+        """Where its state lies while it runs; 0 where the model has none."""
+        return 0 if self.state is None else self.state.index
 
     @property
     def num_output(self) -> int:

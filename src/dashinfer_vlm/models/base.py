@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import chain
 from typing import Any, Protocol
 
 import torch
@@ -94,9 +93,9 @@ class KVCache:
 
     keys: list[torch.Tensor]
     values: list[torch.Tensor]
-    states: Sequence[tuple[torch.Tensor, torch.Tensor]] = ()
-    """Per layer without keys and values: float32 [num_seats, *shape] of each of `DeltaNetConfig.state_shapes`. A
-    sequence's first rows read nothing of it."""
+    states: tuple[torch.Tensor, ...] = ()
+    """Of the layers without keys and values: float32 [layers, num_seats, *shape] for each of
+    `DeltaNetConfig.state_shapes`. A sequence's first rows read nothing of it."""
 
     @property
     def block_size(self) -> int:
@@ -108,17 +107,17 @@ class KVCache:
 
     @property
     def num_bytes(self) -> int:
-        return sum(tensor.nbytes for tensor in (*self.keys, *self.values, *chain.from_iterable(self.states)))
+        return sum(tensor.nbytes for tensor in (*self.keys, *self.values, *self.states))
 
     @property
     def num_seats(self) -> int | None:
         """For states; None: there are none."""
-        return len(self.states[0][0]) if self.states else None
+        return self.states[0].shape[1] if self.states else None
 
     def copy_state(self, source: int, target: int) -> None:
         """From seat to seat."""
-        for tensor in chain.from_iterable(self.states):
-            tensor[target] = tensor[source]
+        for state in self.states:
+            state[:, target] = state[:, source]
 
 
 class EncoderState(Protocol):

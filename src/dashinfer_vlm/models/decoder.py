@@ -268,7 +268,7 @@ class Decoder:
             embedded[item.start : item.start + len(item.rows)] = item.rows[:, : self.config.hidden_size]
         x: Stream = embedded
         table = self.rotary(batch.positions)
-        pages, states = zip(kv.keys, kv.values, strict=True), iter(kv.states)
+        pages, states = zip(kv.keys, kv.values, strict=True), zip(*kv.states, strict=True)
         caches = [next(pages if isinstance(layer.attention, Attention) else states) for layer in self.layers]
         for i, (layer, cache) in enumerate(zip(self.layers[:-1], caches[:-1], strict=True)):
             x = layer.forward(x, table, batch, cache)

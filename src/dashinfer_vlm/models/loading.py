@@ -139,8 +139,8 @@ def allocate_kv(
     keys, values = ([zeros(shape, dtype) for _ in range(text.num_kv_layers)] for _ in range(2))
     if text.delta_net is None:
         return KVCache(keys, values)
-    inputs, memory = ((num_seats, *shape) for shape in text.delta_net.state_shapes)
-    states = [(zeros(inputs, torch.float32), zeros(memory, torch.float32)) for _ in text.delta_net.layers]
+    sizes = (len(text.delta_net.layers), num_seats)
+    states = tuple(zeros((*sizes, *shape), torch.float32) for shape in text.delta_net.state_shapes)
     return KVCache(keys, values, states)
 
 

@@ -72,12 +72,12 @@ class ModelCalls:
         self.kv = KVCache(
             [keys[:-1] for keys in kv.keys],
             [values[:-1] for values in kv.values],
-            [(inputs[:-1], memory[:-1]) for inputs, memory in kv.states],
+            tuple(state[:, :-1] for state in kv.states),
         )
         """Without the last block and the last seat."""
         self.all_kv = kv
         self.num_seats = min(config.max_num_seqs, self.kv.num_seats or config.max_num_seqs)
-        self.spare = Spare(self.kv.num_blocks * kv.block_size, kv.block_size, self.num_seats)
+        self.spare = Spare(self.kv.num_blocks * kv.block_size, kv.block_size, self.kv.num_seats or 0)
         max_len = resolve_max_model_len(model.text.max_position_embeddings, config)
         self.max_blocks = min(-(-max_len // kv.block_size) + 1, self.kv.num_blocks)
         self.newest = torch.zeros(self.num_seats + 1, dtype=torch.int64, device=model.device)

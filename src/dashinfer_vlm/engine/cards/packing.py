@@ -40,7 +40,7 @@ def pack_rows(chunks: tuple[Chunk, ...], seated: list[Seat], seats: Seats, spare
     _pad(arrays, starts[-1], len(chunks), spare)
     arrays["query_starts"][: len(starts)] = starts
     arrays["context_lens"][: len(chunks)] = [chunk.start + chunk.num_rows for chunk in chunks]
-    arrays["state_seats"][: len(chunks)] = [seat.index for seat in seated]
+    arrays["state_seats"][: len(chunks)] = [chunk.sequence.seat for chunk in chunks]
     decode = [i for i, chunk in enumerate(chunks) if chunk.num_rows == 1 and chunk.sequence.num_prompt <= chunk.start]
     if len(decode) == len(chunks):
         _pack_decode(chunks, slice(len(chunks)), seated, seats, spare.block_size, arrays)

@@ -102,6 +102,8 @@ class CardRunner:
     @torch.inference_mode()
     def start(self, plan: Plan) -> CardFlight:
         begin = mark(self.model.device)
+        for source, target in plan.copies:
+            self.kv.copy_state(source, target)
         block_size = self.kv.block_size
         seated = [self._take_seat(chunk, block_size) for chunk in plan.chunks]
         has_items = any(chunk.sequence.pending_items for chunk in plan.chunks)
