@@ -18,6 +18,9 @@ from dashinfer_vlm.kernels.delta_net import DeltaNet
 
 __all__ = ["delta_net"]
 
+REGISTERS = 128
+"""Of a thread at the most: so two programs fit a multiprocessor, with half of a memory of 64 KiB each under way."""
+
 
 @triton.jit
 def _one_row(
@@ -48,10 +51,10 @@ def _one_row(
     v = tl.load(row + 2 * HK * K + head * V + j, mask=j < V, other=0.0).to(tl.float32)
     z = tl.load(gate + at * g_t + head * V + j, mask=j < V, other=0.0).to(tl.float32)
     beta, decay = rates_of(rates + at * r_t + head, speed + head, bias + head, H, True)
-    state *= tl.exp(decay)
-    change = beta * (v - tl.sum(state * k[:, None], 0))
-    found = tl.sum(state * q[:, None], 0) + tl.sum(q * k, 0) * change  # in the memory that is to be
-    tl.store(place, state + k[:, None] * change[None, :], mask=inside)
+    kept = tl.exp(decay)
+    change = beta * (v - tl.sum(state * k[:, None], 0) * kept)
+    found = tl.sum(state * q[:, None], 0) * kept + tl.sum(q * k, 0) * change  # in the memory that is to be
+    tl.store(place, state * kept + k[:, None] * change[None, :], mask=inside)
     y = gated(found, z, w, eps, out.dtype.element_ty, V, 0)
     tl.store(out + at * o_t + head * V + j, y.to(out.dtype.element_ty), mask=j < V)
 
@@ -87,7 +90,7 @@ def delta_net(
         _one_row, (num_sequences, heads[1]), mixed, gate, rates, net.speed, net.rate_bias, net.gains, net.eps,
         memory, *where, out, mixed.stride(0), gate.stride(0), rates.stride(0), out.stride(0), memory.stride(0), *heads,
         dims[0], padded[0], dims[1], padded[1], early,
-        num_warps=8 if padded[0] * padded[1] > 8192 else 4, early=early,
+        num_warps=8 if padded[0] * padded[1] > 8192 else 4, maxnreg=REGISTERS, early=early,
     )  # fmt: skip
     if not is_decode:
         by_chunks(mixed, gate, rates, net, memory, *where, out)
