@@ -82,6 +82,8 @@ class Backend:
     leaves_out_biases: bool = False
     """Whether what layers add to a ViT's residual stream goes without their biases, whose sum the norms add that read
     it. A product that adds to something has no room for a bias on cards, and would take a launch more."""
+    is_quantised: bool = False
+    """Whether `make_linear` rounds weights further than `weight_dtype` does."""
     is_native: bool = False
     """Whether the native kernels do all that is heavy, and torch only moves small tensors."""
 
@@ -98,7 +100,7 @@ class Backend:
         return self.make_linear(weight, None if bias is None else self.vector(bias), epilogue)
 
     def unrounded(self, weight: Tensor) -> Linear:
-        """Linear layer of a few decisive rows [N, K], which stay what they are where others are quantised."""
+        """Linear layer of a few decisive rows [N, K], which stay what they are where the others are quantised."""
         return self.make_unrounded(self.vector(weight))
 
     def experts(self, router: Tensor, gate_ups: Sequence[Matrix], downs: Sequence[Matrix], routing: Routing) -> Experts:
@@ -222,7 +224,7 @@ def _quantised(device: torch.device, weight_dtype: torch.dtype, quant_type: str,
             f"--quant-type {quant_type} stores what it does not quantise as bfloat16 or float32, not float16"
         )
     layers, head = (QuantisedLinears(kind, weight_dtype, store) for kind in QUANT_TYPES[quant_type])
-    return _native(device, weight_dtype, layers, head)
+    return replace(_native(device, weight_dtype, layers, head), is_quantised=True)
 
 
 def _native(device: torch.device, weight_dtype: torch.dtype, layers: LinearFactory, head: LinearFactory) -> Backend:

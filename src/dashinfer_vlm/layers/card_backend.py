@@ -98,7 +98,7 @@ def in_groups(device: torch.device, dtype: torch.dtype, quant_type: str) -> Back
         grouped_linears(device, dtype, bits, ops, is_head=i == 1) for i, bits in enumerate(BITS[quant_type])
     )
     return replace(on_card(device, dtype), name=f"triton, {quant_type}", make_linear=layers, make_head=head,
-                   make_stream_linear=None, make_experts=_no_experts(quant_type))  # fmt: skip
+                   make_stream_linear=None, is_quantised=True, make_experts=_no_experts(quant_type))  # fmt: skip
 
 
 def grouped_linears(
@@ -135,7 +135,7 @@ def in_floats(device: torch.device, dtype: torch.dtype) -> Backend:
 
     layers = float_linears(device, dtype, FP8_OPS)
     return replace(on_card(device, dtype), name="triton, fp8", make_linear=layers, make_stream_linear=None,
-                   make_experts=experts)  # fmt: skip
+                   is_quantised=True, make_experts=experts)  # fmt: skip
 
 
 def _no_experts(quant_type: str) -> ExpertsFactory:

@@ -33,6 +33,7 @@ __all__ = [
     "padded",
     "rows_of",
     "whole",
+    "with_rows",
 ]
 
 SCRATCH_ROWS = 1024
@@ -91,6 +92,16 @@ def padded(matrix: Matrix, *, parts: int = 1, rows: int | None = None, depth: in
         return F.pad(matrix.read().reshape(parts, -1, matrix.depth), more).flatten(0, 1)
 
     return Matrix(matrix.name, parts * rows, depth, read)
+
+
+def with_rows(matrix: Matrix, rows: torch.Tensor) -> Matrix:
+    """`matrix` above more rows [n, depth], which may have another type."""
+
+    def read() -> torch.Tensor:
+        above = matrix.read()
+        return torch.cat((above, rows.to(above.dtype)))
+
+    return Matrix(matrix.name, matrix.num_rows + len(rows), matrix.depth, read)
 
 
 class Linear(Protocol):

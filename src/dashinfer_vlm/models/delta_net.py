@@ -10,6 +10,7 @@ import torch
 
 from dashinfer_vlm.kernels.delta_net import DeltaNet
 from dashinfer_vlm.layers.backend import Backend
+from dashinfer_vlm.layers.linear import Linear, with_rows
 from dashinfer_vlm.models.base import StepBatch
 from dashinfer_vlm.models.config import TextConfig
 from dashinfer_vlm.models.weights import Weights
@@ -29,11 +30,12 @@ class GatedDeltaNet:
         self.config, self.ops = config, backend.ops
         hidden, width = config.hidden_size, c.num_value_heads * c.value_dim
         rows = {f"{prefix}.in_proj_qkv.weight": c.num_channels, f"{prefix}.in_proj_z.weight": width}
-        self.channels = backend.linear(weights.matrix(rows, hidden))
+        joined = weights.matrix(rows, hidden)
+        both = torch.cat([weights.take(f"{prefix}.in_proj_{x}.weight", c.num_value_heads, hidden) for x in "ba"])
+        # few and decisive, how much is learnt and how much is forgotten: they are not rounded with the others
+        self.rates = backend.unrounded(both) if backend.is_quantised else None
+        self.joined = backend.linear(joined if self.rates else with_rows(joined, both))
         self.out = backend.summed(weights.matrix({f"{prefix}.out_proj.weight": hidden}, width))
-        # few and decisive: how much is learnt and how much is forgotten
-        both = [weights.take(f"{prefix}.in_proj_{x}.weight", c.num_value_heads, hidden) for x in "ba"]
-        self.first = backend.unrounded(torch.cat(both))
         a_log, bias = (weights.take(f"{prefix}.{x}", c.num_value_heads).float() for x in ("A_log", "dt_bias"))
         conv = weights.take(f"{prefix}.conv1d.weight", c.num_channels, 1, c.conv_size)
         self.net = DeltaNet(
@@ -46,10 +48,17 @@ class GatedDeltaNet:
             eps=config.rms_norm_eps,
         )
 
+    @property
+    def first(self) -> Linear:
+        return self.rates or self.joined
+
     def attend(self, x: Any, table: Table, batch: StepBatch, cache: Cache) -> torch.Tensor:
         """[T, hidden] -> [T, value heads * value_dim]. The states in `batch.seats` become those after the step's rows;
         a sequence that these rows begin with begins with zeros."""
         assert batch.seats is not None, "a cache with states"
-        channels, gate = self.channels(x).tensor_split([self.sizes.num_channels], dim=1)
+        c = self.sizes
+        ends = (c.num_channels, c.num_channels + c.num_value_heads * c.value_dim)
+        channels, gate, rates = self.joined(x).tensor_split(ends, dim=1)
+        rates = self.rates(x) if self.rates else rates
         where = (batch.seats, batch.query_starts, batch.context_lens)
-        return self.ops.gated_delta_net(channels, gate, self.first(x), self.net, *cache, *where)
+        return self.ops.gated_delta_net(channels, gate, rates, self.net, *cache, *where)
