@@ -40,7 +40,9 @@ def families(setting: Setting) -> Iterator[Check]:
     """Steps of decode and prompts agree; greedy tokens of a tiny model of each family in float32: the device's are the
     CPU's; logits in bfloat16 nearly."""
     for name, backend, cache in _precisions(setting):
-        yield f"decode beside prompts in {name}", partial(_decoding, setting, backend, cache)
+        yield f"decode beside prompts in {name}", partial(_decoding, setting, "qwen2_vl", backend, cache)
+    name, backend, cache = next(_precisions(setting))
+    yield f"decode beside prompts by states in {name}", partial(_decoding, setting, "qwen3_5", backend, cache)
     for arch in RECIPES:
         yield f"logits of a tiny {arch} in bfloat16", partial(_rounding, setting, arch)
         if RECIPES[arch][2]:
@@ -62,18 +64,22 @@ def _precisions(setting: Setting) -> Iterator[tuple[str, Backend, torch.dtype | 
         yield kind, in_groups(setting.device, dtype, kind), None
 
 
-def _decoding(setting: Setting, backend: Backend, cache: torch.dtype | None) -> Row:
+def _decoding(setting: Setting, arch: str, backend: Backend, cache: torch.dtype | None) -> Row:
     """Logits of 1, 8 and 64 streams' last tokens in a step of decode, beside those of the same tokens in prompts: by
     products of few rows, and of many. At published size, where programs run side by side."""
-    config, length = published_config("qwen2_vl", "tiny" if setting.tiny else "2b"), 5 if setting.tiny else 200
+    config, length = published_config(arch, "tiny" if setting.tiny else "2b"), 5 if setting.tiny else 200
     weights = RandomWeights(config, setting.device, same_everywhere=setting.tiny)
     model = LoadedModel(config, config.family.decoder(config, weights, backend), None, backend)
     errors = []
     for count in (2,) if setting.tiny else (1, 8, 64):
-        kv = allocate_kv(model, count * -(-length // BLOCK_SIZE), BLOCK_SIZE, cache)
-        prompts = text_batch(setting.device, [length] * count, [length] * count)
+        kv = allocate_kv(model, count * -(-length // BLOCK_SIZE), BLOCK_SIZE, cache, num_seats=count)
+        prompts, before, newest = (
+            text_batch(setting.device, [rows] * count, [context] * count)
+            for rows, context in ((length, length), (length - 1, length - 1), (1, length))
+        )
+        ids = prompts.ids.view(count, length)
         want = model.forward(prompts, kv)
-        newest = text_batch(setting.device, [1] * count, [length] * count)
+        model.forward(replace(before, ids=ids[:, :-1].flatten()), kv)  # states have seen the last token, too
         errors.append(error(model.forward(replace(newest, ids=prompts.ids[prompts.logits_rows]), kv), want))
     return Row(error=max(errors), allowed=0.1, note=", ".join(f"{x:.1e}" for x in errors))
 

@@ -33,21 +33,22 @@ MOST_KERNELS = 12
 def profiles(setting: Setting) -> Iterator[Check]:
     """Decode of 1 and 64 streams, a prompt and the ViT: the sum of all kernels, and the longest with their counts."""
     dtype = torch.float32 if setting.device.type == "cpu" else torch.bfloat16
-    for size in ("tiny",) if setting.tiny else ("2b", "7b"):
-        config = published_config("qwen2_vl", size)
+    published = (("qwen2_vl", "2b"), ("qwen2_vl", "7b"), ("qwen3_5", "2b"))
+    for arch, size in (("qwen2_vl", "tiny"), ("qwen3_5", "tiny")) if setting.tiny else published:
+        config = published_config(arch, size)
         model = make_model(config, checked_backend(setting, dtype), small=setting.tiny)
         context, prompt = (17, 20) if setting.tiny else (1024, 8192)
         for streams in (2,) if setting.tiny else (1, 64):
             rows, contexts = [1] * streams, [context] * streams
-            yield f"{size} kernels of decode {streams}", partial(_of_text, setting, model, rows, contexts)
-        yield f"{size} kernels of prefill {prompt}", partial(_of_text, setting, model, [prompt], [prompt])
-        yield f"{size} kernels of the ViT", partial(_of_pictures, setting, model)
+            yield f"{arch} {size} kernels of decode {streams}", partial(_of_text, setting, model, rows, contexts)
+        yield f"{arch} {size} kernels of prefill {prompt}", partial(_of_text, setting, model, [prompt], [prompt])
+        yield f"{arch} {size} kernels of the ViT", partial(_of_pictures, setting, model)
     for case in delta_net.cases(setting, dtype, small=setting.tiny):
         yield f"kernels of {case.name}", partial(_profiled, setting, case.run)
 
 
 def _of_text(setting: Setting, model: LoadedModel, rows: list[int], contexts: list[int]) -> Row:
-    kv = allocate_kv(model, sum(-(-n // BLOCK_SIZE) for n in contexts), BLOCK_SIZE)
+    kv = allocate_kv(model, sum(-(-n // BLOCK_SIZE) for n in contexts), BLOCK_SIZE, num_seats=len(rows))
     batch = text_batch(setting.device, rows, contexts)
     return _profiled(setting, lambda: model.forward(batch, kv))
 
