@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from itertools import product as each
 
@@ -73,15 +74,14 @@ def _narrow(
     """The same of 8 and 4 bits, and of 8-bit floats, which nothing but the residual rides in."""
     from dashinfer_vlm.kernels.cuda import narrow  # triton reads the environment when it is imported
 
-    for bits in (8, 4):
-        few = grouped.rounded(weight, bits)
+    for bits, few in _few_bits(weight):
 
         def want(few: GroupedWeight = few) -> Tensor:
             y = F.linear(x.double(), grouped.expand(few, torch.float64))
             return (activation.silu_mul(y) if is_gated else y) + residual.double()
 
         run = partial(narrow.of_groups, x, few, silu_mul=is_gated, residual=residual)
-        yield Case(f"one row of {name} in {bits} bits", run, want, few.numbers.nbytes + few.scales.nbytes, bar=1.6)
+        yield Case(f"one row of {name} in {bits}", run, want, few.numbers.nbytes + few.scales.nbytes, bar=1.6)
     if not setting.multiplies_floats_of_8_bits or is_gated:
         return
     (numbers, scales), (row, of_row) = fp8.quantise(weight), fp8.quantise(x)
@@ -92,6 +92,15 @@ def _narrow(
         numbers.nbytes,
         bar=1.6,
     )
+
+
+def _few_bits(weight: Tensor) -> Iterator[tuple[str, GroupedWeight]]:
+    """In 8 bits, in 4, and in 4 whose groups have zeros."""
+    yield "8 bits", grouped.rounded(weight, 8)
+    few = grouped.rounded(weight, 4)
+    yield "4 bits", few
+    shifts = torch.randint(-7, 9, few.scales.shape, device=weight.device)
+    yield "4 bits and zeros", replace(few, shifts=shifts.to(few.scales.dtype))
 
 
 def _some(setting: Setting, dtype: torch.dtype, *, small: bool) -> Iterator[Case]:
@@ -107,8 +116,7 @@ def _some(setting: Setting, dtype: torch.dtype, *, small: bool) -> Iterator[Case
     for (name, size, depth), count in each(layers, counts):
         x, weight, bias, is_gated = random(count, depth), random(size, depth), random(size), name == "MLP"
         residual = random(count, size // 2 if is_gated else size)
-        for bits in (16,) if is_gated else (16, 8, 4):
-            few = weight if bits == 16 else grouped.rounded(weight, bits)
+        for bits, few in [("16 bits", weight), *([] if is_gated else _few_bits(weight))]:
 
             def want(few=few, x=x, bias=bias, residual=residual, is_gated=is_gated) -> Tensor:
                 wide = few.double() if isinstance(few, Tensor) else grouped.expand(few, torch.float64)
@@ -117,7 +125,7 @@ def _some(setting: Setting, dtype: torch.dtype, *, small: bool) -> Iterator[Case
 
             run = partial(skinny.product, x, few, bias, silu_mul=is_gated, residual=residual)
             moved = few.nbytes if isinstance(few, Tensor) else few.numbers.nbytes + few.scales.nbytes
-            yield Case(f"{count} rows of {name} in {bits} bits", run, want, moved, bar=1.3)
+            yield Case(f"{count} rows of {name} in {bits}", run, want, moved, bar=1.3)
 
 
 def _floats(setting: Setting, dtype: torch.dtype, *, small: bool) -> Iterator[Case]:

@@ -22,3 +22,5 @@ class GroupedWeight:
     depth: int
     """Columns that there are."""
     bits: int
+    shifts: Tensor | None = None
+    """Of 4 bits, bfloat16 [N, K / 128]: what is added to the numbers of a group, 8 less its zero. None: nothing."""

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from dashinfer_vlm.errors import ConfigError
 from dashinfer_vlm.kernels import cuda
+from dashinfer_vlm.kernels.grouped import GROUP
 from dashinfer_vlm.layers import grouped
 from dashinfer_vlm.layers.activation import Epilogue
 from dashinfer_vlm.layers.backend import Backend, LinearFactory, TensorLinear, of_own_copies, own_copy
@@ -107,9 +108,12 @@ def grouped_linears(
     """Layers whose weights are first of `dtype`, as they would be without quantisation, then of 8 or 4 bits."""
 
     def make(weight: Matrix, bias: Tensor | None, epilogue: Epilogue) -> Linear:
-        tensor = weight.read()
-        there = tensor if weight.is_kept else own_copy(tensor, device, dtype)
-        return GroupedLinear(grouped.rounded(there, bits), bias, epilogue, ops, is_head=is_head)
+        if bits == 4 and weight.nibbles is not None and weight.nibbles.group == GROUP:
+            found = grouped.as_stored(weight.nibbles, weight.depth, device)
+        else:
+            tensor = weight.read()
+            found = grouped.rounded(tensor if weight.is_kept else own_copy(tensor, device, dtype), bits)
+        return GroupedLinear(found, bias, epilogue, ops, is_head=is_head)
 
     return make
 

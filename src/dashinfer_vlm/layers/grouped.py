@@ -13,9 +13,9 @@ from torch.nn import functional as F
 
 from dashinfer_vlm.kernels.grouped import GROUP, GroupedWeight
 from dashinfer_vlm.layers.activation import Epilogue
-from dashinfer_vlm.layers.linear import Linear, RowToNorm, Stream, whole
+from dashinfer_vlm.layers.linear import Linear, Nibbles, RowToNorm, Stream, whole
 
-__all__ = ["BITS", "GroupedLinear", "GroupedOps", "expand", "rounded"]
+__all__ = ["BITS", "GroupedLinear", "GroupedOps", "as_stored", "expand", "rounded"]
 
 BITS = {"a16w8": (8, 8), "a16w4": (4, 8)}
 """Of the layers and of the head of the text model; see `layers.quantise.QUANT_TYPES`."""
@@ -35,6 +35,16 @@ def rounded(weight: Tensor, bits: int) -> GroupedWeight:
     return GroupedWeight(packed.flatten(1), scales, depth, bits)
 
 
+def as_stored(nibbles: Nibbles, depth: int, device: torch.device) -> GroupedWeight:
+    """4 bits in groups of 128 columns as the checkpoint has them, scales in bfloat16."""
+    numbers, scales, zeros = nibbles.read()
+    assert nibbles.group == GROUP, nibbles
+    groups = F.pad(numbers.to(device), (0, -depth % GROUP), value=8).view(len(numbers), -1, GROUP)
+    packed = groups[..., : GROUP // 2] | groups[..., GROUP // 2 :] << 4
+    shifts = None if zeros is None or bool((zeros == 8).all()) else (8 - zeros.to(device).bfloat16())
+    return GroupedWeight(packed.flatten(1), scales.to(device, torch.bfloat16), depth, 4, shifts)
+
+
 def _divided(groups: Tensor, scales: Tensor, least: int, most: int) -> Tensor:
     wide = scales.float()[..., None]
     return (groups * torch.where(wide != 0, 1 / wide, 0)).round().clamp(least, most)
@@ -46,7 +56,10 @@ def expand(weight: GroupedWeight, dtype: torch.dtype) -> Tensor:
     if weight.bits == 4:
         halves = numbers.view(num_rows, -1, GROUP // 2)
         numbers = torch.cat((halves & 15, halves >> 4), dim=2).to(torch.int8) - 8
-    wide = numbers.view(num_rows, -1, GROUP).to(torch.float32) * weight.scales.float()[..., None]
+    wide = numbers.view(num_rows, -1, GROUP).to(torch.float32)
+    if weight.shifts is not None:
+        wide = wide + weight.shifts.float()[..., None]
+    wide = wide * weight.scales.float()[..., None]
     return wide.flatten(1)[:, : weight.depth].to(dtype)
 
 

@@ -19,6 +19,7 @@ from dashinfer_vlm.layers.linear import Floats
 from dashinfer_vlm.layers.norm import rms_norm
 from tests.kernels.cuda.numbers import DEVICE, TYPES, allowed, error
 from tests.kernels.cuda.test_fp8 import in_blocks
+from tests.kernels.cuda.test_skinny import SHIFTED, stored
 
 LONG = MOST_NORMED + 500
 """Columns that are taken in several rounds, the last of which is cut."""
@@ -47,7 +48,7 @@ def test_every_number_that_there_is(bits: int) -> None:
         assert torch.equal(narrow.of_groups(x, weight)[0], want), column
 
 
-@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("bits", [8, 4, SHIFTED])
 @pytest.mark.parametrize("dtype", TYPES)
 @pytest.mark.parametrize(
     "rides", [(), ("bias",), ("gains",), ("gate",), ("residual",), ("bias", "gains", "gate", "residual")]
@@ -57,7 +58,8 @@ def test_a_product_in_groups(size: int, depth: int, rides: tuple[str, ...], dtyp
     if "gains" in rides and depth > MOST_NORMED:
         rides = tuple(name for name in rides if name != "gains")
     is_gated = "gate" in rides
-    x, weight = random(1, depth + 3, dtype=dtype)[:, :depth], rounded(random(size, depth) / depth**0.5, bits)
+    x, (weight, _) = random(1, depth + 3, dtype=dtype)[:, :depth], stored(random(size, depth) / depth**0.5, bits)
+    assert isinstance(weight, GroupedWeight)
     bias = random(size, dtype=dtype) if "bias" in rides else None
     gains = random(depth, dtype=dtype) if "gains" in rides else None
     residual = random(1, size // 2 if is_gated else size, dtype=dtype) if "residual" in rides else None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import product as each
 from unittest import mock
 
@@ -16,9 +17,10 @@ from dashinfer_vlm.kernels.cuda import few_bits, skinny
 from dashinfer_vlm.kernels.cuda.skinny import MOST_ROWS, num_splits, product
 from dashinfer_vlm.kernels.grouped import GroupedWeight
 from dashinfer_vlm.layers.activation import EPILOGUES, Epilogue, silu_mul
+from dashinfer_vlm.layers.card_backend import grouped_linears
 from dashinfer_vlm.layers.cuda import CudaHead, CudaLinear, CudaStreamLinear, grouped_ops
 from dashinfer_vlm.layers.grouped import GroupedLinear, expand, rounded
-from dashinfer_vlm.layers.linear import Unsummed, rows_of
+from dashinfer_vlm.layers.linear import Matrix, Nibbles, Unsummed, rows_of
 from dashinfer_vlm.layers.norm import rms_norm
 from tests.kernels.cuda.numbers import DEVICE, allowed, error
 from tests.kernels.test_linear_int import weight_to_4_bits, weight_to_8_bits
@@ -31,16 +33,23 @@ def _every_card(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch)
         monkeypatch.setattr(skinny, "has_tiles", lambda x: False)
 
 
+SHIFTED = 5
+"""4 bits whose groups have zeros."""
+
+
 def stored(weight: Tensor, bits: int) -> tuple[GroupedWeight | Tensor, Tensor]:
     """A weight in so many bits, and what its numbers stand for."""
     if bits == 16:
         return weight, weight
-    grouped = rounded(weight, bits)
+    grouped = rounded(weight, 8 if bits == 8 else 4)
+    if bits == SHIFTED:
+        shifts = torch.randint(-7, 9, grouped.scales.shape, device=DEVICE).bfloat16()
+        grouped = replace(grouped, shifts=shifts)
     return grouped, expand(grouped, torch.float32)
 
 
 @pytest.mark.usefixtures("_every_card")
-@pytest.mark.parametrize("bits", [16, 8, 4])
+@pytest.mark.parametrize("bits", [16, 8, 4, SHIFTED])
 @pytest.mark.parametrize("splits", [1, 3])
 @pytest.mark.parametrize(("num_rows", "size", "depth"), [(2, 40, 384), (5, 34, 300), (18, 66, 264), (130, 70, 384)])
 def test_a_product_is_that_of_the_numbers(num_rows: int, size: int, depth: int, splits: int, bits: int) -> None:
@@ -181,9 +190,10 @@ def test_a_weight_of_another_depth_is_refused() -> None:
         product(torch.randn(1, 64, device=DEVICE), weight)
 
 
-@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("bits", [8, 4, SHIFTED])
 def test_a_weight_is_expanded_as_the_reference_does_it(bits: int) -> None:
-    weight = rounded(torch.randn(5, 300, device=DEVICE), bits)
+    weight, _ = stored(torch.randn(5, 300, device=DEVICE), bits)
+    assert isinstance(weight, GroupedWeight)
     assert torch.equal(few_bits.expand(weight, torch.float32), expand(weight, torch.float32))
 
 
@@ -207,3 +217,25 @@ def test_a_head_gives_float32(num_rows: int) -> None:
     head = GroupedLinear(grouped, None, "none", grouped_ops(CudaHead), is_head=True)
     assert head(x).dtype == torch.float32
     assert error(head(x), x @ expand(grouped, torch.float32).t()) < 1e-5
+
+
+@pytest.mark.parametrize("zeros", [None, "all 8", "others"])
+def test_4_bits_of_a_checkpoint_are_taken_as_they_are_stored(zeros: str | None) -> None:
+    """In groups of 128; others are rounded anew."""
+    numbers = torch.randint(16, (6, 300), dtype=torch.uint8)
+    scales = torch.rand(6, 3) + 0.5
+    of_groups = {None: None, "all 8": torch.full((6, 3), 8, dtype=torch.uint8)}.get(
+        zeros, torch.randint(16, (6, 3), dtype=torch.uint8)
+    )
+    group = torch.arange(300) // 128
+    less = 8 if of_groups is None else of_groups.float()[:, group]
+    wide = (numbers.float() - less) * scales.bfloat16().float()[:, group]
+    make = grouped_linears(DEVICE, torch.float32, 4, grouped_ops(CudaHead))
+    for size, want in ((128, wide), (32, expand(rounded(wide, 4), torch.float32))):
+        nibbles = Nibbles(size, of_groups is not None, lambda: (numbers, scales, of_groups))
+        layer = make(Matrix("w", 6, 300, lambda: wide, nibbles=nibbles), None, "none")
+        assert isinstance(layer, GroupedLinear)
+        assert torch.equal(expand(layer.weight, torch.float32).cpu(), want.cpu())
+        assert (layer.weight.shifts is not None) == (zeros == "others" and size == 128)
+        x = torch.randn(2, 300, device=DEVICE)
+        assert error(layer(x), x.double() @ want.double().to(DEVICE).t()) < 1e-5

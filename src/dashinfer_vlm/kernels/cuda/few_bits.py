@@ -7,10 +7,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dashinfer_vlm.kernels.cuda.launch import launch
+from dashinfer_vlm.kernels.cuda.launch import check, launch
 from dashinfer_vlm.kernels.grouped import GroupedWeight
 
-__all__ = ["expand", "of_bytes", "of_high_halves", "of_low_halves"]
+__all__ = ["expand", "of_bytes", "of_high_halves", "of_low_halves", "shifts_of"]
 
 _FROM_BYTES = tl.constexpr(
     """{ .reg .b32 t, u, s, one; mov.b32 one, 0x3f803f80;
@@ -54,7 +54,7 @@ def of_high_halves(tile, C: tl.constexpr):
 
 
 @triton.jit
-def _expand(w, scales, out, w_n, s_n, o_n, K, B: tl.constexpr, BITS: tl.constexpr):
+def _expand(w, scales, shifts, out, w_n, s_n, o_n, K, B: tl.constexpr, BITS: tl.constexpr, SHIFTED: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     k = tl.program_id(1) * B + tl.arange(0, B)
     group = k // 128
@@ -63,8 +63,20 @@ def _expand(w, scales, out, w_n, s_n, o_n, K, B: tl.constexpr, BITS: tl.constexp
     else:
         pair = tl.load(w + row * w_n + group * 64 + k % 64, mask=k < K, other=0).to(tl.int32)
         number = (tl.where(k % 128 < 64, pair & 15, pair >> 4) - 8).to(tl.float32)
+    if SHIFTED:
+        number += tl.load(shifts + row * s_n + group, mask=k < K, other=0.0).to(tl.float32)
     number *= tl.load(scales + row * s_n + group, mask=k < K, other=0.0).to(tl.float32)
     tl.store(out + row * o_n + k, number.to(out.dtype.element_ty), mask=k < K)
+
+
+def shifts_of(weight: GroupedWeight) -> Tensor:
+    """What a kernel is given, which looks at it where there are some. Raises ValueError unless they lie as scales
+    do."""
+    if weight.shifts is None:
+        return weight.scales
+    fits = weight.bits == 4 and weight.shifts.stride() == weight.scales.stride()
+    check(fits and weight.shifts.shape == weight.scales.shape, "4 bits have a shift for each scale", weight.shifts)
+    return weight.shifts
 
 
 def expand(weight: GroupedWeight, dtype: torch.dtype) -> Tensor:
@@ -72,7 +84,8 @@ def expand(weight: GroupedWeight, dtype: torch.dtype) -> Tensor:
     size, depth = len(weight.numbers), weight.depth
     out = torch.empty(size, depth, dtype=dtype, device=weight.numbers.device)
     launch(
-        _expand, (size, -(-depth // 1024)), weight.numbers, weight.scales, out, weight.numbers.stride(0),
-        weight.scales.stride(0), out.stride(0), depth, 1024, weight.bits, num_warps=4,
+        _expand, (size, -(-depth // 1024)), weight.numbers, weight.scales, shifts_of(weight), out,
+        weight.numbers.stride(0), weight.scales.stride(0), out.stride(0), depth, 1024, weight.bits,
+        weight.shifts is not None, num_warps=4,
     )  # fmt: skip
     return out

@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from dashinfer_vlm.kernels.cuda.few_bits import shifts_of
 from dashinfer_vlm.kernels.cuda.gemv import MOST_NORMED, columns_of, result_row
 from dashinfer_vlm.kernels.cuda.launch import (
     INTERPRETED,
@@ -95,9 +96,9 @@ def _columns(x, first, K: tl.constexpr, B: tl.constexpr):
 
 @triton.jit(do_not_specialize=["around"])
 def _grouped(
-    x, gains, w, scales, bias, residual, out, eps, around, w_n, s_n, N, K: tl.constexpr, WHOLE: tl.constexpr,
-    BN: tl.constexpr, G: tl.constexpr, BITS: tl.constexpr, NORM: tl.constexpr, GATED: tl.constexpr, BIAS: tl.constexpr,
-    RESIDUAL: tl.constexpr, EARLY: tl.constexpr,
+    x, gains, w, scales, shifts, bias, residual, out, eps, around, w_n, s_n, N, K: tl.constexpr, WHOLE: tl.constexpr,
+    BN: tl.constexpr, G: tl.constexpr, BITS: tl.constexpr, SHIFTED: tl.constexpr, NORM: tl.constexpr,
+    GATED: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     groups: tl.constexpr = (K + 127) // 128
     width: tl.constexpr = 4 * BITS  # words of a group
@@ -107,9 +108,9 @@ def _grouped(
     group = tl.arange(0, G)
     of_words = group[None, :, None]
     places = w + row[:, None, None] * w_n + of_words * width + tl.arange(0, width)[None, None, :]
-    scale_places = scales + row[:, None] * s_n + group[None, :]
+    of_groups = row[:, None] * s_n + group[None, :]
     up_places = places + N.to(tl.int64) * w_n
-    up_scales = scale_places + N.to(tl.int64) * s_n
+    of_up_groups = of_groups + N.to(tl.int64) * s_n
     words = _groups(places, of_words, 0, groups, G, width)
     if GATED:
         up_words = _groups(up_places, of_words, 0, groups, G, width)
@@ -118,6 +119,8 @@ def _grouped(
         scale_of_x = norm_scale(_columns(x, 0, K, WHOLE), eps, K)
     acc = tl.zeros([BN, G, width], tl.float32)
     acc_up = tl.zeros([BN, G, width], tl.float32)
+    more = tl.zeros([BN, G], tl.float32)  # what shifts add
+    more_up = tl.zeros([BN, G], tl.float32)
     for i in tl.range(0, groups, G):  # the words of the next round are under way
         next_words = _groups(places, of_words, i + G, groups, G, width)
         if GATED:
@@ -125,18 +128,23 @@ def _grouped(
         part = _columns(x, i * 128, K, G * 128)
         if NORM:
             part = scaled(part, scale_of_x, _columns(gains, i * 128, K, G * 128), x.dtype.element_ty)
-        scale = _groups(scale_places, group[None, :], i, groups, G, 1).to(tl.float32)
+        scale = _groups(scales + of_groups, group[None, :], i, groups, G, 1).to(tl.float32)
         acc += _times(words, part, around, G, BITS) * scale[:, :, None]
         words = next_words
+        if SHIFTED:
+            sums = tl.sum(tl.reshape(part, (G, 128)), 1)[None, :]
+            more += _groups(shifts + of_groups, group[None, :], i, groups, G, 1).to(tl.float32) * scale * sums
         if GATED:
-            scale = _groups(up_scales, group[None, :], i, groups, G, 1).to(tl.float32)
+            scale = _groups(scales + of_up_groups, group[None, :], i, groups, G, 1).to(tl.float32)
             acc_up += _times(up_words, part, around, G, BITS) * scale[:, :, None]
             up_words = next_up_words
-    y = tl.sum(tl.sum(acc, 2), 1)
+            if SHIFTED:
+                more_up += _groups(shifts + of_up_groups, group[None, :], i, groups, G, 1).to(tl.float32) * scale * sums
+    y = tl.sum(tl.sum(acc, 2) + more, 1)
     if BIAS:
         y += tl.load(bias + n, mask=inside, other=0.0).to(tl.float32)
     if GATED:
-        up = tl.sum(tl.sum(acc_up, 2), 1)
+        up = tl.sum(tl.sum(acc_up, 2) + more_up, 1)
         if BIAS:
             up += tl.load(bias + N + n, mask=inside, other=0.0).to(tl.float32)
         y = y / (1 + tl.exp(-y)) * up
@@ -204,10 +212,11 @@ def of_groups(
     tile, early = grouped_tile(num_rows, depth, weight.bits, is_gated=silu_mul), starts_early(x)
     launch(
         _grouped, (-(-size // tile.rows),), x, x if gains is None else gains, words, weight.scales,
-        x if bias is None else bias, x if residual is None else residual, out, eps,
+        shifts_of(weight), x if bias is None else bias, x if residual is None else residual, out, eps,
         BYTES if weight.bits == 8 else NIBBLES, words.stride(0),
         weight.scales.stride(0), size, depth, power_of_two(depth), tile.rows, tile.columns // GROUP, weight.bits,
-        gains is not None, silu_mul, bias is not None, residual is not None, early, num_warps=tile.warps, early=early,
+        weight.shifts is not None, gains is not None, silu_mul, bias is not None, residual is not None, early,
+        num_warps=tile.warps, early=early,
     )  # fmt: skip
     return out
 

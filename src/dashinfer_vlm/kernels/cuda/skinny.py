@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from dashinfer_vlm.kernels.cuda import arrivals
-from dashinfer_vlm.kernels.cuda.few_bits import of_bytes, of_high_halves, of_low_halves
+from dashinfer_vlm.kernels.cuda.few_bits import of_bytes, of_high_halves, of_low_halves, shifts_of
 from dashinfer_vlm.kernels.cuda.launch import (
     check,
     compute_type,
@@ -91,24 +91,28 @@ def tile_of(x, first, at, x_t, SIZE, K, HEIGHT: tl.constexpr, WIDTH: tl.constexp
 
 
 @triton.jit
-def _add(acc, w, low, high, scale, BITS: tl.constexpr, C: tl.constexpr):
-    """`acc` [BN, BM] and what a tile of the weight adds, of few bits `scale` [BN] times. `low` and `high` are the
-    halves of x that 4 bits meet, else the same."""
+def _add(acc, w, low, high, scale, shift, BITS: tl.constexpr, SHIFTED: tl.constexpr, C: tl.constexpr):
+    """`acc` [BN, BM] and what a tile of the weight adds, of few bits `scale` [BN] times, to which `shift` [BN] is added
+    before. `low` and `high` are the halves of x that 4 bits meet, else the same."""
     if BITS == 16:
         acc = tl.dot(w.to(C), low, acc, input_precision="ieee")
     elif BITS == 8:
         acc += tl.dot(of_bytes(w, C), low, input_precision="ieee") * scale[:, None]
     else:
         part = tl.dot(of_low_halves(w, C), low, input_precision="ieee")
-        acc += tl.dot(of_high_halves(w, C), high, part, input_precision="ieee") * scale[:, None]
+        part = tl.dot(of_high_halves(w, C), high, part, input_precision="ieee")
+        if SHIFTED:
+            part += shift[:, None] * (tl.sum(low.to(tl.float32), 0) + tl.sum(high.to(tl.float32), 0))[None, :]
+        acc += part * scale[:, None]
     return acc
 
 
 @triton.jit(do_not_specialize=["T"])
 def _multiply(
-    out, x, w, scales, bias, residual, parts, arrived, T, x_t, w_n, s_n, r_t, o_t, N: tl.constexpr, K: tl.constexpr,
-    SPLITS: tl.constexpr, JOIN: tl.constexpr, BN: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, BITS: tl.constexpr,
-    BIAS: tl.constexpr, GATED: tl.constexpr, RESIDUAL: tl.constexpr, TILED: tl.constexpr, C: tl.constexpr,
+    out, x, w, scales, shifts, bias, residual, parts, arrived, T, x_t, w_n, s_n, r_t, o_t, N: tl.constexpr,
+    K: tl.constexpr, SPLITS: tl.constexpr, JOIN: tl.constexpr, BN: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr,
+    BITS: tl.constexpr, SHIFTED: tl.constexpr, BIAS: tl.constexpr, GATED: tl.constexpr, RESIDUAL: tl.constexpr,
+    TILED: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
     """`x` and `w` are descriptors of tiles with `TILED`, else pointers. With `GATED` the weight has 16 bits. Without
     `JOIN`, splits leave their parts in `out` [SPLITS, T, N]."""
@@ -122,8 +126,9 @@ def _multiply(
     stop = tl.minimum(start + each, rounds)
     acc = tl.zeros([BN, BM], tl.float32)
     up = tl.zeros([BN, BM], tl.float32)
-    places = scales + tl.minimum(n, N - 1).to(tl.int64) * s_n
-    scale = tl.load(places + start).to(tl.float32) if BITS < 16 else tl.full([BN], 0, tl.float32)
+    of_row = tl.minimum(n, N - 1).to(tl.int64) * s_n
+    scale = tl.load(scales + of_row + start).to(tl.float32) if BITS < 16 else tl.full([BN], 0, tl.float32)
+    shift = tl.load(shifts + of_row + start).to(tl.float32) if SHIFTED else scale
     width: tl.constexpr = BK // 2 if BITS == 4 else BK  # of what a row of the weight has for a round
     length: tl.constexpr = (K + 127) // 128 * 64 if BITS == 4 else K
     rows_of_w: tl.constexpr = 2 * N if GATED else N
@@ -133,14 +138,19 @@ def _multiply(
         if BITS == 4:
             high = tile_of(x, first_m, i * BK + width, x_t, T, K, BM, width, TILED).to(C).T
         next_scale = scale
+        next_shift = shift
+        following = of_row + tl.minimum(i + 1, stop - 1)
         if BITS < 16:  # scales are asked for a round before they are needed
-            next_scale = tl.load(places + tl.minimum(i + 1, stop - 1)).to(tl.float32)
+            next_scale = tl.load(scales + following).to(tl.float32)
+        if SHIFTED:
+            next_shift = tl.load(shifts + following).to(tl.float32)
         tile = tile_of(w, first_n, i * width, w_n, rows_of_w, length, BN, width, TILED)
-        acc = _add(acc, tile, low, high, scale, BITS, C)
+        acc = _add(acc, tile, low, high, scale, shift, BITS, SHIFTED, C)
         if GATED:
             tile = tile_of(w, first_n + N, i * width, w_n, rows_of_w, length, BN, width, TILED)
-            up = _add(up, tile, low, high, scale, BITS, C)
+            up = _add(up, tile, low, high, scale, shift, BITS, SHIFTED, C)
         scale = next_scale
+        shift = next_shift
     inside = (n < N)[:, None] & (m < T)[None, :]
     if JOIN:
         is_last, acc = joined(acc, parts, arrived, SPLITS, BN, BM)
@@ -230,9 +240,10 @@ def product(
     weight that `can_multiply` does not take.
     """
     if isinstance(weight, Tensor):
-        numbers, scales, bits, total = weight, weight, 16, weight.shape[1]
+        numbers, scales, shifts, bits, total = weight, weight, None, 16, weight.shape[1]
     else:
         numbers, scales, bits, total = weight.numbers, weight.scales, weight.bits, weight.depth
+        shifts = None if weight.shifts is None else shifts_of(weight)
     num_rows, depth = x.shape
     size = len(numbers) // 2 if silu_mul else len(numbers)
     check(depth == total, f"the weight has {total} columns", x)
@@ -251,8 +262,8 @@ def product(
         shape = (grid[0] * grid[1], splits, TALL, cut.rows)
         parts, arrived = torch.empty(shape, dtype=torch.float32, device=x.device), arrived_of(numbers)
     _start(
-        out, x, numbers, scales, bias, residual, parts, arrived, cut, (*grid, splits), bits=bits, joins=splits > 1,
-        is_gated=silu_mul,
+        out, x, numbers, scales, shifts, bias, residual, parts, arrived, cut, (*grid, splits), bits=bits,
+        joins=splits > 1, is_gated=silu_mul,
     )  # fmt: skip
     return out
 
@@ -264,7 +275,7 @@ def parts_of(x: Tensor, weight: Tensor, splits: int) -> Tensor:
           "16 bytes and be as long as those of the weight", x, weight)  # fmt: skip
     cut, grid = _cut(x, len(weight), 16, is_gated=False)
     out = torch.empty(splits, len(x), len(weight), dtype=torch.float32, device=x.device)
-    _start(out, x, weight, out, None, None, out, out, cut, (*grid, splits), bits=16, joins=False, is_gated=False)
+    _start(out, x, weight, out, None, None, None, out, out, cut, (*grid, splits), bits=16, joins=False, is_gated=False)
     return out
 
 
@@ -286,6 +297,7 @@ def _start(
     x: Tensor,
     numbers: Tensor,
     scales: Tensor,
+    shifts: Tensor | None,
     bias: Tensor | None,
     residual: Tensor | None,
     parts: Tensor,
@@ -303,9 +315,9 @@ def _start(
     if is_tiled:
         factors = tuple(map(TensorDescriptor.from_tensor, factors, ([cut.rows, width], [TALL, width])))
     launch(
-        _multiply, grid, out, *factors, scales, out if bias is None else bias, out if residual is None else residual,
-        parts, arrived, len(x), x.stride(0), numbers.stride(0), scales.stride(0),
+        _multiply, grid, out, *factors, scales, out if shifts is None else shifts, out if bias is None else bias,
+        out if residual is None else residual, parts, arrived, len(x), x.stride(0), numbers.stride(0), scales.stride(0),
         0 if residual is None else residual.stride(0), out.stride(-2), out.shape[-1], x.shape[1], grid[2], joins, TALL,
-        cut.rows, cut.columns, bits, bias is not None, is_gated, residual is not None, is_tiled,
+        cut.rows, cut.columns, bits, shifts is not None, bias is not None, is_gated, residual is not None, is_tiled,
         compute_type(x.dtype), num_warps=4, num_stages=cut.stages,
     )  # fmt: skip

@@ -240,10 +240,11 @@ def _few_rows(s: Sizes, dtype: torch.dtype, device: torch.device) -> Iterator[Va
     def empty(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
         return torch.empty(*shape, dtype=dtype, device=device)
 
-    def weight(size: int, depth: int, bits: int) -> GroupedWeight:
+    def weight(size: int, depth: int, bits: int, *, has_zeros: bool = False) -> GroupedWeight:
         groups = -(-depth // GROUP)
         kind, width = (torch.int8, groups * GROUP) if bits == 8 else (torch.uint8, groups * GROUP // 2)
-        return GroupedWeight(empty(size, width, dtype=kind), empty(size, groups, dtype=torch.bfloat16), depth, bits)
+        scales = empty(size, groups, dtype=torch.bfloat16)
+        return GroupedWeight(empty(size, width, dtype=kind), scales, depth, bits, scales if has_zeros else None)
 
     queries = (s.heads + 2 * s.kv_heads) * s.head_dim
     for bits in (16, 8, 4):
@@ -274,6 +275,15 @@ def _few_rows(s: Sizes, dtype: torch.dtype, device: torch.device) -> Iterator[Va
         attended, one_inner = empty(1, s.heads * s.head_dim), empty(1, s.inner)
         yield Variant(f"{bits} bits, out of one row", partial(narrow.of_groups, attended, out, residual=row))
         yield Variant(f"{bits} bits, down of one row", partial(narrow.of_groups, one_inner, down, residual=row))
+    shifted_qkv, shifted_up, shifted_down = (
+        weight(*sides, 4, has_zeros=True)
+        for sides in ((queries, s.hidden), (2 * s.inner, s.hidden), (s.hidden, s.inner))
+    )
+    few, some = empty(16, s.hidden), empty(64, s.inner)
+    yield Variant("4 bits and zeros, qkv of few", partial(skinny.product, few, shifted_qkv, empty(queries)))
+    yield Variant("4 bits and zeros, down of some", partial(skinny.product, some, shifted_down))
+    yield Variant("4 bits and zeros, MLP of one row", partial(of_row, shifted_up, silu_mul=True))
+    yield Variant("4 bits and zeros, expanded", partial(few_bits.expand, shifted_down, dtype))
     head = weight(s.vocab, s.hidden, 8)
     yield Variant("8 bits, head of one row", partial(narrow.of_groups, empty(1, s.hidden), head, dtype=torch.float32))
 
