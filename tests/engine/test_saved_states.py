@@ -262,7 +262,7 @@ def test_who_wants_to_know_of_its_prompt_finds_nothing_and_leaves_its_state() ->
 @searched(200)
 @given(
     told=lives(longest_prefix=30),
-    num_blocks=st.integers(20, 40),
+    num_blocks=st.integers(20, 28),
     seats=st.integers(1, 8),
     runner=st.sampled_from(sorted(LIVES)),
     max_num_batched_tokens=st.sampled_from([5, 16, 64]),
@@ -290,7 +290,7 @@ def test_random_lives_with_saved_states_say_what_those_without_say(
 @searched(60)
 @given(
     told=lives(longest_prefix=30),
-    num_blocks=st.integers(20, 40),
+    num_blocks=st.integers(20, 28),
     seats=st.integers(1, 8),
     chance=st.sampled_from([0.02, 0.2]),
 )
