@@ -26,6 +26,9 @@ from card_checks.models import (
 )
 from card_checks.results import Check, Setting, error
 from card_checks.rows import Row
+from dashinfer_vlm.bench.spans import replaced
+from dashinfer_vlm.engine import states
+from dashinfer_vlm.engine.states import PROMPT_TAIL
 from dashinfer_vlm.layers.backend import Backend, choose_backend
 from dashinfer_vlm.layers.card_backend import in_floats, in_groups
 from dashinfer_vlm.layers.grouped import BITS
@@ -49,6 +52,7 @@ def families(setting: Setting) -> Iterator[Check]:
             yield f"embeddings by the ViT of {arch} in bfloat16", partial(_seeing, setting, arch)
         for way in [USUAL] if setting.tiny else WAYS:
             yield f"tokens of a tiny {arch}, {way}", partial(_tokens, setting, arch, way)
+    yield "tokens of a second turn from saved states", partial(_second_turn, setting, "qwen3_5")
     if setting.multiplies_floats_of_8_bits:
         yield "logits of a tiny qwen3_moe in 8-bit floats", partial(_in_floats, setting, "qwen3_moe")
 
@@ -97,6 +101,20 @@ def _tokens(setting: Setting, arch: str, way: str) -> Row:
     ours, total = tokens_of(engine, requests), sum(map(len, theirs.values()))
     apart = sum(a != b for name in ours for a, b in zip(ours[name], theirs[name], strict=True))
     return Row(error=apart / total, allowed=0, note=f"{total} tokens")
+
+
+def _second_turn(setting: Setting, arch: str) -> Row:
+    """Beside those of a processor that computes the whole prompt. States are saved behind one block already."""
+    config, answer = published_config(arch, "tiny"), 1 if setting.tiny else 40
+    first = request(config, "first", [], BLOCK_SIZE + PROMPT_TAIL, answer, 1)
+    second = replace(first, id="second", prompt_ids=[*first.prompt_ids, 1, 2])
+    plain = make_engine(_tiny(config, torch.device("cpu")), 4096, 512, prefix_cache=False)
+    model = make_model(config, checked_backend(setting, torch.float32), small=True)
+    saving = make_engine(model, 4096, 512)
+    with replaced(states, "MIN_SPARED", BLOCK_SIZE):
+        theirs, ours = ([tokens_of(engine, [each]) for each in (first, second)] for engine in (plain, saving))
+    num_found = saving.stats().num_cached_tokens_total
+    return Row(error=float(ours != theirs or not num_found), allowed=0, note=f"{num_found} tokens found")
 
 
 def _seeing(setting: Setting, arch: str) -> Row:
