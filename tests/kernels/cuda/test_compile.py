@@ -123,7 +123,7 @@ def test_tiles_of_few_rows_are_copied_as_a_whole_and_multiplied_by_warp_groups(f
     for x in products:
         assert x["tile_copies"] >= 4, x
         assert x["hgmma"] + x["qgmma"] >= 4, x
-        assert x["copies"] == 0, x
+        assert x["copies"] == 0 or "zeros" in x["variant"], x  # sums of x are copied beside
 
 
 def test_experts_are_copied_as_a_whole_and_leave_room_for_other_programs(found: Found) -> None:

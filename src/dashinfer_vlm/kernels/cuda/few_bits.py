@@ -8,9 +8,9 @@ import triton.language as tl
 from torch import Tensor
 
 from dashinfer_vlm.kernels.cuda.launch import check, launch
-from dashinfer_vlm.kernels.grouped import GroupedWeight
+from dashinfer_vlm.kernels.grouped import GROUP, GroupedWeight
 
-__all__ = ["expand", "of_bytes", "of_high_halves", "of_low_halves", "shifts_of"]
+__all__ = ["expand", "of_bytes", "of_high_halves", "of_low_halves", "shifts_of", "sums_of_groups"]
 
 _FROM_BYTES = tl.constexpr(
     """{ .reg .b32 t, u, s, one; mov.b32 one, 0x3f803f80;
@@ -67,6 +67,24 @@ def _expand(w, scales, shifts, out, w_n, s_n, o_n, K, B: tl.constexpr, BITS: tl.
         number += tl.load(shifts + row * s_n + group, mask=k < K, other=0.0).to(tl.float32)
     number *= tl.load(scales + row * s_n + group, mask=k < K, other=0.0).to(tl.float32)
     tl.store(out + row * o_n + k, number.to(out.dtype.element_ty), mask=k < K)
+
+
+@triton.jit
+def _sum_groups(x, out, x_t, T, K, G: tl.constexpr):
+    row = tl.program_id(0)
+    group = tl.program_id(1) * G + tl.arange(0, G)
+    k = group[:, None] * 128 + tl.arange(0, 128)[None, :]
+    numbers = tl.load(x + row.to(tl.int64) * x_t + k, mask=k < K, other=0.0).to(tl.float32)
+    tl.store(out + group * T + row, tl.sum(numbers, 1), mask=group * 128 < K)
+
+
+def sums_of_groups(x: Tensor) -> Tensor:
+    """float32 [K / 128, T] of x [T, K]: what shifts of a group are multiplied with."""
+    num_rows, depth = x.shape
+    out = torch.empty(-(-depth // GROUP), num_rows, dtype=torch.float32, device=x.device)
+    grid = (num_rows, -(-len(out) // 16))
+    launch(_sum_groups, grid, x, out, x.stride(0), num_rows, depth, 16, num_warps=4)
+    return out
 
 
 def shifts_of(weight: GroupedWeight) -> Tensor:

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from dashinfer_vlm.kernels.cuda import arrivals
-from dashinfer_vlm.kernels.cuda.few_bits import of_bytes, of_high_halves, of_low_halves, shifts_of
+from dashinfer_vlm.kernels.cuda.few_bits import of_bytes, of_high_halves, of_low_halves, shifts_of, sums_of_groups
 from dashinfer_vlm.kernels.cuda.launch import (
     check,
     compute_type,
@@ -91,9 +91,9 @@ def tile_of(x, first, at, x_t, SIZE, K, HEIGHT: tl.constexpr, WIDTH: tl.constexp
 
 
 @triton.jit
-def _add(acc, w, low, high, scale, shift, BITS: tl.constexpr, SHIFTED: tl.constexpr, C: tl.constexpr):
+def _add(acc, w, low, high, scale, shift, sums, BITS: tl.constexpr, SHIFTED: tl.constexpr, C: tl.constexpr):
     """`acc` [BN, BM] and what a tile of the weight adds, of few bits `scale` [BN] times, to which `shift` [BN] is added
-    before. `low` and `high` are the halves of x that 4 bits meet, else the same."""
+    before, which meets the `sums` [BM] of x. `low` and `high` are the halves of x that 4 bits meet, else the same."""
     if BITS == 16:
         acc = tl.dot(w.to(C), low, acc, input_precision="ieee")
     elif BITS == 8:
@@ -102,14 +102,14 @@ def _add(acc, w, low, high, scale, shift, BITS: tl.constexpr, SHIFTED: tl.conste
         part = tl.dot(of_low_halves(w, C), low, input_precision="ieee")
         part = tl.dot(of_high_halves(w, C), high, part, input_precision="ieee")
         if SHIFTED:
-            part += shift[:, None] * (tl.sum(low.to(tl.float32), 0) + tl.sum(high.to(tl.float32), 0))[None, :]
+            part += shift[:, None] * sums[None, :]
         acc += part * scale[:, None]
     return acc
 
 
 @triton.jit(do_not_specialize=["T"])
 def _multiply(
-    out, x, w, scales, shifts, bias, residual, parts, arrived, T, x_t, w_n, s_n, r_t, o_t, N: tl.constexpr,
+    out, x, w, scales, shifts, of_groups, bias, residual, parts, arrived, T, x_t, w_n, s_n, r_t, o_t, N: tl.constexpr,
     K: tl.constexpr, SPLITS: tl.constexpr, JOIN: tl.constexpr, BN: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr,
     BITS: tl.constexpr, SHIFTED: tl.constexpr, BIAS: tl.constexpr, GATED: tl.constexpr, RESIDUAL: tl.constexpr,
     TILED: tl.constexpr, C: tl.constexpr,
@@ -129,6 +129,7 @@ def _multiply(
     of_row = tl.minimum(n, N - 1).to(tl.int64) * s_n
     scale = tl.load(scales + of_row + start).to(tl.float32) if BITS < 16 else tl.full([BN], 0, tl.float32)
     shift = tl.load(shifts + of_row + start).to(tl.float32) if SHIFTED else scale
+    sums = tl.load(of_groups + start * T + m, mask=m < T, other=0.0) if SHIFTED else tl.full([BM], 0, tl.float32)
     width: tl.constexpr = BK // 2 if BITS == 4 else BK  # of what a row of the weight has for a round
     length: tl.constexpr = (K + 127) // 128 * 64 if BITS == 4 else K
     rows_of_w: tl.constexpr = 2 * N if GATED else N
@@ -139,18 +140,21 @@ def _multiply(
             high = tile_of(x, first_m, i * BK + width, x_t, T, K, BM, width, TILED).to(C).T
         next_scale = scale
         next_shift = shift
-        following = of_row + tl.minimum(i + 1, stop - 1)
+        next_sums = sums
+        following = tl.minimum(i + 1, stop - 1)
         if BITS < 16:  # scales are asked for a round before they are needed
-            next_scale = tl.load(scales + following).to(tl.float32)
+            next_scale = tl.load(scales + of_row + following).to(tl.float32)
         if SHIFTED:
-            next_shift = tl.load(shifts + following).to(tl.float32)
+            next_shift = tl.load(shifts + of_row + following).to(tl.float32)
+            next_sums = tl.load(of_groups + following * T + m, mask=m < T, other=0.0)
         tile = tile_of(w, first_n, i * width, w_n, rows_of_w, length, BN, width, TILED)
-        acc = _add(acc, tile, low, high, scale, shift, BITS, SHIFTED, C)
+        acc = _add(acc, tile, low, high, scale, shift, sums, BITS, SHIFTED, C)
         if GATED:
             tile = tile_of(w, first_n + N, i * width, w_n, rows_of_w, length, BN, width, TILED)
-            up = _add(up, tile, low, high, scale, shift, BITS, SHIFTED, C)
+            up = _add(up, tile, low, high, scale, shift, sums, BITS, SHIFTED, C)
         scale = next_scale
         shift = next_shift
+        sums = next_sums
     inside = (n < N)[:, None] & (m < T)[None, :]
     if JOIN:
         is_last, acc = joined(acc, parts, arrived, SPLITS, BN, BM)
@@ -185,8 +189,10 @@ def cut_for(num_rows: int, num_tiles: int, bits: int, *, is_gated: bool, is_room
         return Cut(rows, GROUP, 4)
     if not is_roomy:
         return Cut(rows, 64, 3 if is_gated else 4)
+    if not is_gated and num_tiles < 132:  # with 64 rows a program has a multiprocessor to itself
+        return Cut(rows, 128, 6 if rows == WIDE else 4)
     if not is_gated:
-        return Cut(rows, 128, 4 if num_tiles < 132 else 3)
+        return Cut(rows, 128, 3)
     if rows <= 32 and num_tiles <= WANTED_PROGRAMS:
         return Cut(rows, 128, 3)
     return Cut(rows, 64, 4 if num_tiles <= WANTED_PROGRAMS or rows <= 32 else 3)
@@ -315,7 +321,8 @@ def _start(
     if is_tiled:
         factors = tuple(map(TensorDescriptor.from_tensor, factors, ([cut.rows, width], [TALL, width])))
     launch(
-        _multiply, grid, out, *factors, scales, out if shifts is None else shifts, out if bias is None else bias,
+        _multiply, grid, out, *factors, scales, out if shifts is None else shifts,
+        out if shifts is None else sums_of_groups(x), out if bias is None else bias,
         out if residual is None else residual, parts, arrived, len(x), x.stride(0), numbers.stride(0), scales.stride(0),
         0 if residual is None else residual.stride(0), out.stride(-2), out.shape[-1], x.shape[1], grid[2], joins, TALL,
         cut.rows, cut.columns, bits, shifts is not None, bias is not None, is_gated, residual is not None, is_tiled,
