@@ -55,6 +55,6 @@ def test_one_rank_holds_all_and_tells_nobody() -> None:
 
 
 def test_a_cut_names_the_rows_that_it_keeps() -> None:
-    rows: Mapping[str, slice] = {"a": slice(1, 2)}
-    assert Cut(rows).of(["a", "b"]) == [slice(1, 2), slice(None)]
-    assert WHOLE.of(["a"]) == [slice(None)]
+    rows: Mapping[str, slice | tuple[slice, ...]] = {"a": slice(1, 2), "c": (slice(3, 4), slice(6, 8))}
+    assert Cut(rows).of(["a", "b", "c"]) == [(slice(1, 2),), (slice(None),), (slice(3, 4), slice(6, 8))]
+    assert WHOLE.of(["a"]) == [(slice(None),)]

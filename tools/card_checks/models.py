@@ -62,12 +62,13 @@ class RandomWeights(Weights):
 
     def join(self, names: tuple[str, ...], sizes: tuple[int, ...], cut: Cut = WHOLE) -> Tensor:
         parts = zip(names, sizes, cut.of(names), strict=True)
-        return torch.cat([self.take(name, size)[part] for name, size, part in parts])
+        return torch.cat([self.take(name, size)[part] for name, size, of_it in parts for part in of_it])
 
     def matrix(self, rows: Mapping[str, int], depth: int, cut: Cut = WHOLE) -> Matrix:
         def read() -> Tensor:
             parts = zip(rows.items(), cut.of(rows), strict=True)
-            return torch.cat([self.take(name, size, depth)[part, cut.columns] for (name, size), part in parts])
+            found = [(self.take(name, size, depth), of_it) for (name, size), of_it in parts]
+            return torch.cat([matrix[part, cut.columns] for matrix, of_it in found for part in of_it])
 
         return Matrix("+".join(rows), sum(rows.values()), depth, read)
 

@@ -103,11 +103,11 @@ def _load(
 
 
 def make_cache(model: LoadedModel, config: EngineConfig) -> tuple[int, KVCache]:
-    """The KV cache, and its blocks without those that no sequence gets: as many as every rank of the model has room
-    for."""
+    """The KV cache, and its blocks without those that no sequence gets: as many, and as many seats, as every rank of
+    the model has room for."""
     reserved, spare = _reserved_bytes(model, config), num_spares(model.device, model.ranks.count)
     num_blocks = model.ranks.least(num_kv_blocks(model, config, reserved), model.device)
-    dtype, seats = kv_dtype(model, config), num_seats(model, config, reserved)
+    dtype, seats = kv_dtype(model, config), model.ranks.least(num_seats(model, config, reserved), model.device)
     return num_blocks, allocate_kv(model, num_blocks + spare, config.block_size, dtype, num_seats=seats + spare)
 
 

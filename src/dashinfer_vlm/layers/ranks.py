@@ -15,7 +15,7 @@ from torch import Tensor, distributed
 from dashinfer_vlm.errors import ConfigError
 from dashinfer_vlm.layers.linear import Linear
 
-__all__ = ["ALONE", "WHOLE", "Cut", "JoinedLinear", "Ranks", "SummedLinear"]
+__all__ = ["ALONE", "WHOLE", "Cut", "JoinedLinear", "Ranks", "SummedLinear", "times"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,16 +84,22 @@ ALONE = Ranks()
 class Cut:
     """The part of joined matrices that one rank holds."""
 
-    rows: Mapping[str, slice] = field(default_factory=dict)
-    """Of matrices by name; all rows of those that are not named."""
+    rows: Mapping[str, slice | tuple[slice, ...]] = field(default_factory=dict)
+    """Of matrices by name, one part or several; all rows of those that are not named."""
     columns: slice = field(default_factory=lambda: slice(None))
 
-    def of(self, names: Iterable[str]) -> list[slice]:
-        """The rows of each."""
-        return [self.rows.get(name, slice(None)) for name in names]
+    def of(self, names: Iterable[str]) -> list[tuple[slice, ...]]:
+        """The rows of each, in parts."""
+        found = (self.rows.get(name, slice(None)) for name in names)
+        return [(parts,) if isinstance(parts, slice) else parts for parts in found]
 
 
 WHOLE = Cut()
+
+
+def times(part: slice, size: int) -> slice:
+    """The same part of a row, counted in things of which `size` make one."""
+    return slice(part.start * size, part.stop * size)
 
 
 class SummedLinear:

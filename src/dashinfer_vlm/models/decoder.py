@@ -15,7 +15,7 @@ from dashinfer_vlm.kernels.head_norms import HeadNorms
 from dashinfer_vlm.layers.backend import Backend
 from dashinfer_vlm.layers.linear import Linear, Matrix, Stream, StreamLinear, rows_of, whole
 from dashinfer_vlm.layers.native_layer import native_layer
-from dashinfer_vlm.layers.ranks import Cut
+from dashinfer_vlm.layers.ranks import Cut, times
 from dashinfer_vlm.layers.rotary import axes_of_channels, inverse_frequencies, yarn_frequencies
 from dashinfer_vlm.models.base import KVCache, StepBatch, TextShape
 from dashinfer_vlm.models.config import TextConfig
@@ -153,11 +153,6 @@ def _joined(
     return backend.linear(weights.matrix(rows, depth, cut), bias)
 
 
-def times(part: slice, size: int) -> slice:
-    """The same part of a row, counted in things of which `size` make one."""
-    return slice(part.start * size, part.stop * size)
-
-
 class GatedMlp:
     """down(silu(gate x) * up x). Takes `{prefix}.*`."""
 
@@ -250,6 +245,7 @@ class Decoder:
     def shape(self) -> TextShape:
         """Of what this rank holds."""
         attending = [layer.attention for layer in self.layers if isinstance(layer.attention, Attention)]
+        recurrent = [layer.attention for layer in self.layers if isinstance(layer.attention, GatedDeltaNet)]
         return TextShape(
             vocab_size=self.config.vocab_size,
             hidden_size=self.config.hidden_size,
@@ -257,7 +253,7 @@ class Decoder:
             num_kv_heads=attending[0].num_kv_heads,
             head_dim=self.config.head_dim,
             max_position_embeddings=self.config.max_position_embeddings,
-            delta_net=self.config.delta_net,
+            delta_net=recurrent[0].sizes if recurrent else None,
         )
 
     def forward(self, batch: StepBatch, kv: KVCache) -> torch.Tensor:

@@ -4,6 +4,7 @@ Kautz and Hatamizadeh 2024).
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,8 +12,9 @@ import torch
 from dashinfer_vlm.kernels.delta_net import DeltaNet
 from dashinfer_vlm.layers.backend import Backend
 from dashinfer_vlm.layers.linear import Linear, with_rows
+from dashinfer_vlm.layers.ranks import Cut, Ranks, times
 from dashinfer_vlm.models.base import StepBatch
-from dashinfer_vlm.models.config import TextConfig
+from dashinfer_vlm.models.config import DeltaNetConfig, TextConfig
 from dashinfer_vlm.models.weights import Weights
 
 if TYPE_CHECKING:  # it chooses the layers
@@ -21,27 +23,58 @@ if TYPE_CHECKING:  # it chooses the layers
 __all__ = ["GatedDeltaNet"]
 
 
+@dataclass(frozen=True, slots=True)
+class _Heads:
+    """Those of one rank."""
+
+    sizes: DeltaNetConfig
+    values: slice
+    """Value heads, as `of_values` counted in their channels."""
+    of_values: slice
+    channels: tuple[slice, slice, slice]
+    """Of the convolution: queries, keys and values."""
+
+    @classmethod
+    def of(cls, c: DeltaNetConfig, ranks: Ranks) -> _Heads:
+        """Each rank has the values of its keys. Raises ConfigError for heads that cannot be dealt out."""
+        keys, values = (
+            ranks.share(count, f"{kind} heads of gated delta nets")
+            for count, kind in ((c.num_key_heads, "key"), (c.num_value_heads, "value"))
+        )
+        of_keys, of_values = times(keys, c.key_dim), times(values, c.value_dim)
+        width = c.num_key_heads * c.key_dim
+        channels = (of_keys, _moved(of_keys, width), _moved(of_values, 2 * width))
+        own = replace(c, num_key_heads=_length(keys), num_value_heads=_length(values))
+        return cls(own, values, of_values, channels)
+
+
 class GatedDeltaNet:
     """A `decoder.Mixer`. Takes `{prefix}.*`; its cache are the convolution's last inputs and the heads' memories."""
 
     def __init__(self, prefix: str, config: TextConfig, weights: Weights, backend: Backend) -> None:
         assert config.delta_net is not None
-        c = self.sizes = config.delta_net
+        c, heads = config.delta_net, _Heads.of(config.delta_net, backend.ranks)
+        self.sizes = heads.sizes
         self.config, self.ops = config, backend.ops
         hidden, width = config.hidden_size, c.num_value_heads * c.value_dim
-        rows = {f"{prefix}.in_proj_qkv.weight": c.num_channels, f"{prefix}.in_proj_z.weight": width}
-        joined = weights.matrix(rows, hidden)
-        both = torch.cat([weights.take(f"{prefix}.in_proj_{x}.weight", c.num_value_heads, hidden) for x in "ba"])
+        qkv, z = f"{prefix}.in_proj_qkv.weight", f"{prefix}.in_proj_z.weight"
+        cut = Cut(rows={qkv: heads.channels, z: heads.of_values})
+        joined = weights.matrix({qkv: c.num_channels, z: width}, hidden, cut)
+        rates = [weights.take(f"{prefix}.in_proj_{x}.weight", c.num_value_heads, hidden) for x in "ba"]
+        both = torch.cat([x[heads.values] for x in rates])
         # few and decisive, how much is learnt and how much is forgotten: they are not rounded with the others
         self.rates = backend.unrounded(both) if backend.is_quantised else None
         self.joined = backend.linear(joined if self.rates else with_rows(joined, both))
-        self.out = backend.summed(weights.matrix({f"{prefix}.out_proj.weight": hidden}, width))
-        a_log, bias = (weights.take(f"{prefix}.{x}", c.num_value_heads).float() for x in ("A_log", "dt_bias"))
+        self.out = backend.summed(
+            weights.matrix({f"{prefix}.out_proj.weight": hidden}, width, Cut(columns=heads.of_values))
+        )
+        vectors = (weights.take(f"{prefix}.{x}", c.num_value_heads).float() for x in ("A_log", "dt_bias"))
+        a_log, bias = (x[heads.values] for x in vectors)
         conv = weights.take(f"{prefix}.conv1d.weight", c.num_channels, 1, c.conv_size)
         self.net = DeltaNet(
-            num_key_heads=c.num_key_heads,
+            num_key_heads=self.sizes.num_key_heads,
             key_dim=c.key_dim,
-            conv=conv[:, 0].float().t().contiguous().to(backend.device),
+            conv=torch.cat([conv[part, 0] for part in heads.channels]).float().t().contiguous().to(backend.device),
             speed=a_log.exp().neg().to(backend.device),
             rate_bias=bias.to(backend.device, copy=True),
             gains=backend.vector(weights.take(f"{prefix}.norm.weight", c.value_dim)),
@@ -62,3 +95,12 @@ class GatedDeltaNet:
         rates = self.rates(x) if self.rates else rates
         where = (batch.seats, batch.query_starts, batch.context_lens)
         return self.ops.gated_delta_net(channels, gate, rates, self.net, *cache, *where)
+
+
+def _moved(part: slice, by: int) -> slice:
+    return slice(part.start + by, part.stop + by)
+
+
+def _length(part: slice) -> int:
+    length: int = part.stop - part.start
+    return length

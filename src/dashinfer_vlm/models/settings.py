@@ -43,10 +43,6 @@ def refuse_options_with_states(checkpoint: CheckpointConfig, config: EngineConfi
     """Raise ConfigError for a setting that a model cannot have whose layers keep a state of each sequence."""
     if checkpoint.text.delta_net is None:
         return
-    if config.parallel_size > 1:
-        raise ConfigError(
-            f"--parallel-size is {config.parallel_size}; {checkpoint.architecture} runs on one device only"
-        )
     if config.speculative_config is not None:
         raise ConfigError(
             f"--speculative-config is set, but {checkpoint.architecture} has states, from which no wrong guess can be "

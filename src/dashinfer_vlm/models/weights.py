@@ -86,7 +86,8 @@ class Weights:
     def join(self, names: tuple[str, ...], sizes: tuple[int, ...], cut: Cut = WHOLE) -> torch.Tensor:
         """Vectors `names` of `sizes` and one dtype, one after the other."""
         tensors = self._read_alike([self._claim(n, (size,)) for n, size in zip(names, sizes, strict=True)])
-        return torch.cat([tensor[part] for tensor, part in zip(tensors, cut.of(names), strict=True)])
+        parts = zip(tensors, cut.of(names), strict=True)
+        return torch.cat([tensor[rows] for tensor, of_tensor in parts for rows in of_tensor])
 
     def matrix(self, rows: Mapping[str, int], depth: int, cut: Cut = WHOLE) -> Matrix:
         """Tensors of shapes `[rows[name], depth]` and one dtype, their part inside `cut` joined along the first axis
@@ -94,12 +95,12 @@ class Weights:
 
         They are taken, and complained about, now.
         """
-        entries = [self._claim(name, (num_rows, depth)) for name, num_rows in rows.items()]
-        parts = cut.of(rows)
-        num_rows = sum(len(range(size)[part]) for size, part in zip(rows.values(), parts, strict=True))
+        claimed = [self._claim(name, (num_rows, depth)) for name, num_rows in rows.items()]
+        found = [(entry, part) for entry, parts in zip(claimed, cut.of(rows), strict=True) for part in parts]
+        entries, parts = [entry for entry, _ in found], [part for _, part in found]
         return Matrix(
             "+".join(rows),
-            num_rows,
+            sum(len(range(entry.shape[0])[part]) for entry, part in found),
             len(range(depth)[cut.columns]),
             partial(self._join, entries, parts, cut.columns),
             read_floats=_floats(entries, parts, cut.columns),

@@ -35,6 +35,8 @@ class Call:
     width: int
     has_items: bool
     """Whether rows of pictures are put in."""
+    copies: tuple[tuple[int, int], ...] = ()
+    """Of states before it (`ModelCalls.copy_states`)."""
 
     @property
     def num_bytes(self) -> int:
@@ -101,6 +103,11 @@ class ModelCalls:
     def capture(self) -> None:
         """Make a graph of every shape; calls of others are started kernel by kernel."""
         self.graphs.capture(self.shapes.all(), self._send_empty)
+
+    def copy_states(self, copies: Iterable[tuple[int, int]]) -> None:
+        """From which seat, to which, in this order."""
+        for source, target in copies:
+            self.kv.copy_state(source, target)
 
     def send(self, call: Call) -> None:
         """One copy of what was staged; block tables are put where the model call looks for them."""

@@ -102,8 +102,7 @@ class CardRunner:
     @torch.inference_mode()
     def start(self, plan: Plan) -> CardFlight:
         begin = mark(self.model.device)
-        for source, target in plan.copies:
-            self.kv.copy_state(source, target)
+        self.calls.copy_states(plan.copies)
         block_size = self.kv.block_size
         seated = [self._take_seat(chunk, block_size) for chunk in plan.chunks]
         has_items = any(chunk.sequence.pending_items for chunk in plan.chunks)
@@ -115,7 +114,7 @@ class CardRunner:
         pack_rows(plan.chunks, seated, self._seats, self.calls.spare, arrays)
         items = self._find_items(plan, arrays) if has_items else []
         counted = self._pack_sampling(plan, seated, arrays)
-        call = self._pack_tables(shape, seated, flat, has_items=bool(items))
+        call = self._pack_tables(shape, seated, flat, has_items=bool(items), copies=plan.copies)
         if self._followers is not None:
             self._followers.call(call, flat[: call.num_bytes])
         self.calls.send(call)
@@ -174,10 +173,18 @@ class CardRunner:
             arrays["counted_rows"][: len(counted)], arrays["counted_seats"][: len(counted)] = zip(*counted, strict=True)
         return len(counted)
 
-    def _pack_tables(self, shape: Shape, seated: list[Seat], flat: np.ndarray, *, has_items: bool) -> Call:
+    def _pack_tables(
+        self,
+        shape: Shape,
+        seated: list[Seat],
+        flat: np.ndarray,
+        *,
+        has_items: bool,
+        copies: tuple[tuple[int, int], ...],
+    ) -> Call:
         """Block tables travel as wide as they are."""
         width = max((len(seat.blocks) for seat in seated), default=0)
-        call = Call(shape, len(seated), width, has_items)
+        call = Call(shape, len(seated), width, has_items, copies)
         tables = call.tables(flat)
         tables[:] = self._seats.tables[[seat.index for seat in seated], :width]
         return call

@@ -62,6 +62,7 @@ class Rank:
         match order:
             case MakeCall(call):
                 assert flat is not None
+                self._calls.copy_states(call.copies)
                 staged = self._calls.staging.next()
                 staged[: call.num_bytes] = np.frombuffer(flat, np.uint8)
                 self._calls.send(call)
