@@ -41,18 +41,10 @@ class Stack:
 
 
 @triton.jit
-def _scale(of_rows, of_block, i, IN_BLOCKS: tl.constexpr):
-    scale = tl.load(of_rows + i)
-    if IN_BLOCKS:
-        scale *= tl.load(of_block + i)
-    return scale
-
-
-@triton.jit
 def _multiply_pairs(
     out, x, x_scales, w, w_scales, experts, pairs, x_t, xs_t, w_n, ws_e, ws_n, o_t, size, N: tl.constexpr,
     K: tl.constexpr, COUNT: tl.constexpr, BM: tl.constexpr, IN_BLOCKS: tl.constexpr, TILED: tl.constexpr,
-    WIDEN: tl.constexpr,
+    STAGES: tl.constexpr, WIDEN: tl.constexpr,
 ):  # fmt: skip
     """As `experts._multiply_pairs`; the rows of a weight that a program takes are those that may share a scale."""
     tile = tl.program_id(1)
@@ -67,19 +59,17 @@ def _multiply_pairs(
     rows = x + row[:, None] * x_t + k[None, :]
     of_rows = x_scales + row * xs_t
     w_scales += expert.to(tl.int64) * ws_e
-    of_block = w_scales + block * ws_n
-    rounds: tl.constexpr = (K + 127) // 128
-    scale = _scale(of_rows, of_block, 0, IN_BLOCKS)
     acc = tl.zeros([128, BM], tl.float32)
-    for i in tl.range(0, rounds):
+    for i in tl.range(0, (K + 127) // 128, num_stages=STAGES):  # said here, it holds for copies of scales, too
         inside = (pair >= 0)[:, None] & (i * 128 + k < K)[None, :]
         factor = tl.load(rows + i * 128, mask=inside, other=0.0).T
         weight = tile_of(w, expert * N + block * 128, i * 128, w_n, size, K, 128, 128, TILED)
         if WIDEN:  # the interpreter multiplies no 8-bit floats
             factor, weight = factor.to(tl.float32), weight.to(tl.float32)
-        following = _scale(of_rows, of_block, tl.minimum(i + 1, rounds - 1), IN_BLOCKS)  # a round before it is needed
+        scale = tl.load(of_rows + i)
+        if IN_BLOCKS:
+            scale *= tl.load(w_scales + block * ws_n + i)
         acc += tl.dot(weight, factor) * scale[None, :]  # the card adds few digits more than a product has
-        scale = following
     if not IN_BLOCKS:
         acc *= tl.load(w_scales + tl.minimum(n, N - 1) * ws_n)[:, None]
     inside = (n < N)[:, None] & (pair >= 0)[None, :]
@@ -160,7 +150,7 @@ def _times(
     launch(
         _multiply_pairs, (-(-size // GROUP), len(experts)), out, x, scales, factor, stack.scales, experts, pairs,
         x.stride(0), scales.stride(0), weight.stride(0), *stack.scales.stride()[:2], size, len(weight), size, depth,
-        count, tile.rows, stack.is_in_blocks, is_tiled, INTERPRETED, num_warps=tile.warps, num_stages=tile.stages,
+        count, tile.rows, stack.is_in_blocks, is_tiled, tile.stages, INTERPRETED, num_warps=tile.warps,
         maxnreg=tile.registers,
     )  # fmt: skip
     return out

@@ -47,33 +47,40 @@ def _rounded(x, largest, TOP: tl.constexpr, CUTS: tl.constexpr):
 
 
 @triton.jit
+def _store(x, out, scales, first, K, WIDTH: tl.constexpr, B: tl.constexpr, TOP: tl.constexpr, CUTS: tl.constexpr):
+    """Rounds columns `first + arange(B)` of a row, zeros behind K: in groups of WIDTH, or as one where that does not
+    divide B."""
+    column = first + tl.arange(0, B)
+    if B % WIDTH != 0:
+        q, scale = _rounded(x, tl.max(magnitudes(x), 0), TOP, CUTS)
+        tl.store(scales, scale)
+    else:
+        groups = tl.reshape(x, [B // WIDTH, WIDTH])
+        q, scale = _rounded(groups, tl.max(magnitudes(groups), 1, keep_dims=True), TOP, CUTS)
+        q = tl.reshape(q, [B])
+        group = first // WIDTH + tl.arange(0, B // WIDTH)[:, None]
+        tl.store(scales + group, scale, mask=group * WIDTH < K)
+    tl.store(out + column, q.to(out.dtype.element_ty), mask=column < K)
+
+
+@triton.jit
 def _quantise(
     x_rows, out, scales, x_t, o_t, s_t, K, WIDTH: tl.constexpr, B: tl.constexpr, TOP: tl.constexpr, CUTS: tl.constexpr,
 ):  # fmt: skip
-    row = tl.program_id(0).to(tl.int64)
-    group = tl.program_id(1)
-    i = tl.arange(0, B)
-    column = group * WIDTH + i
-    inside = (i < WIDTH) & (column < K)
-    x = tl.load(x_rows + row * x_t + column, mask=inside, other=0.0).to(tl.float32)
-    q, scale = _rounded(x, tl.max(magnitudes(x), 0), TOP, CUTS)
-    tl.store(out + row * o_t + column, q.to(out.dtype.element_ty), mask=inside)
-    tl.store(scales + row * s_t + group, scale)
+    row, first = tl.program_id(0).to(tl.int64), tl.program_id(1) * B
+    column = first + tl.arange(0, B)
+    x = tl.load(x_rows + row * x_t + column, mask=column < K, other=0.0).to(tl.float32)
+    _store(x, out + row * o_t, scales + row * s_t, first, K, WIDTH, B, TOP, CUTS)
 
 
 @triton.jit
 def _silu_mul(
     x_rows, out, scales, x_t, o_t, s_t, K, WIDTH: tl.constexpr, B: tl.constexpr, TOP: tl.constexpr, CUTS: tl.constexpr,
 ):  # fmt: skip
-    row = tl.program_id(0).to(tl.int64)
-    group = tl.program_id(1)
-    i = tl.arange(0, B)
-    column = group * WIDTH + i
-    inside = (i < WIDTH) & (column < K)
-    x = silu_times_up(x_rows + row * x_t + column, K, inside)
-    q, scale = _rounded(x, tl.max(magnitudes(x), 0), TOP, CUTS)
-    tl.store(out + row * o_t + column, q.to(out.dtype.element_ty), mask=inside)
-    tl.store(scales + row * s_t + group, scale)
+    row, first = tl.program_id(0).to(tl.int64), tl.program_id(1) * B
+    column = first + tl.arange(0, B)
+    x = silu_times_up(x_rows + row * x_t + column, K, column < K)
+    _store(x, out + row * o_t, scales + row * s_t, first, K, WIDTH, B, TOP, CUTS)
 
 
 @triton.jit
@@ -84,16 +91,7 @@ def _rms_norm(
     row = tl.program_id(0).to(tl.int64)
     i = tl.arange(0, B)
     x = normed(x_rows + row * x_t + i, weight + i, eps, i < K, K)
-    if WIDTH == K:
-        q, scale = _rounded(x, tl.max(magnitudes(x), 0), TOP, CUTS)
-        tl.store(scales + row * s_t, scale)
-    else:
-        groups = tl.reshape(x, [B // WIDTH, WIDTH])
-        q, scale = _rounded(groups, tl.max(magnitudes(groups), 1, keep_dims=True), TOP, CUTS)
-        q = tl.reshape(q, [B])
-        group = tl.arange(0, B // WIDTH)[:, None]
-        tl.store(scales + row * s_t + group, scale, mask=group * WIDTH < K)
-    tl.store(out + row * o_t + i, q.to(out.dtype.element_ty), mask=i < K)
+    _store(x, out + row * o_t, scales + row * s_t, 0, K, WIDTH, B, TOP, CUTS)
 
 
 @triton.jit(do_not_specialize=["T"])
@@ -151,11 +149,11 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, group: int = 0) -> tuple[Ten
 
 def _by_groups(kernel: Any, x: Tensor, depth: int, group: int) -> tuple[Tensor, Tensor]:
     width = group or depth
-    num_groups, block = -(-depth // width), power_of_two(width)
-    out, scales = _empty(len(x), depth, num_groups, x.device)
+    block = min(power_of_two(depth, group), 1024) if group else power_of_two(depth)
+    out, scales = _empty(len(x), depth, -(-depth // width), x.device)
     launch(
-        kernel, (len(x), num_groups), x, out, scales, x.stride(0), depth, num_groups, depth, width, block, TOP,
-        INTERPRETED, num_warps=_warps(block),
+        kernel, (len(x), -(-depth // block)), x, out, scales, x.stride(0), depth, scales.stride(0), depth, width, block,
+        TOP, INTERPRETED, num_warps=_warps(block),
     )  # fmt: skip
     return out, scales
 
