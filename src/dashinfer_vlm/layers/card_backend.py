@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from dashinfer_vlm.errors import ConfigError
 from dashinfer_vlm.kernels import cuda
-from dashinfer_vlm.kernels.grouped import GROUP
+from dashinfer_vlm.kernels.grouped import GROUP, GroupedWeight
 from dashinfer_vlm.layers import grouped
 from dashinfer_vlm.layers.activation import Epilogue
 from dashinfer_vlm.layers.backend import Backend, LinearFactory, TensorLinear, of_own_copies, own_copy
@@ -26,10 +27,9 @@ __all__ = ["float_linears", "grouped_linears", "in_floats", "in_groups", "on_car
 
 def on_card(device: torch.device, dtype: torch.dtype) -> Backend:
     """The kernels of `kernels/cuda`, which must be available; on a CPU where triton interprets them."""
-    from dashinfer_vlm.kernels.cuda import experts as kernels
+    from dashinfer_vlm.kernels.cuda.experts import multiply
     from dashinfer_vlm.layers.cuda import (
         OPS,
-        CudaExperts,
         CudaHead,
         CudaLinear,
         CudaPatches,
@@ -44,15 +44,7 @@ def on_card(device: torch.device, dtype: torch.dtype) -> Backend:
         return TorchPatches(weight, bias) if dtype == torch.float32 else CudaPatches(weight, bias)
 
     def stacked(matrices: Sequence[Matrix]) -> Tensor:
-        first = matrices[0]
-        stack = torch.empty(len(matrices), first.num_rows, first.depth, dtype=dtype, device=device)
-        for place, matrix in zip(stack, matrices, strict=True):
-            place.copy_(own_copy(matrix.read(), device, dtype))
-        return stack
-
-    def experts(router: Tensor, gate_ups: Sequence[Matrix], downs: Sequence[Matrix], routing: Routing) -> Experts:
-        weights = partial(kernels.multiply, gate_up=stacked(gate_ups), down=stacked(downs))
-        return CudaExperts(router, weights, routing)
+        return _stacked(len(matrices), ((own_copy(matrix.read(), device, dtype),) for matrix in matrices))[0]
 
     return Backend(
         name="triton",
@@ -65,10 +57,30 @@ def on_card(device: torch.device, dtype: torch.dtype) -> Backend:
         make_linear=of_own_copies(CudaLinear, device, dtype),
         make_head=of_own_copies(head, device, dtype),
         make_stream_linear=of_own_copies(CudaStreamLinear, device, dtype),
-        make_experts=experts,
+        make_experts=_experts_of(multiply, stacked),
         make_unrounded=CudaRouter,
         make_patches=patches,
     )
+
+
+def _experts_of(multiply: Callable[..., Tensor], stacked: Callable[[Sequence[Matrix]], Any]) -> ExpertsFactory:
+    """Mixtures whose weights are `stacked`, which is what `multiply` takes."""
+    from dashinfer_vlm.layers.cuda import CudaExperts
+
+    def make(router: Tensor, gate_ups: Sequence[Matrix], downs: Sequence[Matrix], routing: Routing) -> Experts:
+        return CudaExperts(router, partial(multiply, gate_up=stacked(gate_ups), down=stacked(downs)), routing)
+
+    return make
+
+
+def _stacked(count: int, parts: Iterable[tuple[Tensor, ...]]) -> list[Tensor]:
+    """Of each tensor of `count` parts [count, ...]; a part goes there before the next one is made."""
+    stacks: list[Tensor] = []
+    for i, part in enumerate(parts):
+        stacks = stacks or [x.new_empty(count, *x.shape) for x in part]
+        for stack, x in zip(stacks, part, strict=True):
+            stack[i].copy_(x)
+    return stacks
 
 
 def quantised_on_card(device: torch.device, dtype: torch.dtype, quant_type: str) -> Backend:
@@ -92,14 +104,25 @@ def quantised_on_card(device: torch.device, dtype: torch.dtype, quant_type: str)
 
 def in_groups(device: torch.device, dtype: torch.dtype, quant_type: str) -> Backend:
     """As `on_card`, the text model's layers in 8 or 4 bits and its head in 8; on a CPU where triton interprets."""
+    from dashinfer_vlm.kernels.cuda.experts_grouped import multiply
     from dashinfer_vlm.layers.cuda import CudaHead, CudaLinear, grouped_ops, multiplies_into_float32
 
     ops = grouped_ops(CudaHead if multiplies_into_float32(device, dtype) else CudaLinear)
     layers, head = (
         grouped_linears(device, dtype, bits, ops, is_head=i == 1) for i, bits in enumerate(BITS[quant_type])
     )
+
+    def stacked(matrices: Sequence[Matrix]) -> GroupedWeight:
+        bits, _ = BITS[quant_type]
+        few = (_few_of(matrix, device, dtype, bits) for matrix in matrices)
+        parts = ((x.numbers, x.scales, torch.zeros_like(x.scales) if x.shifts is None else x.shifts) for x in few)
+        numbers, scales, shifts = (x.flatten(0, 1) for x in _stacked(len(matrices), parts))
+        may_shift = any(matrix.nibbles is not None and matrix.nibbles.has_zeros for matrix in matrices)
+        found = shifts if may_shift and bool(shifts.any()) else None
+        return GroupedWeight(numbers, scales, matrices[0].depth, bits, found)
+
     return replace(on_card(device, dtype), name=f"triton, {quant_type}", make_linear=layers, make_head=head,
-                   make_stream_linear=None, is_quantised=True, make_experts=_no_experts(quant_type))  # fmt: skip
+                   make_stream_linear=None, is_quantised=True, make_experts=_experts_of(multiply, stacked))  # fmt: skip
 
 
 def grouped_linears(
@@ -108,47 +131,32 @@ def grouped_linears(
     """Layers whose weights are first of `dtype`, as they would be without quantisation, then of 8 or 4 bits."""
 
     def make(weight: Matrix, bias: Tensor | None, epilogue: Epilogue) -> Linear:
-        if bits == 4 and weight.nibbles is not None and weight.nibbles.group == GROUP:
-            found = grouped.as_stored(weight.nibbles, weight.depth, device)
-        else:
-            tensor = weight.read()
-            found = grouped.rounded(tensor if weight.is_kept else own_copy(tensor, device, dtype), bits)
-        return GroupedLinear(found, bias, epilogue, ops, is_head=is_head)
+        return GroupedLinear(_few_of(weight, device, dtype, bits), bias, epilogue, ops, is_head=is_head)
 
     return make
+
+
+def _few_of(weight: Matrix, device: torch.device, dtype: torch.dtype, bits: int) -> GroupedWeight:
+    """On the device: 4 bits as the checkpoint has them, where it does."""
+    if bits == 4 and weight.nibbles is not None and weight.nibbles.group == GROUP:
+        return grouped.as_stored(weight.nibbles, weight.depth, device)
+    tensor = weight.read()
+    return grouped.rounded(tensor if weight.is_kept else own_copy(tensor, device, dtype), bits)
 
 
 def in_floats(device: torch.device, dtype: torch.dtype) -> Backend:
     """As `on_card`, the text model's layers but the head in 8-bit floats; on a CPU where triton interprets."""
     from dashinfer_vlm.kernels.cuda.experts_floats import Stack, multiply
-    from dashinfer_vlm.layers.cuda import FP8_OPS, CudaExperts
+    from dashinfer_vlm.layers.cuda import FP8_OPS
 
     def stacked(matrices: Sequence[Matrix]) -> Stack:
         own = all(matrix.read_floats is not None for matrix in matrices)  # else their scales would not be alike
-        first = _floats_of(matrices[0], device, dtype, FP8_OPS, own=own)
-        stack = Stack(*(x.new_empty(len(matrices), *x.shape) for x in (first.numbers, first.scales)))
-        for numbers, scales, matrix in zip(stack.numbers, stack.scales, matrices, strict=True):
-            found = _floats_of(matrix, device, dtype, FP8_OPS, own=own)
-            numbers.copy_(found.numbers)
-            scales.copy_(found.scales)
-        return stack
-
-    def experts(router: Tensor, gate_ups: Sequence[Matrix], downs: Sequence[Matrix], routing: Routing) -> Experts:
-        weights = partial(multiply, gate_up=stacked(gate_ups), down=stacked(downs))
-        return CudaExperts(router, weights, routing)
+        floats = (_floats_of(matrix, device, dtype, FP8_OPS, own=own) for matrix in matrices)
+        return Stack(*_stacked(len(matrices), ((x.numbers, x.scales) for x in floats)))
 
     layers = float_linears(device, dtype, FP8_OPS)
     return replace(on_card(device, dtype), name="triton, fp8", make_linear=layers, make_stream_linear=None,
-                   is_quantised=True, make_experts=experts)  # fmt: skip
-
-
-def _no_experts(quant_type: str) -> ExpertsFactory:
-    """They would silently stay what they are otherwise."""
-
-    def refuse(router: Tensor, gate_ups: Sequence[Matrix], downs: Sequence[Matrix], routing: Routing) -> Experts:
-        raise ConfigError(f"--quant-type {quant_type}: cards have no experts of so few bits; take fp8")
-
-    return refuse
+                   is_quantised=True, make_experts=_experts_of(multiply, stacked))  # fmt: skip
 
 
 def float_linears(device: torch.device, dtype: torch.dtype, ops: Fp8Ops) -> LinearFactory:

@@ -220,8 +220,8 @@ class CudaRouter(_NormingWhole, Router):
 
 
 class CudaExperts:
-    """See `layers.experts.Experts`. `multiply` is that of one of `kernels.cuda.experts` and `experts_floats`, its
-    weights given."""
+    """See `layers.experts.Experts`. `multiply` is that of `experts`, `experts_floats` or `experts_grouped` in
+    `kernels.cuda`, its weights given."""
 
     def __init__(self, router: Tensor, multiply: Callable[..., Tensor], routing: Routing) -> None:
         self.router = CudaRouter(router)

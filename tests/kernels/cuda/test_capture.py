@@ -26,6 +26,7 @@ from dashinfer_vlm.kernels.cuda import (
     experts,
     experts_alone,
     experts_floats,
+    experts_grouped,
     few_bits,
     fp8,
     gemv,
@@ -54,6 +55,7 @@ MODULES = (
         experts,
         experts_alone,
         experts_floats,
+        experts_grouped,
         few_bits,
         fp8,
         gemv,
@@ -113,8 +115,8 @@ def test_a_step_asks_for_no_value_and_takes_nothing_from_the_processor(arch: str
 
 @pytest.mark.parametrize(
     ("arch", "quant_type"),
-    [("qwen2", "fp8"), ("qwen2", "a16w8"), ("qwen2", "a16w4"), ("qwen3_moe", "fp8"), ("qwen3_5_text", "fp8"),
-     ("qwen3_5_text", "a16w4"), ("qwen3_5_moe_text", "fp8")],
+    [("qwen2", "fp8"), ("qwen2", "a16w8"), ("qwen2", "a16w4"), ("qwen3_moe", "fp8"), ("qwen3_moe", "a16w8"),
+     ("qwen3_moe", "a16w4"), ("qwen3_5_text", "fp8"), ("qwen3_5_text", "a16w4"), ("qwen3_5_moe_text", "fp8")],
 )  # fmt: skip
 def test_nor_does_one_of_quantised_weights(arch: str, quant_type: str) -> None:
     config = published_config(arch, "tiny")

@@ -26,7 +26,7 @@ from dashinfer_vlm.kernels.cuda.launch import (
 from dashinfer_vlm.kernels.cuda.rows import norm_scale, scaled
 from dashinfer_vlm.kernels.grouped import GROUP, GroupedWeight
 
-__all__ = ["of_floats", "of_groups"]
+__all__ = ["BYTES", "NIBBLES", "grouped_tile", "of_floats", "of_groups", "times_groups"]
 
 
 BYTES, NIBBLES = 0x47008000, 0x4B000000
@@ -95,11 +95,12 @@ def _columns(x, first, K: tl.constexpr, B: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["around"])
-def _grouped(
+def times_groups(
     x, gains, w, scales, shifts, bias, residual, out, eps, around, w_n, s_n, N, K: tl.constexpr, WHOLE: tl.constexpr,
     BN: tl.constexpr, G: tl.constexpr, BITS: tl.constexpr, SHIFTED: tl.constexpr, NORM: tl.constexpr,
     GATED: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
+    """Of a row: see `of_groups`."""
     groups: tl.constexpr = (K + 127) // 128
     width: tl.constexpr = 4 * BITS  # words of a group
     n = tl.program_id(0) * BN + tl.arange(0, BN)
@@ -211,7 +212,7 @@ def of_groups(
     words = weight.numbers.view(torch.int32)
     tile, early = grouped_tile(num_rows, depth, weight.bits, is_gated=silu_mul), starts_early(x)
     launch(
-        _grouped, (-(-size // tile.rows),), x, x if gains is None else gains, words, weight.scales,
+        times_groups, (-(-size // tile.rows),), x, x if gains is None else gains, words, weight.scales,
         shifts_of(weight), x if bias is None else bias, x if residual is None else residual, out, eps,
         BYTES if weight.bits == 8 else NIBBLES, words.stride(0),
         weight.scales.stride(0), size, depth, power_of_two(depth), tile.rows, tile.columns // GROUP, weight.bits,

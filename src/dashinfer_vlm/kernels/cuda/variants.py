@@ -10,14 +10,13 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from itertools import product as each
+from itertools import starmap
 
 import torch
 from torch import Tensor
 
 from dashinfer_vlm.kernels.choices import Choices
 from dashinfer_vlm.kernels.cuda import (
-    experts,
-    experts_floats,
     few_bits,
     fp8,
     gemv,
@@ -32,11 +31,12 @@ from dashinfer_vlm.kernels.cuda import (
 )
 from dashinfer_vlm.kernels.cuda.decode import rope_and_attend
 from dashinfer_vlm.kernels.cuda.delta_net import delta_net
+from dashinfer_vlm.kernels.cuda.experts_variants import MIXTURES, calls
 from dashinfer_vlm.kernels.delta_net import DeltaNet
 from dashinfer_vlm.kernels.grouped import GROUP, GroupedWeight
 from dashinfer_vlm.kernels.head_norms import HeadNorms
 
-__all__ = ["MIXTURES", "PUBLISHED", "DeltaSizes", "Mixture", "Sizes", "Variant", "variants"]
+__all__ = ["MIXTURES", "PUBLISHED", "DeltaSizes", "Sizes", "Variant", "variants"]
 
 BLOCK_SIZE = 16
 
@@ -96,22 +96,6 @@ PUBLISHED = {
 """Of the published models, those whose kernels differ: the ones of Qwen2.5-VL are Qwen2-VL's."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Mixture:
-    """The sizes of a layer of experts."""
-
-    hidden: int
-    inner: int
-    """Channels of an expert."""
-    experts: int
-    count: int
-    """Of experts that are chosen for a row."""
-
-
-MIXTURES = {"Qwen3-VL-30B-A3B": Mixture(hidden=2048, inner=768, experts=128, count=8)}
-"""Published ones; what surrounds their experts is as in `PUBLISHED`."""
-
-
 @dataclass(frozen=True, slots=True)
 class Variant:
     name: str
@@ -123,7 +107,7 @@ def variants(model: str, dtype: torch.dtype) -> Iterator[Variant]:
     memory: whoever replaced `launch.launch` before these modules were imported sees what is compiled."""
     meta = torch.device("meta")
     if model in MIXTURES:
-        yield from _experts(MIXTURES[model], dtype, meta)
+        yield from starmap(Variant, calls(MIXTURES[model], dtype, meta))
         return
     sizes = PUBLISHED[model]
     yield from _text(sizes, dtype, meta)
@@ -301,37 +285,6 @@ def _single(s: Sizes, dtype: torch.dtype, device: torch.device) -> Iterator[Vari
     yield Variant("one row, MLP", lambda: of_x(empty(2 * s.inner, s.hidden), silu_mul=True))
     yield Variant("one row, out", lambda: gemv.product(x, empty(s.hidden, s.hidden), residual=x))
     yield Variant("one row, down", lambda: gemv.product(inner, empty(s.hidden, s.inner), residual=x))
-
-
-def _experts(s: Mixture, dtype: torch.dtype, device: torch.device) -> Iterator[Variant]:
-    """Rows by themselves, and in tiles of 16, 64 and 128."""
-
-    def empty(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
-        return torch.empty(*shape, dtype=dtype, device=device)
-
-    gate_up, down = empty(s.experts, 2 * s.inner, s.hidden), empty(s.experts, s.hidden, s.inner)
-
-    def stack(matrix: Tensor, *edges: int) -> experts_floats.Stack:
-        sides = (-(-side // edge) for side, edge in zip(matrix.shape[1:], edges, strict=True))
-        return experts_floats.Stack(
-            empty(*matrix.shape, dtype=torch.float8_e4m3fn), empty(s.experts, *sides, dtype=torch.float32)
-        )
-
-    by_rows = stack(gate_up, 1, s.hidden), stack(down, 1, s.inner)
-    in_blocks = stack(gate_up, fp8.BLOCK, fp8.BLOCK), stack(down, fp8.BLOCK, fp8.BLOCK)
-    for num_rows, told in ((1, "one row"), (16, "few rows"), (256, "some rows"), (2048, "many rows")):
-        x, chosen, shares = (
-            empty(num_rows, s.hidden),
-            empty(num_rows, s.count, dtype=torch.int32),
-            empty(num_rows, s.count),
-        )
-        if num_rows <= 16:
-            logits = empty(num_rows, s.experts)
-            yield Variant(f"experts chosen for {told}", partial(experts.choose, logits, s.count, normalise=True))
-        yield Variant(f"experts of {told}", partial(experts.multiply, x, gate_up, down, chosen, shares, x))
-        for kind, stacks in (("fp8", by_rows), ("fp8 in blocks", in_blocks)):
-            of_floats = partial(experts_floats.multiply, x, *stacks, chosen, shares, x)
-            yield Variant(f"{kind} experts of {told}", of_floats)
 
 
 def _delta_net(s: DeltaSizes, dtype: torch.dtype, device: torch.device) -> Iterator[Variant]:
