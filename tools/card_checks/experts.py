@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import product as each
 from typing import TYPE_CHECKING
@@ -14,7 +14,8 @@ from torch.nn import functional as F
 
 from card_checks.cases import BFLOAT16_ERROR, Case
 from card_checks.results import Setting
-from dashinfer_vlm.layers import activation, fp8
+from dashinfer_vlm.kernels.grouped import GroupedWeight
+from dashinfer_vlm.layers import activation, fp8, grouped
 
 if TYPE_CHECKING:  # triton reads the environment when it is imported
     from dashinfer_vlm.kernels.cuda.experts_floats import Stack
@@ -52,8 +53,16 @@ def cases(setting: Setting, dtype: torch.dtype, *, small: bool) -> Iterator[Case
             _floats(setting, dtype, hidden, 128 if small and blocks else inner, num_experts, blocks=blocks)
             for blocks in (False, True)
         ]
+    kinds += [_few(setting, dtype, hidden, inner, num_experts, bits) for bits in (8, 4)]
     for experts, num_rows in each(kinds, (1, 3, 40, 200) if small else (1, 16, 64, 2048)):
         yield _mixture(setting, dtype, experts, num_experts, num_rows, count)
+
+
+def of_published_size(setting: Setting, counts: Sequence[int]) -> Iterator[Case]:
+    """So many rows in each quantised kind of weights: programs run side by side there."""
+    yield from in_blocks(setting, counts)
+    for bits in (8, 4):
+        yield from in_few_bits(setting, bits, counts)
 
 
 def in_blocks(setting: Setting, counts: Iterable[int]) -> Iterator[Case]:
@@ -62,6 +71,13 @@ def in_blocks(setting: Setting, counts: Iterable[int]) -> Iterator[Case]:
         experts = _floats(setting, torch.bfloat16, 2048, 768, 128, blocks=True)
         for num_rows in counts:
             yield _mixture(setting, torch.bfloat16, experts, 128, num_rows, 8)
+
+
+def in_few_bits(setting: Setting, bits: int, counts: Iterable[int]) -> Iterator[Case]:
+    """The same in 8 or 4 bits."""
+    experts = _few(setting, torch.bfloat16, 2048, 768, 128, bits)
+    for num_rows in counts:
+        yield _mixture(setting, torch.bfloat16, experts, 128, num_rows, 8)
 
 
 def _choice(setting: Setting, dtype: torch.dtype, num_rows: int, num_experts: int, count: int) -> Case:
@@ -115,6 +131,25 @@ def _floats(
     name = "fp8 experts in blocks" if blocks else "fp8 experts"
     return _Experts(name, partial(multiply, gate_up=stacks[0], down=stacks[1]), hidden, inner, wide,
                     3 * hidden * inner, _rounded, 0.5, BFLOAT16_ERROR)  # fmt: skip
+
+
+def _few(setting: Setting, dtype: torch.dtype, hidden: int, inner: int, num_experts: int, bits: int) -> _Experts:
+    from dashinfer_vlm.kernels.cuda.experts_grouped import multiply
+
+    matrices = _matrices(setting, torch.float32, hidden, inner, num_experts)
+    gate_up, down = (grouped.rounded(x.flatten(0, 1), bits) for x in matrices)
+
+    def of_expert(weight: GroupedWeight, expert: int) -> Tensor:
+        numbers, scales = (x.unflatten(0, (num_experts, -1))[expert] for x in (weight.numbers, weight.scales))
+        return grouped.expand(replace(weight, numbers=numbers, scales=scales), torch.float64)
+
+    def wide(expert: int) -> tuple[Tensor, Tensor]:
+        return of_expert(gate_up, expert), of_expert(down, expert)
+
+    num_bytes = sum(x.numbers.nbytes + x.scales.nbytes for x in (gate_up, down)) // num_experts
+    return _Experts(
+        f"{bits}-bit experts", partial(multiply, gate_up=gate_up, down=down), hidden, inner, wide, num_bytes
+    )
 
 
 def _matrices(setting: Setting, dtype: torch.dtype, hidden: int, inner: int, num_experts: int) -> tuple[Tensor, Tensor]:

@@ -25,7 +25,7 @@ def check(setting: Setting) -> Iterator[Check]:
                 f"{case.name} {_short(dtype)}",
                 partial(_right, case, 1e-5 if dtype == torch.float32 else BFLOAT16_ERROR),
             )
-    for case in () if setting.tiny else experts.in_blocks(setting, (2, 16, 300, 2048)):
+    for case in () if setting.tiny else experts.of_published_size(setting, (2, 16, 300, 2048)):
         yield f"{case.name} of published size", partial(_right, case, BFLOAT16_ERROR)
 
 

@@ -76,11 +76,16 @@ FRAMES: tuple[Cut, ...] = (
     (128, 128, 8, 3, None),
 )
 EXPERTS: tuple[Cut, ...] = (
-    *((16, 128, 4, stages, None) for stages in (3, 6)),
-    *((64, 128, warps, stages, None) for warps in (4, 8) for stages in (3, 4)),
-    *((128, 128, warps, stages, None) for warps in (8, 16) for stages in (3, 4, 6)),
+    *((rows, 128, 4, stages, None) for rows in (16, 32, 64) for stages in (3, 4)),
+    *((rows, 128, 8, stages, None) for rows in (64, 128) for stages in (3, 4)),
+    (128, 128, 16, 4, None),
 )
 """Pairs of a tile, and columns."""
+EXPERTS_FEW_BITS: tuple[Cut, ...] = (
+    *((rows, 128, warps, stages, None) for rows in (16, 32) for warps in (4, 8) for stages in (3, 5)),
+    *((64, 128, warps, stages, None) for warps in (4, 8) for stages in (3, 4)),
+    *((128, 128, warps, 3, None) for warps in (4, 8)),
+)
 WINDOWS: tuple[Cut, ...] = ((64, 64, 4, 2, None), (64, 32, 4, 3, None))
 """None of one stage: what ptxas makes of it faults (`sass.raw_descriptors`)."""
 
@@ -100,6 +105,7 @@ def every_tile(setting: Setting) -> Iterator[tuple[str, Callable[[], Any]]]:
 def _contests(setting: Setting) -> Iterator[Contest]:
     from dashinfer_vlm.kernels.cuda import (
         experts_floats,
+        experts_grouped,
         paged,
         segments,
     )  # triton reads the environment when it is imported
@@ -127,6 +133,9 @@ def _contests(setting: Setting) -> Iterator[Contest]:
             yield Contest(prompt(f"{size} prompt {name} over int8", cache=torch.int8), paged, "many_tile", MANY_INT8)
     for case in experts.in_blocks(setting, (16, 64, 256, 2048)):
         yield Contest(case, experts_floats, "tile_for", EXPERTS)
+    for bits in (8, 4):
+        for case in experts.in_few_bits(setting, bits, (16, 64, 256, 2048)):
+            yield Contest(case, experts_grouped, "tile_for", EXPERTS_FEW_BITS)
     long = decode_alone(setting, torch.bfloat16, "7b decode 8 of 8k", OF_7B, [8192] * 8)
     yield Contest(long, paged, "few_tile", FEW)
     for name, lengths, dim, cuts in (
