@@ -54,6 +54,7 @@ def cases(setting: Setting, dtype: torch.dtype, *, small: bool) -> Iterator[Case
             for blocks in (False, True)
         ]
     kinds += [_few(setting, dtype, hidden, inner, num_experts, bits) for bits in (8, 4)]
+    kinds.append(_few(setting, dtype, hidden, inner, num_experts, 4, has_zeros=True))
     for experts, num_rows in each(kinds, (1, 3, 40, 200) if small else (1, 16, 64, 2048)):
         yield _mixture(setting, dtype, experts, num_experts, num_rows, count)
 
@@ -133,23 +134,36 @@ def _floats(
                     3 * hidden * inner, _rounded, 0.5, BFLOAT16_ERROR)  # fmt: skip
 
 
-def _few(setting: Setting, dtype: torch.dtype, hidden: int, inner: int, num_experts: int, bits: int) -> _Experts:
+def _few(
+    setting: Setting,
+    dtype: torch.dtype,
+    hidden: int,
+    inner: int,
+    num_experts: int,
+    bits: int,
+    *,
+    has_zeros: bool = False,
+) -> _Experts:
     from dashinfer_vlm.kernels.cuda.experts_grouped import multiply
 
     matrices = _matrices(setting, torch.float32, hidden, inner, num_experts)
     gate_up, down = (grouped.rounded(x.flatten(0, 1), bits) for x in matrices)
+    if has_zeros:
+        gate_up, down = (replace(x, shifts=torch.randint_like(x.scales, -3, 4)) for x in (gate_up, down))
 
     def of_expert(weight: GroupedWeight, expert: int) -> Tensor:
-        numbers, scales = (x.unflatten(0, (num_experts, -1))[expert] for x in (weight.numbers, weight.scales))
-        return grouped.expand(replace(weight, numbers=numbers, scales=scales), torch.float64)
+        size = len(weight.numbers) // num_experts
+        rows = slice(expert * size, (expert + 1) * size)
+        shifts = None if weight.shifts is None else weight.shifts[rows]
+        of_one = replace(weight, numbers=weight.numbers[rows], scales=weight.scales[rows], shifts=shifts)
+        return grouped.expand(of_one, torch.float64)
 
     def wide(expert: int) -> tuple[Tensor, Tensor]:
         return of_expert(gate_up, expert), of_expert(down, expert)
 
     num_bytes = sum(x.numbers.nbytes + x.scales.nbytes for x in (gate_up, down)) // num_experts
-    return _Experts(
-        f"{bits}-bit experts", partial(multiply, gate_up=gate_up, down=down), hidden, inner, wide, num_bytes
-    )
+    name = f"{bits}-bit experts with zeros" if has_zeros else f"{bits}-bit experts"
+    return _Experts(name, partial(multiply, gate_up=gate_up, down=down), hidden, inner, wide, num_bytes)
 
 
 def _matrices(setting: Setting, dtype: torch.dtype, hidden: int, inner: int, num_experts: int) -> tuple[Tensor, Tensor]:

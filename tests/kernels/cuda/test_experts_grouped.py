@@ -18,6 +18,9 @@ from dashinfer_vlm.kernels.grouped import GroupedWeight
 from dashinfer_vlm.layers import grouped
 from dashinfer_vlm.layers.backend import Backend
 from dashinfer_vlm.layers.card_backend import in_groups
+from dashinfer_vlm.layers.cuda import CudaExperts
+from dashinfer_vlm.layers.experts import Routing
+from dashinfer_vlm.layers.linear import Matrix, Nibbles
 from dashinfer_vlm.models.loading import allocate_kv
 from dashinfer_vlm.models.model import LoadedModel
 from tests.kernels.cuda.numbers import DEVICE, TYPES, allowed, error
@@ -148,3 +151,25 @@ def logits(backend: Backend, num_tokens: int) -> Tensor:
     model = LoadedModel(config, config.family.decoder(config, weights, backend), None, backend)
     with torch.inference_mode():
         return model.forward(text_batch(DEVICE, [num_tokens], [num_tokens]), allocate_kv(model, 2, BLOCK_SIZE))
+
+
+@pytest.mark.parametrize("stored", ["with zeros", "around 8", "in part"])
+def test_experts_have_4_bits_as_they_are_stored(stored: str) -> None:
+    """In part: what is stored otherwise is rounded, and both stand side by side."""
+    matrices: list[Matrix] = []
+    want: list[Tensor] = []
+    for i in range(3):
+        numbers = torch.randint(0, 16, (256, 128), dtype=torch.uint8)
+        scales = torch.rand(256, 1).bfloat16().float()
+        zeros = torch.full((256, 1), 8, dtype=torch.uint8) if stored == "around 8" else torch.randint(
+            0, 16, (256, 1), dtype=torch.uint8)  # fmt: skip
+        nibbles = Nibbles(128, True, lambda found=(numbers, scales, zeros): found)  # type: ignore[misc]
+        weight = (numbers.float() - zeros.float()) * scales
+        is_stored = stored != "in part" or i != 1
+        matrices.append(Matrix(str(i), 256, 128, lambda x=weight: x, nibbles=nibbles if is_stored else None))  # type: ignore[misc]
+        want.append(weight if is_stored else grouped.expand(grouped.rounded(weight, 4), torch.float32))
+    layer = in_groups(DEVICE, torch.float32, "a16w4").experts(torch.randn(3, 128), matrices, matrices, Routing(2, True))
+    assert isinstance(layer, CudaExperts)
+    found: GroupedWeight = layer.multiply.keywords["gate_up"]  # type: ignore[attr-defined]
+    assert (found.shifts is None) == (stored == "around 8")
+    assert error(grouped.expand(found, torch.float32), torch.cat(want)) < 1e-6

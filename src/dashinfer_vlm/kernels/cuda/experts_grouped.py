@@ -57,7 +57,7 @@ def _times_pair(
 def _multiply_pairs(
     out, x, w, scales, shifts, of_groups, experts, pairs, x_t, w_n, s_n, o_t, g_k, size, N: tl.constexpr,
     K: tl.constexpr, COUNT: tl.constexpr, BN: tl.constexpr, BM: tl.constexpr, BITS: tl.constexpr,
-    SHIFTED: tl.constexpr, TILED: tl.constexpr, C: tl.constexpr,
+    SHIFTED: tl.constexpr, TILED: tl.constexpr, STAGES: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
     """See `experts._multiply_pairs`; with `SHIFTED` what shifts are multiplied with, `of_groups`, see `skinny`."""
     tile = tl.program_id(1)
@@ -74,16 +74,15 @@ def _multiply_pairs(
     of_row = (expert * N + tl.minimum(n, N - 1)).to(tl.int64) * s_n
     scale = tl.load(scales + of_row).to(tl.float32)
     shift = tl.load(shifts + of_row).to(tl.float32) if SHIFTED else scale
-    sums = tl.load(of_groups + row) if SHIFTED else tl.zeros([BM], tl.float32)
     acc = tl.zeros([BN, BM], tl.float32)
-    for i in tl.range(0, rounds):
+    for i in tl.range(0, rounds, num_stages=STAGES):  # said here, it holds for copies of sums, too
         following = tl.minimum(i + 1, rounds - 1)  # scales are asked for a round before they are needed
         next_scale = tl.load(scales + of_row + following).to(tl.float32)
         next_shift = shift
-        next_sums = sums
+        sums = tl.zeros([BM], tl.float32)
         if SHIFTED:
             next_shift = tl.load(shifts + of_row + following).to(tl.float32)
-            next_sums = tl.load(of_groups + following * g_k + row)
+            sums = tl.load(of_groups + i * g_k + row)
         inside = (pair >= 0)[:, None] & (i * 128 + k < K)[None, :]
         low = tl.load(rows + i * 128, mask=inside, other=0.0).to(C).T
         high = low
@@ -95,7 +94,6 @@ def _multiply_pairs(
         acc = added(acc, weight, low, high, scale, shift, sums, BITS, SHIFTED, C)
         scale = next_scale
         shift = next_shift
-        sums = next_sums
     inside = (n < N)[:, None] & (pair >= 0)[None, :]
     tl.store(out + pair[None, :] * o_t + n[:, None], acc.to(out.dtype.element_ty), mask=inside)
 
@@ -169,7 +167,7 @@ def _sorted(
     launch(
         _multiply_pairs, (-(-size // tall), len(experts)), out, x, factor, weight.scales, shifts_of(weight), of_groups,
         experts, pairs, x.stride(0), numbers.stride(0), weight.scales.stride(0), size, len(x), len(numbers), size,
-        weight.depth, count, tall, tile.rows, weight.bits, weight.shifts is not None, is_tiled, compute_type(x.dtype),
-        num_warps=tile.warps, num_stages=tile.stages,
+        weight.depth, count, tall, tile.rows, weight.bits, weight.shifts is not None, is_tiled, tile.stages,
+        compute_type(x.dtype), num_warps=tile.warps, maxnreg=tile.registers,
     )  # fmt: skip
     return out
