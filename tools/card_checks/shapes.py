@@ -40,6 +40,10 @@ def shapes(setting: Setting) -> Iterator[Check]:
             yield from islice(_decoding(setting, quantised, f"{size} {name} decode", (1.7, 1.5, 1.5)), _few(setting))
             del quantised
         del model
+        if size != "7b":  # layers with states
+            hybrid = text_alone(setting, published_config("qwen3_5", size), backend)
+            yield from _decoding(setting, hybrid, f"Qwen3.5-{size.upper()} decode", (1.9, 1.7, 1.9))
+            del hybrid
         if size != "2b":
             config = published_config("qwen2_5_vl", size)
             model = make_model(config, backend, small=setting.tiny)
@@ -66,7 +70,8 @@ def text_alone(setting: Setting, config: CheckpointConfig, backend: Backend) -> 
 def _decoding(setting: Setting, model: LoadedModel, name: str, bars: tuple[float, float, float]) -> Iterator[Check]:
     context, long = (17, 20) if setting.tiny else (1024, 8192)
     streams = (1, 2) if setting.tiny else (1, 8, 64)
-    kv = allocate_kv(model, max(streams[-1] * -(-context // BLOCK_SIZE), -(-long // BLOCK_SIZE)), BLOCK_SIZE)
+    num_blocks = max(streams[-1] * -(-context // BLOCK_SIZE), -(-long // BLOCK_SIZE))
+    kv = allocate_kv(model, num_blocks, BLOCK_SIZE, num_seats=streams[-1])
     for count in streams:
         bar = bars[1] if count == streams[-1] else bars[0]
         yield f"{name} {count} of {context}", partial(_decode, setting, model, kv, count, context, bar)
@@ -76,7 +81,7 @@ def _decoding(setting: Setting, model: LoadedModel, name: str, bars: tuple[float
 def _decode(setting: Setting, model: LoadedModel, kv: KVCache, count: int, context: int, bar: float) -> Row:
     batch = text_batch(setting.device, [1] * count, [context] * count)
     seconds = setting.time(lambda: model.forward(batch, kv), as_graph=True)
-    moved = weight_bytes(model) + count * context * kv_bytes(kv)
+    moved = weight_bytes(model) + count * (context * kv_bytes(kv) + 2 * model.text.state_bytes)
     floor = setting.ceilings.seconds(moved, 2 * (layer_numbers(model) + head_numbers(model)) * count)
     return Row(seconds=seconds, floor=floor, bar=bar, note=_host(setting, model, batch, kv))
 
@@ -84,7 +89,7 @@ def _decode(setting: Setting, model: LoadedModel, kv: KVCache, count: int, conte
 def _prefill(setting: Setting, model: LoadedModel, kv: KVCache, length: int, bar: float) -> Row:
     batch = text_batch(setting.device, [length], [length])
     text = model.config.text
-    attention = 2 * text.num_heads * text.head_dim * text.num_layers * length**2
+    attention = 2 * text.num_heads * text.head_dim * text.num_kv_layers * length**2
     floor = setting.ceilings.seconds(0, 2 * layer_numbers(model) * length, attention)
     return Row(seconds=setting.time(lambda: model.forward(batch, kv), rounds=5), floor=floor, bar=bar)
 

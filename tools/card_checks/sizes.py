@@ -15,9 +15,15 @@ from dashinfer_vlm.request import Grid
 
 def layer_numbers(model: LoadedModel) -> int:
     """Weights of all layers, without embedding and head."""
-    t = model.config.text
-    attention = t.hidden_size * t.head_dim * (2 * t.num_heads + 2 * t.num_kv_heads)
-    return t.num_layers * (attention + 3 * t.hidden_size * t.intermediate_size)
+    t, delta_net = model.config.text, model.config.text.delta_net
+    of_queries = 2 if delta_net is None else 3  # and their gates
+    attention = t.hidden_size * t.head_dim * (of_queries * t.num_heads + 2 * t.num_kv_heads)
+    recurrent = 0
+    if delta_net is not None:
+        values = delta_net.num_value_heads * delta_net.value_dim
+        recurrent = t.hidden_size * (delta_net.num_channels + 2 * values + 2 * delta_net.num_value_heads)
+    mixers = t.num_kv_layers * attention + (t.num_layers - t.num_kv_layers) * recurrent
+    return mixers + t.num_layers * 3 * t.hidden_size * t.intermediate_size
 
 
 def head_numbers(model: LoadedModel) -> int:
@@ -27,7 +33,7 @@ def head_numbers(model: LoadedModel) -> int:
 def weight_bytes(model: LoadedModel) -> int:
     """What a step reads of them, scales left out."""
     size = model.kv_dtype.itemsize
-    of_layers, of_head = map(_bits, (model.decoder.layers[0].attention.qkv, model.decoder.head))
+    of_layers, of_head = map(_bits, (model.decoder.layers[0].mlp.first, model.decoder.head))
     return (layer_numbers(model) * (of_layers or 8 * size) + head_numbers(model) * (of_head or 8 * size)) // 8
 
 
