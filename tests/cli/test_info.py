@@ -13,6 +13,7 @@ import torch
 from dashinfer_vlm.cli.command import execute
 from dashinfer_vlm.cli.info import VISION, info
 from dashinfer_vlm.config import EngineConfig
+from dashinfer_vlm.engine import memory
 from dashinfer_vlm.hub import DEMO_MODEL
 from dashinfer_vlm.kernels import cpu_ops
 from dashinfer_vlm.kernels.cpu_ops import PackedWeight
@@ -110,6 +111,25 @@ def test_bytes_are_those_of_a_loaded_model(precision: str, tmp_path: Path) -> No
     text, vision = (demo_weights().shapes(part) for part in get_args(Part))
     told = weight_bytes(text, precision) + weight_bytes(vision, VISION.get(precision, precision))
     assert held_bytes(model, set()) == pytest.approx(told, rel=0.01)
+
+
+def test_8_bit_floats_have_a_scale_for_each_row_and_leave_embedding_and_head() -> None:
+    shapes = {"model.layers.0.mlp.experts.0.up_proj.weight": (48, 128), "model.layers.0.mlp.gate.weight": (8, 128),
+              "model.embed_tokens.weight": (1000, 128), "lm_head.weight": (1000, 128)}  # fmt: skip
+    assert weight_bytes(shapes, "fp8") == 48 * (128 + 4) + 4 * 8 * 128 + 2 * 2 * 1000 * 128
+
+
+def test_a_card_has_precisions_of_its_own(
+    checkpoint: CheckpointMaker, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = checkpoint("qwen3_vl_moe")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda i: "a card")
+    monkeypatch.setattr(memory, "free_bytes", lambda device: 1 << 30)
+    assert execute(info, [str(folder)]) == 0
+    table = capsys.readouterr().out.split("cuda:0, a card: 1.0 GiB are free")[1].split("Pictures")[0]
+    told = [line.split()[0] for line in table.splitlines() if " yes " in line]
+    assert told == ["bfloat16", "float32", "fp8", "a16w8", "a16w4"]
 
 
 def test_a_token_of_kv_is_what_the_cache_takes() -> None:

@@ -24,8 +24,8 @@ __all__ = ["info"]
 
 SIZES = ((224, 224), (448, 448), (640, 480), (1280, 720), (1920, 1080), (3840, 2160))
 """Pictures that people send, width x height."""
-VISION = {"a8w8": "a8w8", "a16w8": "a16w8", "a16w4": "a16w8"}
-"""The ViT's precision beside the text model's: it is not offered with 4 bits."""
+VISION = {"a8w8": "a8w8", "a16w8": "a16w8", "a16w4": "a16w8", "fp8": "bfloat16"}
+"""The ViT's precision beside the text model's: it is not offered with 4 bits, nor in 8-bit floats."""
 
 _GIB = 2**30
 
@@ -102,11 +102,11 @@ def _memory(checkpoint: CheckpointConfig, parts: Parts, config: EngineConfig) ->
     import torch
 
     from dashinfer_vlm.engine.memory import free_bytes
-    from dashinfer_vlm.models.footprint import PRECISIONS
+    from dashinfer_vlm.models.footprint import CARD_PRECISIONS, PRECISIONS
 
     places = [(torch.device("cpu"), f"{len(os.sched_getaffinity(0))} cores", PRECISIONS)]
     for i in range(torch.cuda.device_count()):
-        places.append((torch.device("cuda", i), torch.cuda.get_device_name(i), PRECISIONS[:2]))
+        places.append((torch.device("cuda", i), torch.cuda.get_device_name(i), CARD_PRECISIONS))
     for device, name, precisions in places:
         free = free_bytes(device)
         table = _weights(checkpoint, parts, config, precisions, free)

@@ -9,10 +9,12 @@ from collections.abc import Mapping
 import torch
 
 from dashinfer_vlm.layers.attention import cache_row_size
+from dashinfer_vlm.layers.grouped import BITS
 from dashinfer_vlm.layers.quantise import QUANT_TYPES
 from dashinfer_vlm.models.config import TextConfig
 
 __all__ = [
+    "CARD_PRECISIONS",
     "PRECISIONS",
     "Shapes",
     "experts_of",
@@ -24,7 +26,9 @@ __all__ = [
 ]
 
 PRECISIONS = ("bfloat16", "float32", *QUANT_TYPES)
-"""How weights can be stored; the quantised ones keep the embedding as bfloat16."""
+"""How processors can store weights; the quantised ones keep the embedding as bfloat16."""
+CARD_PRECISIONS = ("bfloat16", "float32", "fp8", *BITS)
+"""The same of cards, where 8-bit floats keep the head, too."""
 
 Shapes = Mapping[str, tuple[int, ...]]
 """Of the tensors of one part of a model, by their published names."""
@@ -72,6 +76,8 @@ def _tensor_bytes(name: str, shape: tuple[int, ...], precision: str) -> float:
     count = math.prod(shape)
     if precision == "float32" or len(shape) != 2 or name.endswith(_ROUTERS):
         return 4 * count
+    if precision == "fp8" and name not in (_EMBEDDING, _HEAD):
+        return count + 4 * shape[0]
     if precision not in QUANT_TYPES or name == _EMBEDDING:
         return 2 * count
     layers, head = QUANT_TYPES[precision]
