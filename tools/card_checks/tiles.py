@@ -77,8 +77,7 @@ FRAMES: tuple[Cut, ...] = (
 )
 EXPERTS: tuple[Cut, ...] = (
     *((rows, 128, 4, stages, None) for rows in (16, 32, 64) for stages in (3, 4)),
-    *((rows, 128, 8, stages, None) for rows in (64, 128) for stages in (3, 4)),
-    (128, 128, 16, 4, None),
+    *((128, 128, warps, stages, None) for warps in (8, 16) for stages in (3, 4)),
 )
 """Pairs of a tile, and columns."""
 EXPERTS_FEW_BITS: tuple[Cut, ...] = (

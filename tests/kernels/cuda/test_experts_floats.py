@@ -60,9 +60,9 @@ def wide(stack: Stack) -> Tensor:
 
 
 def rounded(x: Tensor) -> Tensor:
-    """A row as the kernels take it, in groups of 128."""
-    numbers, scales = fp8.quantise(x.float()[None], 128)
-    return (numbers.double() * scales.double().repeat_interleave(128, 1)[:, : len(x)])[0]
+    """A row as the kernels take it."""
+    numbers, scales = fp8.quantise(x.float()[None])
+    return (numbers.double() * scales.double())[0]
 
 
 def wanted(x: Tensor, stacks: Stacks, chosen: Tensor, shares: Tensor, residual: Tensor, *, rounds: bool) -> Tensor:
@@ -143,8 +143,7 @@ def test_what_is_no_number_stays_in_its_row(num_rows: int) -> None:
 
 
 def test_tiles_have_as_many_rows_as_experts_have() -> None:
-    assert [tile_for(mean, is_roomy=True).rows for mean in (0.1, 8, 9, 64, 65)] == [16, 16, 64, 64, 128]
-    assert tile_for(500, is_roomy=False).rows == 64
+    assert [tile_for(mean).rows for mean in (0.1, 16, 17, 500)] == [16, 16, 64, 64]
 
 
 def test_what_does_not_fit_is_refused() -> None:
@@ -192,7 +191,7 @@ def test_experts_are_those_of_the_checkpoint_where_it_has_all_of_them_in_8_bit_f
 def test_a_model_of_experts_gives_what_its_layers_give_one_by_one(
     checkpoint: CheckpointMaker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Rows of which a group is the whole: they are rounded as dense layers round them."""
+    """More than two rows are rounded as dense layers round them."""
     stored, written = write_pair(
         checkpoint("qwen3_moe", dtype="bfloat16"), tmp_path, *NATIVE["compressed-tensors, rows"]
     )

@@ -17,7 +17,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from dashinfer_vlm.kernels.cuda import narrow
 from dashinfer_vlm.kernels.cuda.experts import add_shares, sort_pairs
 from dashinfer_vlm.kernels.cuda.experts_alone import MOST_ALONE
-from dashinfer_vlm.kernels.cuda.few_bits import shifts_of, sums_of_groups
+from dashinfer_vlm.kernels.cuda.few_bits import of_bytes, of_high_halves, of_low_halves, shifts_of
 from dashinfer_vlm.kernels.cuda.launch import (
     Tile,
     check,
@@ -30,7 +30,7 @@ from dashinfer_vlm.kernels.cuda.launch import (
 )
 from dashinfer_vlm.kernels.cuda.narrow import times_groups
 from dashinfer_vlm.kernels.cuda.rows import silu_mul
-from dashinfer_vlm.kernels.cuda.skinny import added, can_multiply, tile_of
+from dashinfer_vlm.kernels.cuda.skinny import can_multiply, tile_of
 from dashinfer_vlm.kernels.grouped import GROUP, GroupedWeight
 
 __all__ = ["multiply"]
@@ -53,13 +53,14 @@ def _times_pair(
     )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["g_k"])
+@triton.jit
 def _multiply_pairs(
-    out, x, w, scales, shifts, of_groups, experts, pairs, x_t, w_n, s_n, o_t, g_k, size, N: tl.constexpr,
-    K: tl.constexpr, COUNT: tl.constexpr, BN: tl.constexpr, BM: tl.constexpr, BITS: tl.constexpr,
-    SHIFTED: tl.constexpr, TILED: tl.constexpr, STAGES: tl.constexpr, C: tl.constexpr,
+    out, x, w, scales, shifts, experts, pairs, x_t, w_n, s_n, o_t, size, N: tl.constexpr, K: tl.constexpr,
+    COUNT: tl.constexpr, BN: tl.constexpr, BM: tl.constexpr, BITS: tl.constexpr, SHIFTED: tl.constexpr,
+    TILED: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
-    """See `experts._multiply_pairs`; with `SHIFTED` what shifts are multiplied with, `of_groups`, see `skinny`."""
+    """See `experts._multiply_pairs`. Shifts are added to numbers in registers, which holds exactly: sums of rows, as in
+    `skinny.py`, would come from anywhere."""
     tile = tl.program_id(1)
     expert = tl.load(experts + tile)
     if expert < 0:
@@ -69,33 +70,39 @@ def _multiply_pairs(
     n = tl.program_id(0) * BN + tl.arange(0, BN)
     k = tl.arange(0, width)
     pair = tl.load(pairs + tile * BM + tl.arange(0, BM)).to(tl.int64)
-    row = tl.maximum(pair, 0) // COUNT
-    rows = x + row[:, None] * x_t + k[None, :]
+    rows = x + (tl.maximum(pair, 0) // COUNT)[:, None] * x_t + k[None, :]
     of_row = (expert * N + tl.minimum(n, N - 1)).to(tl.int64) * s_n
     scale = tl.load(scales + of_row).to(tl.float32)
-    shift = tl.load(shifts + of_row).to(tl.float32) if SHIFTED else scale
+    shift = tl.load(shifts + of_row)
     acc = tl.zeros([BN, BM], tl.float32)
-    for i in tl.range(0, rounds, num_stages=STAGES):  # said here, it holds for copies of sums, too
-        following = tl.minimum(i + 1, rounds - 1)  # scales are asked for a round before they are needed
-        next_scale = tl.load(scales + of_row + following).to(tl.float32)
-        next_shift = shift
-        sums = tl.zeros([BM], tl.float32)
-        if SHIFTED:
-            next_shift = tl.load(shifts + of_row + following).to(tl.float32)
-            sums = tl.load(of_groups + i * g_k + row)
-        inside = (pair >= 0)[:, None] & (i * 128 + k < K)[None, :]
-        low = tl.load(rows + i * 128, mask=inside, other=0.0).to(C).T
-        high = low
-        if BITS == 4:
-            inside = (pair >= 0)[:, None] & (i * 128 + 64 + k < K)[None, :]
-            high = tl.load(rows + i * 128 + 64, mask=inside, other=0.0).to(C).T
+    for i in tl.range(0, rounds):
+        following = of_row + tl.minimum(i + 1, rounds - 1)  # scales are asked for a round before they are needed
+        next_scale = tl.load(scales + following).to(tl.float32)
+        next_shift = tl.load(shifts + following) if SHIFTED else shift
+        factor = _part(rows, pair, k, i * 128, K, C)
         first = expert * N + tl.program_id(0) * BN
         weight = tile_of(w, first, i * width, w_n, size, rounds * width, BN, width, TILED)
-        acc = added(acc, weight, low, high, scale, shift, sums, BITS, SHIFTED, C)
+        if BITS == 8:
+            part = tl.dot(of_bytes(weight, C), factor, input_precision="ieee")
+        else:
+            low, high = of_low_halves(weight, C), of_high_halves(weight, C)
+            if SHIFTED:
+                low += shift.to(C)[:, None]
+                high += shift.to(C)[:, None]
+            part = tl.dot(low, factor, input_precision="ieee")
+            part = tl.dot(high, _part(rows, pair, k, i * 128 + 64, K, C), part, input_precision="ieee")
+        acc += part * scale[:, None]
         scale = next_scale
         shift = next_shift
     inside = (n < N)[:, None] & (pair >= 0)[None, :]
     tl.store(out + pair[None, :] * o_t + n[:, None], acc.to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _part(rows, pair, k, first, K: tl.constexpr, C: tl.constexpr):
+    """Columns `first + k` of the rows of pairs, transposed."""
+    inside = (pair >= 0)[:, None] & (first + k < K)[None, :]
+    return tl.load(rows + first, mask=inside, other=0.0).to(C).T
 
 
 def multiply(
@@ -160,14 +167,13 @@ def _sorted(
     numbers, tall = weight.numbers, 16 * tile.warps
     out = torch.empty(len(x) * count, size, dtype=x.dtype, device=x.device)
     is_tiled = has_tiles(x) and can_multiply(numbers)
-    of_groups = out if weight.shifts is None else sums_of_groups(x)
     factor: Any = numbers
     if is_tiled:
         factor = TensorDescriptor.from_tensor(numbers, [tall, GROUP if weight.bits == 8 else GROUP // 2])
     launch(
-        _multiply_pairs, (-(-size // tall), len(experts)), out, x, factor, weight.scales, shifts_of(weight), of_groups,
-        experts, pairs, x.stride(0), numbers.stride(0), weight.scales.stride(0), size, len(x), len(numbers), size,
-        weight.depth, count, tall, tile.rows, weight.bits, weight.shifts is not None, is_tiled, tile.stages,
-        compute_type(x.dtype), num_warps=tile.warps, maxnreg=tile.registers,
+        _multiply_pairs, (-(-size // tall), len(experts)), out, x, factor, weight.scales, shifts_of(weight), experts,
+        pairs, x.stride(0), numbers.stride(0), weight.scales.stride(0), size, len(numbers), size, weight.depth, count,
+        tall, tile.rows, weight.bits, weight.shifts is not None, is_tiled, compute_type(x.dtype), num_warps=tile.warps,
+        num_stages=tile.stages,
     )  # fmt: skip
     return out

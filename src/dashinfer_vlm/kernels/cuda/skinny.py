@@ -36,7 +36,6 @@ __all__ = [
     "MOST_WHOLE_ROWS",
     "TALL",
     "WIDE",
-    "added",
     "arrived_of",
     "can_multiply",
     "joined",
@@ -92,7 +91,7 @@ def tile_of(x, first, at, x_t, SIZE, K, HEIGHT: tl.constexpr, WIDTH: tl.constexp
 
 
 @triton.jit
-def added(acc, w, low, high, scale, shift, sums, BITS: tl.constexpr, SHIFTED: tl.constexpr, C: tl.constexpr):
+def _add(acc, w, low, high, scale, shift, sums, BITS: tl.constexpr, SHIFTED: tl.constexpr, C: tl.constexpr):
     """`acc` [BN, BM] and what a tile of the weight adds, of few bits `scale` [BN] times, to which `shift` [BN] is added
     before, which meets the `sums` [BM] of x. `low` and `high` are the halves of x that 4 bits meet, else the same."""
     if BITS == 16:
@@ -149,10 +148,10 @@ def _multiply(
             next_shift = tl.load(shifts + of_row + following).to(tl.float32)
             next_sums = tl.load(of_groups + following * T + m, mask=m < T, other=0.0)
         tile = tile_of(w, first_n, i * width, w_n, rows_of_w, length, BN, width, TILED)
-        acc = added(acc, tile, low, high, scale, shift, sums, BITS, SHIFTED, C)
+        acc = _add(acc, tile, low, high, scale, shift, sums, BITS, SHIFTED, C)
         if GATED:
             tile = tile_of(w, first_n + N, i * width, w_n, rows_of_w, length, BN, width, TILED)
-            up = added(up, tile, low, high, scale, shift, sums, BITS, SHIFTED, C)
+            up = _add(up, tile, low, high, scale, shift, sums, BITS, SHIFTED, C)
         scale = next_scale
         shift = next_shift
         sums = next_sums
