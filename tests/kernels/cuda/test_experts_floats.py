@@ -121,6 +121,17 @@ def test_rows_of_16_bits(num_rows: int, blocks: bool, dtype: torch.dtype) -> Non
     assert error(got, wanted(x, stacks, *others, rounds=rounds)) < (ROUNDED if rounds else allowed(dtype))
 
 
+def test_a_number_a_thousand_times_larger_than_the_others_takes_none_of_their_digits() -> None:
+    """A row has one scale. The weight has nothing where it would drown the others."""
+    x, gate_up, down, *others = given(20, 3, 2, 272, 128)
+    x[:, 130] *= 1000
+    gate_up[:, :, 130] = 0
+    stacks = stack_of(gate_up, blocks=True), stack_of(down, blocks=True)
+    residual = others[-1].double()
+    got, want = multiply(x, *stacks, *others), wanted(x, stacks, *others, rounds=False)
+    assert error(got - residual, want - residual) < ROUNDED
+
+
 @pytest.mark.parametrize("num_rows", [1, 20])
 def test_the_result_may_be_in_the_residuals_memory_and_rows_may_be_strided(num_rows: int) -> None:
     x, gate_up, down, chosen, shares, residual = given(num_rows, 5, 2, 72, 48)
