@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +17,7 @@ from torch import Tensor
 from dashinfer_vlm.cli.command import execute
 from dashinfer_vlm.cli.info import info
 from dashinfer_vlm.config import EngineConfig
+from dashinfer_vlm.engine.load import load_engine
 from dashinfer_vlm.errors import CheckpointError
 from dashinfer_vlm.kernels import cpu_ops
 from dashinfer_vlm.models import quant_cache
@@ -217,6 +219,17 @@ def test_4_bits_stay_what_they_are(pair: tuple[Path, Path], request: pytest.Fixt
         return
     assert _error(got, exact) < 0.02
     assert _error(anew, exact) > 0.08
+
+
+@pytest.mark.parametrize("name", ["awq", "gptq of 8 bits"])
+def test_who_expands_4_bits_hears_how_not_to(
+    checkpoint: CheckpointMaker, tmp_path: Path, caplog: pytest.LogCaptureFixture, name: str
+) -> None:
+    folder, _ = write_pair(checkpoint("qwen3", dtype="float16"), tmp_path, *FORMATS[name])
+    hint = "weights are stored in 4 bits (awq), and were expanded; --quant-type a16w4 takes them as they are"
+    with caplog.at_level(logging.INFO):
+        load_engine(EngineConfig(model=str(folder), device="cpu", max_model_len=256), lambda *_: None)[0].close()
+    assert (hint in caplog.text) == (name == "awq")
 
 
 @pytest.mark.skipif(not cpu_ops.available(), reason="needs the native kernels")

@@ -70,6 +70,10 @@ def load_engine(
         num_blocks * config.block_size,
         num_blocks * kv_block_bytes(model, config) / 2**30,
     )
+    stored = model.config.stored
+    kept = None if stored is None else stored.quant_type(model.device.type)
+    if kept is not None and config.quant_type == "none":
+        logger.info("weights are stored in %s, and were expanded; --quant-type %s takes them as they are", stored, kept)
     if info.num_states:
         size = info.num_states * info.state_bytes / 2**30
         logger.info("%d states, of sequences and saved ones, in %.2f GiB", info.num_states, size)

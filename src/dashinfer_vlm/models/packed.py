@@ -136,6 +136,11 @@ class StoredIntegers:
                 out[part] = wide[part].to(kind).sub_(less[:, of_column]).mul_(factors[:, of_column])
         return out
 
+    def quant_type(self, device_type: str) -> str | None:
+        """The `--quant-type` that computes with the numbers as they are stored, if columns are in order."""
+        groups = (128,) if device_type == "cuda" else (128, 32)
+        return "a16w4" if self.nibble_group in groups else None
+
     @property
     def nibble_group(self) -> int:
         """Columns of the groups that `nibbles` has; 0: kernels of 4 bits do not take these."""

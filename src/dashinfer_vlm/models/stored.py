@@ -35,6 +35,10 @@ class StoredFloats:
     def __str__(self) -> str:
         return "8-bit floats"
 
+    def quant_type(self, device_type: str) -> str | None:
+        """The `--quant-type` that computes with the numbers as they are stored."""
+        return "fp8" if device_type == "cuda" else None
+
     scale_suffixes = (".weight_scale_inv", ".weight_scale")
     """How the scales of `X.weight` are called; both multiply."""
     ignored_suffixes = (".input_scale",)
