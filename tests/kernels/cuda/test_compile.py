@@ -150,7 +150,7 @@ def test_experts_of_a_row_by_itself_leave_room_for_four_programs(found: Found) -
 
 def test_a_row_by_itself_is_multiplied_by_reads_of_128_bits_that_precede_the_wait(found: Found) -> None:
     """Weights are under way before the last kernel has ended, those of three programs a multiprocessor."""
-    rows = found.of("_row_times", "_grouped", "_floats")
+    rows = found.of("_row_times", "times_groups", "_floats")
     assert len(rows) >= 15 * len(MODELS)
     for x in rows:
         assert x["wide_reads_before_wait"] >= 4, x
