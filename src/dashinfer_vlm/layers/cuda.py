@@ -27,7 +27,7 @@ from dashinfer_vlm.kernels.cuda import (
 )
 from dashinfer_vlm.kernels.grouped import GroupedWeight
 from dashinfer_vlm.layers.activation import EPILOGUES, Epilogue
-from dashinfer_vlm.layers.experts import Router, Routing, with_shared
+from dashinfer_vlm.layers.experts import Router, Routing
 from dashinfer_vlm.layers.fp8 import Fp8Ops
 from dashinfer_vlm.layers.grouped import GroupedOps
 from dashinfer_vlm.layers.linear import Linear, RowToNorm, Stream, Unsummed
@@ -65,8 +65,8 @@ _EPILOGUES = {**EPILOGUES, "silu_mul": rows.silu_mul, "quick_gelu": rows.quick_g
 """One launch each: torch's GELU is one already."""
 
 
-_ONES = 8
-"""Columns: rows of a product begin at multiples of 16 bytes."""
+_UNIT = 8
+"""Numbers of 16 bits: rows of a product begin at multiples of 16 bytes."""
 _PATCHES_AT_ONCE = 8192
 """They stand in memory in four times their bytes, meanwhile."""
 
@@ -216,7 +216,16 @@ def grouped_ops(head: Callable[[Tensor, Tensor | None, Epilogue], Linear]) -> Gr
 
 
 class CudaRouter(_NormingWhole, Router):
-    """Of whole rows, which come from the stream."""
+    """Of whole rows, which come from the stream. Its own rows begin at multiples of 16 bytes: for others cuBLAS takes
+    several times as long."""
+
+    def __init__(self, weight: Tensor) -> None:
+        super().__init__(F.pad(weight, (0, 0, 0, -len(weight) % _UNIT)))
+        self.num_rows = len(weight)
+
+    def __call__(self, x: Tensor, *, residual: Tensor | None = None, out: Tensor | None = None) -> Tensor:
+        y = super().__call__(x, residual=residual)[:, : self.num_rows]
+        return y if out is None else out.copy_(y)
 
 
 class CudaExperts:
@@ -230,10 +239,9 @@ class CudaExperts:
 
     def __call__(self, x: Tensor, *, residual: Tensor | None) -> Tensor:
         logits, routing = self.router(x), self.routing
-        others = logits[:, :-1] if routing.has_shared else logits
-        chosen, shares = experts.choose(others, routing.count, normalise=routing.is_normalised)
-        if routing.has_shared:
-            chosen, shares = with_shared(chosen, shares, logits)
+        chosen, shares = experts.choose(
+            logits, routing.count, normalise=routing.is_normalised, has_shared=routing.has_shared
+        )
         out = torch.zeros_like(x) if residual is None else residual
         return self.multiply(x, chosen=chosen, shares=shares, residual=out, out=out)
 
@@ -244,14 +252,14 @@ class CudaPatches:
     and behind them the bias, which ones are multiplied with."""
 
     def __init__(self, weight: Tensor, bias: Tensor) -> None:
-        self.weight_t = torch.cat((*two_halves(weight), F.pad(two_halves(bias).t(), (0, _ONES - 2))), dim=1).t()
+        self.weight_t = torch.cat((*two_halves(weight), F.pad(two_halves(bias).t(), (0, _UNIT - 2))), dim=1).t()
 
     def __call__(self, patches: Tensor) -> Tensor:
         """uint8 [P, K] -> float32 [P, N]."""
         out = torch.empty(len(patches), self.weight_t.shape[1], device=patches.device)
         for start in range(0, len(patches), _PATCHES_AT_ONCE):
             rows = slice(start, start + _PATCHES_AT_ONCE)
-            x = F.pad(patches[rows].bfloat16().repeat(1, 2), (0, _ONES), value=1.0)
+            x = F.pad(patches[rows].bfloat16().repeat(1, 2), (0, _UNIT), value=1.0)
             if x.is_cuda:
                 torch.mm(x, self.weight_t, out_dtype=torch.float32, out=out[rows])
             else:  # the same numbers, which torch multiplies into float32 on cards alone

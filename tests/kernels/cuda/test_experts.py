@@ -154,6 +154,18 @@ def test_the_most_probable_are_chosen(num_experts: int, count: int, normalise: b
     assert error(shares, want / want.sum(1, keepdim=True) if normalise else want) < allowed(dtype)
 
 
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize("count", [1, 4])
+def test_a_shared_expert_comes_last_by_its_own_share(count: int, dtype: torch.dtype) -> None:
+    logits = torch.randn(3, 7, device=DEVICE).to(dtype)
+    places, want = choose(logits[:, :6], count, normalise=True)
+    chosen, shares = choose(logits, count, normalise=True, has_shared=True)
+    assert torch.equal(chosen[:, :count], places)
+    assert error(shares[:, :count], want) < allowed(dtype)
+    assert (chosen[:, count] == 6).all()
+    assert error(shares[:, count], logits[:, 6].float().sigmoid()) < allowed(dtype)
+
+
 def test_of_equal_ones_the_first_is_chosen_and_nothing_else_of_what_is_no_number() -> None:
     """Rows that nobody owns may hold anything; whom they choose must be there."""
     logits = torch.zeros(4, 6, device=DEVICE)

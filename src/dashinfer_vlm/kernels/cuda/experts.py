@@ -37,7 +37,7 @@ __all__ = ["add_shares", "choose", "multiply", "rows_for", "sort_pairs"]
 @triton.jit
 def _choose_experts(
     logits, experts, shares, l_t, E: tl.constexpr, B: tl.constexpr, COUNT: tl.constexpr, COUNTS: tl.constexpr,
-    NORMALISE: tl.constexpr, EARLY: tl.constexpr,
+    NORMALISE: tl.constexpr, SHARED: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     i = tl.arange(0, B)
@@ -57,8 +57,12 @@ def _choose_experts(
         share = tl.where(j == found, (largest >> 32).to(tl.int32).to(tl.float32, bitcast=True), share)
     if NORMALISE:
         share /= tl.sum(share, 0)
-    tl.store(experts + row * COUNT + j, expert, mask=j < COUNT)
-    tl.store(shares + row * COUNT + j, share.to(shares.dtype.element_ty), mask=j < COUNT)
+    if SHARED:
+        expert = tl.where(j == COUNT, E, expert)
+        share = tl.where(j == COUNT, 1 / (1 + tl.exp(-tl.load(logits + row * l_t + E).to(tl.float32))), share)
+    width: tl.constexpr = COUNT + SHARED
+    tl.store(experts + row * width + j, expert, mask=j < width)
+    tl.store(shares + row * width + j, share.to(shares.dtype.element_ty), mask=j < width)
 
 
 @triton.jit(do_not_specialize=["num_pairs"])
@@ -135,19 +139,21 @@ def _add_shares(out, parts, shares, residual, r_t, o_t, N: tl.constexpr, COUNT: 
     tl.store(out + row * o_t + i, y.to(out.dtype.element_ty), mask=i < N)
 
 
-def choose(logits: Tensor, count: int, *, normalise: bool) -> tuple[Tensor, Tensor]:
+def choose(logits: Tensor, count: int, *, normalise: bool, has_shared: bool = False) -> tuple[Tensor, Tensor]:
     """Experts int32 [T, count] by falling probability, of equal ones the first, and their shares in the type of logits
-    [T, E]: of the softmax in float32, with `normalise` divided by their sum.
+    [T, E]: of the softmax in float32, with `normalise` divided by their sum. With `has_shared` the last logit is that
+    of one more, which comes last in every row, by its sigmoid.
 
     Raises ValueError for rows that are not dense, and for more than there are."""
-    num_rows, num_experts = logits.shape
+    num_rows, num_experts = len(logits), logits.shape[1] - has_shared
     check(logits.stride(1) == 1 and 0 < count <= num_experts, f"dense rows of at least {count} experts", logits)
-    experts = torch.empty(num_rows, count, dtype=torch.int32, device=logits.device)
-    shares = torch.empty(num_rows, count, dtype=logits.dtype, device=logits.device)
+    experts = torch.empty(num_rows, count + has_shared, dtype=torch.int32, device=logits.device)
+    shares = torch.empty(experts.shape, dtype=logits.dtype, device=logits.device)
     early = num_rows == 1 and starts_early(logits)
     launch(
         _choose_experts, (num_rows,), logits, experts, shares, logits.stride(0), num_experts,
-        power_of_two(num_experts), count, power_of_two(count), normalise, early, num_warps=1, early=early,
+        power_of_two(num_experts), count, power_of_two(count + has_shared), normalise, has_shared, early, num_warps=1,
+        early=early,
     )  # fmt: skip
     return experts, shares
 
