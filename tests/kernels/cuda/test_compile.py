@@ -29,7 +29,9 @@ SPILLING = "long prefill plain"
 INT8_PROMPTS = ("prefill int8", "long prefill int8", "few rows beside others int8",
                 "few rows beside others in 8 splits int8")  # fmt: skip
 """128 keys at a time spill a little, and took 2.26 ms for 8,192 rows of 7B where 64 keys took 2.69."""
-SPILLS_IN_LOOPS = {SPILLING: 40, **dict.fromkeys(INT8_PROMPTS, 2)}
+STATES = "states of prompts"
+"""Chunks are prepared by three programs beside each other, which spills outside of loops."""
+SPILLS_IN_LOOPS = {SPILLING: 40, STATES: 0, **dict.fromkeys(INT8_PROMPTS, 2)}
 WIDE = "Qwen3.5-9B"
 """Heads of 256."""
 MODELS = ("Qwen2-VL-2B", "Qwen2-VL-7B", "Qwen3-VL-8B", WIDE)
@@ -179,7 +181,9 @@ def test_chunks_of_prompts_multiply_in_warp_groups_and_are_copied_beside_it(foun
     assert walks
     assert prepared
     assert all(x["hgmma"] >= 28 and x["wide_copies"] >= 60 for x in walks), walks
-    assert all(x["hgmma"] >= 96 for x in prepared), prepared
+    for x in prepared:
+        assert x["hgmma"] >= 60, x
+        assert x["registers"] * x["warps"] * 32 <= REGISTERS // 3, x
 
 
 def test_tables_take_exact_sines(found: Found) -> None:

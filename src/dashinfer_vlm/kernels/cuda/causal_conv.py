@@ -7,13 +7,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dashinfer_vlm.kernels.cuda.launch import launch, power_of_two, starts_early, wait_for_last
+from dashinfer_vlm.kernels.cuda.launch import Tile, launch, power_of_two, starts_early, wait_for_last
 from dashinfer_vlm.kernels.cuda.paged import tile_of
 from dashinfer_vlm.kernels.delta_net import DeltaNet
 
 __all__ = ["causal_conv"]
 
-TILE_ROWS = 16
+TILE = Tile(16, 128, 4, 1)
+"""Rows of prompts; columns are a head's."""
 REMEMBERED = 1024
 """Channels that a program remembers."""
 MOST_EARLY = 64
@@ -54,7 +55,8 @@ def _conv(
         is_row = ((back >= 0) & (r < n))[:, None] & inside
         is_kept = ((back < 0) & (r < n) & (context > n))[:, None] & inside
         z = tl.load(x + (first + back).to(tl.int64)[:, None] * x_t + c[None, :], mask=is_row, other=0.0).to(tl.float32)
-        z += tl.load(kept, mask=is_kept, other=0.0)
+        if local < TAPS - 1:  # others reach back to rows alone
+            z += tl.load(kept, mask=is_kept, other=0.0)
         total += z * tl.load(weight + tap * C + c, mask=b < tl.where(head < 2 * HK, K, V), other=0.0)[None, :]
         if DECODE and tap > 0:  # one place further back than it was read
             tl.store(inputs + seat * i_s + (tap - 1) * C + c[None, :], z, mask=inside)
@@ -98,15 +100,15 @@ def causal_conv(
     (num_rows, num_channels), num_sequences = x.shape, len(context_lens)
     is_decode = num_rows == num_sequences
     early = is_decode and num_rows <= MOST_EARLY and starts_early(x)
-    tile = 1 if is_decode else TILE_ROWS
-    tiles = num_rows if is_decode else num_rows // tile + min(num_sequences, num_rows)
+    rows = 1 if is_decode else TILE.rows
+    tiles = num_rows if is_decode else num_rows // rows + min(num_sequences, num_rows)
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     sizes = (net.num_key_heads, net.key_dim, net.value_dim, power_of_two(max(net.key_dim, net.value_dim)))
     where, taps = (seats, query_starts, context_lens), len(net.conv)
     launch(
         _conv, (tiles, 2 * net.num_key_heads + net.num_value_heads), x, inputs, net.conv, *where, out, num_sequences,
-        x.stride(0), inputs.stride(0), out.stride(0), *sizes, taps, num_channels, tile, is_decode, early,
-        num_warps=1 if is_decode else 4, early=early,
+        x.stride(0), inputs.stride(0), out.stride(0), *sizes, taps, num_channels, rows, is_decode, early,
+        num_warps=1 if is_decode else TILE.warps, early=early,
     )  # fmt: skip
     if not is_decode:
         launch(

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from dashinfer_vlm.kernels.choices import Choices
 from dashinfer_vlm.kernels.cuda import (
+    delta_variants,
     few_bits,
     fp8,
     gemv,
@@ -30,26 +31,14 @@ from dashinfer_vlm.kernels.cuda import (
     skinny_floats,
 )
 from dashinfer_vlm.kernels.cuda.decode import rope_and_attend
-from dashinfer_vlm.kernels.cuda.delta_net import delta_net
+from dashinfer_vlm.kernels.cuda.delta_variants import DeltaSizes
 from dashinfer_vlm.kernels.cuda.experts_variants import MIXTURES, calls
-from dashinfer_vlm.kernels.delta_net import DeltaNet
 from dashinfer_vlm.kernels.grouped import GROUP, GroupedWeight
 from dashinfer_vlm.kernels.head_norms import HeadNorms
 
-__all__ = ["MIXTURES", "PUBLISHED", "DeltaSizes", "Sizes", "Variant", "variants"]
+__all__ = ["MIXTURES", "PUBLISHED", "Sizes", "Variant", "variants"]
 
 BLOCK_SIZE = 16
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class DeltaSizes:
-    """The sizes of a gated delta net."""
-
-    key_heads: int
-    value_heads: int
-    dim: int
-    """Of a head of either."""
-    taps: int = 4
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -116,7 +105,7 @@ def variants(model: str, dtype: torch.dtype) -> Iterator[Variant]:
     yield from _single(sizes, dtype, meta)
     yield from _choosing(sizes.vocab, meta)
     if sizes.delta_net:
-        yield from _delta_net(sizes.delta_net, dtype, meta)
+        yield from (Variant(name, call) for name, call in delta_variants.calls(sizes.delta_net, dtype, meta))
     if sizes.vit_width:
         yield from _vit(sizes, dtype, meta)
 
@@ -285,36 +274,6 @@ def _single(s: Sizes, dtype: torch.dtype, device: torch.device) -> Iterator[Vari
     yield Variant("one row, MLP", lambda: of_x(empty(2 * s.inner, s.hidden), silu_mul=True))
     yield Variant("one row, out", lambda: gemv.product(x, empty(s.hidden, s.hidden), residual=x))
     yield Variant("one row, down", lambda: gemv.product(inner, empty(s.hidden, s.inner), residual=x))
-
-
-def _delta_net(s: DeltaSizes, dtype: torch.dtype, device: torch.device) -> Iterator[Variant]:
-    """A row by itself, streams, and prompts beside them."""
-    values = s.value_heads * s.dim
-    num_channels = 2 * s.key_heads * s.dim + values
-
-    def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-        return torch.empty(*shape, dtype=dtype, device=device)
-
-    net = DeltaNet(
-        num_key_heads=s.key_heads,
-        key_dim=s.dim,
-        conv=empty(s.taps, num_channels),
-        speed=empty(s.value_heads),
-        rate_bias=empty(s.value_heads),
-        gains=empty(s.dim, dtype=dtype),
-        eps=1e-6,
-    )
-
-    def call(num_rows: int, num_sequences: int) -> Tensor:
-        joined, rates = (empty(num_rows, n, dtype=dtype) for n in (num_channels + values, 2 * s.value_heads))
-        channels, gate = joined.split_with_sizes([num_channels, values], dim=1)
-        states = empty(9, s.taps - 1, num_channels), empty(9, s.value_heads, s.dim, s.dim)
-        seats = empty(num_sequences, dtype=torch.int64)
-        starts, contexts = (empty(n, dtype=torch.int32) for n in (num_sequences + 1, num_sequences))
-        return delta_net(channels, gate, rates, net, *states, seats, starts, contexts)
-
-    for num_rows, num_sequences, told in ((1, 1, "one row"), (128, 128, "streams"), (2048, 16, "prompts")):
-        yield Variant(f"states of {told}", partial(call, num_rows, num_sequences))
 
 
 def _choosing(vocab: int, device: torch.device) -> Iterator[Variant]:
