@@ -140,9 +140,11 @@ def _tiny(config: CheckpointConfig, device: torch.device) -> LoadedModel:
 
 
 def _rounding(setting: Setting, arch: str) -> Row:
-    """Logits of a text in bfloat16 beside those in float32; torch's own kernels lose about a hundredth here."""
+    """Logits of a text in bfloat16 beside those in float32; torch's own kernels lose 0.02 here, and where layers keep
+    states 0.06, with experts 0.08."""
     whole, rounded = (_logits(setting, arch, checked_backend(setting, x)) for x in (torch.float32, torch.bfloat16))
-    return Row(error=error(rounded, whole), allowed=0.05)
+    has_states = published_config(arch, "tiny").text.delta_net is not None
+    return Row(error=error(rounded, whole), allowed=0.15 if has_states else 0.05)
 
 
 def _in_floats(setting: Setting, arch: str) -> Row:

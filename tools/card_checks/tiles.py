@@ -1,9 +1,9 @@
-"""Attention and experts with other tiles than those that are served: what a card says decides which ones are."""
+"""Attention, experts and states with other tiles than those that are served: what a card says decides which are."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from types import ModuleType
 from typing import Any
@@ -11,7 +11,7 @@ from unittest import mock
 
 import torch
 
-from card_checks import experts
+from card_checks import delta_net, experts
 from card_checks.attention import Heads, attention_of_pictures, attention_over_a_cache, decode_alone
 from card_checks.cases import BFLOAT16_ERROR, Case
 from card_checks.results import Check, Setting, error
@@ -85,6 +85,18 @@ EXPERTS_FEW_BITS: tuple[Cut, ...] = (
     *((64, 128, warps, stages, None) for warps in (4, 8) for stages in (3, 4)),
     *((128, 128, warps, 3, None) for warps in (4, 8)),
 )
+PREPARED: tuple[Cut, ...] = (
+    *((64, 64, 4, 1, registers) for registers in (None, 128)),
+    *((64, 64, 8, 1, registers) for registers in (None, 128)),
+)
+"""Rows of a chunk, and columns of keys and values."""
+WALKED: tuple[Cut, ...] = (
+    *((64, 32, warps, stages, None) for warps in (4, 8) for stages in (2, 3)),
+    *((64, 64, 8, stages, None) for stages in (1, 2, 3)),
+    (64, 16, 4, 2, None),
+    (64, 64, 4, 2, None),
+)
+"""Rows of a chunk, and columns of a memory."""
 WINDOWS: tuple[Cut, ...] = ((64, 64, 4, 2, None), (64, 32, 4, 3, None))
 """None of one stage: what ptxas makes of it faults (`sass.raw_descriptors`)."""
 
@@ -103,6 +115,7 @@ def every_tile(setting: Setting) -> Iterator[tuple[str, Callable[[], Any]]]:
 
 def _contests(setting: Setting) -> Iterator[Contest]:
     from dashinfer_vlm.kernels.cuda import (
+        delta_chunks,
         experts_floats,
         experts_grouped,
         paged,
@@ -118,6 +131,8 @@ def _contests(setting: Setting) -> Iterator[Contest]:
             yield Contest(prompt, paged, "many_tile", ((32, 16, 1, 2, None),))
         pictures = attention_of_pictures(setting, torch.bfloat16, "frames", [37, 5], 2, 80)
         yield Contest(pictures, segments, "tile_for", ((16, 32, 1, 1, None),))
+        *_, prompts = delta_net.cases(setting, torch.bfloat16, small=True)
+        yield Contest(prompts, delta_chunks, "walk_tile", ((64, 16, 4, 1, None),))
         return
     for size, heads in (("2b", OF_2B), ("7b", OF_7B)):
         for name, count, length in (("1 of 1k", 1, 1024), ("16 of 1k", 16, 1024), ("64 of 1k", 64, 1024)):
@@ -135,6 +150,10 @@ def _contests(setting: Setting) -> Iterator[Contest]:
     for bits in (8, 4):
         for case in experts.in_few_bits(setting, bits, (16, 64, 256, 2048)):
             yield Contest(case, experts_grouped, "tile_for", EXPERTS_FEW_BITS)
+    for case in delta_net.cases(setting, torch.bfloat16, small=False):
+        if "prefill" in case.name:
+            yield Contest(case, delta_chunks, "prepare_tile", PREPARED)
+            yield Contest(replace(case, name=f"{case.name}, walked through"), delta_chunks, "walk_tile", WALKED)
     long = decode_alone(setting, torch.bfloat16, "7b decode 8 of 8k", OF_7B, [8192] * 8)
     yield Contest(long, paged, "few_tile", FEW)
     for name, lengths, dim, cuts in (
