@@ -248,6 +248,17 @@ def test_groups_of_other_sizes_stay_what_they_are(checkpoint: CheckpointMaker, t
 
 
 @pytest.mark.skipif(not cpu_ops.available(), reason="needs the native kernels")
+@pytest.mark.parametrize("arch", ["qwen3_moe", "qwen3_5", "qwen3_5_moe"])
+def test_4_bits_of_experts_and_of_states_stay_what_they_are(
+    checkpoint: CheckpointMaker, tmp_path: Path, arch: str
+) -> None:
+    pair = write_pair(checkpoint(arch, dtype="float16"), tmp_path, *FORMATS["awq"])
+    exact = logits(pair[1])
+    assert _error(logits(pair[0], quant_type="a16w4"), exact) < 0.05
+    assert _error(logits(pair[1], quant_type="a16w4"), exact) > 0.1
+
+
+@pytest.mark.skipif(not cpu_ops.available(), reason="needs the native kernels")
 def test_4_bits_as_they_are_stored_are_found_again(checkpoint: CheckpointMaker, tmp_path: Path) -> None:
     folder, _ = write_pair(checkpoint("qwen3", dtype="float16"), tmp_path, *FORMATS["awq"])
     options = {"quant_type": "a16w4", "quant_cache": str(tmp_path / "cache"), "quant_cache_gib": 1}
