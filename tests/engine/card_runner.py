@@ -28,8 +28,6 @@ class PoisonedCardRunner(CardRunner):
         for keys, values in zip(calls.all_kv.keys, calls.all_kv.values, strict=True):
             poison_floats(keys[-1])
             poison_floats(values[-1])
-        for state in calls.all_kv.states:
-            poison_floats(state[:, -1])
         calls.staging.static.fill_(0xFF)
         calls.staging._turns[calls.staging._turn ^ 1].fill_(0xFF)
         flight = super().start(plan)
@@ -62,10 +60,9 @@ def make_card_runner(
 
 
 def with_spare_block(kv: KVCache) -> KVCache:
-    """And a spare seat, so that what is left for sequences is what was given."""
+    """So that what is left for sequences is what was given."""
 
-    def longer(cache: torch.Tensor, dim: int = 0) -> torch.Tensor:
-        return torch.cat([cache, torch.zeros_like(cache.narrow(dim, 0, 1))], dim)
+    def longer(caches: list[torch.Tensor]) -> list[torch.Tensor]:
+        return [torch.cat([cache, torch.zeros_like(cache[:1])]) for cache in caches]
 
-    states = tuple(longer(state, 1) for state in kv.states)
-    return KVCache([longer(keys) for keys in kv.keys], [longer(values) for values in kv.values], states)
+    return KVCache(longer(kv.keys), longer(kv.values), kv.states)

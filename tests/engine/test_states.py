@@ -179,16 +179,14 @@ def test_states_take_their_part_of_the_memory(
     assert 0 <= left < kv_block_bytes(model, config)
 
 
-def test_on_a_card_they_take_their_part_of_what_steps_leave_and_padding_has_one(
-    model: Model, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_on_a_card_they_take_their_part_of_what_steps_leave(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
     free, reserved = 64 * MIB, 24 * MIB
     monkeypatch.setattr(memory, "free_bytes", lambda device: free + EMBEDDING_HEADROOM_BYTES)
     config = EngineConfig(max_model_len=32000, max_num_seqs=4000, vision_cache_gib=0, dtype="float32")
     state, total = model.text.state_bytes, free - reserved
     found = num_seats(model, config, reserved)
     assert found == int(total / 2 // state) > 1
-    left = total - (found + 1) * state - num_kv_blocks(model, config, reserved) * kv_block_bytes(model, config)
+    left = total - found * state - num_kv_blocks(model, config, reserved) * kv_block_bytes(model, config)
     assert 0 <= left < kv_block_bytes(model, config)
 
 

@@ -17,7 +17,7 @@ from card_checks.results import Setting
 from dashinfer_vlm.bench.spans import replaced
 from dashinfer_vlm.config import EngineConfig
 from dashinfer_vlm.engine import engine as engine_module
-from dashinfer_vlm.engine.devices import make_card_runner, num_spares
+from dashinfer_vlm.engine.devices import make_card_runner, num_spare_blocks
 from dashinfer_vlm.engine.engine import Engine
 from dashinfer_vlm.layers.backend import Backend, choose_backend
 from dashinfer_vlm.layers.card_backend import on_card
@@ -99,9 +99,8 @@ def make_model(config: CheckpointConfig, backend: Backend, *, small: bool) -> Lo
 def make_engine(model: LoadedModel, num_tokens: int, max_model_len: int, **options: object) -> Engine:
     """An engine with a KV cache for `num_tokens`."""
     config = EngineConfig(device=model.device.type, max_model_len=max_model_len, **options)  # type: ignore[arg-type]
-    spare = num_spares(model.device)
-    num_blocks, num_seats = -(-num_tokens // BLOCK_SIZE) + spare, MOST_SEATED + spare
-    return Engine(model, allocate_kv(model, num_blocks, BLOCK_SIZE, num_seats=num_seats), config)
+    num_blocks = -(-num_tokens // BLOCK_SIZE) + num_spare_blocks(model.device)
+    return Engine(model, allocate_kv(model, num_blocks, BLOCK_SIZE, num_seats=MOST_SEATED), config)
 
 
 def engine_for(model: LoadedModel, way: str, num_tokens: int, **options: object) -> Engine:
@@ -110,7 +109,7 @@ def engine_for(model: LoadedModel, way: str, num_tokens: int, **options: object)
     config = EngineConfig(device=model.device.type, **options)  # type: ignore[arg-type]
     num_blocks = -(-num_tokens // BLOCK_SIZE) + 1  # the runner's own is the last one
     with replaced(engine_module, "make_runner", partial(make_card_runner, with_graphs=with_graphs, depth=depth)):
-        return Engine(model, allocate_kv(model, num_blocks, BLOCK_SIZE, num_seats=MOST_SEATED + 1), config)
+        return Engine(model, allocate_kv(model, num_blocks, BLOCK_SIZE, num_seats=MOST_SEATED), config)
 
 
 def picture(config: CheckpointConfig, grid: Grid, start: int, seed: int) -> Item:

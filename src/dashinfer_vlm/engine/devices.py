@@ -21,7 +21,7 @@ __all__ = [
     "make_card_runner",
     "make_runner",
     "max_batched_tokens",
-    "num_spares",
+    "num_spare_blocks",
     "step_shapes",
 ]
 
@@ -77,8 +77,8 @@ def make_card_runner(
     return runner
 
 
-def num_spares(device: torch.device, num_ranks: int = 1) -> int:
-    """Blocks and seats of a cache, beyond those for sequences: where padding goes."""
+def num_spare_blocks(device: torch.device, num_ranks: int = 1) -> int:
+    """Of a cache, beyond those for sequences: where padding goes."""
     return 1 if device.type == "cuda" or num_ranks > 1 else 0
 
 

@@ -13,7 +13,7 @@ import torch
 from dashinfer_vlm.config import EngineConfig
 from dashinfer_vlm.engine.cards.worst_step import CardMeter, worst_step_bytes
 from dashinfer_vlm.engine.client import OnProgress
-from dashinfer_vlm.engine.devices import max_batched_tokens, num_spares
+from dashinfer_vlm.engine.devices import max_batched_tokens, num_spare_blocks
 from dashinfer_vlm.engine.engine import Engine
 from dashinfer_vlm.engine.grammars.compiler import Compiler, read_vocabulary
 from dashinfer_vlm.engine.info import EngineInfo
@@ -109,10 +109,10 @@ def _load(
 def make_cache(model: LoadedModel, config: EngineConfig) -> tuple[int, KVCache]:
     """The KV cache, and its blocks without those that no sequence gets: as many, and as many seats, as every rank of
     the model has room for."""
-    reserved, spare = _reserved_bytes(model, config), num_spares(model.device, model.ranks.count)
+    reserved, spare = _reserved_bytes(model, config), num_spare_blocks(model.device, model.ranks.count)
     num_blocks = model.ranks.least(num_kv_blocks(model, config, reserved), model.device)
     dtype, seats = kv_dtype(model, config), model.ranks.least(num_seats(model, config, reserved), model.device)
-    return num_blocks, allocate_kv(model, num_blocks + spare, config.block_size, dtype, num_seats=seats + spare)
+    return num_blocks, allocate_kv(model, num_blocks + spare, config.block_size, dtype, num_seats=seats)
 
 
 def _reserved_bytes(model: LoadedModel, config: EngineConfig) -> int | None:

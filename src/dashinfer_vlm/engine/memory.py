@@ -34,8 +34,7 @@ def num_kv_blocks(model: Model, config: EngineConfig, reserved: int | None = Non
 
     With `reserved` bytes for steps, as on a card, the cache takes all that those and the kept embeddings leave."""
     seats = num_seats(model, config, reserved)
-    num_states = seats if reserved is None else seats + 1  # padding has one
-    left = _cache_bytes(model, config, reserved) - num_states * model.text.state_bytes
+    left = _cache_bytes(model, config, reserved) - seats * model.text.state_bytes
     max_len = resolve_max_model_len(model.text.max_position_embeddings, config)
     useful = min(seats, config.max_num_seqs) * -(-max_len // config.block_size)
     return max(1, min(int(left // kv_block_bytes(model, config)), useful))

@@ -98,7 +98,7 @@ def capture_and_replay(model: LoadedModel, cache: torch.dtype | None = None) -> 
     """Every shape runs once to warm up, which may send what is kept, and again as it is captured."""
     config = EngineConfig(device="cpu", max_num_seqs=4, max_num_batched_tokens=64, max_model_len=256)
     with torch.inference_mode():
-        calls = ModelCalls(model, allocate_kv(model, 9, BLOCK_SIZE, cache, num_seats=5), config, SHAPES)
+        calls = ModelCalls(model, allocate_kv(model, 9, BLOCK_SIZE, cache, num_seats=4), config, SHAPES)
         calls.capture()
         with OnTheDevice():  # type: ignore[no-untyped-call]
             for shape in SHAPES.all():

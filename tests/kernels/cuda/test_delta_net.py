@@ -106,6 +106,13 @@ def test_nothing_is_forgotten_and_everything(speed: float) -> None:
     assert_right(Layer.random(STEPS["prompts beside streams"], speed=speed), 1e-5)
 
 
+def test_little_is_forgotten_behind_rows_that_forget_everything() -> None:
+    """Sums of tens of thousands, in which differences of 1 count to the last digit."""
+    layer = Layer.random(step([64], [0]), speed=1.0)
+    layer.rates[:20, 2:] = 2000
+    assert_right(layer, 1e-5)
+
+
 @pytest.mark.parametrize(
     ("heads", "dims", "taps"),
     [((1, 2), (128, 128), 4), ((1, 3), (5, 40), 3), ((2, 2), (16, 1), 2), ((2, 4), (33, 9), 4)],

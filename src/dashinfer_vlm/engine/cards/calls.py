@@ -65,21 +65,16 @@ class Followers(Protocol):
 
 
 class ModelCalls:
-    """Owns all that a replayed graph reads or writes. The last block of the cache, and its last seat where it has some,
-    are for padding."""
+    """Owns all that a replayed graph reads or writes. The last block of the cache is for padding."""
 
     def __init__(self, model: Model, kv: KVCache, config: EngineConfig, shapes: Shapes) -> None:
         self.model = model
         self.shapes = shapes
-        self.kv = KVCache(
-            [keys[:-1] for keys in kv.keys],
-            [values[:-1] for values in kv.values],
-            tuple(state[:, :-1] for state in kv.states),
-        )
-        """Without the last block and the last seat."""
+        self.kv = KVCache([keys[:-1] for keys in kv.keys], [values[:-1] for values in kv.values], kv.states)
+        """Without the last block."""
         self.all_kv = kv
         self.num_seats = min(config.max_num_seqs, self.kv.num_seats or config.max_num_seqs)
-        self.spare = Spare(self.kv.num_blocks * kv.block_size, kv.block_size, self.kv.num_seats or 0)
+        self.spare = Spare(self.kv.num_blocks * kv.block_size, kv.block_size)
         max_len = resolve_max_model_len(model.text.max_position_embeddings, config)
         self.max_blocks = min(-(-max_len // kv.block_size) + 1, self.kv.num_blocks)
         self.newest = torch.zeros(self.num_seats + 1, dtype=torch.int64, device=model.device)

@@ -19,11 +19,10 @@ from dashinfer_vlm.layers.sampling import uniform
 
 @dataclass(frozen=True, slots=True)
 class Spare:
-    """Where padding has its keys and values, and its states: a block behind the pool, a seat behind all others."""
+    """Where padding writes its keys and values: a block behind the pool."""
 
     first_slot: int
     block_size: int
-    seat: int
 
     def slots(self, count: int) -> np.ndarray:
         return self.first_slot + np.arange(count) % self.block_size
@@ -65,7 +64,7 @@ def _pad(arrays: Arrays, num_rows: int, num_sequences: int, spare: Spare) -> Non
         arrays["slots"][num_rows:] = spare.slots(len(arrays["slots"]) - num_rows)
     arrays["query_starts"][num_sequences:] = num_rows
     arrays["context_lens"][num_sequences:] = 0
-    arrays["state_seats"][num_sequences:] = spare.seat
+    arrays["state_seats"][num_sequences:] = 0  # where nobody looks: they have no rows
     arrays["logits_rows"][:] = 0
 
 

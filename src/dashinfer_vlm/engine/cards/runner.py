@@ -69,7 +69,7 @@ class CardFlight:
 
 
 class CardRunner:
-    """See `engine.steps.StepRunner`. The last block and seat of the cache that it is given are its own, for padding."""
+    """See `engine.steps.StepRunner`. The last block of the cache that it is given is its own: padding writes there."""
 
     def __init__(
         self,
