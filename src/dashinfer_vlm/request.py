@@ -263,6 +263,8 @@ class Request:
     """Whose it is: those of a busy engine take turns."""
     weight: float = 1.0
     """How much of it the tenant gets beside others."""
+    wants_vector: bool = False
+    """It is answered with one vector, and no token is chosen."""
 
 
 class TokenLogprob(msgspec.Struct, frozen=True, array_like=True):
@@ -302,3 +304,6 @@ class Output(msgspec.Struct, frozen=True, array_like=True):
     """When asked for: of the prompt's next tokens that were not told before; all come before the first output token."""
     spans: tuple[Span, ...] = ()
     """Stages that have ended since the output before."""
+    vector: bytes = b""
+    """When asked for, in the last output: the final state of the prompt's last token, normed as the model norms it.
+    float32, little endian, [hidden size]."""

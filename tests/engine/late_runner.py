@@ -40,6 +40,10 @@ class LateStep:
         assert self.is_landed
         return self.done.scores()
 
+    def vectors(self) -> list[bytes]:
+        assert self.is_landed
+        return self.done.vectors()
+
     def seconds(self) -> float:
         assert self.is_landed
         return self.done.seconds()

@@ -93,6 +93,11 @@ class ScriptedModel:
         nobodys = torch.full((VOCAB,), torch.nan)
         return torch.stack([answers.get(row, nobodys) for row in wanted]) if wanted else torch.empty(0, VOCAB)
 
+    def forward_with_vectors(self, batch: StepBatch, kv: KVCache, num_logits: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """A vector is the token that would come next."""
+        logits = self.forward(batch, kv)
+        return logits[:num_logits], logits[num_logits:].argmax(dim=1, keepdim=True).float()
+
     def answer(self, context: torch.Tensor) -> int:
         return answer(context)
 

@@ -63,14 +63,15 @@ class Family:
             patches=done.features,
         )
 
-    def request(self, name: str, prompt: Prompt, **params: Any) -> Request:
+    def request(self, name: str, prompt: Prompt, *, wants_vector: bool = False, **params: Any) -> Request:
         items, cursor = [], 0
         for picture in prompt.pictures:
             start = prompt.ids.index(IMAGE, cursor)
             items.append(self.item(picture, start))
             cursor = start + items[-1].num_tokens
         sampling = SamplingParams(**{"temperature": 0, "max_tokens": NUM_STEPS, "ignore_eos": True, **params})
-        return Request(id=name, prompt_ids=prompt.ids, items=tuple(items), params=sampling)
+        fields: dict[str, Any] = {"items": tuple(items), "params": sampling, "wants_vector": wants_vector}
+        return Request(id=name, prompt_ids=prompt.ids, **fields)
 
     def prompt(self, *parts: int | np.ndarray, seed: int = 0) -> Prompt:
         """Integers are so many random words, arrays are pictures."""
@@ -90,7 +91,8 @@ class Family:
             self.known[key] = self._generate(prompt)
         return self.known[key]
 
-    def _generate(self, prompt: Prompt) -> list[int]:
+    def inputs(self, prompt: Prompt) -> dict[str, Any]:
+        """As `transformers` takes it."""
         ids = torch.tensor([prompt.ids])
         inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
         if prompt.pictures:
@@ -98,11 +100,18 @@ class Family:
             inputs["image_grid_thw"] = torch.tensor([d.grid for d in done])
             inputs["pixel_values"] = torch.cat([self._normalised(d.features) for d in done])
             inputs["mm_token_type_ids"] = (ids == IMAGE).int()
+        return inputs
+
+    def _generate(self, prompt: Prompt) -> list[int]:
         with torch.inference_mode():
             out = self.reference.generate(
-                **inputs, do_sample=False, max_new_tokens=NUM_STEPS, min_new_tokens=NUM_STEPS, eos_token_id=-1
+                **self.inputs(prompt),
+                do_sample=False,
+                max_new_tokens=NUM_STEPS,
+                min_new_tokens=NUM_STEPS,
+                eos_token_id=-1,
             )
-        return [int(t) for t in out[0, ids.shape[1] :]]
+        return [int(t) for t in out[0, len(prompt.ids) :]]
 
     def _normalised(self, patches: np.ndarray) -> torch.Tensor:
         config = self.processor

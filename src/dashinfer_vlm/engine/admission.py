@@ -6,7 +6,13 @@ import math
 from dataclasses import dataclass
 
 from dashinfer_vlm.config import EngineConfig
-from dashinfer_vlm.errors import ConfigError, ContextLengthError, InvalidRequestError, MediaTooLargeError
+from dashinfer_vlm.errors import (
+    ConfigError,
+    ContextLengthError,
+    InvalidRequestError,
+    MediaTooLargeError,
+    UnsupportedError,
+)
 from dashinfer_vlm.models.base import KVCache, Model
 from dashinfer_vlm.models.settings import resolve_max_model_len
 from dashinfer_vlm.request import Item, Request
@@ -28,6 +34,8 @@ class Limits:
     """Columns of an item's rows; ready-made embeddings may also have `hidden_size` of them."""
     max_item_patches: int
     """What the encoder has memory for; 0 without an encoder."""
+    has_head: bool
+    """Whether there are logits to choose tokens by."""
 
     @classmethod
     def of(cls, model: Model, kv: KVCache, config: EngineConfig, *, max_item_patches: int) -> Limits:
@@ -40,12 +48,15 @@ class Limits:
                 "raise --kv-cache-gib or lower --max-model-len"
             )
         text = model.text
-        return cls(max_model_len, text.vocab_size, text.hidden_size, model.embedding_size, max_item_patches)
+        sizes = (text.vocab_size, text.hidden_size, model.embedding_size)
+        return cls(max_model_len, *sizes, max_item_patches, text.has_head)
 
 
 def check_request(request: Request, limits: Limits) -> int:
     """How many tokens the request may produce; raises InvalidRequestError or ContextLengthError."""
     request.params.validate(limits.vocab_size)
+    if not request.wants_vector and not limits.has_head:
+        raise UnsupportedError("the model has no head to write with: it gives vectors, at /v1/embeddings")
     num_prompt = len(request.prompt_ids)
     if not num_prompt:
         raise InvalidRequestError("the prompt is empty", param="prompt")

@@ -22,7 +22,7 @@ from dashinfer_vlm.engine.devices import first_cost, make_runner, max_batched_to
 from dashinfer_vlm.engine.drafts import Drafter
 from dashinfer_vlm.engine.grammars.compiler import Compiler
 from dashinfer_vlm.engine.memory import max_item_patches, max_pinned_tokens
-from dashinfer_vlm.engine.sampler import NO_TOKEN_LEFT, Sampled
+from dashinfer_vlm.engine.sampler import NO_TOKEN_LEFT, PROBLEMS, Sampled
 from dashinfer_vlm.engine.scheduler import Scheduler
 from dashinfer_vlm.engine.sequence import Sequence
 from dashinfer_vlm.engine.share import SHARES
@@ -30,11 +30,13 @@ from dashinfer_vlm.engine.stats import EngineStats
 from dashinfer_vlm.engine.steps import Chunk, Flight, Plan, StepRunner
 from dashinfer_vlm.engine.times import StepTimes
 from dashinfer_vlm.errors import EngineDeadError, InvalidRequestError, UnsupportedError
+from dashinfer_vlm.kernels.choices import NOT_A_NUMBER
 from dashinfer_vlm.models.base import KVCache, Model
 from dashinfer_vlm.request import Finish, Grammar, Output, Request, TokenLogprob
 
 log = logging.getLogger(__name__)
 
+_NO_NUMBERS = Finish("error", message=PROBLEMS[NOT_A_NUMBER])
 _NO_MEMORY = Finish("error", message="the device has no memory left for this request; try again, or send a smaller one")
 
 
@@ -223,7 +225,7 @@ class Engine:
         except torch.OutOfMemoryError as error:
             log.error("no memory for a step's choice of tokens: %s", error)
             self._flights.remove(flight)
-            for chunk in (*flight.plan.sampled_chunks, *flight.plan.scored_chunks):
+            for chunk in (*flight.plan.sampled_chunks, *flight.plan.scored_chunks, *flight.plan.vector_chunks):
                 if chunk.sequence.finish is None:
                     self._end(chunk.sequence, _NO_MEMORY)
 
@@ -234,6 +236,7 @@ class Engine:
             sampled = flight.sampled()
             self._tell_scores(flight.plan, flight.scores())
             self._update(flight.plan, sampled)
+            self._tell_vectors(flight.plan, flight.vectors())
             self._count(flight.plan, flight.seconds(), flight.sampling_seconds())
 
     def _update(self, plan: Plan, sampled: list[list[Sampled]]) -> None:
@@ -247,12 +250,23 @@ class Engine:
             if chunk.sequence.finish is None:
                 self._news.append(Output(chunk.sequence.id, prompt_logprobs=tuple(logprobs)))
 
+    def _tell_vectors(self, plan: Plan, vectors: list[bytes]) -> None:
+        """They end their sequences."""
+        for chunk, vector in zip(plan.vector_chunks, vectors, strict=True):
+            if chunk.sequence.finish is None:
+                self._count_prompt(chunk.sequence)
+                last = self._output(chunk.sequence, finish=Finish("stop") if vector else _NO_NUMBERS)
+                self._news.append(msgspec.structs.replace(last, vector=vector))
+
+    def _count_prompt(self, sequence: Sequence) -> None:
+        self._counted.num_cached_tokens_total += sequence.num_cached
+        sequence.has_read_prompt()
+
     def _advance(self, chunk: Chunk, rows: list[Sampled]) -> Output:
         """Give the sequence its next token, and one more for each guess that came true in front of it."""
         sequence, num_before = chunk.sequence, chunk.sequence.num_known
         if not sequence.num_known_output:
-            self._counted.num_cached_tokens_total += sequence.num_cached
-            sequence.has_read_prompt()
+            self._count_prompt(sequence)
         logprobs = []
         for sampled, guess in zip(rows, (*chunk.draft, None), strict=True):
             finish = self._accept(sequence, sampled)

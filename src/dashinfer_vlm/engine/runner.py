@@ -14,7 +14,7 @@ from dashinfer_vlm.encoders.cache import EmbeddingCache
 from dashinfer_vlm.engine.grammars.masks import Masks
 from dashinfer_vlm.engine.sampler import Sampled, Sampler
 from dashinfer_vlm.engine.sequence import Sequence
-from dashinfer_vlm.engine.steps import Chunk, Plan
+from dashinfer_vlm.engine.steps import Chunk, Plan, vectors_of
 from dashinfer_vlm.models.base import EmbeddingRows, KVCache, Model, StepBatch
 from dashinfer_vlm.request import TokenLogprob
 
@@ -26,6 +26,7 @@ class DoneStep:
     plan: Plan
     _sampled: list[list[Sampled]]
     _scores: list[list[TokenLogprob]]
+    _vectors: list[bytes]
     _seconds: float
     _sampling_s: float
 
@@ -37,6 +38,9 @@ class DoneStep:
 
     def scores(self) -> list[list[TokenLogprob]]:
         return self._scores
+
+    def vectors(self) -> list[bytes]:
+        return self._vectors
 
     def seconds(self) -> float:
         return self._seconds
@@ -64,14 +68,22 @@ class Runner:
             self.kv.copy_state(source, target)
         wanted = [(chunk.sequence, chunk.draft) for chunk in plan.sampled_chunks]
         mask = self.masks.begin(wanted)
-        logits = self.model.forward(self.batch(plan.chunks), self.kv)
+        logits, vectors = self._call(plan)
         computed = time.perf_counter()
         num_sampled = len(logits) - plan.num_scored
         sampled = self.sampler.sample(logits[:num_sampled], wanted, mask()) if wanted else []
         scored = [(chunk.sequence, chunk.scored) for chunk in plan.scored_chunks]
         scores = self.sampler.scores(logits[num_sampled:], scored) if scored else []
         done = time.perf_counter()
-        return DoneStep(plan, sampled, scores, done - begun, done - computed)
+        return DoneStep(plan, sampled, scores, vectors, done - begun, done - computed)
+
+    def _call(self, plan: Plan) -> tuple[torch.Tensor, list[bytes]]:
+        """The logits of the plan's rows, and its vectors."""
+        batch = self.batch(plan.chunks)
+        if not plan.vector_chunks:
+            return self.model.forward(batch, self.kv), []
+        logits, vectors = self.model.forward_with_vectors(batch, self.kv, plan.num_logits)
+        return logits, vectors_of(vectors.cpu())
 
     def needs_tokens(self, sequence: Sequence) -> bool:
         return sequence.shaping.follows_output or sequence.matcher is not None
@@ -81,7 +93,7 @@ class Runner:
 
     def batch(self, chunks: tuple[Chunk, ...]) -> StepBatch:
         """The chunks as one model call. Its logits: those of the `num_logits` of all chunks, then those of all `scored`
-        tokens."""
+        tokens. Behind them the rows that give vectors."""
         starts = [0, *accumulate(chunk.num_rows for chunk in chunks)]
         ids, slots = np.empty(starts[-1], np.int64), np.empty(starts[-1], np.int64)
         positions = np.empty((3, starts[-1]), np.int64)
@@ -107,13 +119,14 @@ class Runner:
 
 
 def rows_of_logits(chunks: tuple[Chunk, ...], starts: list[int]) -> np.ndarray:
-    """int64 [L]: the rows of a step that sampling wants, then those that tell of prompts; `starts` are the chunks'
-    first rows, and the end."""
+    """int64 [L]: the rows of a step that sampling wants, then those that tell of prompts, then those that give vectors;
+    `starts` are the chunks' first rows, and the end."""
     sampled = [row for chunk, end in zip(chunks, starts[1:], strict=True) for row in range(end - chunk.num_logits, end)]
     scored = [
         start + token - 1 - chunk.start for chunk, start in zip(chunks, starts, strict=False) for token in chunk.scored
     ]
-    return np.array(sampled + scored, np.int64)
+    pooled = [end - 1 for chunk, end in zip(chunks, starts[1:], strict=True) if chunk.gives_vector]
+    return np.array(sampled + scored + pooled, np.int64)
 
 
 def item_rows(

@@ -18,6 +18,8 @@ from functools import cached_property
 from typing import Protocol
 
 import msgspec
+import numpy as np
+from torch import Tensor
 
 from dashinfer_vlm.engine.sampler import Sampled
 from dashinfer_vlm.engine.sequence import Sequence
@@ -39,14 +41,18 @@ class Chunk(msgspec.Struct, frozen=True):  # quick to make: every stream has one
     draft: tuple[int, ...] = ()
     scored: range = range(0)
     """Tokens of the prompt whose log probabilities are wanted; the row before each one gives them."""
+    gives_vector: bool = False
+    """Whether its last row gives the vector that its sequence wants in place of tokens."""
 
     @classmethod
     def of(cls, sequence: Sequence, num_tokens: int, draft: tuple[int, ...] = ()) -> Chunk:
         """Cut it now: the mark of the sequence moves on as soon as the step is started."""
-        wanted = 1 + len(draft) if num_tokens == sequence.num_uncomputed else 0
+        is_last, wants_vector = num_tokens == sequence.num_uncomputed, sequence.request.wants_vector
+        wanted = 1 + len(draft) if is_last and not wants_vector else 0
         start = sequence.num_computed
         scored = sequence.unscored(start + 1, start + num_tokens + 1)
-        return cls(sequence, start, num_tokens, wanted, num_tokens + len(draft), draft, scored)
+        num_rows = num_tokens + len(draft)
+        return cls(sequence, start, num_tokens, wanted, num_rows, draft, scored, is_last and wants_vector)
 
     @property
     def is_decode(self) -> bool:
@@ -88,6 +94,23 @@ class Plan:
         """Tokens of prompts whose log probabilities are wanted."""
         return sum(len(chunk.scored) for chunk in self.chunks)
 
+    @cached_property
+    def num_logits(self) -> int:
+        """Rows whose logits are wanted, for tokens or for what is told of prompts."""
+        return sum(chunk.num_logits for chunk in self.chunks) + self.num_scored
+
+    @cached_property
+    def vector_chunks(self) -> list[Chunk]:
+        """Those that end in a row that gives a vector."""
+        return [chunk for chunk in self.chunks if chunk.gives_vector]
+
+
+def vectors_of(rows: Tensor) -> list[bytes]:
+    """float32 [vectors, hidden size], on the host, as `Output.vector` has them; nothing of a row that is not all
+    numbers."""
+    values = rows.numpy()
+    return [row.astype("<f4").tobytes() if np.isfinite(row).all() else b"" for row in values]
+
 
 class Flight(Protocol):
     """A step that was started."""
@@ -107,6 +130,10 @@ class Flight(Protocol):
 
     def scores(self) -> list[list[TokenLogprob]]:
         """For each of the plan's `scored_chunks` what is told of its `scored` tokens. Asked after `sampled`."""
+        ...
+
+    def vectors(self) -> list[bytes]:
+        """For each of the plan's `vector_chunks` what `vectors_of` makes of its last row. Asked after `sampled`."""
         ...
 
     def seconds(self) -> float:

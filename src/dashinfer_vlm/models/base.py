@@ -30,6 +30,8 @@ class TextShape:
     max_position_embeddings: int
     delta_net: DeltaNetConfig | None = None
     """The other layers, which keep a state per sequence; None: there are none."""
+    has_head: bool = True
+    """Without one it gives vectors and no logits."""
 
     @property
     def state_bytes(self) -> int:
@@ -174,6 +176,11 @@ class Model(Protocol):
 
     def forward(self, batch: StepBatch, kv: KVCache) -> torch.Tensor:
         """Run the text model over the step, write K and V at `batch.slots`; float32 logits [L, vocab]."""
+        ...
+
+    def forward_with_vectors(self, batch: StepBatch, kv: KVCache, num_logits: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """`forward`, but only the first `num_logits` of `batch.logits_rows` give logits. The others give their final
+        states, normed: float32 [L - num_logits, hidden]."""
         ...
 
     def positions(self, num_tokens: int, items: Sequence[Item]) -> tuple[torch.Tensor, int]:

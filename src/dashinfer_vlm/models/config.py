@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dashinfer_vlm.errors import CheckpointError
+from dashinfer_vlm.models.pooling import read_why_no_vectors
 from dashinfer_vlm.models.registry import family_of
 from dashinfer_vlm.models.rope import Rope, read_head_dim
 from dashinfer_vlm.models.section import Section, read_section
@@ -99,6 +100,8 @@ class TextConfig:
     delta_net: DeltaNetConfig | None = None
     """None: every layer attends."""
     mixture: MixtureConfig | None = None
+    embeds: bool = False
+    """Whether it was published for vectors; such a model may lack the head that makes logits."""
 
     @property
     def num_kv_layers(self) -> int:
@@ -153,6 +156,8 @@ class CheckpointConfig:
     """How quantised weights are stored; None: there are none."""
     root: Section
     """The whole `config.json`, for what one family adds."""
+    why_no_vectors: str | None
+    """Why its states are not asked for as vectors; None: the model was published for that."""
 
     @property
     def embedding_size(self) -> int:
@@ -181,7 +186,8 @@ def read_config(folder: Path) -> CheckpointConfig:
     section = root.section("text_config") if root.has("text_config") else root
     architecture = _architecture(root)
     family = family_of(architecture)
-    text = family.text(section, root)
+    why_no_vectors = read_why_no_vectors(folder)
+    text = replace(family.text(section, root), embeds=why_no_vectors is None)
     return CheckpointConfig(
         folder=folder,
         architecture=architecture,
@@ -193,6 +199,7 @@ def read_config(folder: Path) -> CheckpointConfig:
         eos_token_ids=_eos_token_ids(folder, root, section),
         stored=read_stored(root),
         root=root,
+        why_no_vectors=why_no_vectors,
     )
 
 

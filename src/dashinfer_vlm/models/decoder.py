@@ -6,6 +6,7 @@ A family chooses the modules: `Decoder(config.text, weights, backend, attention=
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -15,6 +16,7 @@ from dashinfer_vlm.kernels.head_norms import HeadNorms
 from dashinfer_vlm.layers.backend import Backend
 from dashinfer_vlm.layers.linear import Linear, Matrix, Stream, StreamLinear, rows_of, whole
 from dashinfer_vlm.layers.native_layer import native_layer
+from dashinfer_vlm.layers.norm import rms_norm
 from dashinfer_vlm.layers.ranks import Cut, times
 from dashinfer_vlm.layers.rotary import axes_of_channels, inverse_frequencies, yarn_frequencies
 from dashinfer_vlm.models.base import KVCache, StepBatch, TextShape
@@ -222,14 +224,18 @@ class Decoder:
             make = ExpertMlp if config.mixture and i in config.mixture.layers else mlp
             self.layers.append(_Layer(prefix, mixer, make(f"{prefix}.mlp", config, weights, backend), weights, backend))
         self.head = self._make_head(weights)
-        of_norm = gains("model.norm.weight", config.hidden_size, config, weights)
-        self.norm = backend.norm_before(self.head, of_norm, config.rms_norm_eps)
+        of_norm, eps = gains("model.norm.weight", config.hidden_size, config, weights), config.rms_norm_eps
+        self.norm = None if self.head is None else backend.norm_before(self.head, of_norm, eps)
+        self.norm_vectors = partial(rms_norm, weight=of_norm.to(backend.device, torch.float32, copy=True), eps=eps)
 
-    def _make_head(self, weights: Weights) -> Linear:
+    def _make_head(self, weights: Weights) -> Linear | None:
+        """None for a model that was published for vectors, without one."""
         vocab_size, hidden_size = self.embedding.shape
         part = self.backend.ranks.share(vocab_size, "words of the vocabulary")
         if not self.config.tie_word_embeddings:
             name = "lm_head.weight"
+            if self.config.embeds and name not in weights:
+                return None
             return self.backend.head(weights.matrix({name: vocab_size}, hidden_size, Cut(rows={name: part})))
         if "lm_head.weight" in weights:  # some exports write the tied head once more
             again = weights.take("lm_head.weight", *self.embedding.shape)
@@ -254,10 +260,26 @@ class Decoder:
             head_dim=self.config.head_dim,
             max_position_embeddings=self.config.max_position_embeddings,
             delta_net=recurrent[0].sizes if recurrent else None,
+            has_head=self.head is not None,
         )
 
     def forward(self, batch: StepBatch, kv: KVCache) -> torch.Tensor:
         """One step over packed tokens; float32 logits [L, vocab] of `batch.logits_rows`."""
+        return self._logits(self._states(batch, kv))
+
+    def forward_with_vectors(self, batch: StepBatch, kv: KVCache, num_logits: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """See `models.base.Model`. The norm is in float32: the head's own may be rounded as its product takes it."""
+        x = whole(self._states(batch, kv))
+        return self._logits(x[:num_logits]), self.norm_vectors(x[num_logits:].float())
+
+    def _logits(self, x: Stream) -> torch.Tensor:
+        """float32 [L, vocab]. Without a head all rows are padding."""
+        if self.head is None or self.norm is None:
+            return torch.zeros(len(rows_of(x)), self.config.vocab_size, device=self.backend.device)
+        return self.head(self.norm(x)).float()
+
+    def _states(self, batch: StepBatch, kv: KVCache) -> Stream:
+        """[L, hidden] of `batch.logits_rows` behind the last layer."""
         staged = (None, None) if batch.staged is None else (batch.staged.rows, batch.staged.is_item)
         embedded = self.backend.ops.embed(batch.ids, self.embedding, self.backend.activation_dtype, *staged)
         for item in batch.embeddings:
@@ -272,8 +294,7 @@ class Decoder:
                 x = whole(x)
                 self._add_deepstack(x, i, batch)
         # the last layer owes K and V of all rows to the cache, but only the wanted rows go on from its attention
-        x = self.layers[-1].forward(x, table, batch, caches[-1], rows=batch.logits_rows)
-        return self.head(self.norm(x)).float()
+        return self.layers[-1].forward(x, table, batch, caches[-1], rows=batch.logits_rows)
 
     def _add_deepstack(self, x: torch.Tensor, layer: int, batch: StepBatch) -> None:
         """Ready-made embeddings of the hidden size have nothing to add."""

@@ -36,6 +36,7 @@ __all__ = [
     "Part",
     "Run",
     "TransformersTower",
+    "VectorPrompt",
     "VisionFamily",
     "read_vision",
     "refuse_attention_bias",
@@ -97,6 +98,16 @@ class Expansion:
     """Tokens to the left and right of the placeholder that are replaced with it, if they stand there."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class VectorPrompt:
+    """How a family's models were trained to be asked for a vector: by a conversation whose answer is opened."""
+
+    instruction: str = ""
+    """The system turn, where the caller has none; empty: what the chat template says."""
+    end: str = ""
+    """The special token at the very end, where the tokenizer's own files name none; empty: none."""
+
+
 class LoadedItem(Protocol):
     """What the media room knows of an item."""
 
@@ -115,9 +126,14 @@ class LoadedItem(Protocol):
 class Family(ABC):
     """One family; without the overrides of `VisionFamily` a text model."""
 
-    names = Names(parts={"text": ("model.", "lm_head.")})
+    names = Names(
+        parts={"text": ("model.", "lm_head.")},
+        renamed=tuple((name, f"model.{name}") for name in ("embed_tokens.", "layers.", "norm.")),
+    )
     tower: TransformersTower | None = None
     box_unit: BoxUnit = "pixels"
+    vector_prompt: VectorPrompt | None = None
+    """None: a vector is asked for by plain text."""
 
     @abstractmethod
     def text(self, section: Section, root: Section) -> TextConfig:
@@ -174,6 +190,7 @@ class VisionFamily(Family):
         parts={"text": ("model.", "lm_head."), "vision": ("visual.",)},
         renamed=(("model.visual.", "visual."), ("model.language_model.", "model.")),
     )
+    vector_prompt: VectorPrompt | None = VectorPrompt()
 
     @abstractmethod
     def vision(self, root: Section, text: TextConfig, folder: Path) -> VisionConfig: ...

@@ -38,6 +38,11 @@ class LoadedModel:
         with torch.no_grad():
             return self.decoder.forward(batch, kv)
 
+    def forward_with_vectors(self, batch: StepBatch, kv: KVCache, num_logits: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """The same, and the normed final states of the rows behind the first `num_logits`; float32 [n, hidden]."""
+        with torch.no_grad():
+            return self.decoder.forward_with_vectors(batch, kv, num_logits)
+
     def positions(self, num_tokens: int, items: Sequence[Item]) -> tuple[torch.Tensor, int]:
         """M-RoPE positions of a prompt and the offset of what is generated."""
         positions, offset = self.config.family.positions(self.config, num_tokens, items)

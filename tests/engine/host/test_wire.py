@@ -23,7 +23,9 @@ def test_prompts_and_sampling_parameters_survive_the_journey() -> None:
     params = SamplingParams(
         temperature=0.5, logit_bias={3: -2.0}, stop_sequences=((1, 2), (3,)), logprobs=2, seed=2**63
     )
-    request = Request(id="a", prompt_ids=[1, 2**40], params=params, cache_salt="s", tenant="t", weight=2.0)
+    request = Request(
+        id="a", prompt_ids=[1, 2**40], params=params, cache_salt="s", tenant="t", weight=2.0, wants_vector=True
+    )
     wire, shared = to_wire(request, Path())
     decoded = command_decoder.decode(msgspec.msgpack.encode(wire))
     assert isinstance(decoded, WireRequest)

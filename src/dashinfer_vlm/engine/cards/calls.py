@@ -37,6 +37,8 @@ class Call:
     """Whether rows of pictures are put in."""
     copies: tuple[tuple[int, int], ...] = ()
     """Of states before it (`ModelCalls.copy_states`)."""
+    first_vector: int | None = None
+    """Of the wanted rows, from which on they give vectors in place of logits; None: none does."""
 
     @property
     def num_bytes(self) -> int:
@@ -123,12 +125,15 @@ class ModelCalls:
         """What was sent of the first rows of logits, on the device."""
         return self._asked(shape, num_rows)
 
-    def logits(self, shape: Shape) -> Tensor:
-        """Make the call; float32, whose first rows are the wanted ones."""
-        if shape not in self.graphs:
-            return self._run(shape)
-        self.graphs.replay(shape)
-        return self.captured_logits
+    def make(self, call: Call) -> tuple[Tensor, Tensor | None]:
+        """float32 logits, whose first rows are the wanted ones, and vectors, likewise, if any are wanted; a call for
+        those is started kernel by kernel."""
+        if call.first_vector is not None:
+            return self.model.forward_with_vectors(self._batch(call.shape), self.all_kv, call.first_vector)
+        if call.shape not in self.graphs:
+            return self._run(call.shape), None
+        self.graphs.replay(call.shape)
+        return self.captured_logits, None
 
     def _send_empty(self, shape: Shape) -> None:
         self.staging.next()
@@ -140,11 +145,15 @@ class ModelCalls:
 
     def _run(self, shape: Shape) -> Tensor:
         """The model call over what was sent; float32 [num_logits, vocab]."""
+        return self.model.forward(self._batch(shape), self.all_kv)
+
+    def _batch(self, shape: Shape) -> StepBatch:
+        """What was sent, and the newest tokens, which the first rank has."""
         self.model.ranks.broadcast(self.newest)
         arrays = self.staging.tensors(shape)
         source = arrays["source"]
         newest = self.newest[source.clamp(min=0)]
-        batch = StepBatch(
+        return StepBatch(
             ids=torch.where(source < 0, arrays["ids"], newest),
             positions=arrays["positions"],
             slots=arrays["slots"],
@@ -155,7 +164,6 @@ class ModelCalls:
             seats=arrays["state_seats"],
             staged=StagedRows(self.items[: shape.num_rows], arrays["is_item"]) if shape.has_items else None,
         )
-        return self.model.forward(batch, self.all_kv)
 
 
 def _asked(staging: Staging, shape: Shape, num_rows: int) -> dict[str, Tensor]:

@@ -20,7 +20,7 @@ from dashinfer_vlm.engine.grammars.masks import Masks
 from dashinfer_vlm.engine.runner import item_rows
 from dashinfer_vlm.engine.sampler import Sampled, Sampler
 from dashinfer_vlm.engine.sequence import Sequence
-from dashinfer_vlm.engine.steps import Chunk, Plan
+from dashinfer_vlm.engine.steps import Chunk, Plan, vectors_of
 from dashinfer_vlm.layers.card_sampling import candidates
 from dashinfer_vlm.layers.marks import Mark, mark
 from dashinfer_vlm.models.base import KVCache, Model
@@ -31,10 +31,18 @@ class CardFlight:
     """A step under way, whose choice of tokens may still have to be started."""
 
     def __init__(
-        self, plan: Plan, begin: Mark, sampler: CardSampler, wanted: Wanted | None, scored: Scored | None
+        self,
+        plan: Plan,
+        begin: Mark,
+        sampler: CardSampler,
+        wanted: Wanted | None,
+        scored: Scored | None,
+        vectors: Tensor | None,
     ) -> None:
+        """`vectors` are on their way to the host."""
         self.plan = plan
         self._scored = scored
+        self._vectors = vectors
         self._begin = begin
         self._sampler = sampler
         self._wanted = wanted
@@ -59,6 +67,9 @@ class CardFlight:
 
     def scores(self) -> list[list[TokenLogprob]]:
         return [] if self._scored is None else self._scored.scores()
+
+    def vectors(self) -> list[bytes]:
+        return [] if self._vectors is None else vectors_of(self._vectors)
 
     def seconds(self) -> float:
         assert self._end is not None
@@ -106,22 +117,26 @@ class CardRunner:
         block_size = self.kv.block_size
         seated = [self._take_seat(chunk, block_size) for chunk in plan.chunks]
         has_items = any(chunk.sequence.pending_items for chunk in plan.chunks)
-        num_logits = sum(chunk.num_logits for chunk in plan.chunks)
-        num_rows = num_logits + plan.num_scored
+        num_vectors = len(plan.vector_chunks)
+        num_rows = plan.num_logits + num_vectors
         shape = self.shapes.of(plan.num_tokens, len(plan.chunks), num_rows, has_items=has_items)
         flat = self.calls.staging.next()
         arrays = self.calls.staging.arrays(shape)
         pack_rows(plan.chunks, seated, self._seats, self.calls.spare, arrays)
         items = self._find_items(plan, arrays) if has_items else []
         counted = self._pack_sampling(plan, seated, arrays)
-        call = self._pack_tables(shape, seated, flat, has_items=bool(items), copies=plan.copies)
+        first_vector = plan.num_logits if num_vectors else None
+        call = self._pack_tables(
+            shape, seated, flat, has_items=bool(items), copies=plan.copies, first_vector=first_vector
+        )
         if self._followers is not None:
             self._followers.call(call, flat[: call.num_bytes])
         self.calls.send(call)
         self.calls.put_items(call, items)
-        logits = self.calls.logits(shape)
+        logits, vectors = self.calls.make(call)
         groups = [(chunk.sequence, chunk.scored) for chunk in plan.scored_chunks]
-        scored = self._sampler.score(logits[num_logits:num_rows], groups) if groups else None
+        num_logits = plan.num_logits - plan.num_scored
+        scored = self._sampler.score(logits[num_logits : plan.num_logits], groups) if groups else None
         wanted = Wanted(
             plan.sampled_chunks,
             num_logits,
@@ -130,7 +145,8 @@ class CardRunner:
             logits,
             _num_candidates(arrays, num_logits, self.model.text.vocab_size),
         )
-        flight = CardFlight(plan, begin, self._sampler, wanted if num_logits else None, scored)
+        told = None if vectors is None else self._sampler.home(vectors[:num_vectors])
+        flight = CardFlight(plan, begin, self._sampler, wanted if num_logits else None, scored, told)
         self._seats.started(plan.chunks, seated)
         return flight
 
@@ -181,10 +197,11 @@ class CardRunner:
         *,
         has_items: bool,
         copies: tuple[tuple[int, int], ...],
+        first_vector: int | None,
     ) -> Call:
         """Block tables travel as wide as they are."""
         width = max((len(seat.blocks) for seat in seated), default=0)
-        call = Call(shape, len(seated), width, has_items, copies)
+        call = Call(shape, len(seated), width, has_items, copies, first_vector)
         tables = call.tables(flat)
         tables[:] = self._seats.tables[[seat.index for seat in seated], :width]
         return call

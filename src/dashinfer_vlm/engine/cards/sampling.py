@@ -142,7 +142,7 @@ class CardSampler:
         known = tokens.clamp(min=0)
         asking = [(row, num_top) for row, num_top in enumerate(_logprobs_of(wanted.chunks)) if num_top is not None]
         told = self._tell(logits, known, asking) if asking else None
-        chosen = Chosen(self._home(tokens), failed, asking, None if told is None else self._home(told))
+        chosen = Chosen(self.home(tokens), failed, asking, None if told is None else self.home(told))
         if seen is not None:
             seen.add(known)
         self.newest.scatter_(0, wanted.arrays["seats"], known)
@@ -153,7 +153,7 @@ class CardSampler:
         tokens, asked = asked_of_prompts(groups)
         asking = list(enumerate(asked))
         told = self._tell(logits, self._moved(torch.tensor(tokens)), asking)
-        return Scored(groups, tokens, asking, self._home(told))
+        return Scored(groups, tokens, asking, self.home(told))
 
     def _choices(self, wanted: Wanted) -> tuple[Choices, frozenset[int]]:
         """On the device; and the rows of which nothing can be chosen."""
@@ -180,7 +180,7 @@ class CardSampler:
     def _moved(self, tensor: Tensor) -> Tensor:
         return sent(tensor, self._device)
 
-    def _home(self, tensor: Tensor) -> Tensor:
+    def home(self, tensor: Tensor) -> Tensor:
         """On the host, once the device has come so far."""
         if self._device.type != "cuda":
             return tensor

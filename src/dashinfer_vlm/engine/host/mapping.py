@@ -54,6 +54,7 @@ def from_wire(wire: WireRequest) -> Request:
         priority=wire.priority,
         tenant=wire.tenant,
         weight=wire.weight,
+        wants_vector=wire.wants_vector,
     )
 
 

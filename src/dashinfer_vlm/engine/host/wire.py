@@ -103,6 +103,7 @@ class WireRequest(msgspec.Struct, frozen=True, tag=True, array_like=True):
     priority: int
     tenant: str
     weight: float
+    wants_vector: bool
 
 
 class Start(msgspec.Struct, frozen=True):
@@ -157,6 +158,7 @@ def _wire_request(request: Request, share: _Share) -> WireRequest:
         request.priority,
         request.tenant,
         request.weight,
+        request.wants_vector,
     )
 
 

@@ -67,7 +67,7 @@ class Rank:
                 staged[: call.num_bytes] = np.frombuffer(flat, np.uint8)
                 self._calls.send(call)
                 self._calls.put_items(call, [])
-                self._calls.logits(call.shape)
+                self._calls.make(call)
             case BeginEncoding(grids):
                 self._batch = self._encoder.begin([self._receive(grid) for grid in grids], grids)
             case EncodeSlices(count):

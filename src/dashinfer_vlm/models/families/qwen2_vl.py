@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dashinfer_vlm.models.config import CheckpointConfig, TextConfig, VisionConfig, read_text
-from dashinfer_vlm.models.family import TransformersTower, VisionFamily, read_vision
+from dashinfer_vlm.models.family import TransformersTower, VectorPrompt, VisionFamily, read_vision
 from dashinfer_vlm.models.rope import read_mrope
 from dashinfer_vlm.models.section import Section
 
@@ -24,6 +24,7 @@ class Qwen2VL(VisionFamily):
     """See `models.family`."""
 
     tower = TransformersTower("qwen2_vl.modeling_qwen2_vl", "Qwen2VisionTransformerPretrainedModel")
+    vector_prompt = VectorPrompt(end="<|endoftext|>")  # of gme-Qwen2-VL and DSE-Qwen2, says their own code
 
     def text(self, section: Section, root: Section) -> TextConfig:
         return read_text(section, root, read_mrope(section))

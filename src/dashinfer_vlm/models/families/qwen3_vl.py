@@ -17,6 +17,7 @@ from dashinfer_vlm.models.family import (
     NormalisedExperts,
     Run,
     TransformersTower,
+    VectorPrompt,
     VisionFamily,
     read_vision,
     refuse_attention_bias,
@@ -42,6 +43,7 @@ class Qwen3VL(VisionFamily):
 
     box_unit = "thousandths"
     tower = TransformersTower("qwen3_vl.modeling_qwen3_vl", "Qwen3VLVisionModel")
+    vector_prompt = VectorPrompt(instruction="Represent the user's input.")  # of Qwen3-VL-Embedding's own script
 
     def text(self, section: Section, root: Section) -> TextConfig:
         refuse_attention_bias(section)
