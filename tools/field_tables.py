@@ -24,6 +24,7 @@ from dashinfer_vlm.server.batches.batch_routes import CREATE_BATCH
 from dashinfer_vlm.server.chat import CHAT
 from dashinfer_vlm.server.completions import COMPLETIONS
 from dashinfer_vlm.server.described import Operation
+from dashinfer_vlm.server.embeddings import EMBEDDINGS
 from dashinfer_vlm.server.responses.routes import COUNT, CREATE
 from dashinfer_vlm.server.tokenize import DETOKENIZE, TOKENIZE
 
@@ -32,6 +33,7 @@ BEGIN, END = "<!-- fields: made by tools/field_tables.py -->\n", "<!-- end of fi
 OPERATIONS: dict[str, Operation] = {
     "POST /v1/chat/completions": CHAT,
     "POST /v1/completions": COMPLETIONS,
+    "POST /v1/embeddings": EMBEDDINGS,
     "POST /v1/responses": CREATE,
     "POST /v1/responses/input_tokens": COUNT,
     "POST /v1/messages": MESSAGES,

@@ -49,6 +49,15 @@ class TokenizerFile:
         except (msgspec.DecodeError, KeyError) as error:
             raise CheckpointError(f"{path} is not a tokenizer that can be read: {error}") from error
 
+    @property
+    def ending(self) -> tuple[int, ...]:
+        """Ids that its `post_processor` puts behind a text; raises CheckpointError for what puts some elsewhere."""
+        processor = msgspec.json.decode(self.parts.get("post_processor", b"null"), type=dict[str, Any] | None)
+        try:
+            return _ending(processor)
+        except (KeyError, IndexError, TypeError):
+            raise CheckpointError(f"the tokenizer's post_processor cannot be read: {processor}") from None
+
     def json(self, added: bytes = b"[]") -> bytes:
         """The text of a `tokenizer.json` with `added` for its `added_tokens`, which adds nothing to a text and cuts
         nothing off."""
@@ -84,6 +93,17 @@ def _added_tokens(parts: Mapping[str, msgspec.Raw], folder: Path) -> list[AddedT
     for id, row in extra.items():
         found.setdefault(row["content"], AddedToken(row["content"], int(id), bool(row.get("special"))))
     return list(found.values())
+
+
+def _ending(processor: dict[str, Any] | None) -> tuple[int, ...]:
+    if processor is None or processor["type"] == "ByteLevel":
+        return ()
+    if processor["type"] == "Sequence":
+        return tuple(id for part in processor["processors"] for id in _ending(part))
+    if processor["type"] != "TemplateProcessing" or "Sequence" not in processor["single"][0]:
+        raise CheckpointError(f"the tokenizer's post_processor {processor['type']} does more than to end a text")
+    named = [piece["SpecialToken"]["id"] for piece in processor["single"][1:]]
+    return tuple(id for name in named for id in processor["special_tokens"][name]["ids"])
 
 
 def _check_byte_level(parts: Mapping[str, msgspec.Raw], path: Path) -> None:

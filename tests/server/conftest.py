@@ -23,6 +23,7 @@ from dashinfer_vlm.frontend.prompt import PromptBuilder
 from dashinfer_vlm.frontend.service import Service
 from dashinfer_vlm.frontend.template import ChatTemplate
 from dashinfer_vlm.frontend.tokenizer import Tokenizer
+from dashinfer_vlm.frontend.vectors import NO_VECTORS, VectorForm
 from dashinfer_vlm.server.access import Teller
 from dashinfer_vlm.server.app import create_app
 from dashinfer_vlm.server.reading import BodyReader
@@ -123,6 +124,7 @@ class Parts:
         defaults: dict[str, float | int] | None = None,
         max_items: dict[str, int] | None = None,
         tellers: tuple[Teller, ...] = (),
+        vectors: VectorForm = NO_VECTORS,
     ) -> AsyncIterator[Running]:
         scripted = ScriptedEngine(lambda _: self.tokenizer.encode_text(text), **(engine or {}))
         media = loader or ScriptedLoader()
@@ -134,6 +136,7 @@ class Parts:
             max_model_len=scripted.info.max_model_len,
             vocab_size=scripted.info.vocab_size,
             max_items=max_items or {},
+            vectors=vectors,
         )
         options: dict[str, Any] = {"host": "127.0.0.1", "port": 0, "log_level": "warning", **(config or {})}
         settings = ServerConfig(**options)

@@ -323,7 +323,8 @@ def test_unknown_routes_and_methods_get_error_objects(shared: httpx.Client) -> N
 @pytest.mark.parametrize(
     ("path", "told"),
     [
-        ("/v1/embeddings", "does not embed"),
+        ("/v1/embeddings", "published for it give vectors"),
+        ("/pooling", "/v1/embeddings"),
         ("/v1/audio/transcriptions", "neither hears nor speaks"),
         ("/v1/images/generations", "/v1/chat/completions"),
         ("/v1/moderations", "does not classify"),

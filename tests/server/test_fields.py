@@ -11,14 +11,14 @@ from typing import Any
 import httpx
 import pytest
 import typing_extensions
-from openai.types import chat, completion_create_params, responses, shared_params
+from openai.types import chat, completion_create_params, embedding_create_params, responses, shared_params
 from openai.types.chat import completion_create_params as chat_params
 from openai.types.responses import response_input_item_param as item_params
 from pydantic import BaseModel
 
 from dashinfer_vlm.frontend import conversation, parts, structured, tool_schema
 from dashinfer_vlm.frontend.schema import Only, state_of
-from dashinfer_vlm.server import protocol
+from dashinfer_vlm.server import embeddings, protocol
 from dashinfer_vlm.server.responses import body as response_body
 from dashinfer_vlm.server.responses import items
 from tests.conftest import ROOT
@@ -28,6 +28,7 @@ TOOL = ROOT / "tools" / "field_tables.py"
 PAIRS: list[tuple[type[BaseModel], Any]] = [
     (protocol.ChatBody, chat_params.CompletionCreateParams),
     (protocol.CompletionBody, completion_create_params.CompletionCreateParams),
+    (embeddings.EmbeddingBody, embedding_create_params.EmbeddingCreateParams),
     (protocol.StreamOptions, chat.ChatCompletionStreamOptionsParam),
     (conversation.MessageBody, chat.ChatCompletionMessageParam),
     (conversation.ToolCallBody, chat.ChatCompletionMessageFunctionToolCallParam),

@@ -46,6 +46,16 @@ async def collect(generation: Generation) -> tuple[Answer, ...]:
     return tuple(draft.answer(generation.prompt_logprobs(i)) for i, draft in enumerate(drafts))
 
 
+async def collect_vectors(generation: Generation) -> list[bytes]:
+    """The same of a generation that is for vectors: `Choice.vector` of each."""
+    try:
+        async for _ in generation:
+            pass
+    finally:
+        generation.close()
+    return [choice.vector for choice in generation.choices]
+
+
 @dataclass(slots=True)
 class _Draft:
     pieces: list[Piece] = field(default_factory=list)

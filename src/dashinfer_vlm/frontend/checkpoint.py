@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from dashinfer_vlm.errors import CheckpointError, InvalidRequestError
-from dashinfer_vlm.models.config import read_config
+from dashinfer_vlm.models.config import CheckpointConfig, read_config
 from dashinfer_vlm.models.family import BoxUnit
 from dashinfer_vlm.request import ItemKind, SamplingParams
 from dashinfer_vlm.tokenizer_file import read_json
@@ -33,6 +33,8 @@ class FrontendConfig:
     box_unit: BoxUnit
     sampling_defaults: dict[str, float | int]
     """Fields of SamplingParams that `generation_config.json` sets for requests that do not."""
+    config: CheckpointConfig
+    """What all of that was read from."""
 
     @classmethod
     def from_folder(cls, folder: Path) -> FrontendConfig:
@@ -44,6 +46,7 @@ class FrontendConfig:
             expand_item=partial(config.family.expand, config),
             box_unit=config.family.box_unit,
             sampling_defaults=_sampling_defaults(folder / "generation_config.json"),
+            config=config,
         )
 
 

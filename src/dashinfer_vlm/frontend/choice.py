@@ -31,6 +31,8 @@ class Choice:
         self.priority = params.priority
         self.prompt_logprobs: list[TokenLogprob] = []
         """Of the prompt but for its first token, where this choice asks for them."""
+        self.vector = b""
+        """In place of tokens, where the call is for one; see `request.Output.vector`."""
         self.num_tokens = 0
         self.num_reasoning_tokens = 0
         self.num_cached_tokens = 0
@@ -80,6 +82,8 @@ class Choice:
     def _feed(self, output: Output) -> Delta | None:
         if output.num_cached_tokens > self.num_cached_tokens:
             self.num_cached_tokens = output.num_cached_tokens
+        if output.vector:
+            self.vector = output.vector
         if output.prompt_logprobs:
             self.prompt_logprobs += output.prompt_logprobs
         text, num_used = self._push(output.token_ids)

@@ -46,10 +46,13 @@ class Generation:
         observer: Observer,
         started_s: float,
         timeout_s: float | None = None,
+        *,
+        wants_vectors: bool = False,
     ) -> None:
         """`booking` is told what is used, and when it ends. Who still iterates after `timeout_s` from now is told
         DeadlineError. `started_s` is when the caller asked, on `time.perf_counter`'s clock."""
         self._engine = engine
+        self._wants_vectors = wants_vectors
         self._observer = observer
         self._started_s = started_s
         self._prompts = tuple(prompts)
@@ -146,6 +149,7 @@ class Generation:
             cache_salt=self._booking.tenant.salted(choice.cache_salt),
             tenant=self._booking.tenant.id,
             weight=self._booking.tenant.weight,
+            wants_vector=self._wants_vectors,
         )
         try:
             self._engine.ask(request, partial(self._hear, choice))
@@ -164,6 +168,8 @@ class Generation:
                 raise news.error()
             if news.finish and news.finish.reason == "error" and not self._engine.alive():
                 raise EngineDeadError("the engine has stopped")
+            if news.vector:
+                self._booking.used(0)  # what it has waited for has come
             if delta := choice.feed(news):
                 self._observe(choice, delta)
                 self._tell(delta)

@@ -18,6 +18,7 @@ from dashinfer_vlm.frontend.prompt import Loader, PromptBuilder
 from dashinfer_vlm.frontend.service import Service
 from dashinfer_vlm.frontend.template import ChatTemplate
 from dashinfer_vlm.frontend.tokenizer import Tokenizer
+from dashinfer_vlm.frontend.vectors import VectorForm
 from dashinfer_vlm.models.config import read_config
 from dashinfer_vlm.models.settings import check_settings
 from dashinfer_vlm.progress import LoadingProgress
@@ -53,6 +54,7 @@ class FrontEnd:
             placeholder_ids=self.checkpoint.placeholder_ids,
             expand_item=self.checkpoint.expand_item,
             box_unit=self.checkpoint.box_unit,
+            vectors=VectorForm.of(self.checkpoint.config, self.tokenizer),
             max_model_len=max_model_len,
             vocab_size=vocab_size,
             max_items=max_items,

@@ -17,6 +17,7 @@ from dashinfer_vlm.frontend.params import DEFAULT_PARAMS, GenerationParams
 from dashinfer_vlm.frontend.template import ChatTemplate
 from dashinfer_vlm.frontend.tenants import current_tenant
 from dashinfer_vlm.frontend.tokenizer import Tokenizer
+from dashinfer_vlm.frontend.vectors import NO_VECTORS, VectorForm
 from dashinfer_vlm.media.turns import ANYBODY, Party
 from dashinfer_vlm.media.types import LoadedMedia, MediaCounters, MediaRef
 from dashinfer_vlm.models.family import BoxUnit
@@ -97,14 +98,21 @@ class PromptBuilder:
     """What the model's family puts in the place of a placeholder."""
     box_unit: BoxUnit = "pixels"
     """What the numbers of boxes in the model's answers count."""
+    vectors: VectorForm = NO_VECTORS
+    """How the prompts are written that are answered with a vector."""
     max_items: Mapping[str, int] = field(default_factory=dict)
     """Items of a kind in one prompt at most; kinds that are absent have no limit."""
 
     async def chat(
-        self, dialogue: Dialogue, params: GenerationParams = DEFAULT_PARAMS, *, media_salt: str = ""
+        self,
+        dialogue: Dialogue,
+        params: GenerationParams = DEFAULT_PARAMS,
+        *,
+        media_salt: str = "",
+        ending: tuple[int, ...] = (),
     ) -> Prompt:
         """Render, fetch and expand; `params` say how the prompt ends, and how many tokens are to follow. Media are
-        shared only with prompts that have the same `media_salt`.
+        shared only with prompts that have the same `media_salt`. The last tokens are the `ending`, whatever is cut.
 
         Raises InvalidRequestError for messages that cannot be, ContextLengthError when prompt and answer do not fit,
         and MediaError for the first medium that cannot be used (the others are given back).
@@ -117,7 +125,7 @@ class PromptBuilder:
         self._check_chars(num_chars, param, self.max_model_len)
         effort = num_chars + sum(_TURN_CHARS + message.num_argument_chars for message in messages)
         encode = partial(self.template.encode, then=params.next)
-        ids = self._cut(await _encode(effort, encode, dialogue, self._most(params), param), params)
+        ids = self._cut(await _encode(effort, encode, dialogue, self._most(params), param), params, ending)
         self._check_placeholders(ids, len(refs), params)
         check_prompt(len(ids), self.max_model_len, param, len(refs))  # before anything is fetched
         form = self.template.answer_form(dialogue, ids)
@@ -131,43 +139,65 @@ class PromptBuilder:
                 medium.release()
             raise
 
-    async def text(self, prompt: str | Sequence[int], params: GenerationParams = DEFAULT_PARAMS) -> Prompt:
-        """A prompt without template and items; text is plain text, ids may be any of the vocabulary.
+    async def text(
+        self,
+        prompt: str | Sequence[int],
+        params: GenerationParams = DEFAULT_PARAMS,
+        *,
+        ending: tuple[int, ...] = (),
+        param: str = "prompt",
+    ) -> Prompt:
+        """A prompt without template and items; text is plain text, ids may be any of the vocabulary. `param` is what
+        its caller calls it, the `ending` as in `chat`.
 
         Raises as `chat` does.
         """
         if params.next != "answer":
             name = "continue_final_message" if params.continue_final_message else "add_generation_prompt"
             raise InvalidRequestError(f"{name} is about conversations; a text goes on anyway", param=name)
-        ids = await self.text_ids(prompt, self.max_model_len, params) if isinstance(prompt, str) else list(prompt)
-        ids = self._cut(ids, params)
-        if not ids:
-            raise InvalidRequestError("the prompt is empty", param="prompt")
+        if not prompt:
+            raise InvalidRequestError(f"the {param} is empty", param=param)
+        if isinstance(prompt, str):
+            prompt = await self.text_ids(prompt, self.max_model_len, params, param)
+        ids = self._cut(prompt, params, ending)
         for id in (min(ids), max(ids)):
             if not 0 <= id < self.vocab_size:
                 raise InvalidRequestError(
-                    f"the prompt holds id {id}; ids are from 0 to {self.vocab_size - 1}", param="prompt"
+                    f"the {param} holds id {id}; ids are from 0 to {self.vocab_size - 1}", param=param
                 )
-        return self._finish(ids, (), params, "prompt")
+        return self._finish(ids, (), params, param)
 
-    async def text_ids(self, text: str, most: int, params: GenerationParams = DEFAULT_PARAMS) -> list[int]:
+    async def for_vector(
+        self, prompt: str | Sequence[int], params: GenerationParams, ending: tuple[int, ...]
+    ) -> Prompt:
+        """A text as this model is to be asked for its vector; ids are taken as they are. Raises as `chat` does."""
+        if not isinstance(prompt, str):
+            return await self.text(prompt, params, param="input")
+        if prompt and self.vectors.is_conversation:
+            return await self.chat(self.vectors.dialogue(prompt), params, ending=ending)
+        return await self.text(prompt, params, ending=ending, param="input")
+
+    async def text_ids(
+        self, text: str, most: int, params: GenerationParams = DEFAULT_PARAMS, param: str = "prompt"
+    ) -> list[int]:
         """Ids of plain text, in which only marks are special; raises ContextLengthError for more than `most`, unless
         `params` say that they will be cut."""
-        self._check_chars(len(text), "prompt", most)
+        self._check_chars(len(text), param, most)
 
         def encode(text: str, most: int | None) -> list[int]:
             return self.tokenizer.encode_marked(text, most=most)
 
-        return await _encode(len(text), encode, text, None if params.truncation else most, "prompt")
+        return await _encode(len(text), encode, text, None if params.truncation else most, param)
 
     def _most(self, params: GenerationParams) -> int | None:
         """Tokens beyond which a prompt need not be encoded to its end."""
         return None if params.truncation else self.max_model_len
 
-    def _cut(self, ids: list[int], params: GenerationParams) -> list[int]:
-        if params.truncation is None:
-            return ids
-        return params.truncation.cut(ids, self.max_model_len, params.sampling.max_tokens)
+    def _cut(self, ids: Sequence[int], params: GenerationParams, ending: tuple[int, ...]) -> list[int]:
+        """With the ending behind what is left of them."""
+        if params.truncation is not None:
+            ids = params.truncation.cut(ids, self.max_model_len - len(ending), params.sampling.max_tokens)
+        return [*ids, *ending]
 
     def _check_placeholders(self, ids: list[int], num_items: int, params: GenerationParams) -> None:
         if params.truncation is None:

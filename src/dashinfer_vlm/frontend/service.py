@@ -24,9 +24,12 @@ from dashinfer_vlm.frontend.params import DEFAULT_PARAMS, GenerationParams, chec
 from dashinfer_vlm.frontend.prompt import Prompt, PromptBuilder
 from dashinfer_vlm.frontend.tenants import Tenant, current_tenant, current_timeout_s
 from dashinfer_vlm.frontend.tokenizer import Tokenizer
+from dashinfer_vlm.request import SamplingParams
 
 _RESTART_S = 30
 """When to try again at a server that shuts down, or whose engine does: about how long another one takes to load."""
+_NO_TOKENS = SamplingParams(max_tokens=1)
+"""Of a call for vectors, whose prompts leave as much room as those of others."""
 
 PromptText = str | Sequence[int]
 
@@ -106,6 +109,29 @@ class Service:
             params = await self._prepared(params)
             built = [await self.prompts.text(prompt, params) for prompt in prompts]
             return self._start(built, params, admission)
+
+    async def embed(
+        self, inputs: Dialogue | Sequence[PromptText], params: GenerationParams, *, ending: bool = True
+    ) -> Generation:
+        """A vector of a conversation, or of each text or each list of ids, which are taken as they are: `Choice.vector`
+        once the iterator has ended. Of `params` nothing counts that is about tokens. Without `ending`, nothing is put
+        behind what the inputs say.
+
+        More inputs than the engine runs at once wait for each other in its line, not for places. Raises like `chat`,
+        and UnsupportedError for a model that was not published for it.
+        """
+        form = self.prompts.vectors
+        form.check()
+        params = replace(params, sampling=_NO_TOKENS)
+        num_inputs = 1 if isinstance(inputs, Dialogue) else len(inputs)
+        with self._admitted(params, min(num_inputs, self.engine.info.max_num_seqs)) as admission:
+            behind = form.ending if ending else ()
+            if isinstance(inputs, Dialogue):
+                salt = current_tenant.get().salt
+                built = [await self.prompts.chat(form.instructed(inputs), params, media_salt=salt, ending=behind)]
+            else:
+                built = [await self.prompts.for_vector(each, params, behind) for each in inputs]
+            return self._start(built, params, admission, wants_vectors=True)
 
     async def count(self, dialogue: Dialogue, params: GenerationParams = DEFAULT_PARAMS) -> list[int]:
         """The prompt's ids as `chat` would send them, media expanded; the media are loaded for it. Raises like it."""
@@ -219,7 +245,9 @@ class Service:
         if self.draining.is_set():
             raise shutting_down()
 
-    def _start(self, prompts: list[Prompt], params: GenerationParams, admission: _Admission) -> Generation:
+    def _start(
+        self, prompts: list[Prompt], params: GenerationParams, admission: _Admission, *, wants_vectors: bool = False
+    ) -> Generation:
         def end() -> None:
             self._generations.discard(generation)
             admission.leave()
@@ -241,6 +269,7 @@ class Service:
             self.observer,
             admission.started_s,
             admission.left_s,
+            wants_vectors=wants_vectors,
         )
         self._generations.add(generation)
         if (calls := current_calls.get()) is not None:

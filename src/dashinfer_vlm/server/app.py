@@ -20,6 +20,7 @@ from dashinfer_vlm.server.batches.opening import Batches
 from dashinfer_vlm.server.chat import chat_routes
 from dashinfer_vlm.server.completions import completion_routes
 from dashinfer_vlm.server.context import Context
+from dashinfer_vlm.server.embeddings import embedding_routes
 from dashinfer_vlm.server.errors import install_error_handlers
 from dashinfer_vlm.server.metrics import Metrics, ReplyCounter, metrics_routes
 from dashinfer_vlm.server.openapi import document_routes
@@ -52,7 +53,7 @@ def create_app(
     routers = _routers(context, metrics, desk, batches)
     if config.docs:
         routers.append(document_routes(_routes(routers), with_keys=bool(keyring)))
-    routers.append(refused_routes(with_files=batches is not None))
+    routers.append(refused_routes(with_files=batches is not None, why_no_vectors=service.prompts.vectors.why_not))
     app = FastAPI(
         title="DashInfer-VLM",
         version=dashinfer_vlm.__version__,
@@ -89,6 +90,8 @@ def _routers(context: Context, metrics: Metrics, desk: Desk, batches: Batches | 
         make(context) for make in (chat_routes, completion_routes, messages_routes, status_routes, tokenize_routes)
     ]
     routers += [response_routes(context, desk), metrics_routes(metrics)]
+    if context.service.prompts.vectors.why_not is None:
+        routers.append(embedding_routes(context))
     if context.config.ui:
         routers.append(page_routes(context))
     if batches is not None:

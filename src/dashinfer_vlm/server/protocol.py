@@ -43,6 +43,17 @@ Prompts = Annotated[
 ]
 
 
+def prompts_of(sent: Prompts, param: str) -> list[str | list[int]]:
+    """Each by itself; raises InvalidRequestError for none."""
+    if isinstance(sent, str):
+        return [sent]
+    if not sent:
+        raise InvalidRequestError(f"{param} is an empty list", param=param)
+    if isinstance(sent[0], int):
+        return [[i for i in sent if isinstance(i, int)]]
+    return [prompt for prompt in sent if not isinstance(prompt, int)]
+
+
 class StreamOptions(Body):
     include_usage: bool | None = None
     include_obfuscation: Annotated[bool | None, no_effect] = None
@@ -181,13 +192,7 @@ class CompletionBody(GenerationBody):
     suffix: Annotated[Any, only("")] = None
 
     def prompts(self) -> list[str | list[int]]:
-        if isinstance(self.prompt, str):
-            return [self.prompt]
-        if not self.prompt:
-            raise InvalidRequestError("prompt is an empty list", param="prompt")
-        if isinstance(self.prompt[0], int):
-            return [[i for i in self.prompt if isinstance(i, int)]]
-        return [prompt for prompt in self.prompt if not isinstance(prompt, int)]
+        return prompts_of(self.prompt, "prompt")
 
     def params(self, defaults: dict[str, float | int]) -> GenerationParams:
         self.check_fields()

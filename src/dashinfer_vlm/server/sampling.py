@@ -30,10 +30,29 @@ NumLogprobs = Annotated[Whole, Field(ge=0, le=MAX_LOGPROBS)]
 TextOrTexts = Annotated[Annotated[str, Tag(":text")] | Annotated[list[str], Tag(":list")], by_shape]
 
 
-class SamplingBody(Body):
-    """OpenAI's, and the extensions that users of vLLM send."""
+class PromptBody(Body):
+    """What may be said of a prompt and of its place among others, whatever is made of it."""
 
     model: str | None = None
+    cache_salt: str | None = Field(None, min_length=1, max_length=1024)
+    truncate_prompt_tokens: Whole | None = None
+    truncation_side: TruncationSide | None = None
+    priority: Whole | None = None
+    timeout: float | None = None
+    """Seconds; ours, and the header `x-request-timeout` alike."""
+
+    def prompt_truncation(self) -> Truncation | None:
+        """Raises InvalidRequestError."""
+        if self.truncate_prompt_tokens is not None:
+            return Truncation(self.truncate_prompt_tokens, self.truncation_side or "left")
+        if self.truncation_side is not None:
+            raise InvalidRequestError("truncation_side needs truncate_prompt_tokens", param="truncation_side")
+        return None
+
+
+class SamplingBody(PromptBody):
+    """OpenAI's, and the extensions that users of vLLM send."""
+
     stop: TextOrTexts | None = None
     stream: bool | None = None
     temperature: float | None = None
@@ -54,13 +73,7 @@ class SamplingBody(Body):
     ignore_eos: bool | None = None
     include_stop_str_in_output: bool | None = None
     skip_special_tokens: bool | None = None
-    cache_salt: str | None = Field(None, min_length=1, max_length=1024)
     bad_words: list[str] | None = None
-    truncate_prompt_tokens: Whole | None = None
-    truncation_side: TruncationSide | None = None
-    priority: Whole | None = None
-    timeout: float | None = None
-    """Seconds; ours, and the header `x-request-timeout` alike."""
 
     # no effect by their nature
     user: Annotated[str | None, no_effect] = None
@@ -109,14 +122,7 @@ class SamplingBody(Body):
             skip_special_tokens=self.skip_special_tokens is not False,
             cache_salt=self.cache_salt or "",
             bad_words=tuple(self.bad_words or ()),
-            truncation=self._truncation(),
+            truncation=self.prompt_truncation(),
             priority=self.priority or 0,
             timeout_s=self.timeout,
         )
-
-    def _truncation(self) -> Truncation | None:
-        if self.truncate_prompt_tokens is not None:
-            return Truncation(self.truncate_prompt_tokens, self.truncation_side or "left")
-        if self.truncation_side is not None:
-            raise InvalidRequestError("truncation_side needs truncate_prompt_tokens", param="truncation_side")
-        return None
