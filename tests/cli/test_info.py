@@ -61,6 +61,18 @@ def test_a_text_model_has_no_pictures(checkpoint: CheckpointMaker, capsys: pytes
     assert "Pictures" not in printed
 
 
+def test_what_gives_vectors_says_of_how_many_numbers(
+    checkpoint: CheckpointMaker, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "embeds"
+    shutil.copytree(checkpoint("qwen3"), folder)
+    (folder / "modules.json").write_text('[{"type": "Transformer"}]')
+    assert execute(info, [str(folder)]) == 0
+    assert "vectors of 128 numbers" in " ".join(capsys.readouterr().out.split())
+    assert execute(info, [str(checkpoint("qwen3"))]) == 0
+    assert "of 128 numbers" not in capsys.readouterr().out
+
+
 def test_states_are_told_and_counted(checkpoint: CheckpointMaker, capsys: pytest.CaptureFixture[str]) -> None:
     """Three layers: 128 + 64 x 3 inputs and 4 memories of 16 x 24, all float32."""
     assert execute(info, [str(checkpoint("qwen3_5")), "--max-model-len", "1"]) == 0

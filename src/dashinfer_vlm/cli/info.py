@@ -77,6 +77,7 @@ def _facts(checkpoint: CheckpointConfig, parts: Parts) -> Table:
         *_experts(checkpoint, parts),
         ("stored as", checkpoint.dtype if checkpoint.stored is None else f"{checkpoint.stored}, {checkpoint.dtype}"),
         ("context", f"{checkpoint.text.max_position_embeddings:,} tokens"),
+        *([("vectors", f"of {checkpoint.text.hidden_size:,} numbers")] if checkpoint.text.embeds else []),
         *([("states", f"{_size(checkpoint.text.state_bytes)} a request")] if checkpoint.text.state_bytes else []),
     )
     table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))

@@ -7,6 +7,7 @@ often come out of data sets.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from numbers import Integral
 from pathlib import Path
 from typing import Any, TypeAlias, cast
 
@@ -29,6 +30,9 @@ Conversation: TypeAlias = "str | Sequence[Mapping[str, Any]]"
 of a content may also be images themselves (all but texts, which are text), and `{"type": "image", "image": ImageLike}`
 or `{"type": "video", "video": VideoLike}`."""
 
+Prompt: TypeAlias = "str | list[int]"
+"""A text, or ids."""
+
 _URL_SCHEMES = ("http://", "https://", "data:", "file://")
 
 
@@ -50,6 +54,23 @@ def is_conversation(value: Conversation | Sequence[Conversation]) -> bool:
     if isinstance(value, str | Mapping):
         return True
     return isinstance(value, Sequence) and len(value) > 0 and isinstance(value[0], Mapping)
+
+
+def as_sequence(value: object, name: str) -> Sequence[Any]:
+    """`value`, which is called `name`; raises InvalidRequestError where it is none."""
+    if isinstance(value, Sequence) and not isinstance(value, bytes):
+        return value
+    raise InvalidRequestError(f"{name} is a {type(value).__name__}; pass one, or a list", param=name)
+
+
+def text_or_ids(prompt: Prompt) -> Prompt:
+    """Ids may be those of numpy, one by one. Raises InvalidRequestError for anything else."""
+    if isinstance(prompt, str):
+        return prompt
+    ids = as_sequence(prompt, "a prompt")
+    if not all(isinstance(token, Integral) for token in ids):
+        raise InvalidRequestError("a prompt is a text or a list of ids", param="prompts")
+    return [int(token) for token in ids]
 
 
 def _message(message: Any, where: str) -> Any:

@@ -39,15 +39,22 @@ from dashinfer_vlm.frontend.tool_schema import parse_tools
 from dashinfer_vlm.frontend.tools import Tool, ToolChoice
 from dashinfer_vlm.hub import resolve_model
 from dashinfer_vlm.offline.background import BackgroundLoop, gather
-from dashinfer_vlm.offline.inputs import Conversation, is_conversation, to_messages
+from dashinfer_vlm.offline.inputs import (
+    Conversation,
+    Prompt,
+    as_sequence,
+    is_conversation,
+    text_or_ids,
+    to_messages,
+)
 from dashinfer_vlm.offline.options import configs
 from dashinfer_vlm.offline.progress import AnswerProgress
 from dashinfer_vlm.offline.results import Result
+from dashinfer_vlm.offline.vectors import Vectors, vectors_of
 from dashinfer_vlm.progress import LoadingProgress
 from dashinfer_vlm.request import SamplingParams
 
 Params: TypeAlias = SamplingParams | GenerationParams | None
-Prompt: TypeAlias = str | list[int]
 Tools: TypeAlias = Sequence[Mapping[str, Any]] | None
 """As in OpenAI's chat completions."""
 Choice: TypeAlias = str | Mapping[str, Any] | None
@@ -188,6 +195,19 @@ class VLM:
         """`stream` for callers with an event loop. Use with `contextlib.aclosing` when leaving early."""
         return self._loop.aiterate(self._stream(messages, params, parse_tools(tools, tool_choice)))
 
+    def embed(self, inputs: Sequence[Prompt | Conversation], *, dimensions: int | None = None) -> Vectors:
+        """Vectors of length 1, float32 [inputs, dimensions], by a model that was published for them: of texts, of
+        conversations with pictures, or of token ids, which are taken as they are.
+
+        `dimensions` are the first so many, for models that were trained for it; None: all. Raises what is wrong with an
+        input, and UnsupportedError for another model.
+        """
+        return self._loop.run(vectors_of(self._service, inputs, dimensions, self._most_prepared))
+
+    async def aembed(self, inputs: Sequence[Prompt | Conversation], *, dimensions: int | None = None) -> Vectors:
+        """`embed` for callers with an event loop; cancelling it aborts what runs."""
+        return await self._loop.arun(vectors_of(self._service, inputs, dimensions, self._most_prepared))
+
     def close(self) -> None:
         """Abort what runs and free model, caches, threads and processes; idempotent. A process that was forked from
         their own leaves them alone."""
@@ -207,14 +227,14 @@ class VLM:
     ) -> Result | list[Result]:
         if is_conversation(messages):
             return await self._collected(self._begin_chat(cast(Conversation, messages), _one(params), offered))
-        conversations = cast("Sequence[Conversation]", _sequence(messages, "messages"))
+        conversations = cast("Sequence[Conversation]", as_sequence(messages, "messages"))
         jobs = zip(conversations, _each(params, len(conversations)), strict=True)
         return await self._collect_all([partial(self._begin_chat, *job, offered) for job in jobs])
 
     async def _generate(
         self, prompts: Prompt | Sequence[Prompt], params: Params | Sequence[Params]
     ) -> Result | list[Result]:
-        many = cast("Sequence[Prompt]", _sequence(prompts, "prompts"))
+        many = cast("Sequence[Prompt]", as_sequence(prompts, "prompts"))
         if isinstance(prompts, str) or (many and isinstance(many[0], Integral)):
             return await self._collected(self._begin_generate(cast(Prompt, prompts), _one(params)))
         jobs = zip(many, _each(params, len(many)), strict=True)
@@ -234,7 +254,7 @@ class VLM:
         return await self._service.chat(Dialogue(messages, tools=tools, choice=choice), self._generation_params(params))
 
     async def _begin_generate(self, prompt: Prompt, params: Params) -> Generation:
-        return await self._service.complete([_text_or_ids(prompt)], self._generation_params(params))
+        return await self._service.complete([text_or_ids(prompt)], self._generation_params(params))
 
     def _generation_params(self, params: Params) -> GenerationParams:
         if params is None:
@@ -250,7 +270,7 @@ class VLM:
         return Result(answers=await collect(generation), usage=generation.usage)
 
     async def _collect_all(self, begins: Sequence[Begin]) -> list[Result]:
-        gate = asyncio.Semaphore(self.info.max_num_seqs + _LOOKAHEAD)
+        gate = asyncio.Semaphore(self._most_prepared)
         with AnswerProgress(len(begins), enabled=self._progress) as progress:
 
             async def one(begin: Begin) -> Result:
@@ -263,6 +283,10 @@ class VLM:
                 return result
 
             return await gather([one(begin) for begin in begins])
+
+    @property
+    def _most_prepared(self) -> int:
+        return self.info.max_num_seqs + _LOOKAHEAD
 
     async def _loaded(self, config: EngineConfig) -> LocalEngine:
         return self._engine
@@ -288,22 +312,6 @@ def _checked(params: GenerationParams) -> GenerationParams:
         return msgspec.convert(msgspec.to_builtins(params), GenerationParams)
     except (msgspec.ValidationError, TypeError) as error:
         raise InvalidRequestError(f"params: {error}", param="params") from error
-
-
-def _sequence(value: object, name: str) -> Sequence[Any]:
-    if isinstance(value, Sequence) and not isinstance(value, bytes):
-        return value
-    raise InvalidRequestError(f"{name} is a {type(value).__name__}; pass one, or a list", param=name)
-
-
-def _text_or_ids(prompt: Prompt) -> Prompt:
-    """Ids may be those of numpy, one by one."""
-    if isinstance(prompt, str):
-        return prompt
-    ids = _sequence(prompt, "a prompt")
-    if not all(isinstance(token, Integral) for token in ids):
-        raise InvalidRequestError("a prompt is a text or a list of ids", param="prompts")
-    return [int(token) for token in ids]
 
 
 def _one(params: Params | Sequence[Params]) -> Params:
