@@ -163,7 +163,8 @@ def lives(draw: st.DrawFn, longest_prefix: int = 9) -> list[Request | int | str]
         prompt = [*[9] * num_prefix, *[VOCAB] * 6 * has_image, *draw(st.lists(st.integers(1, 3), max_size=9)), 1]
         fields = {**draw(st.sampled_from(PARAMS)), "seed": index, "max_tokens": draw(st.integers(1, 24))}
         fields["min_tokens"] = min(fields.get("min_tokens", 0), fields["max_tokens"])
-        told.append(Request(id=f"r{index}", prompt_ids=prompt, params=SamplingParams(**fields), items=items))
+        params, wants_vector = SamplingParams(**fields), draw(st.integers(0, 4)) == 0
+        told.append(Request(id=f"r{index}", prompt_ids=prompt, params=params, items=items, wants_vector=wants_vector))
         told.append(draw(st.integers(0, 6)))
         if draw(st.integers(0, 3)) == 0:
             told.append(f"r{draw(st.integers(0, index))}")
@@ -198,7 +199,7 @@ def test_random_lives_say_the_same_with_a_step_under_way(
             assert tokens(news)[:shorter] == tokens(other)[:shorter]
         else:
             assert tokens(news) == tokens(other)
-            assert news[-1].finish == other[-1].finish
+            assert (news[-1].finish, news[-1].vector) == (other[-1].finish, other[-1].vector)
             assert [p for o in news for p in o.logprobs] == [p for o in other for p in o.logprobs]
     event(f"preempted: {at_once.engine.stats().num_preemptions_total > 0}")
     event(f"late tokens: {late(a_step_late.engine).num_pending > 0}")
