@@ -167,10 +167,19 @@ class PromptBuilder:
                 )
         return self._finish(ids, (), params, param)
 
-    async def for_vector(
+    async def for_vectors(
+        self, inputs: Sequence[str | Sequence[int]], params: GenerationParams, ending: tuple[int, ...]
+    ) -> list[Prompt]:
+        """Texts as this model is to be asked for their vectors; ids are taken as they are. Raises as `chat` does."""
+        prompts = []
+        for each in inputs:
+            prompts.append(await self._for_vector(each, params, ending))
+            await asyncio.sleep(0)  # short texts are encoded here and now, and there may be thousands
+        return prompts
+
+    async def _for_vector(
         self, prompt: str | Sequence[int], params: GenerationParams, ending: tuple[int, ...]
     ) -> Prompt:
-        """A text as this model is to be asked for its vector; ids are taken as they are. Raises as `chat` does."""
         if not isinstance(prompt, str):
             return await self.text(prompt, params, param="input")
         if prompt and self.vectors.is_conversation:

@@ -130,7 +130,7 @@ class Service:
                 salt = current_tenant.get().salt
                 built = [await self.prompts.chat(form.instructed(inputs), params, media_salt=salt, ending=behind)]
             else:
-                built = [await self.prompts.for_vector(each, params, behind) for each in inputs]
+                built = await self.prompts.for_vectors(inputs, params, behind)
             return self._start(built, params, admission, wants_vectors=True)
 
     async def count(self, dialogue: Dialogue, params: GenerationParams = DEFAULT_PARAMS) -> list[int]:

@@ -20,6 +20,7 @@ from dashinfer_vlm.offline.background import gather
 from dashinfer_vlm.offline.inputs import Conversation, Prompt, as_sequence, is_conversation, text_or_ids, to_messages
 
 Vectors: TypeAlias = NDArray[np.float32]
+"""One in each row."""
 
 
 async def vectors_of(
