@@ -15,6 +15,9 @@ from safetensors.torch import load_file, save_file
 
 from dashinfer_vlm import VLM
 from dashinfer_vlm.errors import CheckpointError, InvalidRequestError, UnsupportedError
+from dashinfer_vlm.frontend.tokenizer import Tokenizer
+from dashinfer_vlm.frontend.vectors import VectorForm
+from dashinfer_vlm.models.config import read_config
 from dashinfer_vlm.models.pooling import read_why_no_vectors
 from dashinfer_vlm.tokenizer_file import TokenizerFile
 from tests.conftest import CheckpointMaker
@@ -198,6 +201,15 @@ def test_what_sentence_transformers_say(tmp_path: Path, kind: str, config: dict[
     (tmp_path / "1" / "config.json").write_text(json.dumps(config))
     told = read_why_no_vectors(tmp_path)
     assert (told is None) if why is None else (told is not None and why in told)
+
+
+def test_a_token_that_ends_what_is_embedded_is_missed_by_name(vision: Callable[[str], Path]) -> None:
+    folder = vision("qwen2_vl")
+    config, tokenizer = read_config(folder), Tokenizer.from_folder(folder)
+    assert VectorForm.of(config, tokenizer).ending == (ENDOFTEXT,)
+    del tokenizer.added["<|endoftext|>"]
+    with pytest.raises(CheckpointError, match=r"has no <\|endoftext\|>"):
+        VectorForm.of(config, tokenizer)
 
 
 def test_a_list_of_modules_that_is_none_is_told(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from dashinfer_vlm.errors import InvalidRequestError, UnsupportedError
+from dashinfer_vlm.errors import CheckpointError, InvalidRequestError, UnsupportedError
 from dashinfer_vlm.frontend.messages import Dialogue, Message
 from dashinfer_vlm.frontend.tokenizer import Tokenizer
 from dashinfer_vlm.models.config import CheckpointConfig
@@ -41,6 +41,10 @@ class VectorForm:
         if prompt is None:
             return cls(ending=ending)
         if prompt.end and not ending:
+            if prompt.end not in tokenizer.added:
+                raise CheckpointError(
+                    f"{config.folder}: the tokenizer has no {prompt.end}, which ends what is embedded"
+                )
             ending = (tokenizer.added[prompt.end],)
         return cls(is_conversation=True, instruction=prompt.instruction, ending=ending)
 
