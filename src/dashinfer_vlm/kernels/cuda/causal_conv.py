@@ -55,8 +55,7 @@ def _conv(
         is_row = ((back >= 0) & (r < n))[:, None] & inside
         is_kept = ((back < 0) & (r < n) & (context > n))[:, None] & inside
         z = tl.load(x + (first + back).to(tl.int64)[:, None] * x_t + c[None, :], mask=is_row, other=0.0).to(tl.float32)
-        if local < TAPS - 1:  # others reach back to rows alone
-            z += tl.load(kept, mask=is_kept, other=0.0)
+        z += tl.load(kept, mask=is_kept, other=0.0)
         total += z * tl.load(weight + tap * C + c, mask=b < tl.where(head < 2 * HK, K, V), other=0.0)[None, :]
         if DECODE and tap > 0:  # one place further back than it was read
             tl.store(inputs + seat * i_s + (tap - 1) * C + c[None, :], z, mask=inside)
