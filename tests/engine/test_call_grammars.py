@@ -142,6 +142,6 @@ def test_they_are_tried_before_they_are_used(free: bool) -> None:
         assert "uniqueItems" in (trial.problem(Grammar("calls", text)) or "")
         rounded = CallForm("a", {"properties": {"id": {"enum": [2**53 + 1]}}}, "b")
         text = msgspec.json.encode(Calls(*TEXT_TAGS, [rounded], True, free, [])).decode()
-        assert "9007199254740993 in const or enum" in (trial.problem(Grammar("calls", text)) or "")
+        assert "9007199254740993 in enum" in (trial.problem(Grammar("calls", text)) or "")
     finally:
         trial.close()

@@ -86,8 +86,48 @@ def test_a_whole_number_that_a_float_does_not_hold_is_refused_where_it_would_be_
     for schema in ({"const": number}, {"enum": ["a", number]}, {"type": "array", "items": {"const": {"a": [number]}}},
                    {"properties": {"const": {"const": number}}}, {"anyOf": [{"type": "null"}, {"const": number}]},
                    {"$defs": {"enum": {"const": number}}, "$ref": "#/$defs/enum"}):  # fmt: skip
-        with pytest.raises(ValueError, match=rf"^{number} in const or enum"):
+        with pytest.raises(ValueError, match=rf"^{number} in (const|enum): "):
             can_be_written(schema, number)
+    with pytest.raises(ValueError, match=rf"^{abs(number)} in multipleOf: "):
+        can_be_written({"type": "integer", "multipleOf": abs(number)}, 0)
+
+
+@pytest.mark.parametrize(
+    ("bounds", "written", "forbidden"),
+    [
+        ({"minimum": 2**53 + 1}, [2**53 + 2, 2**53 + 4], [2**53, 2**53 + 1, 5]),
+        ({"maximum": 2**53 + 3}, [2**53 + 2, 0, -7], [2**53 + 3, 2**53 + 4]),
+        ({"minimum": -(2**53) - 1}, [-(2**53), 3], [-(2**53) - 1, -(2**53) - 2]),
+        ({"exclusiveMinimum": 2**53, "exclusiveMaximum": 2**53 + 4}, [2**53 + 2], [2**53, 2**53 + 1, 2**53 + 4]),
+        (
+            {"minimum": -(2**63), "maximum": 2**63 - 1},
+            [1024 - 2**63, 0, 2**63 - 1024],
+            [2**63 - 1, 2**63, -(2**63)],
+        ),
+        ({"maximum": 2**64}, [5, 2**63 - 1024], [2**63, 2**64, 2**64 + 1]),
+    ],
+)
+def test_what_is_written_is_within_large_bounds(
+    bounds: dict[str, int], written: list[int], forbidden: list[int]
+) -> None:
+    """Those that a float does not hold are moved inwards."""
+    schema = {"type": "integer", **bounds}
+    assert [can_be_written(schema, number) for number in written] == [True] * len(written)
+    assert not any(can_be_written(schema, number) for number in forbidden)
+
+
+@pytest.mark.parametrize(
+    "bounds",
+    [
+        {"minimum": 2**53 + 1, "maximum": 2**53 + 1},
+        {"exclusiveMinimum": 2**53, "exclusiveMaximum": 2**53 + 2},
+        {"minimum": 2**64 + 1, "maximum": 2**64 + 1},
+        {"minimum": 2**63},
+    ],
+)
+def test_bounds_that_leave_no_number_are_refused(bounds: dict[str, int]) -> None:
+    with pytest.raises(ValueError, match="leave no number that is kept exactly"):
+        can_be_written({"type": "integer", **bounds}, 5)
 
 
 @pytest.mark.parametrize(

@@ -72,6 +72,14 @@ async def test_an_answer_comes_with_its_usage_and_gives_its_media_back(folder: P
     assert not bench.engine.aborted
 
 
+async def test_what_choices_of_one_prompt_share_was_not_there_before(folder: Path, tokenizer: Tokenizer) -> None:
+    generation = await Bench(folder, tokenizer, "a").service.chat(Dialogue([PICTURE]), params(n=3))
+    await collect(generation)
+    for choice, found in zip(generation.choices, (96, 16, 80), strict=True):
+        choice.num_cached_tokens = found
+    assert generation.usage.num_cached_tokens == 16
+
+
 async def test_an_answer_that_reaches_max_tokens_ends_with_length(folder: Path, tokenizer: Tokenizer) -> None:
     bench = Bench(folder, tokenizer, "aaaa bbbb")
     generation = await bench.service.complete(["say"], params(max_tokens=3))

@@ -43,6 +43,13 @@ def change(folder: Path, key: str, value: Any, file: str = "config.json") -> Non
     (folder / file).write_text(json.dumps(values))
 
 
+@pytest.mark.parametrize("file", FILES[:2])
+def test_what_is_nested_too_deep_is_told_so(folder: Path, file: str) -> None:
+    (folder / file).write_text("[" * 100_000)
+    with pytest.raises(CheckpointError, match=rf"{file} cannot be read: it is nested too deep"):
+        read_config(folder)
+
+
 def test_sizes_are_those_of_the_files(folder: Path) -> None:
     config = read_config(folder)
     assert config.architecture == "Qwen2_5_VLForConditionalGeneration"

@@ -46,7 +46,7 @@ def announce(name: str, info: EngineInfo) -> None:
     )
     if info.state_bytes:
         logger.info(
-            "Each request has a state of %.2f MiB; there is room for %s, those that the prefix cache keeps among them",
+            "Each request has a state of %.2f MiB; there is room for %s, with those that a prefix cache keeps",
             info.state_bytes / 2**20,
             f"{info.num_states:,}",
         )

@@ -37,6 +37,8 @@ from dashinfer_vlm.request import Finish, Grammar, Output, Request, TokenLogprob
 log = logging.getLogger(__name__)
 
 _NO_NUMBERS = Finish("error", message=PROBLEMS[NOT_A_NUMBER])
+_LAST_BREATH_S = 1.0
+"""For which a rank may live on whose end has failed a step of the first one."""
 _NO_MEMORY = Finish("error", message="the device has no memory left for this request; try again, or send a smaller one")
 
 
@@ -204,6 +206,7 @@ class Engine:
             raise
         except Exception as error:
             if self._followers is not None:
+                self._followers.check(patience_s=_LAST_BREATH_S)
                 why = type(error).__name__
                 raise EngineDeadError(f"the first rank failed ({why}) at what the others have begun") from error
             if not isinstance(error, torch.OutOfMemoryError):

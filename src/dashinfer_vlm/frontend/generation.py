@@ -77,9 +77,10 @@ class Generation:
     @property
     def usage(self) -> Usage:
         """Tokens so far; final once the iterator has ended."""
-        cached = {id(choice.prompt): 0 for choice in self.choices}
+        cached: dict[int, int] = {}  # of choices of one prompt each finds what the first one has computed
         for choice in self.choices:
-            cached[id(choice.prompt)] = max(cached[id(choice.prompt)], choice.num_cached_tokens)
+            found = choice.num_cached_tokens
+            cached[id(choice.prompt)] = min(cached.get(id(choice.prompt), found), found)
         return Usage(
             sum(len(prompt.ids) for prompt in self._prompts),
             sum(choice.num_tokens for choice in self.choices),

@@ -100,6 +100,8 @@ def read_section(folder: Path, name: str) -> Section:
         raise CheckpointError(f"{path} does not exist; is {folder} a model folder?") from error
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path} cannot be read: {error}") from error
+    except RecursionError as error:
+        raise CheckpointError(f"{path} cannot be read: it is nested too deep") from error
     if not isinstance(values, dict):
         raise CheckpointError(f"{path} holds no JSON object")
     return Section(values, str(path))

@@ -7,6 +7,8 @@ from dataclasses import replace
 import pytest
 
 from dashinfer_vlm.engine.load import load_engine
+from dashinfer_vlm.engine.parallel.crew import RankProcesses
+from dashinfer_vlm.errors import EngineDeadError
 from dashinfer_vlm.models.loading import load_model
 from tests.conftest import CheckpointMaker
 from tests.engine.parallel.test_ranks import NAMES, config_of
@@ -32,5 +34,22 @@ def test_states_are_dealt_out_by_heads(checkpoint: CheckpointMaker, arch: str) -
         second = replace(first, id="second", prompt_ids=ids)
         assert run(shared, second) == run(alone, second)
         assert shared.stats().num_cached_tokens_total >= 128
+    finally:
+        shared.close()
+
+
+def test_a_rank_that_is_killed_while_streams_run_is_named(checkpoint: CheckpointMaker) -> None:
+    """The first one fails at what they have begun together, and would blame itself."""
+    folder = checkpoint("qwen3_5")
+    shared, _ = load_engine(config_of(folder, 2), lambda *_: None)
+    try:
+        family = Family(folder, None, shared.model)
+        shared.add(family.request("a", family.prompt(9), max_tokens=64))
+        shared.step()
+        processes = shared._followers
+        assert isinstance(processes, RankProcesses)
+        processes._processes[1].kill()
+        with pytest.raises(EngineDeadError, match="rank 1 of the model was killed by signal SIGKILL"):
+            run(shared)
     finally:
         shared.close()

@@ -57,8 +57,8 @@ class Followers(Protocol):
         """Make the same call over a copy of these bytes. Raises EngineDeadError when one of them has ended."""
         ...
 
-    def check(self) -> None:
-        """Raise EngineDeadError when one of them has ended."""
+    def check(self, *, patience_s: float = 0.0) -> None:
+        """Raise EngineDeadError when one of them has ended, or does so within `patience_s`."""
         ...
 
     def close(self) -> None:

@@ -10,7 +10,7 @@ import llguidance
 import msgspec
 
 from dashinfer_vlm.engine.grammars.calls import Calls, calls_in_lark, thought_in_lark
-from dashinfer_vlm.engine.grammars.exact import refuse_inexact
+from dashinfer_vlm.engine.grammars.exact import kept_exactly
 from dashinfer_vlm.request import Grammar
 
 WHITESPACE = r"[\x20\x0A\x0D\x09]{1,32}"
@@ -54,8 +54,8 @@ def _forms(grammar: Grammar, tokenizer: llguidance.LLTokenizer) -> list[Form]:
     if grammar.kind != "calls":
         return [_form(grammar)]
     calls = msgspec.json.decode(grammar.text, type=Calls)
-    for call in calls.forms:
-        refuse_inexact(call.schema)
+    exact = [msgspec.structs.replace(call, schema=kept_exactly(call.schema)) for call in calls.forms]
+    calls = msgspec.structs.replace(calls, forms=exact)
     form: Form = {"lark_grammar": calls_in_lark(calls, tokenizer, WHITESPACE)}
     return [form, {**_form(calls.content), "name": "content"}] if calls.content else [form]
 
@@ -68,14 +68,17 @@ def _form(grammar: Grammar) -> Form:
     return {"lark_grammar": text}
 
 
+def _of_schema(text: str) -> str:
+    return llguidance.LLMatcher.grammar_from_json_schema(text, defaults={"whitespace_pattern": WHITESPACE})
+
+
 def _text(grammar: Grammar) -> str:
     match grammar.kind:
         case "json_schema":
-            form = llguidance.LLMatcher.grammar_from_json_schema(
-                grammar.text, defaults={"whitespace_pattern": WHITESPACE}
-            )
-            refuse_inexact(json.loads(grammar.text))
-            return form
+            form = _of_schema(grammar.text)
+            schema = json.loads(grammar.text)
+            exact = kept_exactly(schema)
+            return form if exact == schema else _of_schema(json.dumps(exact))
         case "regex":
             return llguidance.LLMatcher.grammar_from_regex(grammar.text)
         case "choice":

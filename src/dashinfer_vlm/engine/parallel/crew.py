@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import subprocess
+import time
 from dataclasses import replace
 
 import msgspec
@@ -86,12 +87,17 @@ class RankProcesses:
                 raise news.fault.error()
         self._have_loaded = True
 
-    def check(self) -> None:
-        """Raise EngineDeadError when a rank has ended."""
-        for index, process in self._processes.items():
-            status = process.poll()
-            if status is not None:
-                raise EngineDeadError(f"rank {index} of the model {how_it_ended(status)}")
+    def check(self, *, patience_s: float = 0.0) -> None:
+        """Raise EngineDeadError when a rank has ended, or does so within `patience_s`."""
+        until = time.monotonic() + patience_s
+        while True:
+            for index, process in self._processes.items():
+                status = process.poll()
+                if status is not None:
+                    raise EngineDeadError(f"rank {index} of the model {how_it_ended(status)}")
+            if time.monotonic() >= until:
+                return
+            time.sleep(0.01)
 
     def call(self, call: Call, flat: NDArray[np.uint8]) -> None:
         self.check()
