@@ -205,4 +205,4 @@ def test_it_is_told_how_many_run_and_how_many_states_there_are(folder: Path, cap
     core.close()
     assert 1 < info.max_num_seqs == info.num_states < 4000
     assert f"{info.num_states} states, of sequences and saved ones, in 0.02 GiB" in caplog.text
-    assert f"Each request has a state of 0.02 MiB; there is room for {info.num_states:,}, those that the" in caplog.text
+    assert f"Each request has a state of 0.02 MiB; there is room for {info.num_states:,}, with those" in caplog.text

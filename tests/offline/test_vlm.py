@@ -14,7 +14,7 @@ import subprocess
 import sys
 import threading
 import weakref
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from pathlib import Path
 from typing import Any
 
@@ -413,4 +413,8 @@ def assert_idle(vlm: VLM) -> None:
 
 def children() -> set[str]:
     """Processes started by this one, the tests before included (a resource tracker stays until the end)."""
-    return {pid for task in Path("/proc/self/task").iterdir() for pid in (task / "children").read_text().split()}
+    found: set[str] = set()
+    for task in Path("/proc/self/task").iterdir():
+        with suppress(FileNotFoundError):  # a thread that has ended meanwhile
+            found |= set((task / "children").read_text().split())
+    return found
