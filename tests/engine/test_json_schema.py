@@ -116,6 +116,12 @@ def test_what_is_written_is_within_large_bounds(
     assert not any(can_be_written(schema, number) for number in forbidden)
 
 
+@pytest.mark.parametrize("bound", ["5", None, True, [5]])
+def test_a_bound_that_is_no_number_is_refused_beside_a_large_one(bound: object) -> None:
+    with pytest.raises(ValueError, match="minimum"):
+        can_be_written({"type": "integer", "minimum": bound, "maximum": 2**60}, 5)
+
+
 @pytest.mark.parametrize(
     "bounds",
     [

@@ -44,6 +44,9 @@ def kept_exactly(schema: Any) -> Any:
 
 
 def _move_bounds(schema: dict[str, Any]) -> None:
+    bounds = [schema[key] for key in (*_LOWER, *_UPPER) if key in schema]
+    if not all(isinstance(bound, int | float) and not isinstance(bound, bool) for bound in bounds):
+        return  # the library refuses it
     lower, upper = ([key for key in keys if _is_large(schema.get(key))] for keys in (_LOWER, _UPPER))
     if lower:
         least = max(_above(schema.pop(key) + key.startswith("exclusive")) for key in lower)
