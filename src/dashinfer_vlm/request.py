@@ -306,4 +306,4 @@ class Output(msgspec.Struct, frozen=True, array_like=True):
     """Stages that have ended since the output before."""
     vector: bytes = b""
     """When asked for, in the last output: the final state of the prompt's last token, normed as the model norms it.
-    float32, little endian, [hidden size]."""
+    float32, little endian, [hidden size]. Of a model that scores pairs [1]: the logit of yes against no."""

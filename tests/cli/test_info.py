@@ -24,6 +24,7 @@ from dashinfer_vlm.models.footprint import PRECISIONS, kv_token_bytes, num_param
 from dashinfer_vlm.models.loading import allocate_kv, load_model
 from dashinfer_vlm.models.weights import Weights
 from tests.conftest import CheckpointMaker
+from tests.rerankers import publish
 
 
 def test_it_tells_family_parameters_pictures_and_memory(capsys: pytest.CaptureFixture[str]) -> None:
@@ -71,6 +72,13 @@ def test_what_gives_vectors_says_of_how_many_numbers(
     assert "vectors of 128 numbers" in " ".join(capsys.readouterr().out.split())
     assert execute(info, [str(checkpoint("qwen3"))]) == 0
     assert "of 128 numbers" not in capsys.readouterr().out
+
+
+def test_what_scores_pairs_says_so(
+    checkpoint: CheckpointMaker, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert execute(info, [str(publish(checkpoint("qwen3"), tmp_path / "scores"))]) == 0
+    assert "scores of pairs" in " ".join(capsys.readouterr().out.split())
 
 
 def test_states_are_told_and_counted(checkpoint: CheckpointMaker, capsys: pytest.CaptureFixture[str]) -> None:

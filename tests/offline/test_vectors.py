@@ -18,7 +18,7 @@ from dashinfer_vlm.errors import CheckpointError, InvalidRequestError, Unsupport
 from dashinfer_vlm.frontend.tokenizer import Tokenizer
 from dashinfer_vlm.frontend.vectors import VectorForm
 from dashinfer_vlm.models.config import read_config
-from dashinfer_vlm.models.pooling import read_why_no_vectors
+from dashinfer_vlm.models.published import read_why_no_vectors
 from dashinfer_vlm.tokenizer_file import TokenizerFile
 from tests.conftest import CheckpointMaker
 from tests.engine.test_parity import Family, Prompt

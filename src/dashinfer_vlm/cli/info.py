@@ -78,6 +78,7 @@ def _facts(checkpoint: CheckpointConfig, parts: Parts) -> Table:
         ("stored as", checkpoint.dtype if checkpoint.stored is None else f"{checkpoint.stored}, {checkpoint.dtype}"),
         ("context", f"{checkpoint.text.max_position_embeddings:,} tokens"),
         *([("vectors", f"of {checkpoint.text.hidden_size:,} numbers")] if checkpoint.text.embeds else []),
+        *([("scores", "of pairs of a query and a document")] if checkpoint.text.scoring else []),
         *([("states", f"{_size(checkpoint.text.state_bytes)} a request")] if checkpoint.text.state_bytes else []),
     )
     table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))

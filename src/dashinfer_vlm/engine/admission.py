@@ -56,7 +56,7 @@ def check_request(request: Request, limits: Limits) -> int:
     """How many tokens the request may produce; raises InvalidRequestError or ContextLengthError."""
     request.params.validate(limits.vocab_size)
     if not request.wants_vector and not limits.has_head:
-        raise UnsupportedError("the model has no head to write with: it gives vectors, at /v1/embeddings")
+        raise UnsupportedError("the model has no head to write with: it was published for vectors, or for scores")
     num_prompt = len(request.prompt_ids)
     if not num_prompt:
         raise InvalidRequestError("the prompt is empty", param="prompt")

@@ -106,7 +106,7 @@ class Plan:
 
 
 def vectors_of(rows: Tensor) -> list[bytes]:
-    """float32 [vectors, hidden size], on the host, as `Output.vector` has them; nothing of a row that is not all
+    """float32 [vectors, size], on the host, as `Output.vector` has them; nothing of a row that is not all
     numbers."""
     values = rows.numpy()
     return [row.astype("<f4").tobytes() if np.isfinite(row).all() else b"" for row in values]

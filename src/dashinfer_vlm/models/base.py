@@ -180,7 +180,8 @@ class Model(Protocol):
 
     def forward_with_vectors(self, batch: StepBatch, kv: KVCache, num_logits: int) -> tuple[torch.Tensor, torch.Tensor]:
         """`forward`, but only the first `num_logits` of `batch.logits_rows` give logits. The others give their final
-        states, normed: float32 [L - num_logits, hidden]."""
+        states, normed: float32 [L - num_logits, hidden]; of a model that scores pairs the scores, [L - num_logits, 1].
+        """
         ...
 
     def positions(self, num_tokens: int, items: Sequence[Item]) -> tuple[torch.Tensor, int]:

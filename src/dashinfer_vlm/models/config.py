@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dashinfer_vlm.errors import CheckpointError
-from dashinfer_vlm.models.pooling import read_why_no_vectors
+from dashinfer_vlm.models.published import Scoring, read_scoring, read_why_no_vectors
 from dashinfer_vlm.models.registry import family_of
 from dashinfer_vlm.models.rope import Rope, read_head_dim
 from dashinfer_vlm.models.section import Section, read_section
@@ -102,6 +102,8 @@ class TextConfig:
     mixture: MixtureConfig | None = None
     embeds: bool = False
     """Whether it was published for vectors; such a model may lack the head that makes logits."""
+    scoring: Scoring | None = None
+    """How it scores pairs of a query and a document, in place of vectors; None: it does not."""
 
     @property
     def num_kv_layers(self) -> int:
@@ -186,8 +188,10 @@ def read_config(folder: Path) -> CheckpointConfig:
     section = root.section("text_config") if root.has("text_config") else root
     architecture = _architecture(root)
     family = family_of(architecture)
-    why_no_vectors = read_why_no_vectors(folder)
-    text = replace(family.text(section, root), embeds=why_no_vectors is None)
+    text = family.text(section, root)
+    scoring = family.scoring or read_scoring(folder, text.vocab_size)
+    why_no_vectors = read_why_no_vectors(folder) if scoring is None else "it scores pairs"
+    text = replace(text, embeds=why_no_vectors is None, scoring=scoring)
     return CheckpointConfig(
         folder=folder,
         architecture=architecture,

@@ -6,7 +6,6 @@ A family chooses the modules: `Decoder(config.text, weights, backend, attention=
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -16,13 +15,14 @@ from dashinfer_vlm.kernels.head_norms import HeadNorms
 from dashinfer_vlm.layers.backend import Backend
 from dashinfer_vlm.layers.linear import Linear, Matrix, Stream, StreamLinear, rows_of, whole
 from dashinfer_vlm.layers.native_layer import native_layer
-from dashinfer_vlm.layers.norm import rms_norm
 from dashinfer_vlm.layers.ranks import Cut, times
 from dashinfer_vlm.layers.rotary import axes_of_channels, inverse_frequencies, yarn_frequencies
 from dashinfer_vlm.models.base import KVCache, StepBatch, TextShape
 from dashinfer_vlm.models.config import TextConfig
 from dashinfer_vlm.models.delta_net import GatedDeltaNet
 from dashinfer_vlm.models.experts import ExpertMlp
+from dashinfer_vlm.models.published import HEAD
+from dashinfer_vlm.models.read_out import ReadOut
 from dashinfer_vlm.models.rope import Rope
 from dashinfer_vlm.models.weights import Weights
 
@@ -226,26 +226,27 @@ class Decoder:
         self.head = self._make_head(weights)
         of_norm, eps = gains("model.norm.weight", config.hidden_size, config, weights), config.rms_norm_eps
         self.norm = None if self.head is None else backend.norm_before(self.head, of_norm, eps)
-        self.norm_vectors = partial(rms_norm, weight=of_norm.to(backend.device, torch.float32, copy=True), eps=eps)
+        self.read_out = ReadOut(of_norm, self.embedding, config, weights)
 
     def _make_head(self, weights: Weights) -> Linear | None:
-        """None for a model that was published for vectors, without one."""
+        """None for a model that was published for vectors, without one, or whose architecture has another."""
         vocab_size, hidden_size = self.embedding.shape
+        if self.config.scoring and self.config.scoring.matrix != HEAD:
+            return None
         part = self.backend.ranks.share(vocab_size, "words of the vocabulary")
         if not self.config.tie_word_embeddings:
-            name = "lm_head.weight"
-            if self.config.embeds and name not in weights:
+            if self.config.embeds and HEAD not in weights:
                 return None
-            return self.backend.head(weights.matrix({name: vocab_size}, hidden_size, Cut(rows={name: part})))
-        if "lm_head.weight" in weights:  # some exports write the tied head once more
-            again = weights.take("lm_head.weight", *self.embedding.shape)
+            return self.backend.head(weights.matrix({HEAD: vocab_size}, hidden_size, Cut(rows={HEAD: part})))
+        if HEAD in weights:  # some exports write the tied head once more
+            again = weights.take(HEAD, *self.embedding.shape)
             if not torch.equal(again.to(self.embedding), self.embedding):
                 raise CheckpointError(
-                    f"{weights.folder}: lm_head.weight differs from model.embed_tokens.weight, yet config.json sets "
+                    f"{weights.folder}: {HEAD} differs from model.embed_tokens.weight, yet config.json sets "
                     "tie_word_embeddings"
                 )
         rows = self.embedding[part]
-        return self.backend.head(Matrix("lm_head.weight", len(rows), hidden_size, lambda: rows, is_kept=True))
+        return self.backend.head(Matrix(HEAD, len(rows), hidden_size, lambda: rows, is_kept=True))
 
     @property
     def shape(self) -> TextShape:
@@ -268,9 +269,9 @@ class Decoder:
         return self._logits(self._states(batch, kv))
 
     def forward_with_vectors(self, batch: StepBatch, kv: KVCache, num_logits: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """See `models.base.Model`. The norm is in float32: the head's own may be rounded as its product takes it."""
+        """See `models.base.Model`."""
         x = whole(self._states(batch, kv))
-        return self._logits(x[:num_logits]), self.norm_vectors(x[num_logits:].float())
+        return self._logits(x[:num_logits]), self.read_out(x[num_logits:])
 
     def _logits(self, x: Stream) -> torch.Tensor:
         """float32 [L, vocab]. Without a head all rows are padding."""

@@ -17,6 +17,7 @@ import numpy as np
 from dashinfer_vlm.errors import CheckpointError
 from dashinfer_vlm.models.config import CheckpointConfig, MixtureConfig, TextConfig, VisionConfig, read_mixture
 from dashinfer_vlm.models.mrope import mrope_positions
+from dashinfer_vlm.models.published import Scoring
 from dashinfer_vlm.models.section import Section
 from dashinfer_vlm.processors.qwen import ProcessorConfig
 from dashinfer_vlm.request import Item, ItemKind
@@ -35,6 +36,7 @@ __all__ = [
     "NormalisedExperts",
     "Part",
     "Run",
+    "ScorePrompt",
     "TransformersTower",
     "VectorPrompt",
     "VisionFamily",
@@ -108,6 +110,21 @@ class VectorPrompt:
     """The special token at the very end, where the tokenizer's own files name none; empty: none."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ScorePrompt:
+    """How a family's models were trained to be asked whether a document answers a query: what its publisher's script
+    writes around the two in a user's turn, all of which begins with `<Instruct>: `."""
+
+    instruction: str
+    """Where the caller has none."""
+    query: str
+    """In front of the query."""
+    document: str
+    """In front of the document."""
+    opening: str = ""
+    """What the assistant's turn begins with."""
+
+
 class LoadedItem(Protocol):
     """What the media room knows of an item."""
 
@@ -134,6 +151,10 @@ class Family(ABC):
     box_unit: BoxUnit = "pixels"
     vector_prompt: VectorPrompt | None = None
     """None: a vector is asked for by plain text."""
+    score_prompt: ScorePrompt | None = None
+    """None: nobody has said how a score is asked for."""
+    scoring: Scoring | None = None
+    """How its architecture makes scores, where it has that in place of a head."""
 
     @abstractmethod
     def text(self, section: Section, root: Section) -> TextConfig:

@@ -39,7 +39,7 @@ class LoadedModel:
             return self.decoder.forward(batch, kv)
 
     def forward_with_vectors(self, batch: StepBatch, kv: KVCache, num_logits: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """The same, and the normed final states of the rows behind the first `num_logits`; float32 [n, hidden]."""
+        """The same, and the normed final states, or scores, of the rows behind the first `num_logits`."""
         with torch.no_grad():
             return self.decoder.forward_with_vectors(batch, kv, num_logits)
 

@@ -83,6 +83,10 @@ class Weights:
         """
         return read(self._claim(name, shape))
 
+    def look(self, name: str) -> torch.Tensor:
+        """A tensor that another layer takes, in the file's dtype, or in floats; as `take` otherwise."""
+        return read(self._entries[name])
+
     def join(self, names: tuple[str, ...], sizes: tuple[int, ...], cut: Cut = WHOLE) -> torch.Tensor:
         """Vectors `names` of `sizes` and one dtype, one after the other."""
         tensors = self._read_alike([self._claim(n, (size,)) for n, size in zip(names, sizes, strict=True)])

@@ -16,6 +16,7 @@ from dashinfer_vlm.models.family import (
     LoadedItem,
     NormalisedExperts,
     Run,
+    ScorePrompt,
     TransformersTower,
     VectorPrompt,
     VisionFamily,
@@ -44,6 +45,11 @@ class Qwen3VL(VisionFamily):
     box_unit = "thousandths"
     tower = TransformersTower("qwen3_vl.modeling_qwen3_vl", "Qwen3VLVisionModel")
     vector_prompt = VectorPrompt(instruction="Represent the user's input.")  # of Qwen3-VL-Embedding's own script
+    score_prompt = ScorePrompt(  # of Qwen3-VL-Reranker's, which has no break in front of the query
+        instruction="Given a search query, retrieve relevant candidates that answer the query.",
+        query="<Query>:",
+        document="\n<Document>:",
+    )
 
     def text(self, section: Section, root: Section) -> TextConfig:
         refuse_attention_bias(section)

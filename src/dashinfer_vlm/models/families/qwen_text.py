@@ -6,7 +6,8 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from dashinfer_vlm.models.config import CheckpointConfig, MixtureConfig, TextConfig, read_mixture, read_text
-from dashinfer_vlm.models.family import Family, refuse_attention_bias
+from dashinfer_vlm.models.family import Family, Names, ScorePrompt, refuse_attention_bias
+from dashinfer_vlm.models.published import Scoring
 from dashinfer_vlm.models.rope import read_rope
 from dashinfer_vlm.models.section import Section
 
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
     from dashinfer_vlm.models.decoder import Decoder
     from dashinfer_vlm.models.weights import Weights
 
-__all__ = ["Qwen2", "Qwen3", "Qwen3Moe"]
+__all__ = ["Qwen2", "Qwen3", "Qwen3Classifier", "Qwen3Moe"]
 
 
 class Qwen2(Family):
@@ -33,6 +34,13 @@ class Qwen2(Family):
 class Qwen3(Family):
     """No bias, but a norm over each head of queries and keys."""
 
+    score_prompt = ScorePrompt(  # of Qwen3-Reranker's script
+        instruction="Given a web search query, retrieve relevant passages that answer the query",
+        query="\n<Query>: ",
+        document="\n<Document>: ",
+        opening="<think>\n\n</think>\n\n",
+    )
+
     def text(self, section: Section, root: Section) -> TextConfig:
         refuse_attention_bias(section)
         return read_text(section, root, read_rope(section), self.mixture(section))
@@ -41,6 +49,13 @@ class Qwen3(Family):
         from dashinfer_vlm.models.decoder import Attention, Decoder
 
         return Decoder(config.text, weights, backend, attention=partial(Attention, qk_norm=True))
+
+
+class Qwen3Classifier(Qwen3):
+    """As Qwen3, with one row in place of a head: Qwen3-Reranker as `sentence-transformers` likes it."""
+
+    names = Names(parts={"text": ("model.", "score.")})
+    scoring = Scoring("score.weight", yes=0)
 
 
 class Qwen3Moe(Qwen3):
