@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from dashinfer_vlm.errors import DeadlineError, InvalidRequestError, OverloadedError
 from dashinfer_vlm.frontend.backlog import QueueLimits
-from dashinfer_vlm.frontend.messages import Dialogue
+from dashinfer_vlm.frontend.messages import Dialogue, MediaPart
 from dashinfer_vlm.frontend.opening import FrontEnd
 from dashinfer_vlm.frontend.params import GenerationParams
 from dashinfer_vlm.frontend.tenants import current_timeout_s
 from dashinfer_vlm.frontend.tokenizer import Tokenizer
+from dashinfer_vlm.media.types import MediaRef
 from dashinfer_vlm.request import SamplingParams
 from tests.frontend.scripted import ScriptedEngine
 from tests.frontend.test_service import PICTURE, Bench, collect
@@ -32,6 +34,16 @@ async def test_media_that_take_too_long_end_the_request(folder: Path, tokenizer:
     for ask in (bench.service.chat, bench.service.count):
         with pytest.raises(DeadlineError, match="not complete in the time"):
             await ask(Dialogue([PICTURE]), SOON)
+    assert is_empty(bench)
+
+
+async def test_media_that_came_are_given_back_when_others_take_too_long(folder: Path, tokenizer: Tokenizer) -> None:
+    bench = Bench(folder, tokenizer)
+    bench.loader.hangs.add("http://host/slow")
+    slow = MediaPart(MediaRef(kind="image", source="http://host/slow", param="messages[0].content[1]"))
+    with pytest.raises(DeadlineError):
+        await bench.service.chat(Dialogue([replace(PICTURE, content=(*PICTURE.content, slow))]), SOON)
+    assert len(bench.loader.loaded) == 1
     assert is_empty(bench)
 
 

@@ -8,6 +8,8 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Protocol, TypeVar
 
+import anyio
+
 from dashinfer_vlm.errors import InvalidRequestError
 from dashinfer_vlm.frontend.answer_parser import PLAIN, AnswerForm
 from dashinfer_vlm.frontend.context import check_prompt, check_total, too_long
@@ -272,7 +274,8 @@ async def _load_all(loader: Loader, refs: Sequence[MediaRef], salt: str) -> tupl
     except BaseException:
         for task in tasks:
             task.cancel()
-        for result in await asyncio.gather(*tasks, return_exceptions=True):
-            if isinstance(result, LoadedMedia):
-                result.release()
+        with anyio.CancelScope(shield=True):  # a time that is over cancels again and again whoever waits
+            for result in await asyncio.gather(*tasks, return_exceptions=True):
+                if isinstance(result, LoadedMedia):
+                    result.release()
         raise
