@@ -33,6 +33,7 @@ PAGES = {
             ("dashinfer_vlm/frontend/deltas.py", ("Delta", "Usage")),
             ("dashinfer_vlm/offline/inputs.py", ("ImageLike", "VideoLike", "Conversation", "Prompt")),
             ("dashinfer_vlm/offline/vectors.py", ("Vectors",)),
+            ("dashinfer_vlm/offline/scores.py", ("Side", "Scores")),
             ("dashinfer_vlm/offline/encoder.py", ("Encoder", "EncodedPrompt")),
         ),
     ),

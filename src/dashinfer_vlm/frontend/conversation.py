@@ -171,9 +171,10 @@ class ContentReader:
         """`where` is the path of the content; raises InvalidRequestError."""
         if content is None or isinstance(content, str):
             return content or ""
-        return tuple(self._part(part, f"{where}[{i}]") for i, part in enumerate(content))
+        return tuple(self.part(part, f"{where}[{i}]") for i, part in enumerate(content))
 
-    def _part(self, part: PartBody, where: str) -> Part:
+    def part(self, part: PartBody, where: str) -> Part:
+        """The next of one content; as `read`."""
         if isinstance(part, MediumBody):
             return MediaPart(self._ref(part, where))
         if isinstance(part, ImageEmbedsBody):

@@ -15,6 +15,7 @@ from dashinfer_vlm.frontend.backlog import NO_LIMITS, QueueLimits
 from dashinfer_vlm.frontend.checkpoint import FrontendConfig
 from dashinfer_vlm.frontend.open_loader import open_loader
 from dashinfer_vlm.frontend.prompt import Loader, PromptBuilder
+from dashinfer_vlm.frontend.scores import ScoreForm
 from dashinfer_vlm.frontend.service import Service
 from dashinfer_vlm.frontend.template import ChatTemplate
 from dashinfer_vlm.frontend.tokenizer import Tokenizer
@@ -55,6 +56,7 @@ class FrontEnd:
             expand_item=self.checkpoint.expand_item,
             box_unit=self.checkpoint.box_unit,
             vectors=VectorForm.of(self.checkpoint.config, self.tokenizer),
+            scores=ScoreForm.of(self.checkpoint.config, self.tokenizer),
             max_model_len=max_model_len,
             vocab_size=vocab_size,
             max_items=max_items,

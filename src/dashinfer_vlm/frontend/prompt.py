@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import anyio
 
@@ -14,8 +14,9 @@ from dashinfer_vlm.errors import InvalidRequestError
 from dashinfer_vlm.frontend.answer_parser import PLAIN, AnswerForm
 from dashinfer_vlm.frontend.context import check_prompt, check_total, too_long
 from dashinfer_vlm.frontend.expansion import Expander, ExpandItem, one_run
-from dashinfer_vlm.frontend.messages import Dialogue, validate_messages
+from dashinfer_vlm.frontend.messages import Dialogue, MediaPart, validate_messages
 from dashinfer_vlm.frontend.params import DEFAULT_PARAMS, GenerationParams
+from dashinfer_vlm.frontend.scores import NO_SCORES, Pair, ScoreForm
 from dashinfer_vlm.frontend.template import ChatTemplate
 from dashinfer_vlm.frontend.tenants import current_tenant
 from dashinfer_vlm.frontend.tokenizer import Tokenizer
@@ -26,6 +27,7 @@ from dashinfer_vlm.models.family import BoxUnit
 from dashinfer_vlm.request import Item, ItemKind
 
 T = TypeVar("T")
+Held = TypeVar("Held", LoadedMedia, "Prompt")
 
 _SHORT_CHARS = 4000
 """About 3 ms of template and tokenizer."""
@@ -33,6 +35,8 @@ _TURN_CHARS = 40
 """A turn without text takes the template as long as this many characters."""
 _LOADS_AT_ONCE = 8
 """Media of one request that are on their way together, so that its neighbours' media get their turn too."""
+_PAIRS_AT_ONCE = 4
+"""Likewise."""
 
 
 class Loader(Protocol):
@@ -102,6 +106,8 @@ class PromptBuilder:
     """What the numbers of boxes in the model's answers count."""
     vectors: VectorForm = NO_VECTORS
     """How the prompts are written that are answered with a vector."""
+    scores: ScoreForm = NO_SCORES
+    """... with a score."""
     max_items: Mapping[str, int] = field(default_factory=dict)
     """Items of a kind in one prompt at most; kinds that are absent have no limit."""
 
@@ -188,6 +194,24 @@ class PromptBuilder:
             return await self.chat(self.vectors.dialogue(prompt), params, ending=ending)
         return await self.text(prompt, params, ending=ending, param="input")
 
+    async def for_scores(
+        self, pairs: Sequence[Pair], params: GenerationParams, instruction: str | None, *, media_salt: str = ""
+    ) -> tuple[Prompt, ...]:
+        """Pairs as this model is to be asked for their scores. Raises as `chat` does, and none is left then; all media
+        of the pairs together are held, and count as those of one prompt."""
+        form, places = self.scores, asyncio.Semaphore(_PAIRS_AT_ONCE)
+        assert form.template is not None, "the model scores no pairs"
+        media = {id(part): part for pair in pairs for side in pair for part in side if isinstance(part, MediaPart)}
+        self._check_items([part.ref for part in media.values()], "documents")
+        builder = replace(self, template=form.template)
+
+        async def build(pair: Pair) -> Prompt:
+            async with places:
+                dialogue = form.dialogue(pair, instruction)
+                return await builder.chat(dialogue, params, media_salt=media_salt, ending=form.ending)
+
+        return await _all(build(pair) for pair in pairs)
+
     async def text_ids(
         self, text: str, most: int, params: GenerationParams = DEFAULT_PARAMS, param: str = "prompt"
     ) -> list[int]:
@@ -261,14 +285,19 @@ async def _encode(
 
 
 async def _load_all(loader: Loader, refs: Sequence[MediaRef], salt: str) -> tuple[LoadedMedia, ...]:
-    """Load a few at a time; when one fails, or the caller leaves, the others are stopped and given back."""
+    """Load a few at a time."""
     places, party = asyncio.Semaphore(_LOADS_AT_ONCE), Party(current_tenant.get().id, object())
 
     async def load(ref: MediaRef) -> LoadedMedia:
         async with places:
             return await loader.load(ref, party, salt=salt)
 
-    tasks = [asyncio.ensure_future(load(ref)) for ref in refs]
+    return await _all(load(ref) for ref in refs)
+
+
+async def _all(jobs: Iterable[Coroutine[Any, Any, Held]]) -> tuple[Held, ...]:
+    """What they give; when one fails, or the caller leaves, the others are stopped and given back."""
+    tasks = [asyncio.ensure_future(job) for job in jobs]
     try:
         return tuple(await asyncio.gather(*tasks))
     except BaseException:
@@ -276,6 +305,6 @@ async def _load_all(loader: Loader, refs: Sequence[MediaRef], salt: str) -> tupl
             task.cancel()
         with anyio.CancelScope(shield=True):  # a time that is over cancels again and again whoever waits
             for result in await asyncio.gather(*tasks, return_exceptions=True):
-                if isinstance(result, LoadedMedia):
+                if not isinstance(result, BaseException):
                     result.release()
         raise

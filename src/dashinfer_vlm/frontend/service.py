@@ -22,6 +22,7 @@ from dashinfer_vlm.frontend.messages import Dialogue
 from dashinfer_vlm.frontend.observer import Observer, Silence, current_calls
 from dashinfer_vlm.frontend.params import DEFAULT_PARAMS, GenerationParams, check_timeout
 from dashinfer_vlm.frontend.prompt import Prompt, PromptBuilder
+from dashinfer_vlm.frontend.scores import Pair
 from dashinfer_vlm.frontend.tenants import Tenant, current_tenant, current_timeout_s
 from dashinfer_vlm.frontend.tokenizer import Tokenizer
 from dashinfer_vlm.request import SamplingParams
@@ -29,7 +30,7 @@ from dashinfer_vlm.request import SamplingParams
 _RESTART_S = 30
 """When to try again at a server that shuts down, or whose engine does: about how long another one takes to load."""
 _NO_TOKENS = SamplingParams(max_tokens=1)
-"""Of a call for vectors, whose prompts leave as much room as those of others."""
+"""Of a call for vectors or scores, whose prompts leave as much room as those of others."""
 
 PromptText = str | Sequence[int]
 
@@ -131,6 +132,16 @@ class Service:
                 built = [await self.prompts.chat(form.instructed(inputs), params, media_salt=salt, ending=behind)]
             else:
                 built = await self.prompts.for_vectors(inputs, params, behind)
+            return self._start(built, params, admission, wants_vectors=True)
+
+    async def score(
+        self, pairs: Sequence[Pair], params: GenerationParams, *, instruction: str | None = None
+    ) -> Generation:
+        """`Choice.vector` of each pair is what `score_of` takes. Otherwise as `embed`."""
+        self.prompts.scores.check()
+        params = replace(params, sampling=_NO_TOKENS)
+        with self._admitted(params, min(len(pairs), self.engine.info.max_num_seqs)) as admission:
+            built = await self.prompts.for_scores(pairs, params, instruction, media_salt=current_tenant.get().salt)
             return self._start(built, params, admission, wants_vectors=True)
 
     async def count(self, dialogue: Dialogue, params: GenerationParams = DEFAULT_PARAMS) -> list[int]:
@@ -246,7 +257,7 @@ class Service:
             raise shutting_down()
 
     def _start(
-        self, prompts: list[Prompt], params: GenerationParams, admission: _Admission, *, wants_vectors: bool = False
+        self, prompts: Sequence[Prompt], params: GenerationParams, admission: _Admission, *, wants_vectors: bool = False
     ) -> Generation:
         def end() -> None:
             self._generations.discard(generation)

@@ -50,6 +50,7 @@ from dashinfer_vlm.offline.inputs import (
 from dashinfer_vlm.offline.options import configs
 from dashinfer_vlm.offline.progress import AnswerProgress
 from dashinfer_vlm.offline.results import Result
+from dashinfer_vlm.offline.scores import Scores, Side, scores_of
 from dashinfer_vlm.offline.vectors import Vectors, vectors_of
 from dashinfer_vlm.progress import LoadingProgress
 from dashinfer_vlm.request import SamplingParams
@@ -207,6 +208,19 @@ class VLM:
     async def aembed(self, inputs: Sequence[Prompt | Conversation], *, dimensions: int | None = None) -> Vectors:
         """`embed` for callers with an event loop; cancelling it aborts what runs."""
         return await self._loop.arun(vectors_of(self._service, inputs, dimensions, self._most_prepared))
+
+    def score(self, query: Side, documents: Sequence[Side], *, instruction: str | None = None) -> Scores:
+        """How likely each document answers the query, float32 [documents] from 0 to 1, by a model that was published
+        for it. Pictures and videos may stand on both sides.
+
+        `instruction` says what is looked for; None: the publisher's own. Raises what is wrong with a document, and
+        UnsupportedError for another model.
+        """
+        return self._loop.run(scores_of(self._service, query, documents, instruction, self._most_prepared))
+
+    async def ascore(self, query: Side, documents: Sequence[Side], *, instruction: str | None = None) -> Scores:
+        """`score` for callers with an event loop; cancelling it aborts what runs."""
+        return await self._loop.arun(scores_of(self._service, query, documents, instruction, self._most_prepared))
 
     def close(self) -> None:
         """Abort what runs and free model, caches, threads and processes; idempotent. A process that was forked from
