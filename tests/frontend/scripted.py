@@ -62,6 +62,8 @@ class ScriptedEngine:
     num_cached_tokens: int = 0
     spans: tuple[Span, ...] = ()
     """Told with every first token."""
+    vector: Callable[[Request], bytes] = lambda request: vector_of(request)
+    """What answers a request for one."""
     stop_token: int = EOS
     """What ends an answer that is not cut by max_tokens."""
     requests: list[Request] = field(default_factory=list)
@@ -117,7 +119,7 @@ class ScriptedEngine:
     async def _outputs(self, request: Request) -> AsyncIterator[Output]:
         if request.wants_vector:
             await asyncio.sleep(0)
-            yield Output(request.id, finish=Finish("stop"), spans=self.spans, vector=vector_of(request))
+            yield Output(request.id, finish=Finish("stop"), spans=self.spans, vector=self.vector(request))
             return
         limit = request.params.max_tokens
         if request.params.prompt_logprobs is not None:

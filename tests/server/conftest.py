@@ -20,6 +20,7 @@ from dashinfer_vlm.cli.listen import listen
 from dashinfer_vlm.config import ServerConfig
 from dashinfer_vlm.frontend.backlog import QueueLimits
 from dashinfer_vlm.frontend.prompt import PromptBuilder
+from dashinfer_vlm.frontend.scores import NO_SCORES, ScoreForm
 from dashinfer_vlm.frontend.service import Service
 from dashinfer_vlm.frontend.template import ChatTemplate
 from dashinfer_vlm.frontend.tokenizer import Tokenizer
@@ -125,6 +126,7 @@ class Parts:
         max_items: dict[str, int] | None = None,
         tellers: tuple[Teller, ...] = (),
         vectors: VectorForm = NO_VECTORS,
+        scores: ScoreForm = NO_SCORES,
     ) -> AsyncIterator[Running]:
         scripted = ScriptedEngine(lambda _: self.tokenizer.encode_text(text), **(engine or {}))
         media = loader or ScriptedLoader()
@@ -137,6 +139,7 @@ class Parts:
             vocab_size=scripted.info.vocab_size,
             max_items=max_items or {},
             vectors=vectors,
+            scores=scores,
         )
         options: dict[str, Any] = {"host": "127.0.0.1", "port": 0, "log_level": "warning", **(config or {})}
         settings = ServerConfig(**options)

@@ -30,6 +30,7 @@ from dashinfer_vlm.server.refused import refused_routes
 from dashinfer_vlm.server.responses.desk import Desk
 from dashinfer_vlm.server.responses.routes import response_routes
 from dashinfer_vlm.server.responses.store import ResponseStore
+from dashinfer_vlm.server.scores import score_routes
 from dashinfer_vlm.server.status import status_routes
 from dashinfer_vlm.server.tokenize import tokenize_routes
 from dashinfer_vlm.server.ui import page_files, page_routes
@@ -53,7 +54,7 @@ def create_app(
     routers = _routers(context, metrics, desk, batches)
     if config.docs:
         routers.append(document_routes(_routes(routers), with_keys=bool(keyring)))
-    routers.append(refused_routes(with_files=batches is not None, why_no_vectors=service.prompts.vectors.why_not))
+    routers.append(refused_routes(service.prompts, with_files=batches is not None))
     app = FastAPI(
         title="DashInfer-VLM",
         version=dashinfer_vlm.__version__,
@@ -92,6 +93,8 @@ def _routers(context: Context, metrics: Metrics, desk: Desk, batches: Batches | 
     routers += [response_routes(context, desk), metrics_routes(metrics)]
     if context.service.prompts.vectors.why_not is None:
         routers.append(embedding_routes(context))
+    if context.service.prompts.scores.why_not is None:
+        routers.append(score_routes(context))
     if context.config.ui:
         routers.append(page_routes(context))
     if batches is not None:

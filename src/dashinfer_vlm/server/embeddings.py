@@ -94,6 +94,10 @@ class EmbeddingUsage(msgspec.Struct, frozen=True):
     total_tokens: int
     prompt_tokens_details: CachedTokens
 
+    @classmethod
+    def of(cls, usage: Usage) -> EmbeddingUsage:
+        return cls(usage.num_prompt_tokens, usage.num_prompt_tokens, CachedTokens(usage.num_cached_tokens))
+
 
 class EmbeddingReply(msgspec.Struct, frozen=True):
     id: str
@@ -148,6 +152,4 @@ def _written(head: Head, states: Sequence[bytes], usage: Usage, dimensions: int 
         if encoding == "base64":
             told = base64.b64encode(vector.astype("<f4").tobytes()).decode()
         data.append(msgspec.Raw(msgspec.json.encode(EmbeddingObject(index, told))))
-    num_tokens = usage.num_prompt_tokens
-    tokens = EmbeddingUsage(num_tokens, num_tokens, CachedTokens(usage.num_cached_tokens))
-    return msgspec.json.encode(EmbeddingReply(head.id, head.created, head.model, data, tokens))
+    return msgspec.json.encode(EmbeddingReply(head.id, head.created, head.model, data, EmbeddingUsage.of(usage)))

@@ -5,7 +5,9 @@ from __future__ import annotations
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
+from dashinfer_vlm.frontend.prompt import PromptBuilder
 from dashinfer_vlm.server.errors import HttpError
+from dashinfer_vlm.server.scores import RERANK_PATHS, SCORE_PATHS
 
 _MISSING = {
     "/v1/audio": "the model neither hears nor speaks",
@@ -13,11 +15,6 @@ _MISSING = {
     "/v1/images": "the model sees pictures and makes none; send them to /v1/chat/completions",
     "/v1/videos": "the model sees videos and makes none; send them to /v1/chat/completions",
     "/v1/moderations": "the model does not classify",
-    "/v1/rerank": "the model does not rank",
-    "/v2/rerank": "the model does not rank",
-    "/rerank": "the model does not rank",
-    "/v1/score": "the model does not rank",
-    "/score": "the model does not rank",
     "/classify": "the model does not classify",
     "/pooling": "vectors are those of OpenAI's API, /v1/embeddings, of models that were published for them",
     "/v1/fine_tuning": "nothing is trained here",
@@ -38,18 +35,23 @@ _MISSING = {
     },
 }
 _NO_VECTORS = "models that were published for it give vectors, such as Qwen3-VL-Embedding and Qwen3-Embedding"
+_NO_SCORES = "models that were published for it score pairs, such as Qwen3-VL-Reranker and Qwen3-Reranker"
 _FILES = {"/v1/files", "/v1/batches"}
 _METHODS = ["GET", "POST", "PUT", "PATCH", "DELETE"]
 
 
-def refused_routes(*, with_files: bool, why_no_vectors: str | None) -> APIRouter:
-    """Behind all other routes. Each of them answers 404 with the code `not_served`, whatever the method. `with_files`:
-    the server keeps files and batches, so that nothing is to be said of them. `why_no_vectors` is what the model lacks
-    for `/v1/embeddings`, if anything."""
+def refused_routes(prompts: PromptBuilder, *, with_files: bool) -> APIRouter:
+    """Behind all other routes. Each of them answers 404 with the code `not_served`, whatever the method. `prompts` say
+    what the model lacks for vectors and for scores, if anything. `with_files`: the server keeps files and batches, so
+    that nothing is to be said of them."""
     router = APIRouter(include_in_schema=False)
     missing = {root: why for root, why in _MISSING.items() if not (with_files and root in _FILES)}
-    if why_no_vectors is not None:
-        missing["/v1/embeddings"] = f"{_NO_VECTORS}; this one answers, since {why_no_vectors}"
+    if prompts.vectors.why_not is not None:
+        missing["/v1/embeddings"] = f"{_NO_VECTORS}; this one does not: {prompts.vectors.why_not}"
+    if prompts.scores.why_not is not None:
+        missing |= dict.fromkeys(
+            (*RERANK_PATHS, *SCORE_PATHS), f"{_NO_SCORES}; this one does not: {prompts.scores.why_not}"
+        )
 
     async def refuse(request: Request) -> Response:
         path = request.url.path

@@ -18,7 +18,7 @@ from dashinfer_vlm.server.described import LOOKING, READING, Operation
 from dashinfer_vlm.server.errors import HttpError
 from dashinfer_vlm.server.status import json_response
 
-ENDPOINTS = ("/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/embeddings")
+ENDPOINTS = ("/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/embeddings", "/v1/rerank", "/v1/score")
 """Those that a batch may ask, where the server has them."""
 MAX_OPEN = 100
 """Batches of one owner that have not ended."""
