@@ -26,6 +26,7 @@ from dashinfer_vlm.server.completions import COMPLETIONS
 from dashinfer_vlm.server.described import Operation
 from dashinfer_vlm.server.embeddings import EMBEDDINGS
 from dashinfer_vlm.server.responses.routes import COUNT, CREATE
+from dashinfer_vlm.server.scores import RERANK, SCORE
 from dashinfer_vlm.server.tokenize import DETOKENIZE, TOKENIZE
 
 PAGE = pathlib.Path(__file__).resolve().parents[1] / "docs" / "api.md"
@@ -34,6 +35,8 @@ OPERATIONS: dict[str, Operation] = {
     "POST /v1/chat/completions": CHAT,
     "POST /v1/completions": COMPLETIONS,
     "POST /v1/embeddings": EMBEDDINGS,
+    "POST /v1/rerank": RERANK,
+    "POST /v1/score": SCORE,
     "POST /v1/responses": CREATE,
     "POST /v1/responses/input_tokens": COUNT,
     "POST /v1/messages": MESSAGES,
