@@ -20,6 +20,7 @@ from tests.engine.stateful_model import StatefulModel
 from tests.engine.test_cards import assert_same_up_to_errors, card_life, out_of_memory
 from tests.engine.test_engine import greedy, image, reason, tokens
 from tests.engine.test_late_steps import Life, life, lived, lives
+from tests.engine.test_speculation import NGRAM, StatefulEcho
 from tests.searching import searched
 
 
@@ -35,8 +36,15 @@ def short_prompts() -> Iterator[None]:
 LIVES: dict[str, Callable[..., Life]] = {"at once": partial(life, 0), "one late": partial(life, 1), "cards": card_life}
 
 
-def hybrid(runner: str = "at once", *, seats: int = 8, num_blocks: int = 64, **options: Any) -> Life:
-    return LIVES[runner](num_blocks, StatefulModel(seats), **options)
+def hybrid(
+    runner: str = "at once",
+    *,
+    seats: int = 8,
+    num_blocks: int = 64,
+    model: Callable[[int], StatefulModel] = StatefulModel,
+    **options: Any,
+) -> Life:
+    return LIVES[runner](num_blocks, model(seats), **options)
 
 
 def say(one: Life, name: str, prompt: list[int], num_tokens: int = 4) -> list[int]:
@@ -266,15 +274,26 @@ def test_who_wants_to_know_of_its_prompt_finds_nothing_and_leaves_its_state() ->
     seats=st.integers(1, 8),
     runner=st.sampled_from(sorted(LIVES)),
     max_num_batched_tokens=st.sampled_from([5, 16, 64]),
+    guesses=st.booleans(),
 )
 def test_random_lives_with_saved_states_say_what_those_without_say(
-    told: list[Request | int | str], num_blocks: int, seats: int, runner: str, max_num_batched_tokens: int
+    told: list[Request | int | str],
+    num_blocks: int,
+    seats: int,
+    runner: str,
+    max_num_batched_tokens: int,
+    guesses: bool,
 ) -> None:
-    options: dict[str, Any] = {"max_model_len": 80, "max_num_batched_tokens": max_num_batched_tokens}
+    options: dict[str, Any] = {
+        "max_model_len": 80,
+        "max_num_batched_tokens": max_num_batched_tokens,
+        "model": StatefulEcho if guesses else StatefulModel,
+    }
+    guessing = {"speculative_config": NGRAM if guesses and seats > 1 else None}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(states, "MIN_SPARED", 4)
         patch.setattr(states, "PROMPT_TAIL", 1)
-        saving = lived(hybrid(runner, seats=seats, num_blocks=num_blocks, **options), told)
+        saving = lived(hybrid(runner, seats=seats, num_blocks=num_blocks, **options, **guessing), told)
     off = lived(hybrid(seats=seats, num_blocks=num_blocks, prefix_cache=False, **options), told)
     for name, news in saving.outputs.items():
         other = off.outputs[name]
@@ -283,6 +302,7 @@ def test_random_lives_with_saved_states_say_what_those_without_say(
             assert (news[-1].finish, news[-1].vector) == (other[-1].finish, other[-1].vector)
             assert len(tokens(news)) == len(tokens(other))
         assert tokens(news)[:shorter] == tokens(other)[:shorter]
+    event(f"guessed right: {saving.engine.stats().num_accepted_draft_tokens_total > 0}")
     event(f"found: {saving.engine.stats().num_cached_tokens_total > 0}")
     event(f"preempted: {saving.engine.stats().num_preemptions_total > 0}")
 
@@ -293,12 +313,15 @@ def test_random_lives_with_saved_states_say_what_those_without_say(
     num_blocks=st.integers(20, 28),
     seats=st.integers(1, 8),
     chance=st.sampled_from([0.02, 0.2]),
+    guesses=st.booleans(),
 )
 def test_random_lives_on_a_card_without_memory_change_no_state_twice(
-    told: list[Request | int | str], num_blocks: int, seats: int, chance: float
+    told: list[Request | int | str], num_blocks: int, seats: int, chance: float, guesses: bool
 ) -> None:
     told = [each for each in told if not isinstance(each, str)]
-    undisturbed = lived(hybrid(seats=seats, num_blocks=num_blocks, max_model_len=80), told)
+    options: dict[str, Any] = {"max_model_len": 80, "model": StatefulEcho if guesses else StatefulModel}
+    guessing = {"speculative_config": NGRAM if guesses and seats > 1 else None}
+    undisturbed = lived(hybrid(seats=seats, num_blocks=num_blocks, **options), told)
     with out_of_memory(chance, num_blocks):
-        one = lived(hybrid("cards", seats=seats, num_blocks=num_blocks, max_model_len=80), told)
+        one = lived(hybrid("cards", seats=seats, num_blocks=num_blocks, **options, **guessing), told)
     assert_same_up_to_errors(undisturbed, one)

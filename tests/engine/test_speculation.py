@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -11,10 +13,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dashinfer_vlm.config import EngineConfig
+from dashinfer_vlm.engine import states
 from dashinfer_vlm.engine.cost import StepCost
 from dashinfer_vlm.engine.engine import Engine
 from dashinfer_vlm.request import Output, Request, SamplingParams
 from tests.engine.scripted_model import EOS, VOCAB, ScriptedModel
+from tests.engine.stateful_model import StatefulModel
 from tests.engine.test_engine import greedy, image, reason, run, tokens
 from tests.searching import searched
 
@@ -31,9 +35,29 @@ class EchoingModel(ScriptedModel):
         return (total if total % 7 == 0 else echoed) % EOS
 
 
+class StatefulEcho(StatefulModel, EchoingModel):
+    """The same with states, which no wrong guess may stay in."""
+
+    def __init__(self, num_seats: int = 64) -> None:
+        super().__init__(num_seats)
+
+
+@pytest.fixture(params=[EchoingModel, StatefulEcho], autouse=True)
+def model_class(request: pytest.FixtureRequest) -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys.modules[__name__], "Echo", request.param)
+        patch.setattr(states, "MIN_SPARED", 8)
+        patch.setattr(states, "PROMPT_TAIL", 2)
+        yield
+
+
+Echo: type[EchoingModel] = EchoingModel
+"""Of the test that runs."""
+
+
 def make_engine(guesses: bool, num_blocks: int = 64, **options: Any) -> Engine:
     """Rows cost little and never more than at first, so that guesses are always worth a try."""
-    model = EchoingModel()
+    model = Echo()
     settings: dict[str, Any] = {
         "max_model_len": min(200, num_blocks * 4),
         "speculative_config": NGRAM if guesses else None,
@@ -115,7 +139,7 @@ def test_eight_sequences_of_all_kinds_in_one_batch() -> None:
         picture("two", 2, SamplingParams(temperature=1.5, seed=3, max_tokens=40)),
         picture("three", 1, greedy(40, min_tokens=5, stop_token_ids=(1,))),
     ]
-    engine, _ = both(*requests, max_num_batched_tokens=24)
+    engine, _ = both(*requests, max_num_batched_tokens=24, max_num_seqs=8)
     assert engine.stats().num_accepted_draft_tokens_total > 0
 
 
@@ -170,7 +194,7 @@ def test_an_aborted_sequence_gives_back_the_blocks_of_its_guesses() -> None:
 
 
 def test_a_row_that_is_not_a_number_fails_its_sequence_and_keeps_the_tokens_before_it() -> None:
-    class Broken(EchoingModel):
+    class Broken(Echo):  # type: ignore[misc,valid-type]
         def forward(self, batch, kv):  # type: ignore[no-untyped-def]
             logits = super().forward(batch, kv)
             if len(logits) > 2:
@@ -191,7 +215,7 @@ def test_a_row_that_is_not_a_number_fails_its_sequence_and_keeps_the_tokens_befo
 def test_random_lives_with_guesses_leak_nothing_and_say_the_same(data: st.DataObject) -> None:
     """Arrivals, aborts and steps in any order, with few blocks, shared prefixes and images."""
     num_blocks = data.draw(st.integers(14, 40))
-    engine = make_engine(True, num_blocks, max_model_len=56, max_num_batched_tokens=16)
+    engine = make_engine(True, num_blocks, max_model_len=56, max_num_batched_tokens=16, max_num_seqs=4)
     outputs: dict[str, list[Output]] = {}
     requests = []
     for index in range(data.draw(st.integers(1, 10))):

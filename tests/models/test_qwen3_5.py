@@ -14,11 +14,10 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForImageTextToText
 
 from dashinfer_vlm.config import EngineConfig
-from dashinfer_vlm.errors import CheckpointError, ConfigError
+from dashinfer_vlm.errors import CheckpointError
 from dashinfer_vlm.models.config import CheckpointConfig, MixtureConfig, read_config
 from dashinfer_vlm.models.footprint import kv_token_bytes
 from dashinfer_vlm.models.loading import allocate_kv, load_model
-from dashinfer_vlm.models.settings import check_settings
 from dashinfer_vlm.models.weights import Weights
 from tests.conftest import CheckpointMaker
 from tests.models import driving
@@ -303,14 +302,3 @@ def test_deepstack_is_told_by_name(changed: Path) -> None:
     (changed / "config.json").write_text(json.dumps(config))
     with pytest.raises(CheckpointError, match=r"deepstack_visual_indexes is \[1\]; .* is supported without"):
         read_config(changed)
-
-
-@pytest.mark.parametrize("arch", ["qwen3_5", "qwen3_5_moe"])
-def test_guesses_are_refused(checkpoint: CheckpointMaker, arch: str) -> None:
-    folder = checkpoint(arch)
-    guesses: dict[str, str | int] = {"method": "ngram", "num_speculative_tokens": 4}
-    config = EngineConfig(model=str(folder), device="cpu", speculative_config=guesses)
-    message = r"--speculative-config is set, but Qwen3_5\w*ForConditionalGeneration has states"
-    for refuse in (lambda: check_settings(read_config(folder), config), lambda: load_model(config)):
-        with pytest.raises(ConfigError, match=message):
-            refuse()

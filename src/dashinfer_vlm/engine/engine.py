@@ -21,7 +21,7 @@ from dashinfer_vlm.engine.cards.calls import Followers
 from dashinfer_vlm.engine.devices import first_cost, make_runner, max_batched_tokens
 from dashinfer_vlm.engine.drafts import Drafter
 from dashinfer_vlm.engine.grammars.compiler import Compiler
-from dashinfer_vlm.engine.memory import max_item_patches, max_pinned_tokens
+from dashinfer_vlm.engine.memory import max_item_patches, max_pinned_tokens, most_running
 from dashinfer_vlm.engine.sampler import NO_TOKEN_LEFT, PROBLEMS, Sampled
 from dashinfer_vlm.engine.scheduler import Scheduler
 from dashinfer_vlm.engine.sequence import Sequence
@@ -68,7 +68,7 @@ class Engine:
             block_size=kv.block_size,
             stage=self.stage,
             cost=first_cost(model, config),
-            max_num_seqs=min(config.max_num_seqs, kv.num_seats or config.max_num_seqs),
+            max_num_seqs=most_running(kv, config),
             max_num_batched_tokens=max_batched_tokens(config, model.device),
             share=SHARES[config.schedule],
             max_pinned_tokens=max_pinned_tokens(model, config),
@@ -281,6 +281,8 @@ class Engine:
         tokens = sequence.tokens[num_before : sequence.num_known]
         if finish is None:
             self.scheduler.publish(sequence)
+            if len(tokens) <= len(chunk.draft):
+                self.scheduler.states.fall_behind(sequence, chunk.start)
         self._counted.num_draft_tokens_total += len(chunk.draft)
         self._counted.num_output_tokens_total += len(tokens)
         return self._output(sequence, tokens, logprobs[: len(tokens)], finish)

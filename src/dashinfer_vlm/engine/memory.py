@@ -21,9 +21,9 @@ _CPU_SHARE = 0.5
 MIN_ITEM_PATCHES = 1024
 """A picture of 448 x 448."""
 _ENCODER_SHARE = 0.8
-SEATS_PER_SEQUENCE = 4
-"""For states: of one that runs, and three saved ones, such as behind its last prompt, its last answer, and where its
-prompt parts from others."""
+SAVED_PER_SEQUENCE = 3
+"""States that are saved beside one that runs, such as behind its last prompt, its last answer, and where its prompt
+parts from others."""
 EMBEDDING_HEADROOM_BYTES = 256 << 20
 """What running sequences may hold beyond the cache's budget, so that a cache of 0 does not mean one at a time."""
 
@@ -36,7 +36,7 @@ def num_kv_blocks(model: Model, config: EngineConfig, reserved: int | None = Non
     seats = num_seats(model, config, reserved)
     left = _cache_bytes(model, config, reserved) - seats * model.text.state_bytes
     max_len = resolve_max_model_len(model.text.max_position_embeddings, config)
-    useful = min(seats, config.max_num_seqs) * -(-max_len // config.block_size)
+    useful = min(seats // seats_to_run(config), config.max_num_seqs) * -(-max_len // config.block_size)
     return max(1, min(int(left // kv_block_bytes(model, config)), useful))
 
 
@@ -46,7 +46,20 @@ def num_seats(model: Model, config: EngineConfig, reserved: int | None = None) -
     if not model.text.state_bytes:
         return config.max_num_seqs
     fit = int(_cache_bytes(model, config, reserved) / 2 // model.text.state_bytes)
-    return max(1, min(fit, config.max_num_seqs * (SEATS_PER_SEQUENCE if config.prefix_cache else 1)))
+    running = seats_to_run(config)
+    return max(running, min(fit, config.max_num_seqs * (running + (SAVED_PER_SEQUENCE if config.prefix_cache else 0))))
+
+
+def seats_to_run(config: EngineConfig) -> int:
+    """Seats that a running sequence takes: while it has guesses computed, its state waits in a second one."""
+    return 1 if config.speculative_config is None else 2
+
+
+def most_running(kv: KVCache, config: EngineConfig) -> int:
+    """Sequences that run at once: as configured, or as many as have seats for their states."""
+    if kv.num_seats is None:
+        return config.max_num_seqs
+    return min(config.max_num_seqs, kv.num_seats // seats_to_run(config))
 
 
 def _cache_bytes(model: Model, config: EngineConfig, reserved: int | None = None) -> float:

@@ -35,6 +35,8 @@ from dashinfer_vlm.engine.wanted import WantedItems
 FAR_S = 1.0
 """Prefill of this many seconds, or an item to be encoded, makes a request a far one; less makes it partly a near one.
 """
+MOST_BEHIND = 8
+"""Tokens that a sequence computes again beside new guesses; with more it makes none before its state has seen them."""
 MAX_SCORED_ROWS = 128
 """Of one step: rows of prompts whose log probabilities are wanted. Each has a logit for every word."""
 IDLE_STEP_S = 0.5
@@ -100,7 +102,8 @@ class Scheduler:
     def started(self, plan: Plan) -> None:
         """The plan's rows are computed, or will be before anything that is started from now on: its tokens are owed."""
         for chunk in plan.chunks:
-            self.computed(chunk.sequence, chunk.num_tokens)
+            self.states.catch_up(chunk.sequence)
+            self.computed(chunk.sequence, chunk.num_tokens - chunk.num_again)
             chunk.sequence.num_scored += len(chunk.scored)
             if chunk.num_logits:
                 chunk.sequence.owe()
@@ -164,11 +167,14 @@ class Scheduler:
         """The newest token of each sequence, and guesses, the likeliest first, while each is expected to pay: while its
         chance to give a token, per second of its row, is above what the step gives per second without it.
 
-        Half of the rows are left to prompts.
+        Half of the rows are left to prompts. Where layers keep states, all rows of a wrong guess are computed again in
+        the next step, which has one more for every stream.
         """
         drafts: list[list[int]] = [[] for _ in decoding]
-        num_rows, num_expected = len(decoding), float(len(decoding))
+        num_rows, num_expected = sum(1 + s.num_behind for s in decoding), float(len(decoding))
         most_rows = num_rows + (self.max_num_batched_tokens - num_rows) // 2
+        if self.states.num_seats:
+            most_rows = min(most_rows, self.max_num_batched_tokens - self.max_num_seqs)
         for chance, index, token in self._guesses(decoding):
             if num_rows >= most_rows or chance * self.cost.of(num_rows) <= num_expected * self.cost.more(num_rows, 1):
                 break
@@ -176,15 +182,16 @@ class Scheduler:
                 drafts[index].append(token)
                 num_rows += 1
                 num_expected += chance
-        for sequence in decoding:
+        for sequence, draft in zip(decoding, drafts, strict=True):
             self.states.save(sequence)
+            self.states.guard(sequence, guesses=bool(draft))
         return [Chunk.of(sequence, 1, tuple(draft)) for sequence, draft in zip(decoding, drafts, strict=True)]
 
     def _guesses(self, decoding: list[Sequence]) -> list[tuple[float, int, int]]:
         """Chance, index of the sequence, token: the likeliest first, those of one sequence in order."""
         found = []
         for index, sequence in enumerate(decoding):
-            if (drafter := sequence.drafter) is not None:
+            if (drafter := sequence.drafter) is not None and sequence.num_behind <= MOST_BEHIND:
                 num_useful = sequence.max_tokens - sequence.num_output - 1
                 guess = drafter.propose(sequence.tokens, min(num_useful, drafter.settings.num_speculative_tokens))
                 if guess and sequence.matcher is not None:

@@ -93,6 +93,11 @@ class Sequence:
         return 0 if self.state is None else self.state.index
 
     @property
+    def num_behind(self) -> int:
+        """Computed tokens that its state has yet to see, after a wrong guess."""
+        return 0 if self.state is None else self.state.num_behind
+
+    @property
     def num_output(self) -> int:
         """Those that are owed are counted."""
         return len(self.tokens) - self.num_prompt
@@ -112,7 +117,8 @@ class Sequence:
 
     @property
     def is_decoding(self) -> bool:
-        """Only its newest token is missing from the cache, so that a step costs it one row."""
+        """Only its newest token is missing from the cache, so that a step costs it one row, and one for each token that
+        its state has yet to see."""
         return self.num_output > 0 and self.num_uncomputed == 1
 
     @property

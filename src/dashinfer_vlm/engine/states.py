@@ -1,8 +1,11 @@
 """Seats of states, where layers keep one of each sequence: who runs in which, and what is saved in the others.
 
-Every token changes a state, and none can be taken back. So a prefix that others have computed is of use only where
-the state behind it was saved: copied, at the end of a block, into a seat that nobody runs in, and found by the hash of
-that block. These are saved:
+Every token changes a state, and none can be taken back. So before guesses are computed, a sequence's state is copied to
+a second seat of its own: after a wrong one it goes on from there, and the tokens since then are computed once more
+beside its next one.
+
+And a prefix that others have computed is of use only where the state behind it was saved: copied, at the end of a
+block, into a seat that nobody runs in, and found by the hash of that block. These are saved:
 - of a prompt the one a few tokens before its end, since the next turn of a conversation may write those differently;
 - where a prompt parts from the blocks that are known, if no state is saved there: what two prompts begin with, a third
   one will, too. For both the prompt is cut;
@@ -38,8 +41,16 @@ class StateSeat:
     index: int
     marks: tuple[int, ...]
     """Tokens of the prompt behind which its state is saved, ascending; the first are those that it began behind."""
+    spare: int | None = None
+    """Where its state waits while guesses are computed; None for a sequence that makes none."""
+    num_behind: int = 0
+    """Computed tokens that the state in `spare` has not seen, and that in `index` beside wrong guesses."""
     answer: BlockHash | None = None
     """What the newest state of its answer is saved under."""
+
+    @property
+    def seats(self) -> tuple[int, ...]:
+        return (self.index,) if self.spare is None else (self.index, self.spare)
 
 
 class States:
@@ -68,7 +79,9 @@ class States:
         assert index is not None, "more sequences run than there are seats"
         if saved is not None:
             self._copy(saved, index)
-        sequence.state = StateSeat(index, self._marks(sequence, num_known))
+        spare = None if sequence.drafter is None else self._take()
+        assert (spare is None) == (sequence.drafter is None), "more sequences run than there are seats"
+        sequence.state = StateSeat(index, self._marks(sequence, num_known), spare)
 
     def resume(self, sequence: Sequence) -> None:
         """It goes on behind more computed tokens than its own: bring its state there."""
@@ -77,7 +90,7 @@ class States:
 
     def leave(self, sequence: Sequence) -> None:
         if sequence.state is not None:
-            self._free.append(sequence.seat)
+            self._free += sequence.state.seats
             sequence.state = None
 
     def next_stop(self, sequence: Sequence) -> int | None:
@@ -99,10 +112,33 @@ class States:
         seat, num_tokens = sequence.state, sequence.num_published * self.block_size
         if seat is None or not self.pool.prefix_cache or not num_tokens or num_tokens != sequence.num_computed:
             return
+        if seat.num_behind:
+            return
         if num_tokens in seat.marks:
             self._save(sequence, in_place_of=None)
         elif sequence.is_decoding and num_tokens - seat.marks[-1] >= MIN_SPARED:
             seat.answer = self._save(sequence, in_place_of=seat.answer)
+
+    def guard(self, sequence: Sequence, *, guesses: bool) -> None:
+        """Before its next row and guesses change its state: keep what a wrong one would spoil, or take back what one
+        has spoilt."""
+        seat = sequence.state
+        if seat is None or seat.spare is None:
+            return
+        if seat.num_behind:
+            self._copy(seat.spare, seat.index)
+        elif guesses:
+            self._copy(seat.index, seat.spare)
+
+    def catch_up(self, sequence: Sequence) -> None:
+        """The rows that it has in a step bring its state to its newest token, or beyond, by guesses."""
+        if sequence.state is not None:
+            sequence.state.num_behind = 0
+
+    def fall_behind(self, sequence: Sequence, start: int) -> None:
+        """A guess was wrong beside its tokens from `start` on: it has the state before these."""
+        if sequence.state is not None:
+            sequence.state.num_behind = sequence.num_computed - start
 
     def take_copies(self) -> tuple[tuple[int, int], ...]:
         """From which seat, to which, since the last call."""
@@ -111,7 +147,7 @@ class States:
 
     def check_integrity(self, running: Iterable[Sequence]) -> None:
         """Every seat is free, somebody's, or holds a saved state; for tests and idle moments."""
-        taken = [sequence.seat for sequence in running if self.num_seats]
+        taken = [seat for sequence in running if sequence.state is not None for seat in sequence.state.seats]
         seats = sorted([*self._free, *self._saved.values(), *taken])
         assert seats == list(range(self.num_seats)), (seats, "a seat is lost, or given twice")
 

@@ -28,11 +28,11 @@ from dashinfer_vlm.request import TokenLogprob
 
 
 class Chunk(msgspec.Struct, frozen=True):  # quick to make: every stream has one in every step
-    """The next `num_tokens` tokens of a sequence, from `start` on, and guesses of what follows them."""
+    """`num_tokens` tokens of a sequence, from `start` on, and guesses of what follows them."""
 
     sequence: Sequence
     start: int
-    """`sequence.num_computed` when the chunk was cut."""
+    """`sequence.num_computed` when the chunk was cut, or `num_again` tokens before."""
     num_tokens: int
     num_logits: int
     """Rows whose logits are wanted, the last ones: of the newest token, and of each guess. 0 inside a prompt."""
@@ -43,21 +43,25 @@ class Chunk(msgspec.Struct, frozen=True):  # quick to make: every stream has one
     """Tokens of the prompt whose log probabilities are wanted; the row before each one gives them."""
     gives_vector: bool = False
     """Whether its last row gives the vector that its sequence wants in place of tokens."""
+    num_again: int = 0
+    """The first of `num_tokens`, which were computed before: its state has yet to see them."""
 
     @classmethod
-    def of(cls, sequence: Sequence, num_tokens: int, draft: tuple[int, ...] = ()) -> Chunk:
-        """Cut it now: the mark of the sequence moves on as soon as the step is started."""
-        is_last, wants_vector = num_tokens == sequence.num_uncomputed, sequence.request.wants_vector
+    def of(cls, sequence: Sequence, num_new: int, draft: tuple[int, ...] = ()) -> Chunk:
+        """The next `num_new` tokens that are not computed. Cut it now: the mark of the sequence moves on as soon as the
+        step is started."""
+        is_last, wants_vector = num_new == sequence.num_uncomputed, sequence.request.wants_vector
         wanted = 1 + len(draft) if is_last and not wants_vector else 0
-        start = sequence.num_computed
+        num_again = sequence.num_behind
+        start, num_tokens = sequence.num_computed - num_again, num_again + num_new
         scored = sequence.unscored(start + 1, start + num_tokens + 1)
         num_rows = num_tokens + len(draft)
-        return cls(sequence, start, num_tokens, wanted, num_rows, draft, scored, is_last and wants_vector)
+        return cls(sequence, start, num_tokens, wanted, num_rows, draft, scored, is_last and wants_vector, num_again)
 
     @property
     def is_decode(self) -> bool:
-        """Whether it is a stream's next token, not a part of a prompt or of what is computed again."""
-        return self.num_tokens == 1 and self.start >= self.sequence.num_prompt
+        """Whether it is a stream's next token, not a part of a prompt or of what is computed after a preemption."""
+        return self.num_tokens == 1 + self.num_again and self.start >= self.sequence.num_prompt
 
 
 @dataclass(frozen=True)  # no slots: what is asked of it several times in a step is counted once

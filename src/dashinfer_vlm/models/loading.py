@@ -23,7 +23,7 @@ from dashinfer_vlm.models.config import CheckpointConfig, read_config
 from dashinfer_vlm.models.hf_tower import TransformersVision
 from dashinfer_vlm.models.model import LoadedModel
 from dashinfer_vlm.models.quant_cache import open_store
-from dashinfer_vlm.models.settings import check_settings, refuse_options_with_states, refuse_vision_options
+from dashinfer_vlm.models.settings import check_settings, refuse_vision_options
 from dashinfer_vlm.models.weights import Progress, Weights
 
 __all__ = ["allocate_kv", "check_checkpoint", "device_of", "load_encoder", "load_model", "quantise"]
@@ -41,7 +41,6 @@ def load_model(config: EngineConfig, *, progress: Progress | None = None, ranks:
     """
     checkpoint = read_config(Path(config.model))
     dtype = DTYPES[checkpoint.dtype if config.dtype == "auto" else config.dtype]
-    refuse_options_with_states(checkpoint, config)
     device = device_of(config, ranks)
     _stay_on(device)
     weights = Weights(checkpoint.folder, checkpoint.family.names, checkpoint.stored, progress=progress)

@@ -11,7 +11,6 @@ from dashinfer_vlm.option import flag
 __all__ = [
     "DEFAULT_MAX_MODEL_LEN",
     "check_settings",
-    "refuse_options_with_states",
     "refuse_vision_options",
     "resolve_max_model_len",
 ]
@@ -23,7 +22,6 @@ DEFAULT_MAX_MODEL_LEN = 32000
 def check_settings(checkpoint: CheckpointConfig, config: EngineConfig) -> None:
     """Raise ConfigError for a setting that this model cannot have, on whatever machine."""
     resolve_max_model_len(checkpoint.text.max_position_embeddings, config)
-    refuse_options_with_states(checkpoint, config)
     if checkpoint.vision is None:
         refuse_vision_options(checkpoint, config)
 
@@ -37,17 +35,6 @@ def resolve_max_model_len(context: int, config: EngineConfig) -> int:
             f"--max-model-len is {config.max_model_len}, the model's context is {context}; lower it or leave it out"
         )
     return config.max_model_len
-
-
-def refuse_options_with_states(checkpoint: CheckpointConfig, config: EngineConfig) -> None:
-    """Raise ConfigError for a setting that a model cannot have whose layers keep a state of each sequence."""
-    if checkpoint.text.delta_net is None:
-        return
-    if config.speculative_config is not None:
-        raise ConfigError(
-            f"--speculative-config is set, but {checkpoint.architecture} has states, from which no wrong guess can be "
-            "taken back; start without it"
-        )
 
 
 def refuse_vision_options(checkpoint: CheckpointConfig, config: EngineConfig) -> None:

@@ -18,6 +18,7 @@ from dashinfer_vlm.config import EngineConfig
 from dashinfer_vlm.engine.cards.graphs import Graphs, Shapes
 from dashinfer_vlm.engine.cards.packing import Spare, empty
 from dashinfer_vlm.engine.cards.staging import NUM_REMEMBERED, OF_LOGITS, Shape, Staging, layout_of
+from dashinfer_vlm.engine.memory import most_running
 from dashinfer_vlm.models.base import KVCache, Model, StagedRows, StepBatch
 from dashinfer_vlm.models.settings import resolve_max_model_len
 
@@ -75,7 +76,7 @@ class ModelCalls:
         self.kv = KVCache([keys[:-1] for keys in kv.keys], [values[:-1] for values in kv.values], kv.states)
         """Without the last block."""
         self.all_kv = kv
-        self.num_seats = min(config.max_num_seqs, self.kv.num_seats or config.max_num_seqs)
+        self.num_seats = most_running(self.kv, config)
         self.spare = Spare(self.kv.num_blocks * kv.block_size, kv.block_size)
         max_len = resolve_max_model_len(model.text.max_position_embeddings, config)
         self.max_blocks = min(-(-max_len // kv.block_size) + 1, self.kv.num_blocks)
