@@ -289,7 +289,7 @@ def test_random_lives_with_saved_states_say_what_those_without_say(
         "max_num_batched_tokens": max_num_batched_tokens,
         "model": StatefulEcho if guesses else StatefulModel,
     }
-    guessing = {"speculative_config": NGRAM if guesses and seats > 1 else None}
+    guessing: dict[str, Any] = {"speculative_config": NGRAM if guesses and seats > 1 else None}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(states, "MIN_SPARED", 4)
         patch.setattr(states, "PROMPT_TAIL", 1)
@@ -320,7 +320,7 @@ def test_random_lives_on_a_card_without_memory_change_no_state_twice(
 ) -> None:
     told = [each for each in told if not isinstance(each, str)]
     options: dict[str, Any] = {"max_model_len": 80, "model": StatefulEcho if guesses else StatefulModel}
-    guessing = {"speculative_config": NGRAM if guesses and seats > 1 else None}
+    guessing: dict[str, Any] = {"speculative_config": NGRAM if guesses and seats > 1 else None}
     undisturbed = lived(hybrid(seats=seats, num_blocks=num_blocks, **options), told)
     with out_of_memory(chance, num_blocks):
         one = lived(hybrid("cards", seats=seats, num_blocks=num_blocks, **options, **guessing), told)
