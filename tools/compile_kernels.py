@@ -19,7 +19,7 @@ import re
 import subprocess
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import accumulate, islice, pairwise
 from pathlib import Path
@@ -170,10 +170,14 @@ def of_checks() -> Iterator[Work]:
 
 
 def read_all(kernels: list[Kernel], capability: int) -> Iterator[Compiled]:
-    codes = [machine_code(kernel.compiled.asm["cubin"]) for kernel in kernels]
+    """What several variants ask for is read once."""
+    first = {id(kernel.compiled): kernel for kernel in kernels}
+    codes = [machine_code(kernel.compiled.asm["cubin"]) for kernel in first.values()]
     architecture = sm_arch_from_capability(capability).replace("sm_", "SM")
-    for kernel, code in zip(kernels, listings(codes, architecture, TOOLS / "nvdisasm"), strict=True):
-        yield _read(kernel, code)
+    rows = map(_read, first.values(), listings(codes, architecture, TOOLS / "nvdisasm"))
+    read = dict(zip(first, rows, strict=True))
+    for kernel in kernels:
+        yield replace(read[id(kernel.compiled)], model=kernel.model, variant=kernel.variant)
 
 
 def _read(kernel: Kernel, code: str) -> Compiled:
