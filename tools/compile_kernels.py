@@ -193,19 +193,19 @@ def _read(kernel: Kernel, code: str) -> Compiled:
         kernel.name,
         int(registers),
         int(stack),
-        len(re.findall(r"\bSTL\b", code)),
+        len(re.findall(r" STL\b", code)),
         _spills_in_loops(code),
         kernel.compiled.metadata.shared,
         kernel.compiled.metadata.num_warps,
-        len(re.findall(r"\bHGMMA\b", code)),
-        len(re.findall(r"\bHMMA\b", code)),
-        len(re.findall(r"\bQGMMA\b", code)),
-        len(re.findall(r"\bLDGSTS\b", code)),
-        len(re.findall(r"\bLDGSTS\S*\.128", code)),
-        len(re.findall(r"\bUTMALDG\b", code)),
-        max((int(left, 16) for left in re.findall(r"\bDEPBAR\.LE SB0, (0x[0-9a-f]+)", code)), default=0),
-        len(re.findall(r"\bMUFU\.(?:SIN|COS)\b", code)),
-        len(re.findall(r"\bLDG\S*\.128", code.partition("ACQBULK")[0])),
+        len(re.findall(r" HGMMA\b", code)),
+        len(re.findall(r" HMMA\b", code)),
+        len(re.findall(r" QGMMA\b", code)),
+        len(re.findall(r" LDGSTS\b", code)),
+        len(re.findall(r" LDGSTS\S*\.128", code)),
+        len(re.findall(r" UTMALDG\b", code)),
+        max((int(left, 16) for left in re.findall(r" DEPBAR\.LE SB0, (0x[0-9a-f]+)", code)), default=0),
+        len(re.findall(r" MUFU\.(?:SIN|COS)\b", code)),
+        len(re.findall(r" LDG\S*\.128", code.partition("ACQBULK")[0])),
         len(raw_descriptors(code)),
         len(overwritten_factors(code)),
         _exponentials_beside_products(code),
@@ -214,7 +214,7 @@ def _read(kernel: Kernel, code: str) -> Compiled:
 
 def _exponentials_beside_products(code: str) -> int:
     """Those between a product and the next wait for one, in the order of the listing."""
-    steps = re.findall(r"\b(?:HGMMA|WARPGROUP\.DEPBAR|MUFU\.EX2)\b", code)
+    steps = re.findall(r" (HGMMA|WARPGROUP\.DEPBAR|MUFU\.EX2)\b", code)
     under_way = accumulate(steps, lambda held, step: held if step == "MUFU.EX2" else step)
     return sum(step == "MUFU.EX2" and held == "HGMMA" for step, held in zip(steps, under_way, strict=True))
 
@@ -222,6 +222,8 @@ def _exponentials_beside_products(code: str) -> int:
 def _spills_in_loops(code: str) -> int:
     """Writes and reads of spilt registers from which a way leads back to them. Where a branch goes back to is not
     enough: waits for tiles stand behind the end, and go back to the middle."""
+    if not re.search(r" (?:STL|LDL)\b", code):
+        return 0
     places = [(int(at, 16), text) for at, text in re.findall(r"/\*([0-9a-f]{4,})\*/\s+(.*?);", code)]
     ways: dict[int, list[int]] = {}
     for (at, text), (following, _) in pairwise([*places, (-1, "")]):

@@ -17,6 +17,8 @@ _SECTION = struct.Struct("<IIQQQQIIQQ")
 _INSTRUCTION_BYTES = 16
 _LISTED = re.compile(r"\s+/\*[0-9a-f]{4,}\*/")
 _INSTRUCTION = re.compile(r"^\s+/\*([0-9a-f]{4,})\*/\s+(?:@!?\w+\s+)?([A-Z0-9_.]+)\s*(.*?)\s*;", re.MULTILINE)
+_MULTIPLIES = re.compile(r" [HQ]GMMA\b")
+"""In warp groups; most kernels do not, and need not be followed."""
 _NUMBER = re.compile(r"-?(?:0x[0-9a-f]+|\d+)")
 _REGISTER = re.compile(r"UR(\d+)")
 _START = "0x400"
@@ -72,6 +74,8 @@ def raw_descriptors(code: str) -> list[str]:
     (docs/log.md). `code` is a listing; uniform registers are followed in the order of the listing and along
     jumps forward.
     """
+    if not _MULTIPLIES.search(code):
+        return []
     held: _Held = defaultdict(lambda: frozenset({_UNWRITTEN}))
     jumped: defaultdict[int, list[_Held]] = defaultdict(list)
     """What is held by those who jump, by where to."""
@@ -98,6 +102,8 @@ def overwritten_factors(code: str) -> list[str]:
     Triton 3.6 and 3.7 leave a product under way at the end of a loop's round, and load the next factor into the same
     registers (docs/log.md). `code` is a listing; all ways through it are followed.
     """
+    if not _MULTIPLIES.search(code):
+        return []
     coming: dict[int, _Flying] = {}
     found: set[str] = set()
     while True:
