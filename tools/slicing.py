@@ -5,7 +5,6 @@ one JSON object.
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import math
 import sys
@@ -31,7 +30,7 @@ from dashinfer_vlm.cli.command import CONTEXT, execute
 from dashinfer_vlm.cli.options import options
 from dashinfer_vlm.config import EngineConfig
 from dashinfer_vlm.errors import ConfigError
-from dashinfer_vlm.hub import resolve_model
+from dashinfer_vlm.hub import resolve
 from dashinfer_vlm.kernels.threads import engine_cores, engine_threads, set_threads
 from dashinfer_vlm.models.loading import load_encoder
 from dashinfer_vlm.models.vit import PackedVit
@@ -57,7 +56,7 @@ def slicing(image_sizes: tuple[str, ...], repeats: int, **values: Any) -> None:
     engine = flags.build(EngineConfig, values)
     engine.validate()
     config = SlicingBench(
-        engine=dataclasses.replace(engine, model=str(resolve_model(engine))),
+        engine=resolve(engine),
         image_sizes=tuple(parse_size(text) for text in image_sizes),
         repeats=repeats,
     )

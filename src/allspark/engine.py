@@ -176,11 +176,11 @@ class Engine:
             return AsEngineStat(model_name=model.name)
 
     def load_lora(self, model_name: str, lora_name: str) -> AsStatus:
-        """Adapters are not offered: LORA_NOT_FOUND."""
+        """Adapters beside a loaded model are not offered: LORA_NOT_FOUND."""
         return _status(self._no_lora, model_name, lora_name)
 
     def unload_lora(self, model_name: str, lora_name: str) -> AsStatus:
-        """Adapters are not offered: LORA_NOT_FOUND."""
+        """Adapters beside a loaded model are not offered: LORA_NOT_FOUND."""
         return _status(self._no_lora, model_name, lora_name)
 
     def _install(self, config: AsModelConfig) -> None:
@@ -288,7 +288,11 @@ class Engine:
     def _no_lora(self, model_name: str, lora_name: str) -> None:
         with self._lock:
             self._model(model_name)
-        raise RefusalError(AsStatus.ALLSPARK_LORA_NOT_FOUND, f"adapter {lora_name!r}: this engine serves no adapters")
+        raise RefusalError(
+            AsStatus.ALLSPARK_LORA_NOT_FOUND,
+            f"adapter {lora_name!r}: this engine loads none; VLM(model, lora=...) and dashinfer_vlm_serve --lora merge "
+            "one into the model's weights",
+        )
 
     def _model(self, name: str) -> _Model:
         if not isinstance(name, str) or name not in self._models:

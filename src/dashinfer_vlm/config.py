@@ -83,6 +83,9 @@ class EngineConfig:
     model: str = option("", "Model folder, ModelScope id or Hugging Face id; the bundled demo model when absent.")
     revision: str | None = option(None, "Branch, tag or commit of the model to download.")
     hub: HubName = option("auto", "Where a model id is looked up; auto asks ModelScope first, then Hugging Face.")
+    lora: str | None = option(
+        None, "Folder or id of a LoRA adapter (PEFT), merged into the model's weights while they are loaded."
+    )
     device: DeviceName = option("auto", "Where the model runs; auto takes CUDA when there is a card.")
     dtype: DTypeName = option("bfloat16", "Type of stored weights; auto takes the checkpoint's.")
     quant_type: QuantTypeName = option(

@@ -15,6 +15,7 @@ from dashinfer_vlm.errors import ConfigError
 
 __all__ = [
     "cache_folder",
+    "encoder_lora",
     "encoder_model",
     "encoder_threads",
     "keep_compiled_kernels",
@@ -26,7 +27,9 @@ __all__ = [
 ]
 
 _PREFIX = "DASHINFER_"
-_NAMES = frozenset(f"DASHINFER_{name}" for name in ("API_KEY", "ENCODER_MODEL", "ENCODER_THREADS", "KERNELS"))
+_NAMES = frozenset(
+    f"DASHINFER_{name}" for name in ("API_KEY", "ENCODER_LORA", "ENCODER_MODEL", "ENCODER_THREADS", "KERNELS")
+)
 """Those of ours that belong to no flag of the server."""
 
 
@@ -86,6 +89,11 @@ def _file(name: str) -> str:
 def encoder_model() -> str | None:
     """`DASHINFER_ENCODER_MODEL`: where a machine that lends itself has the model; set by `dashinfer-vlm encoder`."""
     return os.environ.get("DASHINFER_ENCODER_MODEL") or None
+
+
+def encoder_lora() -> str | None:
+    """`DASHINFER_ENCODER_LORA`: likewise the adapter."""
+    return os.environ.get("DASHINFER_ENCODER_LORA") or None
 
 
 def encoder_threads() -> int | None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import dataclasses
 import json
 import secrets
 from pathlib import Path
@@ -26,7 +25,7 @@ from dashinfer_vlm.cli.command import CONTEXT
 from dashinfer_vlm.cli.options import options
 from dashinfer_vlm.config import EngineConfig
 from dashinfer_vlm.errors import ConfigError
-from dashinfer_vlm.hub import resolve_model
+from dashinfer_vlm.hub import resolve
 from dashinfer_vlm.progress import LoadingProgress
 
 __all__ = ["bench"]
@@ -171,7 +170,7 @@ def latency(
     engine = flags.build(EngineConfig, values)
     engine.validate()
     config = LatencyBench(
-        engine=dataclasses.replace(engine, model=str(resolve_model(engine))),
+        engine=resolve(engine),
         batch=batch,
         prompt_tokens=prompt_tokens,
         output_tokens=output_tokens,

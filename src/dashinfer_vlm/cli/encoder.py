@@ -16,7 +16,7 @@ from dashinfer_vlm.cli.command import CONTEXT
 from dashinfer_vlm.config import EngineConfig
 from dashinfer_vlm.encoders.cluster.ray_library import RESOURCE, check_head, ray_library
 from dashinfer_vlm.errors import DashInferError
-from dashinfer_vlm.hub import resolve_model
+from dashinfer_vlm.hub import resolve_lora, resolve_model
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -34,9 +34,10 @@ JOINED_S = 120.0
 @click.command("encoder", context_settings=CONTEXT)
 @click.option("--join", "address", required=True, metavar="HOST:PORT", help="Head of the Ray cluster.")
 @click.option("--model", help="Folder or id of the model on this machine; the server's own folder when absent.")
+@click.option("--lora", help="Folder or id of the server's adapter on this machine; likewise.")
 @click.option("--encoders", type=click.IntRange(1), default=1, show_default=True, help="Encoders that fit here.")
 @click.option("--threads", type=click.IntRange(1), help="Compute threads of each; they share the cores when absent.")
-def encoder(address: str, model: str | None, encoders: int, threads: int | None) -> None:
+def encoder(address: str, model: str | None, lora: str | None, encoders: int, threads: int | None) -> None:
     """Lend this machine to a server's vision encoder, until Ctrl-C.
 
     dashinfer-vlm encoder --join 192.168.0.10:6379
@@ -46,6 +47,8 @@ def encoder(address: str, model: str | None, encoders: int, threads: int | None)
     environment = dict(os.environ)
     if model is not None:
         environment["DASHINFER_ENCODER_MODEL"] = str(resolve_model(EngineConfig(model=model)).resolve())
+    if lora is not None:
+        environment["DASHINFER_ENCODER_LORA"] = str(resolve_lora(lora).resolve())
     environment["DASHINFER_ENCODER_THREADS"] = str(threads or max(1, len(os.sched_getaffinity(0)) // encoders))
     click.echo(f"joining {address} with room for {encoders} vision encoders; Ctrl-C takes this machine back", err=True)
     _lend(node_command(address, encoders), environment)

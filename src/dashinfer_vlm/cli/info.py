@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import rich_click as click
@@ -14,7 +15,7 @@ from rich.table import Table
 from dashinfer_vlm.cli.command import CONTEXT
 from dashinfer_vlm.cli.options import options
 from dashinfer_vlm.config import EngineConfig
-from dashinfer_vlm.hub import DEMO_NAME, resolve_model
+from dashinfer_vlm.hub import DEMO_NAME, resolve
 
 if TYPE_CHECKING:
     from dashinfer_vlm.models.config import CheckpointConfig
@@ -40,7 +41,7 @@ class Parts:
 
 @click.command("info", context_settings=CONTEXT)
 @click.argument("model", default="")
-@options(EngineConfig, only=("revision", "hub", "max_model_len", "min_pixels", "max_pixels"))
+@options(EngineConfig, only=("revision", "hub", "lora", "max_model_len", "min_pixels", "max_pixels"))
 def info(model: str, **values: Any) -> None:
     """Say what MODEL is, what it takes, and what of it fits this machine. Only headers of its weights are read.
 
@@ -48,26 +49,26 @@ def info(model: str, **values: Any) -> None:
     """
     config = EngineConfig(model=model, **values)
     config.validate()
-    folder = resolve_model(config)
+    config = resolve(config)
 
     # brings torch
     from dashinfer_vlm.models.config import read_config
     from dashinfer_vlm.models.loading import check_checkpoint
     from dashinfer_vlm.models.weights import Weights
 
-    check_checkpoint(dataclasses.replace(config, model=str(folder)))
-    checkpoint = read_config(folder)
-    weights = Weights(folder, checkpoint.family.names, checkpoint.stored)
+    check_checkpoint(config)
+    checkpoint = read_config(Path(config.model))
+    weights = Weights.of(checkpoint, config)
     model_parts = Parts(weights.shapes("text"), weights.shapes("vision"))
     console = Console(soft_wrap=True, highlight=False)
     console.print(model or DEMO_NAME, style="bold", markup=False)
-    console.print(_facts(checkpoint, model_parts))
+    console.print(_facts(checkpoint, model_parts, weights.num_adapted))
     for table in (*_memory(checkpoint, model_parts, config), *_pictures(checkpoint, config)):
         console.print()
         console.print(table)
 
 
-def _facts(checkpoint: CheckpointConfig, parts: Parts) -> Table:
+def _facts(checkpoint: CheckpointConfig, parts: Parts, num_adapted: int) -> Table:
     from dashinfer_vlm.models.footprint import num_parameters
 
     text, vision = num_parameters(parts.text), num_parameters(parts.vision)
@@ -76,6 +77,7 @@ def _facts(checkpoint: CheckpointConfig, parts: Parts) -> Table:
         ("parameters", f"{_count(text + vision)}: text {_count(text)}, vision {_count(vision)}"),
         *_experts(checkpoint, parts),
         ("stored as", checkpoint.dtype if checkpoint.stored is None else f"{checkpoint.stored}, {checkpoint.dtype}"),
+        *([("adapter", f"adds to {num_adapted:,} matrices")] if num_adapted else []),
         ("context", f"{checkpoint.text.max_position_embeddings:,} tokens"),
         *([("vectors", f"of {checkpoint.text.hidden_size:,} numbers")] if checkpoint.text.embeds else []),
         *([("scores", "of pairs of a query and a document")] if checkpoint.text.scoring else []),

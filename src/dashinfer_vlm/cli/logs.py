@@ -29,8 +29,8 @@ def set_up_logging(level: str, format: LogFormat = "text") -> None:
 
 
 def announce(name: str, info: EngineInfo) -> None:
-    """A line that says what was loaded, where, as what, and what fits into the KV cache, and one that says what states
-    mean for a model that has them."""
+    """A line that says what was loaded, where, as what, and what fits into the KV cache, and lines that say what states
+    mean for a model that has them, and which adapter was merged."""
     logger.info(
         "Loaded %s on %s as %s, KV cache as %s: %s blocks of %d tokens hold %s tokens; "
         "%d requests at once, %s tokens each at most",
@@ -44,6 +44,8 @@ def announce(name: str, info: EngineInfo) -> None:
         info.max_num_seqs,
         f"{info.max_model_len:,}",
     )
+    if info.lora is not None:
+        logger.info("The LoRA adapter in %s is merged into its weights", info.lora)
     if info.state_bytes:
         logger.info(
             "Each request has a state of %.2f MiB; there is room for %s, with those that a prefix cache keeps",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any
 
 import rich_click as click
@@ -12,7 +11,7 @@ from dashinfer_vlm.cli.logs import set_up_logging
 from dashinfer_vlm.cli.options import options
 from dashinfer_vlm.config import EngineConfig
 from dashinfer_vlm.errors import ConfigError
-from dashinfer_vlm.hub import resolve_model
+from dashinfer_vlm.hub import resolve
 from dashinfer_vlm.progress import LoadingProgress
 
 __all__ = ["quantize"]
@@ -20,6 +19,7 @@ __all__ = ["quantize"]
 FIELDS = (
     "revision",
     "hub",
+    "lora",
     "dtype",
     "quant_type",
     "quant_cache",
@@ -48,7 +48,7 @@ def quantize(model: str, **values: Any) -> None:
     if not config.quant_cache_gib:
         raise ConfigError("--quant-cache-gib 0 keeps nothing; give it room")
     set_up_logging("warning")
-    folder = resolve_model(config)
+    config = resolve(config)
 
     # brings torch
     from dashinfer_vlm.kernels.threads import set_threads
@@ -58,7 +58,7 @@ def quantize(model: str, **values: Any) -> None:
         set_threads(config.threads)
     with LoadingProgress() as progress:
         kept = quantise(
-            dataclasses.replace(config, model=str(folder)),
+            config,
             progress=lambda done, total: progress("weights", done, total),
         )
     for path in kept:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +15,7 @@ from dashinfer_vlm.cli.command import CONTEXT
 from dashinfer_vlm.cli.logs import set_up_logging
 from dashinfer_vlm.cli.options import options
 from dashinfer_vlm.config import EngineConfig, MediaConfig, ServerConfig
-from dashinfer_vlm.hub import DEMO_NAME, resolve_model
+from dashinfer_vlm.hub import names_of, resolve
 
 if TYPE_CHECKING:
     from dashinfer_vlm.server.batches.ends import BatchSink, BatchSource
@@ -81,9 +80,9 @@ async def _run(
     from dashinfer_vlm.server.app import create_app
     from dashinfer_vlm.server.batches.run import BatchRun
 
-    config = dataclasses.replace(engine_config, model=str(resolve_model(engine_config)))
+    config = resolve(engine_config)
     async with open_service(config, media, chat_template=chat_template) as service:
-        app = create_app(service, ServerConfig(served_model_name=(engine_config.model or DEMO_NAME,)))
+        app = create_app(service, ServerConfig(served_model_name=names_of(engine_config)))
         most = config.max_num_seqs + _LOOKAHEAD
         with _Progress(source.num_lines, len(output.done)) as progress:
             batch = BatchRun(

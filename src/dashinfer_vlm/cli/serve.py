@@ -15,7 +15,6 @@ import socket
 import sys
 from contextlib import ExitStack
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import rich_click as click
@@ -28,7 +27,7 @@ from dashinfer_vlm.cli.listen import listen
 from dashinfer_vlm.cli.logs import announce, set_up_logging
 from dashinfer_vlm.cli.options import options
 from dashinfer_vlm.config import EngineConfig, MediaConfig, ServerConfig
-from dashinfer_vlm.hub import DEMO_NAME, resolve_model
+from dashinfer_vlm.hub import names_of, resolve
 from dashinfer_vlm.server.tls import Certificate
 
 __all__ = ["main"]
@@ -62,13 +61,13 @@ def command(**values: Any) -> None:
         _check_responses(server)
         certificate = certificate_of(server)
         sockets = [stack.enter_context(each) for each in listen(server.host, server.port)]
-        folder = resolve_model(engine)
-        names = server.served_model_name or (engine.model or DEMO_NAME,)
+        names = server.served_model_name or names_of(engine)
+        engine = resolve(engine)
         # SIGTERM ends loading as Ctrl-C does; uvicorn handles both once it runs
         signal.signal(signal.SIGTERM, signal.default_int_handler)
         signal.signal(signal.SIGHUP, signal.SIG_IGN)  # until it has read what it may have to read again
         server = dataclasses.replace(server, served_model_name=names)
-        uvloop.run(_serve(folder, engine, media, server, sockets, certificate))
+        uvloop.run(_serve(engine, media, server, sockets, certificate))
 
 
 def _check_keys(config: ServerConfig) -> None:
@@ -114,7 +113,6 @@ def certificate_of(config: ServerConfig) -> Certificate | None:
 
 
 async def _serve(
-    folder: Path,
     engine_config: EngineConfig,
     media_config: MediaConfig,
     server_config: ServerConfig,
@@ -127,7 +125,7 @@ async def _serve(
     from dashinfer_vlm.server.run import serve
 
     opening = open_service(
-        dataclasses.replace(engine_config, model=str(folder)),
+        engine_config,
         media_config,
         start_engine=partial(start_restarted, max_restarts=server_config.max_engine_restarts),
         chat_template=server_config.chat_template,

@@ -29,6 +29,8 @@ class EngineInfo(msgspec.Struct, frozen=True):
     max_num_seqs: int
     max_item_patches: int
     """Patches of one image or video that the encoder has memory for; 0 for a text model."""
+    lora: str | None = None
+    """Folder of the adapter that is merged into the weights."""
     quant_type: str = "none"
     """How the text model's weights are quantised, as `--quant-type` says it."""
     vision_quant_type: str = "none"

@@ -138,6 +138,7 @@ def _info(engine: Engine, kv: KVCache) -> EngineInfo:
         num_blocks=kv.num_blocks,
         max_num_seqs=engine.scheduler.max_num_seqs,
         max_item_patches=engine.limits.max_item_patches,
+        lora=engine.config.lora or None,
         quant_type=engine.config.quant_type,
         vision_quant_type=engine.config.vision_quant_type,
         state_bytes=engine.model.text.state_bytes,

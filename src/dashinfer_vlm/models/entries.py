@@ -16,7 +16,20 @@ from dashinfer_vlm.errors import CheckpointError
 from dashinfer_vlm.models.packed import StoredIntegers
 from dashinfer_vlm.models.stored import Stored
 
-__all__ = ["FP8", "INTEGERS", "SIZES", "Entry", "Piece", "digest_of", "header_of", "paths_in", "read", "read_whole"]
+__all__ = [
+    "FP8",
+    "INTEGERS",
+    "SIZES",
+    "Entry",
+    "LowRank",
+    "Piece",
+    "digest_of",
+    "header_of",
+    "paths_in",
+    "read",
+    "read_base",
+    "read_whole",
+]
 
 FP8 = "F8_E4M3"
 SIZES = {"BF16": 2, "F16": 2, "F32": 4, FP8: 1}
@@ -58,6 +71,36 @@ class Entry:
     """How it is stored, with `scale` or `parts` only."""
     parts: Mapping[str, Entry] = field(default_factory=dict)
     """What lies beside a weight of few bits, whose shape is that of the matrix."""
+    update: LowRank | None = None
+    """What an adapter adds to it."""
+
+
+@dataclass(frozen=True, slots=True)
+class LowRank:
+    """scale * B A, of a matrix [N, K] or of a convolution's weight, flattened behind its first axis."""
+
+    a: Entry
+    """[r, K], or a tensor in which `a_rows` are."""
+    b: Entry
+    """[N, r], or a tensor in which `b_rows` and `b_columns` are."""
+    scale: float
+    a_rows: slice = field(default_factory=lambda: slice(None))
+    b_rows: slice = field(default_factory=lambda: slice(None))
+    b_columns: slice = field(default_factory=lambda: slice(None))
+
+    def factors(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """B and A, float32 [N, r] and [r, K]. Raises CheckpointError for numbers that are none."""
+        b = read_whole(self.b).flatten(1)[self.b_rows, self.b_columns].float()
+        a = read_whole(self.a).flatten(1)[self.a_rows].float()
+        for entry, factor in ((self.b, b), (self.a, a)):
+            if not torch.isfinite(factor).all():
+                raise CheckpointError(f"{entry.path}: tensor {entry.name} holds numbers that are not finite")
+        return b, a
+
+    def add_to(self, part: torch.Tensor, rows: slice = slice(None), columns: slice = slice(None)) -> None:
+        """Add its own `rows` and `columns` to float32 [n, k]."""
+        b, a = self.factors()
+        part.addmm_(b[rows], a[:, columns], alpha=self.scale)
 
 
 def paths_in(folder: Path) -> list[Path]:
@@ -99,7 +142,17 @@ def header_of(path: Path) -> list[Entry]:
 
 
 def read(entry: Entry) -> torch.Tensor:
-    """In floats, whatever it is stored as."""
+    """In floats, whatever it is stored as; in float32 where an adapter adds to it."""
+    base = read_base(entry)
+    if entry.update is None:
+        return base
+    merged = base.to(torch.float32, copy=True)
+    entry.update.add_to(merged.flatten(1))
+    return merged
+
+
+def read_base(entry: Entry) -> torch.Tensor:
+    """In floats, without what an adapter adds."""
     if isinstance(entry.stored, StoredIntegers):
         parts = {part: read_whole(other) for part, other in entry.parts.items()}
         try:
@@ -125,8 +178,17 @@ def read_whole(entry: Entry) -> torch.Tensor:
 
 
 def digest_of(name: str, entry: Entry) -> bytes:
-    """SHA-256 over name, shape, type and values."""
-    tensor = read(entry).contiguous()
+    """SHA-256 over name, shape, type and values, and over what an adapter adds to them."""
+    tensor = read_base(entry)
     digest = hashlib.sha256(f"{name} {list(tensor.shape)} {tensor.dtype}\n".encode())
-    digest.update(tensor.view(-1).view(torch.uint8).numpy().data)
+    digest.update(_bytes_of(tensor))
+    if entry.update is not None:
+        b, a = entry.update.factors()
+        digest.update(f"{list(b.shape)} {list(a.shape)} {entry.update.scale!r}\n".encode())
+        for factor in (b, a):
+            digest.update(_bytes_of(factor))
     return digest.digest()
+
+
+def _bytes_of(tensor: torch.Tensor) -> memoryview:
+    return tensor.contiguous().view(-1).view(torch.uint8).numpy().data

@@ -30,5 +30,5 @@ def encoder_identity(config: EngineConfig, activation_dtype: torch.dtype) -> byt
     weights = checkpoint.dtype if config.dtype == "auto" else config.dtype
     how = (config.vision_engine, config.vision_quant_type, weights, str(activation_dtype))
     digest = hashlib.sha256(json.dumps((_VERSION, checkpoint.architecture, how, settings), sort_keys=True).encode())
-    digest.update(Weights(folder, checkpoint.family.names, checkpoint.stored).fingerprint("vision"))
+    digest.update(Weights.of(checkpoint, config).fingerprint("vision"))
     return digest.digest()

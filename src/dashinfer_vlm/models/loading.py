@@ -43,7 +43,7 @@ def load_model(config: EngineConfig, *, progress: Progress | None = None, ranks:
     dtype = DTYPES[checkpoint.dtype if config.dtype == "auto" else config.dtype]
     device = device_of(config, ranks)
     _stay_on(device)
-    weights = Weights(checkpoint.folder, checkpoint.family.names, checkpoint.stored, progress=progress)
+    weights = Weights.of(checkpoint, config, progress=progress)
     with ExitStack() as stores:  # none of them keeps anything of a checkpoint that turns out to be wrong
         if checkpoint.vision is None:
             refuse_vision_options(checkpoint, config)
@@ -66,7 +66,7 @@ def check_checkpoint(config: EngineConfig) -> None:
     shapes, what the model cannot have. Of large weights only headers are read."""
     checkpoint = read_config(Path(config.model))
     check_settings(checkpoint, config)
-    weights = Weights(checkpoint.folder, checkpoint.family.names, checkpoint.stored)
+    weights = Weights.of(checkpoint, config)
     nowhere = torch.device("meta")
 
     def layer(weight: Matrix, bias: torch.Tensor | None, epilogue: Epilogue) -> Linear:
@@ -87,7 +87,7 @@ def load_encoder(config: EngineConfig, *, progress: Progress | None = None) -> V
         raise CheckpointError(f"{checkpoint.folder} is a text model ({checkpoint.architecture}); it has no encoder")
     device = _device(config.vision_device or config.device, "--vision-device")
     _stay_on(device)
-    weights = Weights(checkpoint.folder, checkpoint.family.names, checkpoint.stored, progress=progress)
+    weights = Weights.of(checkpoint, config, progress=progress)
     with open_store(config, weights, "vision", dtype, device) as store:
         backend = choose_backend(device, dtype, config.vision_quant_type, store)
         encoder, is_native = _load_vision(config, checkpoint, weights, backend)
@@ -106,7 +106,7 @@ def quantise(config: EngineConfig, *, progress: Progress | None = None) -> list[
         load_encoder(config, progress=progress)
     checkpoint = read_config(Path(config.model))
     dtype = DTYPES[checkpoint.dtype if config.dtype == "auto" else config.dtype]
-    weights = Weights(checkpoint.folder, checkpoint.family.names, checkpoint.stored)
+    weights = Weights.of(checkpoint, config)
     kept = []
     for part in checkpoint.family.names.parts:
         with open_store(config, weights, part, dtype, device_of(config, ALONE)) as store:

@@ -15,10 +15,12 @@ from pathlib import Path
 
 import torch
 
+from dashinfer_vlm.config import EngineConfig
 from dashinfer_vlm.errors import CheckpointError
 from dashinfer_vlm.layers.linear import Floats, Matrix, Nibbles
 from dashinfer_vlm.layers.memory import huge_zeros
 from dashinfer_vlm.layers.ranks import WHOLE, Cut
+from dashinfer_vlm.models.config import CheckpointConfig
 from dashinfer_vlm.models.entries import (
     FP8,
     INTEGERS,
@@ -28,10 +30,12 @@ from dashinfer_vlm.models.entries import (
     header_of,
     paths_in,
     read,
+    read_base,
     read_whole,
 )
 from dashinfer_vlm.models.family import Names, Part
 from dashinfer_vlm.models.fused_experts import unfused
+from dashinfer_vlm.models.lora import paths_of_adapter, with_adapter
 from dashinfer_vlm.models.packed import StoredIntegers
 from dashinfer_vlm.models.stored import Stored, StoredFloats
 
@@ -45,10 +49,19 @@ class Weights:
     """The tensors of a model folder: `model.safetensors`, or the shards that `model.safetensors.index.json` names.
 
     Only headers are read at first. Each tensor is to be taken once; `finish()` then complains about those that nobody
-    took. Every error is a CheckpointError that names the tensor or the file. `stored` is what `read_stored` found.
+    took. Every error is a CheckpointError that names the tensor or the file. `stored` is what `read_stored` found; the
+    adapter in the folder `lora` is added to the matrices that are read.
     """
 
-    def __init__(self, folder: Path, names: Names, stored: Stored | None, *, progress: Progress | None = None) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        names: Names,
+        stored: Stored | None,
+        *,
+        lora: str | None = None,
+        progress: Progress | None = None,
+    ) -> None:
         self.folder = folder
         self.names = names
         self.stored = stored
@@ -63,13 +76,27 @@ class Weights:
         elif stored is not None:
             self._entries = _with_parts(self._entries, stored)
         self._check_types(stored)
+        if lora:
+            self._entries = with_adapter(self._entries, Path(lora), names)
+            self.paths += paths_of_adapter(Path(lora))
         self._left = set(self._entries)
         self._bytes_done = 0
         self._scratch = torch.empty(0, dtype=torch.uint8)  # new memory for each matrix costs more than joining it
         self.num_bytes = sum(entry.num_bytes for entry in self._entries.values())
 
+    @classmethod
+    def of(cls, checkpoint: CheckpointConfig, config: EngineConfig, *, progress: Progress | None = None) -> Weights:
+        """Those of a checkpoint, with the adapter that `config` names."""
+        names, stored = checkpoint.family.names, checkpoint.stored
+        return cls(checkpoint.folder, names, stored, lora=config.lora, progress=progress)
+
     def __contains__(self, name: str) -> bool:
         return name in self._entries
+
+    @property
+    def num_adapted(self) -> int:
+        """Matrices that an adapter adds to."""
+        return sum(entry.update is not None for entry in self._entries.values())
 
     def shapes(self, part: Part) -> dict[str, tuple[int, ...]]:
         """Of all tensors of a part of the model, by name; none for a part that it does not have."""
@@ -77,7 +104,7 @@ class Weights:
         return {name: entry.shape for name, entry in self._entries.items() if name.startswith(prefixes)}
 
     def take(self, name: str, *shape: int) -> torch.Tensor:
-        """The tensor `name`, which must have `shape`, in the file's dtype.
+        """The tensor `name`, which must have `shape`, in the file's dtype, or in float32 where an adapter adds to it.
 
         It may be a view of the mapped file, so copy what is kept: the mapping ends with the tensor.
         """
@@ -145,19 +172,26 @@ class Weights:
         return entry
 
     def _join(self, entries: list[Entry], parts: list[slice], columns: slice) -> torch.Tensor:
-        """One matrix is the file's memory, several are joined in memory that the next call uses again."""
-        if len(entries) == 1:
-            return read(entries[0])[parts[0], columns]
+        """One matrix is the file's memory, several are joined in memory that the next call uses again, as is what an
+        adapter adds to: in float32, so that it is rounded once, by whoever stores it."""
         tensors = [tensor[rows, columns] for tensor, rows in zip(self._read_alike(entries), parts, strict=True)]
+        is_adapted = any(entry.update is not None for entry in entries)
+        if len(entries) == 1 and not is_adapted:
+            return tensors[0]
+        dtype = torch.float32 if is_adapted else tensors[0].dtype
         shape = (sum(len(tensor) for tensor in tensors), tensors[0].shape[1])
-        num_bytes = torch.Size(shape).numel() * tensors[0].itemsize
+        num_bytes = torch.Size(shape).numel() * dtype.itemsize
         if self._scratch.numel() < num_bytes:
             self._scratch = huge_zeros((num_bytes,), torch.uint8)
-        joined = self._scratch[:num_bytes].view(tensors[0].dtype).view(shape)
-        return torch.cat(tensors, out=joined)
+        joined = torch.cat(tensors, out=self._scratch[:num_bytes].view(dtype).view(shape))
+        pieces = torch.split(joined, [len(tensor) for tensor in tensors])
+        for entry, piece, rows in zip(entries, pieces, parts, strict=True):
+            if entry.update is not None:
+                entry.update.add_to(piece, rows, columns)
+        return joined
 
     def _read_alike(self, entries: list[Entry]) -> list[torch.Tensor]:
-        tensors = [read(entry) for entry in entries]
+        tensors = [read_base(entry) for entry in entries]
         if len({tensor.dtype for tensor in tensors}) > 1:
             names = ", ".join(self.names.ours(entry.name) for entry in entries)
             raise CheckpointError(f"{self.folder}: tensors {names} must have one dtype")
@@ -187,12 +221,13 @@ class Weights:
 
 
 def _floats(entries: list[Entry], parts: list[slice], columns: slice) -> Callable[[], Floats] | None:
-    """Reads them joined as they are stored, where all are 8-bit floats that can be."""
+    """Reads them joined as they are stored, where all are 8-bit floats that can be, and no adapter adds to them."""
     stored, scales = entries[0].stored, [entry.scale for entry in entries if entry.scale is not None]
     shapes = [entry.shape for entry in entries]
     if (
         not isinstance(stored, StoredFloats)
         or len(scales) < len(entries)
+        or any(entry.update is not None for entry in entries)
         or not stored.can_be_joined(shapes, parts, columns)
     ):
         return None
@@ -208,9 +243,12 @@ def _floats(entries: list[Entry], parts: list[slice], columns: slice) -> Callabl
 
 
 def _nibbles(entries: list[Entry], parts: list[slice], columns: slice) -> Nibbles | None:
-    """Reads them joined as they are stored, where all are 4 bits in groups of columns that follow each other."""
+    """Reads them joined as they are stored, where all are 4 bits in groups of columns that follow each other, and no
+    adapter adds to them."""
     stored = entries[0].stored
-    if not isinstance(stored, StoredIntegers) or any(x.stored != stored or not _is_in_order(x) for x in entries):
+    if not isinstance(stored, StoredIntegers) or any(
+        entry.stored != stored or entry.update is not None or not _is_in_order(entry) for entry in entries
+    ):
         return None
     group, inside = stored.nibble_group, range(entries[0].shape[1])[columns]
     if not group or inside.start % group:

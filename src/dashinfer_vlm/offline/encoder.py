@@ -9,7 +9,6 @@
 from __future__ import annotations
 
 import asyncio
-import dataclasses
 import os
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -28,7 +27,7 @@ from dashinfer_vlm.frontend.messages import Dialogue
 from dashinfer_vlm.frontend.open_loader import open_loader
 from dashinfer_vlm.frontend.opening import FrontEnd
 from dashinfer_vlm.frontend.prompt import Prompt, PromptBuilder
-from dashinfer_vlm.hub import resolve_model
+from dashinfer_vlm.hub import resolve
 from dashinfer_vlm.kernels.threads import engine_cores, engine_threads, set_threads, stay_on
 from dashinfer_vlm.models.base import VisionEncoder
 from dashinfer_vlm.models.config import CheckpointConfig, read_config
@@ -68,12 +67,11 @@ class Encoder:
     def __init__(self, model: str | Path = "", *, chat_template: str | None = None, **options: Any) -> None:
         """Load the ViT of `model`, and nothing of its language model; arguments and errors are those of `VLM`."""
         engine_config, media_config = configs({"model": str(model), **options})
-        folder = resolve_model(engine_config)
-        engine_config = dataclasses.replace(engine_config, model=str(folder))
+        engine_config = resolve(engine_config)
         cores = engine_cores(engine_config)
         set_threads(engine_threads(engine_config), cores)
         stay_on(cores)
-        self._checkpoint = read_config(folder)
+        self._checkpoint = read_config(Path(engine_config.model))
         self._encoder = load_encoder(engine_config)
         with ExitStack() as stack:
             self._loop = BackgroundLoop()

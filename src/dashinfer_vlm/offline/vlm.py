@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import asyncio
 import atexit
-import dataclasses
 import os
 import sys
 import weakref
@@ -37,7 +36,7 @@ from dashinfer_vlm.frontend.opening import open_service
 from dashinfer_vlm.frontend.params import GenerationParams
 from dashinfer_vlm.frontend.tool_schema import parse_tools
 from dashinfer_vlm.frontend.tools import Tool, ToolChoice
-from dashinfer_vlm.hub import resolve_model
+from dashinfer_vlm.hub import resolve
 from dashinfer_vlm.offline.background import BackgroundLoop, gather
 from dashinfer_vlm.offline.inputs import (
     Conversation,
@@ -85,7 +84,7 @@ class VLM:
         """
         engine_config, media_config = configs({"model": str(model), **options})
         self._progress = sys.stderr.isatty() if progress is None else progress
-        config = dataclasses.replace(engine_config, model=str(resolve_model(engine_config)))
+        config = resolve(engine_config)
         with ExitStack() as stack:
             self._loop = BackgroundLoop()
             stack.callback(self._loop.close)

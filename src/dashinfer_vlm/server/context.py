@@ -37,7 +37,7 @@ class Context:
     def fingerprint(self) -> str:
         """Of this version with this model as it was loaded."""
         info = self.service.engine.info
-        facts = (dashinfer_vlm.__version__, info.model, info.device, info.precision, info.kv_dtype)
+        facts = (dashinfer_vlm.__version__, info.model, info.device, info.precision, info.kv_dtype, info.lora or "")
         return "fp_" + sha256("\0".join(facts).encode()).hexdigest()[:10]
 
     def model_name(self, asked: str | None) -> str:

@@ -82,4 +82,5 @@ class EncoderActor:
 
 def _localised(config: EngineConfig) -> EngineConfig:
     threads = config.vision_threads or envs.encoder_threads()
-    return dataclasses.replace(config, model=envs.encoder_model() or config.model, threads=threads)
+    model, lora = envs.encoder_model() or config.model, envs.encoder_lora() or config.lora
+    return dataclasses.replace(config, model=model, lora=lora, threads=threads)
