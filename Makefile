@@ -9,7 +9,7 @@
 #   make soak     half an hour of mixed load        make faults   processes killed, disks full: what clients see
 #   make crowd    1,000 streams at once             make fuzz     300,000 damaged pictures and films
 #   make test-slow    long searches, all variants       make test-torch    the oldest and the newest torch
-#   make test-clients other people's clients
+#   make test-clients other people's clients            make test-peft     adapters that PEFT has written
 PYTHON ?= $(shell python3.11 -c '' 2>/dev/null && echo python3.11 || echo python3)
 FLAGS ?=
 BIN := .venv/bin
@@ -27,8 +27,8 @@ RAY := $(wildcard .venv/lib/python3*/site-packages/ray)
 # Images of Python often set it; every process of the tests would compile what it imports.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: serve test test-slow test-isa test-torch test-cluster test-browser test-clients test-deploy test-image dist \
-	test-dist eval precision check docs soak faults crowd fuzz \
+.PHONY: serve test test-slow test-isa test-torch test-cluster test-browser test-clients test-peft test-deploy \
+	test-image dist test-dist eval precision check docs soak faults crowd fuzz \
 	bench bench-flat bench-peers clean
 
 serve: $(READY) $(if $(BUNDLED),,$(RANDOM_MODEL))
@@ -72,6 +72,11 @@ test-cluster: $(READY)
 # below build/clients. FLAGS="--only schemathesis" runs one.
 test-clients: $(READY) $(RANDOM_MODEL)
 	$(BIN)/python tools/clients/run.py $(RANDOM_MODEL) $(FLAGS)
+
+# Adapters as PEFT itself writes them, beside the models that it makes of them.
+test-peft: $(READY)
+	$(PIP) peft==0.21.0
+	$(BIN)/python -m pytest tests/models/test_lora_peft.py $(FLAGS)
 
 # deploy/ under its linters, and a Prometheus that scrapes a server of ours.
 test-deploy: $(READY)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -115,3 +116,52 @@ def test_an_id_that_no_hub_has_is_an_error_that_says_what_each_hub_said(tmp_path
     line = Resolver(tmp_path, modelscope=empty, huggingface=empty)(NAME)
     assert line.startswith(f"error: --model {NAME}: there is no such folder, and no hub delivered it. ModelScope: ")
     assert "Hugging Face: " in line
+
+
+def _adapter(folder: Path, text: str) -> str:
+    folder.mkdir()
+    (folder / "adapter_config.json").write_text(text)
+    return str(folder)
+
+
+def test_a_model_has_the_adapter_that_is_named(tmp_path: Path) -> None:
+    lora = _adapter(tmp_path / "adapter", "{}")
+    found = hub.resolve(EngineConfig(model=str(tmp_path), lora=lora))
+    assert (found.model, found.lora) == (str(tmp_path), lora)
+    assert hub.resolve(EngineConfig(model=str(tmp_path))).lora is None
+
+
+@pytest.mark.parametrize("lora", ["/no/such/folder", "missing"])
+def test_an_adapter_that_is_neither_folder_nor_id_is_refused(tmp_path: Path, lora: str) -> None:
+    with pytest.raises(ConfigError, match=f"--lora {lora}: there is no such folder, and it is not a hub id"):
+        hub.resolve(EngineConfig(model=str(tmp_path), lora=lora))
+
+
+def test_an_adapter_in_place_of_the_model_brings_its_model(tmp_path: Path) -> None:
+    lora = _adapter(tmp_path / "adapter", json.dumps({"base_model_name_or_path": str(tmp_path), "r": 8}))
+    found = hub.resolve(EngineConfig(model=lora, dtype="float32"))
+    assert found == EngineConfig(model=str(tmp_path), lora=lora, dtype="float32")
+    (tmp_path / "adapter" / "config.json").write_text("{}")
+    assert hub.resolve(EngineConfig(model=lora)).lora is None, "a model that holds an adapter, too"
+
+
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [
+        ('{"base_model_name_or_path": "/root/of/another"}', "/root/of/another: there is no such folder"),
+        ('{"base_model_name_or_path": null}', "adapter_config.json names none"),
+        ("{}", "adapter_config.json names none"),
+        ('{"base_model_name_or_path": 5}', "Expected `str"),
+        ("{", "truncated"),
+    ],
+)
+def test_an_adapter_whose_model_is_not_found_says_how_to_name_it(tmp_path: Path, text: str, why: str) -> None:
+    lora = _adapter(tmp_path / "adapter", text)
+    with pytest.raises(ConfigError, match=f"--model {lora} is an adapter.*--model MODEL --lora {lora}.*{why}"):
+        hub.resolve(EngineConfig(model=lora))
+
+
+def test_a_model_with_an_adapter_has_both_names() -> None:
+    assert hub.names_of(EngineConfig()) == ("demo",)
+    assert hub.names_of(EngineConfig(model="a/b")) == ("a/b",)
+    assert hub.names_of(EngineConfig(model="a/b", lora="c/d")) == ("c/d", "a/b")

@@ -214,6 +214,6 @@ def test_values_that_are_not_offered_are_not_listed(capsys: pytest.CaptureFixtur
 def test_a_file_that_cannot_be_used_is_found_before_the_model_is_loaded(
     flag: str, path: str, told: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("dashinfer_vlm.cli.serve.resolve_model", lambda _: pytest.fail("looked for the model"))
+    monkeypatch.setattr("dashinfer_vlm.cli.serve.resolve", lambda _: pytest.fail("looked for the model"))
     assert execute(command, ["--port", "0", flag, path]) == 2
     assert f"{flag} {path} {told}" in capsys.readouterr().err

@@ -24,6 +24,8 @@ from dashinfer_vlm.models.footprint import PRECISIONS, kv_token_bytes, num_param
 from dashinfer_vlm.models.loading import allocate_kv, load_model
 from dashinfer_vlm.models.weights import Weights
 from tests.conftest import CheckpointMaker
+from tests.models.adapters import Adapter
+from tests.models.driving import load_hf
 from tests.rerankers import publish
 
 
@@ -35,6 +37,14 @@ def test_it_tells_family_parameters_pictures_and_memory(capsys: pytest.CaptureFi
     assert "448 x 448 112 x 112 16" in lines
     for precision in PRECISIONS:
         assert any(line.startswith(f"{precision} ") and " yes " in line for line in lines)
+
+
+def test_it_tells_of_an_adapter(
+    checkpoint: CheckpointMaker, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lora = Adapter(load_hf(checkpoint()), lambda module: module.endswith("q_proj")).write(tmp_path)
+    assert execute(info, [str(checkpoint()), "--lora", str(lora)]) == 0
+    assert "adapter adds to 2 matrices" in " ".join(capsys.readouterr().out.split())
 
 
 def test_bounds_of_pictures_are_those_of_the_server(capsys: pytest.CaptureFixture[str]) -> None:

@@ -13,6 +13,8 @@ from dashinfer_vlm.kernels import cpu_ops
 from dashinfer_vlm.layers import quantise
 from dashinfer_vlm.models.loading import load_model
 from tests.conftest import CheckpointMaker
+from tests.models.adapters import Adapter
+from tests.models.driving import load_hf
 
 needs_kernels = pytest.mark.skipif(not cpu_ops.available(), reason="needs the native kernels")
 
@@ -28,6 +30,22 @@ def test_what_it_made_is_found_by_the_next_start(
     monkeypatch.setattr(quantise, "_pack", None)  # nothing is left for it to do
     flags = {"quant_type": "a16w4", "vision_quant_type": "a8w8", "quant_cache": str(tmp_path)}
     load_model(EngineConfig(model=str(checkpoint()), device="cpu", **flags))  # type: ignore[arg-type]
+
+
+@needs_kernels
+def test_an_adapter_has_weights_of_its_own(
+    checkpoint: CheckpointMaker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lora = Adapter(load_hf(checkpoint())).write(tmp_path / "adapter")
+    for adapter in ([], ["--lora", str(lora)]):
+        flags = ["--quant-type", "a8w8", "--quant-cache", str(tmp_path / "cache"), *adapter]
+        assert execute(quantize, [str(checkpoint()), *flags]) == 0
+    assert len(list((tmp_path / "cache").glob("text-*.safetensors"))) == 2
+    monkeypatch.setattr(quantise, "_pack", None)
+    cache = str(tmp_path / "cache")
+    load_model(
+        EngineConfig(model=str(checkpoint()), lora=str(lora), device="cpu", quant_type="a8w8", quant_cache=cache)
+    )
 
 
 @needs_kernels

@@ -174,7 +174,7 @@ def test_what_the_application_has_opened_is_closed(tmp_path: Path, monkeypatch: 
 
     app = FastAPI(lifespan=lifespan)
     app.add_middleware(Access)
-    monkeypatch.setattr("dashinfer_vlm.cli.run.resolve_model", lambda _: "model")
+    monkeypatch.setattr("dashinfer_vlm.cli.run.resolve", lambda config: config)
     monkeypatch.setattr("dashinfer_vlm.frontend.opening.open_service", opened)
     monkeypatch.setattr("dashinfer_vlm.server.app.create_app", lambda *_: app)
     (tmp_path / "in.jsonl").write_text(chat("a", text("hello")))

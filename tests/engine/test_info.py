@@ -27,3 +27,10 @@ def test_the_loaded_line_names_the_quantisation(
     with caplog.at_level(logging.INFO):
         announce("model", info)
     assert f" on cpu as {expected}, KV cache" in caplog.text
+
+
+@pytest.mark.parametrize("lora", [None, "adapters/mine"])
+def test_an_adapter_has_a_line_of_its_own(lora: str | None, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO):
+        announce("model", msgspec.structs.replace(INFO, lora=lora))
+    assert ("The LoRA adapter in adapters/mine is merged into its weights" in caplog.text) == (lora is not None)

@@ -115,10 +115,10 @@ class Adapter:
         return self.ranks.get(module, self.rank)
 
     def _weight(self, module: str) -> torch.nn.Parameter:
-        if module.endswith(".base_layer"):
-            return self.model.get_submodule(module.removesuffix(".base_layer")).gate_up_proj
-        layer = self.model.get_submodule(module)
-        return layer.down_proj if hasattr(layer, "gate_up_proj") else layer.weight
+        layer = self.model.get_submodule(module.removesuffix(".base_layer"))
+        name = "gate_up_proj" if module.endswith(".base_layer") else "weight"
+        weight: torch.nn.Parameter = getattr(layer, name) if hasattr(layer, name) else layer.down_proj
+        return weight
 
     @staticmethod
     def _drawn(rows: int, columns: int) -> torch.Tensor:

@@ -31,7 +31,7 @@ needs_kernels = pytest.mark.skipif(not cpu_ops.available(), reason="needs the na
 
 def config(folder: Path, lora: Path | None, **options: Any) -> EngineConfig:
     settings: dict[str, Any] = {"dtype": "float32", "device": "cpu", "quant_cache_gib": 0}
-    return EngineConfig(model=str(folder), lora=lora and str(lora), **settings | options)
+    return EngineConfig(model=str(folder), lora=str(lora) if lora else None, **settings | options)
 
 
 def case_of(folder: Path) -> Prompt:
@@ -145,6 +145,7 @@ def test_it_is_as_if_the_merged_model_had_been_exported(
     checkpoint: CheckpointMaker, tmp_path: Path, arch: str, options: dict[str, str]
 ) -> None:
     """Rounded once to what is stored, quantised or not."""
+    options = {"dtype": "bfloat16", **options}
     folder = checkpoint(arch, dtype="bfloat16")
     hf = driving.load_hf(folder)
     adapter = Adapter(hf, dtype=torch.bfloat16)
@@ -153,9 +154,9 @@ def test_it_is_as_if_the_merged_model_had_been_exported(
     hf.bfloat16().save_pretrained(exported)
     for path in folder.glob("*.json"):
         shutil.copy(path, exported)
-    ours, theirs = (logits(*pair, dtype="bfloat16", **options) for pair in ((folder, lora), (exported, None)))
+    ours, theirs = (logits(model, adapter, **options) for model, adapter in ((folder, lora), (exported, None)))
     assert torch.equal(ours, theirs)
-    assert not torch.equal(ours, logits(folder, None, dtype="bfloat16", **options))
+    assert not torch.equal(ours, logits(folder, None, **options))
 
 
 def fp8(base: str, weight: torch.Tensor) -> tuple[Tensors, torch.Tensor]:

@@ -7,10 +7,12 @@ from collections.abc import Callable
 from typing import Any
 
 import httpx
+import msgspec
 import pytest
 from openai import AsyncOpenAI
 
 from dashinfer_vlm.log_lines import JsonFormatter
+from tests.frontend.scripted import info
 from tests.server.conftest import Serve
 
 CHAT = "/v1/chat/completions"
@@ -82,6 +84,14 @@ async def test_answers_carry_a_fingerprint_that_stays(serve: Serve, openai_clien
     assert whole.system_fingerprint is not None
     assert whole.system_fingerprint.startswith("fp_")
     assert {c.system_fingerprint for c in chunks} == {whole.system_fingerprint, text.system_fingerprint}
+
+
+async def test_an_adapter_gives_another_fingerprint(serve: Serve) -> None:
+    prints = []
+    for lora in (None, "adapters/a", "adapters/b"):
+        running = await serve(engine={"info": msgspec.structs.replace(info(), lora=lora)})
+        prints.append((await running.post(CHAT, {"messages": ASK})).json()["system_fingerprint"])
+    assert len(set(prints)) == 3
 
 
 async def test_idle_connections_are_kept_longer_than_proxies_keep_theirs(serve: Serve) -> None:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
@@ -16,6 +18,7 @@ from dashinfer_vlm.kernels import cpu_ops
 __all__ = [
     "engine_cores",
     "engine_threads",
+    "in_torch_threads",
     "leave_torch_one_thread",
     "set_threads",
     "stay_on",
@@ -90,6 +93,18 @@ def leave_torch_one_thread() -> None:
     """For a process whose native kernels do all that is heavy: torch's threads would wait actively at the end of every
     small operation, on the cores that the kernels want."""
     torch.set_num_threads(1)
+
+
+def in_torch_threads(work: Callable[[int], object], items: Iterable[int]) -> None:
+    """`work` on every item, in as many threads as torch has, each of which computes alone: together they would wait for
+    each other at the end of every small operation."""
+    count = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with ThreadPoolExecutor(count) as pool:
+            deque(pool.map(work, items), maxlen=0)
+    finally:
+        torch.set_num_threads(count)
 
 
 def _share(config: EngineConfig, first: int, count: int) -> list[int] | None:

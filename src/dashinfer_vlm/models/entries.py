@@ -9,10 +9,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 
 from dashinfer_vlm.errors import CheckpointError
+from dashinfer_vlm.kernels.threads import in_torch_threads
 from dashinfer_vlm.models.packed import StoredIntegers
 from dashinfer_vlm.models.stored import Stored
 
@@ -36,6 +38,8 @@ SIZES = {"BF16": 2, "F16": 2, "F32": 4, FP8: 1}
 """Bytes of one number of each type that is read."""
 INTEGERS = {"I8": 1, "I32": 4, "I64": 8}
 """The same of parts of matrices that are stored quantised."""
+_MERGED_AT_ONCE = 1 << 18
+"""Numbers of float32 that stay in a core's cache until they are rounded."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,14 +97,24 @@ class LowRank:
         b = read_whole(self.b).flatten(1)[self.b_rows, self.b_columns].float()
         a = read_whole(self.a).flatten(1)[self.a_rows].float()
         for entry, factor in ((self.b, b), (self.a, a)):
-            if not torch.isfinite(factor).all():
+            if not np.isfinite(factor.numpy()).all():
                 raise CheckpointError(f"{entry.path}: tensor {entry.name} holds numbers that are not finite")
         return b, a
 
-    def add_to(self, part: torch.Tensor, rows: slice = slice(None), columns: slice = slice(None)) -> None:
-        """Add its own `rows` and `columns` to float32 [n, k]."""
+    def merge(
+        self, base: torch.Tensor, out: torch.Tensor, rows: slice = slice(None), columns: slice = slice(None)
+    ) -> None:
+        """Write the sum of `base` [n, k] and of this, its own `rows` and `columns`, to `out`, computed in float32 and
+        rounded once."""
         b, a = self.factors()
-        part.addmm_(b[rows], a[:, columns], alpha=self.scale)
+        b, a = b[rows], a[:, columns]
+        step = max(1, _MERGED_AT_ONCE // base.shape[1])
+
+        def merge_from(row: int) -> None:
+            part = slice(row, row + step)
+            out[part] = torch.addmm(base[part].float(), b[part], a, alpha=self.scale)
+
+        in_torch_threads(merge_from, range(0, len(base), step))
 
 
 def paths_in(folder: Path) -> list[Path]:
@@ -146,8 +160,8 @@ def read(entry: Entry) -> torch.Tensor:
     base = read_base(entry)
     if entry.update is None:
         return base
-    merged = base.to(torch.float32, copy=True)
-    entry.update.add_to(merged.flatten(1))
+    merged = torch.empty(base.shape)
+    entry.update.merge(base.flatten(1), merged.flatten(1))
     return merged
 
 

@@ -10,6 +10,7 @@ import torch
 
 from dashinfer_vlm.config import EngineConfig
 from dashinfer_vlm.models.config import read_config
+from dashinfer_vlm.models.settings import weight_type
 from dashinfer_vlm.models.weights import Weights
 
 __all__ = ["encoder_identity"]
@@ -27,8 +28,7 @@ def encoder_identity(config: EngineConfig, activation_dtype: torch.dtype) -> byt
     folder = Path(config.model)
     checkpoint = read_config(folder)
     settings = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("vision_config")
-    weights = checkpoint.dtype if config.dtype == "auto" else config.dtype
-    how = (config.vision_engine, config.vision_quant_type, weights, str(activation_dtype))
+    how = (config.vision_engine, config.vision_quant_type, weight_type(checkpoint, config), str(activation_dtype))
     digest = hashlib.sha256(json.dumps((_VERSION, checkpoint.architecture, how, settings), sort_keys=True).encode())
     digest.update(Weights.of(checkpoint, config).fingerprint("vision"))
     return digest.digest()

@@ -28,8 +28,6 @@ from dashinfer_vlm.models.weights import Progress, Weights
 
 __all__ = ["allocate_kv", "check_checkpoint", "device_of", "load_encoder", "load_model", "quantise"]
 
-DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
-
 
 def load_model(config: EngineConfig, *, progress: Progress | None = None, ranks: Ranks = ALONE) -> LoadedModel:
     """Load the checkpoint in the folder `config.model` onto `config.device`, its weights as `config.dtype`.
@@ -40,10 +38,10 @@ def load_model(config: EngineConfig, *, progress: Progress | None = None, ranks:
     the device is not there.
     """
     checkpoint = read_config(Path(config.model))
-    dtype = DTYPES[checkpoint.dtype if config.dtype == "auto" else config.dtype]
     device = device_of(config, ranks)
     _stay_on(device)
     weights = Weights.of(checkpoint, config, progress=progress)
+    dtype = weights.dtype
     with ExitStack() as stores:  # none of them keeps anything of a checkpoint that turns out to be wrong
         if checkpoint.vision is None:
             refuse_vision_options(checkpoint, config)
@@ -82,14 +80,13 @@ def check_checkpoint(config: EngineConfig) -> None:
 def load_encoder(config: EngineConfig, *, progress: Progress | None = None) -> VisionEncoder:
     """Load the ViT alone, onto `config.vision_device` or else `config.device`; raises as `load_model` does."""
     checkpoint = read_config(Path(config.model))
-    dtype = DTYPES[checkpoint.dtype if config.dtype == "auto" else config.dtype]
     if checkpoint.vision is None:
         raise CheckpointError(f"{checkpoint.folder} is a text model ({checkpoint.architecture}); it has no encoder")
     device = _device(config.vision_device or config.device, "--vision-device")
     _stay_on(device)
     weights = Weights.of(checkpoint, config, progress=progress)
-    with open_store(config, weights, "vision", dtype, device) as store:
-        backend = choose_backend(device, dtype, config.vision_quant_type, store)
+    with open_store(config, weights, "vision", weights.dtype, device) as store:
+        backend = choose_backend(device, weights.dtype, config.vision_quant_type, store)
         encoder, is_native = _load_vision(config, checkpoint, weights, backend)
     if is_native:
         leave_torch_one_thread()
@@ -105,11 +102,10 @@ def quantise(config: EngineConfig, *, progress: Progress | None = None) -> list[
     else:
         load_encoder(config, progress=progress)
     checkpoint = read_config(Path(config.model))
-    dtype = DTYPES[checkpoint.dtype if config.dtype == "auto" else config.dtype]
     weights = Weights.of(checkpoint, config)
     kept = []
     for part in checkpoint.family.names.parts:
-        with open_store(config, weights, part, dtype, device_of(config, ALONE)) as store:
+        with open_store(config, weights, part, weights.dtype, device_of(config, ALONE)) as store:
             if store is not None and not store.found:
                 raise DashInferError(f"{store.path} could not be kept; the log says why")
             kept += [store.path] if store is not None else []

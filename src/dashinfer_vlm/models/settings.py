@@ -13,6 +13,7 @@ __all__ = [
     "check_settings",
     "refuse_vision_options",
     "resolve_max_model_len",
+    "weight_type",
 ]
 
 DEFAULT_MAX_MODEL_LEN = 32000
@@ -35,6 +36,11 @@ def resolve_max_model_len(context: int, config: EngineConfig) -> int:
             f"--max-model-len is {config.max_model_len}, the model's context is {context}; lower it or leave it out"
         )
     return config.max_model_len
+
+
+def weight_type(checkpoint: CheckpointConfig, config: EngineConfig) -> str:
+    """The configured type of weights that are not quantised, or the checkpoint's, as torch calls it."""
+    return checkpoint.dtype if config.dtype == "auto" else config.dtype
 
 
 def refuse_vision_options(checkpoint: CheckpointConfig, config: EngineConfig) -> None:

@@ -37,6 +37,7 @@ from dashinfer_vlm.models.family import Names, Part
 from dashinfer_vlm.models.fused_experts import unfused
 from dashinfer_vlm.models.lora import paths_of_adapter, with_adapter
 from dashinfer_vlm.models.packed import StoredIntegers
+from dashinfer_vlm.models.settings import weight_type
 from dashinfer_vlm.models.stored import Stored, StoredFloats
 
 __all__ = ["Progress", "Weights"]
@@ -49,8 +50,8 @@ class Weights:
     """The tensors of a model folder: `model.safetensors`, or the shards that `model.safetensors.index.json` names.
 
     Only headers are read at first. Each tensor is to be taken once; `finish()` then complains about those that nobody
-    took. Every error is a CheckpointError that names the tensor or the file. `stored` is what `read_stored` found; the
-    adapter in the folder `lora` is added to the matrices that are read.
+    took. Every error is a CheckpointError that names the tensor or the file. `stored` is what `read_stored` found. The
+    adapter in the folder `lora` is added to the matrices that are read, which then have the type `dtype`.
     """
 
     def __init__(
@@ -60,11 +61,13 @@ class Weights:
         stored: Stored | None,
         *,
         lora: str | None = None,
+        dtype: torch.dtype = torch.float32,
         progress: Progress | None = None,
     ) -> None:
         self.folder = folder
         self.names = names
         self.stored = stored
+        self.dtype = dtype
         self._progress = progress
         self._entries: dict[str, Entry] = {}
         self.paths = paths_in(folder)
@@ -86,9 +89,9 @@ class Weights:
 
     @classmethod
     def of(cls, checkpoint: CheckpointConfig, config: EngineConfig, *, progress: Progress | None = None) -> Weights:
-        """Those of a checkpoint, with the adapter that `config` names."""
-        names, stored = checkpoint.family.names, checkpoint.stored
-        return cls(checkpoint.folder, names, stored, lora=config.lora, progress=progress)
+        """Those of a checkpoint, with the adapter and in the type that `config` names."""
+        names, dtype = checkpoint.family.names, getattr(torch, weight_type(checkpoint, config))
+        return cls(checkpoint.folder, names, checkpoint.stored, lora=config.lora, dtype=dtype, progress=progress)
 
     def __contains__(self, name: str) -> bool:
         return name in self._entries
@@ -172,22 +175,26 @@ class Weights:
         return entry
 
     def _join(self, entries: list[Entry], parts: list[slice], columns: slice) -> torch.Tensor:
-        """One matrix is the file's memory, several are joined in memory that the next call uses again, as is what an
-        adapter adds to: in float32, so that it is rounded once, by whoever stores it."""
+        """One matrix is the file's memory; several are joined in memory that the next call uses again, as is what an
+        adapter adds to."""
         tensors = [tensor[rows, columns] for tensor, rows in zip(self._read_alike(entries), parts, strict=True)]
         is_adapted = any(entry.update is not None for entry in entries)
         if len(entries) == 1 and not is_adapted:
             return tensors[0]
-        dtype = torch.float32 if is_adapted else tensors[0].dtype
+        dtype = self.dtype if is_adapted else tensors[0].dtype
         shape = (sum(len(tensor) for tensor in tensors), tensors[0].shape[1])
         num_bytes = torch.Size(shape).numel() * dtype.itemsize
         if self._scratch.numel() < num_bytes:
             self._scratch = huge_zeros((num_bytes,), torch.uint8)
-        joined = torch.cat(tensors, out=self._scratch[:num_bytes].view(dtype).view(shape))
-        pieces = torch.split(joined, [len(tensor) for tensor in tensors])
-        for entry, piece, rows in zip(entries, pieces, parts, strict=True):
-            if entry.update is not None:
-                entry.update.add_to(piece, rows, columns)
+        joined = self._scratch[:num_bytes].view(dtype).view(shape)
+        if not is_adapted:
+            return torch.cat(tensors, out=joined)
+        places = torch.split(joined, [len(tensor) for tensor in tensors])
+        for entry, tensor, place, rows in zip(entries, tensors, places, parts, strict=True):
+            if entry.update is None:
+                place.copy_(tensor)
+            else:
+                entry.update.merge(tensor, place, rows, columns)
         return joined
 
     def _read_alike(self, entries: list[Entry]) -> list[torch.Tensor]:
