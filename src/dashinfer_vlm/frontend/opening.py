@@ -101,7 +101,7 @@ async def open_service(
     queue: QueueLimits = NO_LIMITS,
     start_decoders: bool = False,
 ) -> AsyncIterator[Service]:
-    """The service of the model in the folder `engine_config.model` (`hub.resolve_model` finds it).
+    """The service of the model in the folder `engine_config.model` (`hub.resolve` finds it).
 
     What the folder, the template, `media_config`, or `engine_config` beside the folder have wrong is raised as
     CheckpointError or ConfigError before the engine is started. With `start_decoders` the decoding processes run before

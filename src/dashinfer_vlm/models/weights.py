@@ -175,8 +175,7 @@ class Weights:
         return entry
 
     def _join(self, entries: list[Entry], parts: list[slice], columns: slice) -> torch.Tensor:
-        """One matrix is the file's memory; several are joined in memory that the next call uses again, as is what an
-        adapter adds to."""
+        """One matrix may be the file's memory; else they are joined in memory that the next call uses again."""
         tensors = [tensor[rows, columns] for tensor, rows in zip(self._read_alike(entries), parts, strict=True)]
         is_adapted = any(entry.update is not None for entry in entries)
         if len(entries) == 1 and not is_adapted:
@@ -250,8 +249,7 @@ def _floats(entries: list[Entry], parts: list[slice], columns: slice) -> Callabl
 
 
 def _nibbles(entries: list[Entry], parts: list[slice], columns: slice) -> Nibbles | None:
-    """Reads them joined as they are stored, where all are 4 bits in groups of columns that follow each other, and no
-    adapter adds to them."""
+    """The same, where all are 4 bits in groups of columns that follow each other, and no adapter adds to them."""
     stored = entries[0].stored
     if not isinstance(stored, StoredIntegers) or any(
         entry.stored != stored or entry.update is not None or not _is_in_order(entry) for entry in entries

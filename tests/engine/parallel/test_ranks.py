@@ -34,8 +34,6 @@ from tests.conftest import CheckpointMaker
 from tests.engine.card_runner import with_spare_block
 from tests.engine.scripted_model import ScriptedModel
 from tests.engine.test_parity import Family, mixed_prompts, run
-from tests.models.adapters import Adapter
-from tests.models.driving import load_hf
 
 NAMES = ("text0", "text2", "one1", "two0")
 
@@ -75,23 +73,6 @@ def test_two_ranks_say_what_one_says(folder: Path, shared: Engine) -> None:
     assert shared.model.text.num_kv_heads < alone.model.text.num_kv_heads
     assert run(shared, *requests) == run(alone, *requests)
     assert shared.stats().num_items_encoded_total >= 2
-
-
-def test_two_ranks_merge_an_adapter_as_one_does(folder: Path, tmp_path: Path) -> None:
-    lora = str(Adapter(load_hf(folder)).write(tmp_path))
-    family = Family(folder, None, load_model(config_of(folder, 1)))
-    request = family.request("one1", mixed_prompts(family)["one1"], max_tokens=8)
-    answers = []
-    for config in (
-        replace(config_of(folder, 2), lora=lora),
-        replace(config_of(folder, 1), lora=lora),
-        config_of(folder, 1),
-    ):
-        engine, info = load_engine(config, lambda *_: None)
-        assert info.lora == config.lora
-        answers.append(run(engine, request))
-        engine.close()
-    assert answers[0] == answers[1] != answers[2]
 
 
 def test_a_step_that_wants_no_token_is_shared_too(folder: Path, shared: Engine) -> None:
