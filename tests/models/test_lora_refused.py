@@ -66,9 +66,14 @@ def test_settings_that_are_not_served_are_refused_by_name(folder: Path, tmp_path
         check_checkpoint(config(folder, lora))
 
 
-@pytest.mark.parametrize("kind", [True, False, "gaussian", "eva", "orthogonal"])
+@pytest.mark.parametrize("kind", [None, True, False, "gaussian", "eva", "orthogonal"])
 def test_training_may_begin_anywhere_that_leaves_the_model_alone(folder: Path, tmp_path: Path, kind: object) -> None:
-    lora = Adapter(driving.load_hf(folder), of_text).write(tmp_path, init_lora_weights=kind, eva_config={"rho": 2.0})
+    converted: dict[str, Any] = {
+        "corda_config": {"corda_method": "ipm"},
+        "lora_ga_config": {"scale": "stable"},
+        "eva_config": {"rho": 2.0},
+    }
+    lora = Adapter(driving.load_hf(folder), of_text).write(tmp_path, init_lora_weights=kind, **converted)
     check_checkpoint(config(folder, lora))
 
 

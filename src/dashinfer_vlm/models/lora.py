@@ -26,20 +26,23 @@ _TYPES = ("BF16", "F16", "F32")
 _PATTERN = re.compile(r"(\^|\.\*\\?\.)?[\w-]+(\\?\.[\w-]+)*")
 """What a key of `rank_pattern` may be, of all regular expressions: the end of a module's name, or all of it."""
 
-_LEAVING_THE_BASE = (True, False, "gaussian", "eva", "orthogonal", "mica")
+_LEAVING_THE_BASE = (None, True, False, "gaussian", "eva", "orthogonal", "mica")
 """Values of `init_lora_weights` with which training begins at the model's own weights; others change them first."""
 
 _READ = ("peft_type", "bias", "init_lora_weights", "r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern")
 _WITHOUT_EFFECT = (
     "auto_mapping",
     "base_model_name_or_path",
+    "corda_config",
     "ensure_weight_tying",
     "eva_config",
     "exclude_modules",
     "inference_mode",
     "layers_pattern",
     "layers_to_transform",
+    "loftq_config",
     "lora_dropout",
+    "lora_ga_config",
     "megatron_core",
     "peft_version",
     "qalora_group_size",
@@ -48,7 +51,7 @@ _WITHOUT_EFFECT = (
     "target_parameters",
     "task_type",
 )
-"""Keys that say how the adapter was trained, or what its tensors say, too."""
+"""Keys that say how training began and went, or what the tensors say, too."""
 
 
 @dataclass(frozen=True, slots=True)
