@@ -3,8 +3,8 @@
 
     make_checkpoint.py OUT --arch qwen2_vl --size tiny [--seed 0] [--dtype bfloat16]
 
-`2b`, `7b`, `8b` (Qwen3-VL), `30b` (its mixture of experts) and `35b` (that of Qwen3.5) have the published shapes, so
-that speed and memory are the real ones; the text that comes out is noise.
+`2b`, `7b`, `8b` (Qwen3-VL), `30b` (its mixture of experts), `35b` (that of Qwen3.5) and `80b` (Qwen3-Next) have the
+published shapes, so that speed and memory are the real ones; the text that comes out is noise.
 `tiny` and `small` are for tests, parity with `transformers` among them; their norms and biases are random too, since an
 error in a norm of ones or a bias of zeros would not show, and their vocabulary is small, since every logit of every
 test costs time. A new family is one more row of RECIPES.
@@ -23,7 +23,7 @@ from safetensors.torch import save_file
 
 SPECIAL = """<|endoftext|> <|im_start|> <|im_end|> <|object_ref_start|> <|object_ref_end|> <|box_start|> <|box_end|>
 <|quad_start|> <|quad_end|> <|vision_start|> <|vision_end|> <|vision_pad|> <|image_pad|> <|video_pad|>""".split()
-FIRST_SPECIAL = {"tiny": 4000, "small": 4000, "2b": 151643, "7b": 151643, "8b": 151643, "30b": 151643, "35b": 248044}
+FIRST_SPECIAL = {"tiny": 4000, "small": 4000, **dict.fromkeys(("2b", "7b", "8b", "30b", "80b"), 151643), "35b": 248044}
 """Id of <|endoftext|>, in the published vocabulary at the large sizes; the other special tokens follow it in order."""
 WORDS = """the of and to in is you that it he was for on are as with his they at be this have from or one had by word
 but not what all were we when your can said there use an each which she do how their if will up
@@ -99,6 +99,14 @@ TEXT: dict[str, dict[str, Any]] = {
         "num_key_value_heads": 2,
         "tie_word_embeddings": False,
         "vocab_size": 248320,
+    },
+    "80b": {
+        "hidden_size": 2048,
+        "num_hidden_layers": 48,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 2,
+        "tie_word_embeddings": False,
+        "vocab_size": 151936,
     },
     "7b": {
         "hidden_size": 3584,
@@ -281,6 +289,8 @@ def mixture(size: str) -> dict[str, Any]:
         return {"num_experts": 128, "num_experts_per_tok": 8, "moe_intermediate_size": 768, "decoder_sparse_step": 1}
     if size == "35b":
         return {"num_experts": 256, "num_experts_per_tok": 8, "moe_intermediate_size": 512}
+    if size == "80b":
+        return {"num_experts": 512, "num_experts_per_tok": 10, "moe_intermediate_size": 512, "decoder_sparse_step": 1}
     return {"num_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 96, "decoder_sparse_step": 1}
 
 
@@ -332,20 +342,14 @@ def qwen3_5(size: str) -> dict[str, Any]:
     """As Qwen3-VL without deepstack, but for the text model: a quarter of each head turns, and every fourth layer alone
     has keys and values. The small sizes have a head of their own: a tied one would repeat the last token for ever."""
     config = qwen3_vl(size)
-    published, is_tied = size in ("2b", "35b"), size == "2b"
+    is_tied = size == "2b"
     text = config["text_config"] | {
         "model_type": "qwen3_5_text",
         "tie_word_embeddings": is_tied,
         "attn_output_gate": True,
-        "full_attention_interval": 4,
-        "linear_num_key_heads": 16 if published else 2,
-        "linear_num_value_heads": {"2b": 16, "35b": 32}.get(size, 4),
-        "linear_key_head_dim": 128 if published else 16,
-        "linear_value_head_dim": 128 if published else 24,
-        "linear_conv_kernel_dim": 4,
+        **delta_nets(size),
+        **(QWEN3_5_2B if is_tied else {}),
     }
-    if published:
-        text |= {"head_dim": 256, **(QWEN3_5_2B if size == "2b" else {})}
     section = {64: [4, 2, 2], 128: [6, 5, 5], 256: [11, 11, 10]}[text["head_dim"]]
     rope = {"mrope_interleaved": True, "mrope_section": section, "rope_type": "default", "rope_theta": 1e7}
     del text["rope_scaling"], text["rope_theta"]
@@ -363,6 +367,33 @@ def qwen3_5_moe(size: str) -> dict[str, Any]:
     return config | {"text_config": text, "vision_config": config["vision_config"] | {"model_type": "qwen3_5_moe"}}
 
 
+def delta_nets(size: str) -> dict[str, Any]:
+    """What is written about layers with states, and how wide the heads of the others are then."""
+    published = size in ("2b", "35b", "80b")
+    return {
+        "full_attention_interval": 4,
+        "linear_num_key_heads": 16 if published else 2,
+        "linear_num_value_heads": {"2b": 16, "35b": 32, "80b": 32}.get(size, 4),
+        "linear_key_head_dim": 128 if published else 16,
+        "linear_value_head_dim": 128 if published else 24,
+        "linear_conv_kernel_dim": 4,
+        **({"head_dim": 256} if published else {}),
+    }
+
+
+def qwen3_next(size: str) -> dict[str, Any]:
+    """As the text model of qwen3_5_moe, but for its positions; the first layer of the small sizes has an MLP."""
+    text = qwen3_moe(size) | delta_nets(size)
+    return text | {
+        "num_hidden_layers": max(text["num_hidden_layers"], 4),
+        "tie_word_embeddings": False,
+        "partial_rotary_factor": 0.25,
+        "rope_theta": 1e7,
+        "shared_expert_intermediate_size": text["moe_intermediate_size"],
+        "mlp_only_layers": [] if size == "80b" else [0],
+    }
+
+
 def without_eyes(seeing: Callable[[str], dict[str, Any]]) -> Callable[[str], dict[str, Any]]:
     """The text model of another recipe by itself."""
     return lambda size: seeing(size)["text_config"]
@@ -378,6 +409,7 @@ RECIPES: dict[str, tuple[str, Callable[[str], dict[str, Any]], str | None]] = {
     "qwen3_vl_moe": ("Qwen3VLMoeForConditionalGeneration", qwen3_vl_moe, "Qwen3VLProcessor"),
     "qwen3": ("Qwen3ForCausalLM", qwen3, None),
     "qwen3_moe": ("Qwen3MoeForCausalLM", qwen3_moe, None),
+    "qwen3_next": ("Qwen3NextForCausalLM", qwen3_next, None),
     "qwen3_5_text": ("Qwen3_5ForCausalLM", without_eyes(qwen3_5), None),
     "qwen3_5_moe_text": ("Qwen3_5MoeForCausalLM", without_eyes(qwen3_5_moe), None),
 }

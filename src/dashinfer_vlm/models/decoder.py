@@ -200,12 +200,13 @@ class Decoder:
         backend: Backend,
         *,
         attention: Callable[[str, TextConfig, Weights, Backend], Attention],
+        delta_net: type[GatedDeltaNet] = GatedDeltaNet,
         mlp: MakeMlp = GatedMlp,
         deepstack: int = 0,
     ) -> None:
-        """`attention` is for layers without states, `mlp` for those without a mixture of experts. `deepstack` layers
-        from the first on add columns of an item's embedding to its rows (DeepStack, Meng et al. 2024): those of layer i
-        follow the columns that overwrite word embeddings, after i times as many."""
+        """`attention` is for layers without states, `delta_net` for those with, `mlp` for those without a mixture of
+        experts. `deepstack` layers from the first on add columns of an item's embedding to its rows (DeepStack, Meng et
+        al. 2024): those of layer i follow the columns that overwrite word embeddings, after i times as many."""
         assert deepstack < config.num_layers, (deepstack, config.num_layers)
         self.deepstack = deepstack
         self.config = config
@@ -218,7 +219,7 @@ class Decoder:
             prefix = f"model.layers.{i}"
             mixer: Mixer
             if config.delta_net and i in config.delta_net.layers:
-                mixer = GatedDeltaNet(f"{prefix}.linear_attn", config, weights, backend)
+                mixer = delta_net(f"{prefix}.linear_attn", config, weights, backend)
             else:
                 mixer = attention(f"{prefix}.self_attn", config, weights, backend)
             make = ExpertMlp if config.mixture and i in config.mixture.layers else mlp

@@ -5,13 +5,14 @@ Kautz and Hatamizadeh 2024).
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from dashinfer_vlm.kernels.delta_net import DeltaNet
 from dashinfer_vlm.layers.backend import Backend
-from dashinfer_vlm.layers.linear import Linear, with_rows
+from dashinfer_vlm.layers.linear import Linear, Matrix, with_rows
 from dashinfer_vlm.layers.ranks import Cut, Ranks, times
 from dashinfer_vlm.models.base import StepBatch
 from dashinfer_vlm.models.config import DeltaNetConfig, TextConfig
@@ -20,7 +21,7 @@ from dashinfer_vlm.models.weights import Weights
 if TYPE_CHECKING:  # it chooses the layers
     from dashinfer_vlm.models.decoder import Cache, Table
 
-__all__ = ["GatedDeltaNet"]
+__all__ = ["GatedDeltaNet", "InterleavedDeltaNet"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +29,7 @@ class _Heads:
     """Those of one rank."""
 
     sizes: DeltaNetConfig
+    keys: slice
     values: slice
     """Value heads, as `of_values` counted in their channels."""
     of_values: slice
@@ -45,7 +47,7 @@ class _Heads:
         width = c.num_key_heads * c.key_dim
         channels = (of_keys, _moved(of_keys, width), _moved(of_values, 2 * width))
         own = replace(c, num_key_heads=_length(keys), num_value_heads=_length(values))
-        return cls(own, values, of_values, channels)
+        return cls(own, keys, values, of_values, channels)
 
 
 class GatedDeltaNet:
@@ -57,14 +59,10 @@ class GatedDeltaNet:
         self.sizes = heads.sizes
         self.config, self.ops = config, backend.ops
         hidden, width = config.hidden_size, c.num_value_heads * c.value_dim
-        qkv, z = f"{prefix}.in_proj_qkv.weight", f"{prefix}.in_proj_z.weight"
-        cut = Cut(rows={qkv: heads.channels, z: heads.of_values})
-        joined = weights.matrix({qkv: c.num_channels, z: width}, hidden, cut)
-        rates = [weights.take(f"{prefix}.in_proj_{x}.weight", c.num_value_heads, hidden) for x in "ba"]
-        both = torch.cat([x[heads.values] for x in rates])
+        joined, rates = self.projections(prefix, c, hidden, heads, weights)
         # few and decisive, how much is learnt and how much is forgotten: they are not rounded with the others
-        self.rates = backend.unrounded(both) if backend.is_quantised else None
-        self.joined = backend.linear(joined if self.rates else with_rows(joined, both))
+        self.rates = backend.unrounded(rates) if backend.is_quantised else None
+        self.joined = backend.linear(joined if self.rates else with_rows(joined, rates))
         self.out = backend.summed(
             weights.matrix({f"{prefix}.out_proj.weight": hidden}, width, Cut(columns=heads.of_values))
         )
@@ -81,6 +79,18 @@ class GatedDeltaNet:
             eps=config.rms_norm_eps,
         )
 
+    @staticmethod
+    def projections(
+        prefix: str, c: DeltaNetConfig, hidden: int, heads: _Heads, weights: Weights
+    ) -> tuple[Matrix, torch.Tensor]:
+        """Of this rank's heads: rows for queries, keys, values and gates; and those of how much is learnt, above those
+        of how much is forgotten, [2 * value heads, hidden]."""
+        qkv, z = f"{prefix}.in_proj_qkv.weight", f"{prefix}.in_proj_z.weight"
+        cut = Cut(rows={qkv: heads.channels, z: heads.of_values})
+        joined = weights.matrix({qkv: c.num_channels, z: c.num_value_heads * c.value_dim}, hidden, cut)
+        rates = [weights.take(f"{prefix}.in_proj_{x}.weight", c.num_value_heads, hidden) for x in "ba"]
+        return joined, torch.cat([x[heads.values] for x in rates])
+
     @property
     def first(self) -> Linear:
         return self.rates or self.joined
@@ -95,6 +105,30 @@ class GatedDeltaNet:
         rates = self.rates(x) if self.rates else rates
         where = (batch.seats, batch.query_starts, batch.context_lens)
         return self.ops.gated_delta_net(channels, gate, rates, self.net, *cache, *where)
+
+
+class InterleavedDeltaNet(GatedDeltaNet):
+    """The same where all that is projected for one key head lies together: rows for its query, its key, its values and
+    their gates in one matrix, and for how much they learn and forget in another."""
+
+    @staticmethod
+    def projections(
+        prefix: str, c: DeltaNetConfig, hidden: int, heads: _Heads, weights: Weights
+    ) -> tuple[Matrix, torch.Tensor]:
+        each = c.num_value_heads // c.num_key_heads
+        sizes = (c.key_dim, c.key_dim, each * c.value_dim, each * c.value_dim)
+        qkvz, num_rows = f"{prefix}.in_proj_qkvz.weight", c.num_key_heads * sum(sizes)
+        joined = weights.matrix({qkvz: num_rows}, hidden, Cut(rows={qkvz: _kind_by_kind(heads.keys, sizes)}))
+        rates = weights.take(f"{prefix}.in_proj_ba.weight", 2 * c.num_value_heads, hidden)
+        return joined, torch.cat([rates[part] for part in _kind_by_kind(heads.keys, (each, each))])
+
+
+def _kind_by_kind(keys: slice, sizes: tuple[int, ...]) -> tuple[slice, ...]:
+    """Of rows of which each key head has `sizes` of several kinds, those of the heads `keys`: all of the first kind,
+    then all of the next."""
+    starts = accumulate(sizes[:-1], initial=0)
+    rows = (slice(start, start + size) for start, size in zip(starts, sizes, strict=True))
+    return tuple(_moved(part, head * sum(sizes)) for part in rows for head in range(keys.start, keys.stop))
 
 
 def _moved(part: slice, by: int) -> slice:

@@ -58,7 +58,7 @@ class Piece:
         return matrix.t() if self.is_transposed else matrix
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Entry:
     path: Path
     name: str

@@ -26,6 +26,7 @@ FAMILIES: dict[str, tuple[str, str]] = {
     "Qwen3ForCausalLM": ("qwen_text", "Qwen3"),
     "Qwen3MoeForCausalLM": ("qwen_text", "Qwen3Moe"),
     "Qwen3ForSequenceClassification": ("qwen_text", "Qwen3Classifier"),
+    "Qwen3NextForCausalLM": ("qwen3_next", "Qwen3Next"),
     "Qwen3_5ForCausalLM": ("qwen3_5", "Qwen35Text"),
     "Qwen3_5MoeForCausalLM": ("qwen3_5", "Qwen35TextMoe"),
 }

@@ -10,7 +10,7 @@ import os
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 import torch
@@ -197,7 +197,7 @@ class Weights:
         return joined
 
     def _read_alike(self, entries: list[Entry]) -> list[torch.Tensor]:
-        tensors = [read_base(entry) for entry in entries]
+        tensors = list(map(cache(read_base), entries))  # one of which many parts are wanted is read once
         if len({tensor.dtype for tensor in tensors}) > 1:
             names = ", ".join(self.names.ours(entry.name) for entry in entries)
             raise CheckpointError(f"{self.folder}: tensors {names} must have one dtype")
@@ -239,10 +239,10 @@ def _floats(entries: list[Entry], parts: list[slice], columns: slice) -> Callabl
         return None
 
     def read() -> Floats:
-        numbers, joined = [], []
+        numbers, joined, whole = [], [], cache(read_whole)
         for entry, scale, rows in zip(entries, scales, parts, strict=True):
-            numbers.append(read_whole(entry)[rows, columns].view(torch.uint8))
-            joined.append(stored.own_scales(read_whole(scale), entry.shape, rows, columns))
+            numbers.append(whole(entry)[rows, columns].view(torch.uint8))
+            joined.append(stored.own_scales(whole(scale), entry.shape, rows, columns))
         return Floats(torch.cat(numbers).view(torch.float8_e4m3fn), torch.cat(joined), stored.block is not None)
 
     return read
@@ -252,7 +252,7 @@ def _nibbles(entries: list[Entry], parts: list[slice], columns: slice) -> Nibble
     """The same, where all are 4 bits in groups of columns that follow each other, and no adapter adds to them."""
     stored = entries[0].stored
     if not isinstance(stored, StoredIntegers) or any(
-        entry.stored != stored or entry.update is not None or not _is_in_order(entry) for entry in entries
+        entry.stored != stored or entry.update is not None or not _is_in_order(entry) for entry in set(entries)
     ):
         return None
     group, inside = stored.nibble_group, range(entries[0].shape[1])[columns]
@@ -260,11 +260,13 @@ def _nibbles(entries: list[Entry], parts: list[slice], columns: slice) -> Nibble
         return None
     groups = slice(inside.start // group, -(-inside.stop // group))
 
+    def of(entry: Entry) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        beside = {part: read_whole(other) for part, other in entry.parts.items()}
+        return stored.nibbles(read_whole(entry), beside, entry.shape)
+
     def read() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
         joined: tuple[list[torch.Tensor], ...] = [], [], []
-        for entry, rows in zip(entries, parts, strict=True):
-            beside = {part: read_whole(other) for part, other in entry.parts.items()}
-            found = stored.nibbles(read_whole(entry), beside, entry.shape)
+        for found, rows in zip(map(cache(of), entries), parts, strict=True):
             for tensors, tensor, across in zip(joined, found, (columns, groups, groups), strict=True):
                 if tensor is not None:
                     tensors.append(tensor[rows, across])
