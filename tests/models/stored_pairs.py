@@ -19,7 +19,7 @@ from make_checkpoint import published_experts
 
 __all__ = ["Tensors", "Write", "assert_refused", "write_pair"]
 
-QUANTISED = ("_proj.weight", ".in_proj_qkv.weight", ".in_proj_z.weight")
+QUANTISED = ("_proj.weight", ".in_proj_qkv.weight", ".in_proj_z.weight", ".in_proj_qkvz.weight")
 
 Tensors = dict[str, Tensor]
 Write = Callable[[str, Tensor], tuple[Tensors, Tensor]]

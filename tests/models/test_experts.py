@@ -27,14 +27,14 @@ from tests.models import driving, qwen3_vl
 from tests.models.driving import Driver, Prompt, greedy, hf_logits
 
 
-@pytest.fixture(scope="module", params=["qwen3_moe", "qwen3_vl_moe", "qwen3_5_moe"])
+@pytest.fixture(scope="module", params=["qwen3_moe", "qwen3_vl_moe", "qwen3_5_moe", "qwen3_next"])
 def folder(request: pytest.FixtureRequest, checkpoint: CheckpointMaker) -> Path:
     return checkpoint(request.param)
 
 
 @pytest.fixture(scope="module")
 def cases(folder: Path, hf: Any) -> list[Prompt]:
-    if hf.config.model_type == "qwen3_moe":
+    if hf.config.model_type in ("qwen3_moe", "qwen3_next"):
         return [driving.prompt(70), driving.prompt(23, seed=1)]
     # what pictures do is compared in test_qwen3_vl.py; experts see rows
     return [qwen3_vl.prompt(folder, *qwen3_vl.CASES[name]) for name in ("text only", "videos and images mixed")]
@@ -142,10 +142,11 @@ def test_nonsense_is_named_with_its_key(
 
 
 def test_which_layers_have_experts(checkpoint: CheckpointMaker) -> None:
-    archs = ("qwen3_moe", "qwen3_vl_moe", "qwen3_5_moe", "qwen3", "qwen3_5")
+    archs = ("qwen3_moe", "qwen3_vl_moe", "qwen3_5_moe", "qwen3_next", "qwen3", "qwen3_5")
     mixtures = [read_config(checkpoint(arch)).text.mixture for arch in archs]
-    assert [mixture and sorted(mixture.layers) for mixture in mixtures] == [[1], *2 * [[0, 1, 2, 3]], None, None]
-    assert [mixture and mixture.has_shared for mixture in mixtures] == [False, False, True, None, None]
+    layers = [mixture and sorted(mixture.layers) for mixture in mixtures]
+    assert layers == [[1], *2 * [[0, 1, 2, 3]], [1, 2, 3], None, None]
+    assert [mixture and mixture.has_shared for mixture in mixtures] == [False, False, True, True, None, None]
 
 
 @pytest.mark.skipif(not cpu_ops.available(), reason="needs the native kernels")
@@ -158,6 +159,8 @@ def test_which_layers_have_experts(checkpoint: CheckpointMaker) -> None:
         ("qwen3_moe", {"quant_type": "a16w4"}, 0.4),
         ("qwen3_5_moe", {"quant_type": "a8w8"}, 0.15),  # states remember an expert that was chosen otherwise
         ("qwen3_5_moe", {"quant_type": "a16w4"}, 0.6),
+        ("qwen3_next", {"quant_type": "a8w8"}, 0.15),
+        ("qwen3_next", {"quant_type": "a16w4"}, 0.6),
     ],
     ids=str,
 )

@@ -248,7 +248,7 @@ def test_groups_of_other_sizes_stay_what_they_are(checkpoint: CheckpointMaker, t
 
 
 @pytest.mark.skipif(not cpu_ops.available(), reason="needs the native kernels")
-@pytest.mark.parametrize("arch", ["qwen3_moe", "qwen3_5", "qwen3_5_moe"])
+@pytest.mark.parametrize("arch", ["qwen3_moe", "qwen3_5", "qwen3_5_moe", "qwen3_next"])
 def test_4_bits_of_experts_and_of_states_stay_what_they_are(
     checkpoint: CheckpointMaker, tmp_path: Path, arch: str
 ) -> None:

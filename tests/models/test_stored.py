@@ -117,7 +117,7 @@ def test_it_can_be_quantised_anew(pair: tuple[Path, Path]) -> None:
     assert torch.equal(logits(pair[0], quant_type="a8w8"), logits(pair[1], quant_type="a8w8"))
 
 
-@pytest.mark.parametrize("arch", ["qwen3_vl", "qwen3_moe", "qwen3_5", "qwen3_5_moe"])
+@pytest.mark.parametrize("arch", ["qwen3_vl", "qwen3_moe", "qwen3_5", "qwen3_5_moe", "qwen3_next"])
 def test_models_that_see_and_those_of_experts_or_states_are_read_too(
     checkpoint: CheckpointMaker, tmp_path: Path, arch: str
 ) -> None:

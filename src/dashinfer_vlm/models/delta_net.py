@@ -21,11 +21,11 @@ from dashinfer_vlm.models.weights import Weights
 if TYPE_CHECKING:  # it chooses the layers
     from dashinfer_vlm.models.decoder import Cache, Table
 
-__all__ = ["GatedDeltaNet", "InterleavedDeltaNet"]
+__all__ = ["GatedDeltaNet", "Heads", "InterleavedDeltaNet"]
 
 
 @dataclass(frozen=True, slots=True)
-class _Heads:
+class Heads:
     """Those of one rank."""
 
     sizes: DeltaNetConfig
@@ -37,7 +37,7 @@ class _Heads:
     """Of the convolution: queries, keys and values."""
 
     @classmethod
-    def of(cls, c: DeltaNetConfig, ranks: Ranks) -> _Heads:
+    def of(cls, c: DeltaNetConfig, ranks: Ranks) -> Heads:
         """Each rank has the values of its keys. Raises ConfigError for heads that cannot be dealt out."""
         keys, values = (
             ranks.share(count, f"{kind} heads of gated delta nets")
@@ -55,7 +55,7 @@ class GatedDeltaNet:
 
     def __init__(self, prefix: str, config: TextConfig, weights: Weights, backend: Backend) -> None:
         assert config.delta_net is not None
-        c, heads = config.delta_net, _Heads.of(config.delta_net, backend.ranks)
+        c, heads = config.delta_net, Heads.of(config.delta_net, backend.ranks)
         self.sizes = heads.sizes
         self.config, self.ops = config, backend.ops
         hidden, width = config.hidden_size, c.num_value_heads * c.value_dim
@@ -81,7 +81,7 @@ class GatedDeltaNet:
 
     @staticmethod
     def projections(
-        prefix: str, c: DeltaNetConfig, hidden: int, heads: _Heads, weights: Weights
+        prefix: str, c: DeltaNetConfig, hidden: int, heads: Heads, weights: Weights
     ) -> tuple[Matrix, torch.Tensor]:
         """Of this rank's heads: rows for queries, keys, values and gates; and those of how much is learnt, above those
         of how much is forgotten, [2 * value heads, hidden]."""
@@ -113,7 +113,7 @@ class InterleavedDeltaNet(GatedDeltaNet):
 
     @staticmethod
     def projections(
-        prefix: str, c: DeltaNetConfig, hidden: int, heads: _Heads, weights: Weights
+        prefix: str, c: DeltaNetConfig, hidden: int, heads: Heads, weights: Weights
     ) -> tuple[Matrix, torch.Tensor]:
         each = c.num_value_heads // c.num_key_heads
         sizes = (c.key_dim, c.key_dim, each * c.value_dim, each * c.value_dim)

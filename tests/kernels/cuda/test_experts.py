@@ -58,6 +58,7 @@ def wanted(x: Tensor, gate_up: Tensor, down: Tensor, chosen: Tensor, shares: Ten
         (40, 8, 1, 72, 136, 16),
         (40, 5, 3, 136, 40, 64),
         (130, 5, 3, 40, 72, 128),
+        (3, 513, 11, 40, 24, 16),
     ],
 )
 def test_rows_get_what_their_experts_make_of_them(
@@ -68,11 +69,11 @@ def test_rows_get_what_their_experts_make_of_them(
     assert error(multiply(*tensors), wanted(*tensors)) < 1e-5
 
 
-@pytest.mark.parametrize(("num_rows", "count", "inner"), [(1, 1, 72), (1, 3, 40), (2, 3, 136), (2, 8, 20)])
+@pytest.mark.parametrize(("num_rows", "count", "inner"), [(1, 1, 72), (1, 3, 40), (2, 3, 136), (2, 8, 20), (2, 11, 20)])
 def test_rows_by_themselves_are_two_launches(
     num_rows: int, count: int, inner: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    tensors = given(num_rows, 8, count, 72, inner)
+    tensors = given(num_rows, 12, count, 72, inner)
     monkeypatch.setattr(experts, "sort_pairs", None)
     assert error(multiply(*tensors), wanted(*tensors)) < 1e-5
 
@@ -143,7 +144,7 @@ def test_tiles_have_as_many_rows_as_experts_have() -> None:
 
 @pytest.mark.parametrize("dtype", TYPES)
 @pytest.mark.parametrize("normalise", [True, False])
-@pytest.mark.parametrize(("num_experts", "count"), [(5, 1), (8, 3), (128, 8), (6, 6)])
+@pytest.mark.parametrize(("num_experts", "count"), [(5, 1), (8, 3), (128, 8), (512, 10), (6, 6)])
 def test_the_most_probable_are_chosen(num_experts: int, count: int, normalise: bool, dtype: torch.dtype) -> None:
     logits = torch.randn(3, num_experts + 2, device=DEVICE).to(dtype)[:, :num_experts]
     want, places = logits.float().softmax(1).sort(dim=1, descending=True, stable=True)
@@ -155,15 +156,15 @@ def test_the_most_probable_are_chosen(num_experts: int, count: int, normalise: b
 
 
 @pytest.mark.parametrize("dtype", TYPES)
-@pytest.mark.parametrize("count", [1, 4])
-def test_a_shared_expert_comes_last_by_its_own_share(count: int, dtype: torch.dtype) -> None:
-    logits = torch.randn(3, 7, device=DEVICE).to(dtype)
-    places, want = choose(logits[:, :6], count, normalise=True)
+@pytest.mark.parametrize(("num_experts", "count"), [(6, 1), (6, 4), (512, 10)])
+def test_a_shared_expert_comes_last_by_its_own_share(num_experts: int, count: int, dtype: torch.dtype) -> None:
+    logits = torch.randn(3, num_experts + 1, device=DEVICE).to(dtype)
+    places, want = choose(logits[:, :-1], count, normalise=True)
     chosen, shares = choose(logits, count, normalise=True, has_shared=True)
     assert torch.equal(chosen[:, :count], places)
     assert error(shares[:, :count], want) < allowed(dtype)
-    assert (chosen[:, count] == 6).all()
-    assert error(shares[:, count], logits[:, 6].float().sigmoid()) < allowed(dtype)
+    assert (chosen[:, count] == num_experts).all()
+    assert error(shares[:, count], logits[:, -1].float().sigmoid()) < allowed(dtype)
 
 
 def test_of_equal_ones_the_first_is_chosen_and_nothing_else_of_what_is_no_number() -> None:
