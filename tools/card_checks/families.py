@@ -47,7 +47,7 @@ def families(setting: Setting) -> Iterator[Check]:
     name, backend, cache = next(_precisions(setting))
     yield f"decode beside prompts by states in {name}", partial(_decoding, setting, "qwen3_5", backend, cache)
     for arch in RECIPES:
-        if not arch.endswith("_text"):  # what is left of another one without its ViT
+        if not arch.endswith(("_text", "_next")):  # whose layers are those of another one
             yield f"logits of a tiny {arch} in bfloat16", partial(_rounding, setting, arch)
         if RECIPES[arch][2]:
             yield f"embeddings by the ViT of {arch} in bfloat16", partial(_seeing, setting, arch)
