@@ -58,7 +58,7 @@ def folder(checkpoint: CheckpointMaker) -> Path:
 
 @pytest.mark.parametrize("named", [str, old_name])
 @pytest.mark.parametrize(
-    "arch", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_5", "qwen3_vl_moe", "qwen3_5_moe", "qwen3_moe"]
+    "arch", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_5", "qwen3_vl_moe", "qwen3_5_moe", "qwen3_moe", "qwen3_next"]
 )
 def test_logits_and_tokens_are_those_of_transformers_with_changed_weights(
     checkpoint: CheckpointMaker, tmp_path: Path, arch: str, named: Callable[[str], str]

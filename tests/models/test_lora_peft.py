@@ -63,7 +63,7 @@ def test_later_families(checkpoint: CheckpointMaker, tmp_path: Path, arch: str, 
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("arch", ["qwen3_vl_moe", "qwen3_5_moe", "qwen3_moe"])
+@pytest.mark.parametrize("arch", ["qwen3_vl_moe", "qwen3_5_moe", "qwen3_moe", "qwen3_next"])
 @pytest.mark.parametrize(
     "settings",
     [
