@@ -60,6 +60,8 @@ class Piece:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Entry:
+    """Equal to itself alone, so that what was read of it can be looked up."""
+
     path: Path
     name: str
     """As the file calls it."""
