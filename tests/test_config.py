@@ -29,7 +29,7 @@ def test_defaults_are_valid(face: type[Any]) -> None:
         ),
         (
             EngineConfig(speculative_config={"method": "eagle", "num_speculative_tokens": 4}),
-            '--speculative-config has method eagle; this version supports {"method": "ngram"}',
+            "--speculative-config has method eagle; this version supports ngram and mtp",
         ),
         (EngineConfig(speculative_config={"method": "ngram"}), "--speculative-config needs num_speculative_tokens"),
         (
@@ -38,7 +38,7 @@ def test_defaults_are_valid(face: type[Any]) -> None:
         ),
         (
             EngineConfig(speculative_config={"method": "ngram", "num_speculative_tokens": 4, "model": "x"}),
-            "--speculative-config has model; its keys are method, num_speculative_tokens, prompt_lookup_max",
+            "--speculative-config has model; its keys with ngram are method, num_speculative_tokens, prompt_lookup_max",
         ),
         (
             EngineConfig(speculative_config={"method": "ngram", "num_speculative_tokens": 4, "prompt_lookup_max": 1}),

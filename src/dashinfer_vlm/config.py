@@ -22,6 +22,7 @@ KVCacheDTypeName = Literal["auto", "int8"]
 QuantTypeName = Literal["none", "gptq", "gptq_weight_only", "a8w8", "a16w4", "a16w8", "fp8"]
 VisionQuantTypeName = Literal["none", "a8w8", "a16w8"]
 ScheduleName = Literal["latency", "balanced", "throughput"]
+SpeculationName = Literal["ngram", "mtp"]
 
 _MOST_SPECULATIVE = 32
 """Beyond this no guess is right often enough to pay."""
@@ -30,6 +31,13 @@ _MOST_THREADS = 1024
 """More than machines have cores; far more of them end the process without a word."""
 
 _MAX_ITEMS = {"image": 128, "video": 16}
+_METHODS: dict[str, SpeculationName] = {
+    "ngram": "ngram",
+    "mtp": "mtp",
+    "qwen3_5_mtp": "mtp",
+    "qwen3_next_mtp": "mtp",
+}
+"""Of speculation, by the names that vLLM has for them."""
 
 
 def _check_redis_url(url: str) -> None:
@@ -43,8 +51,10 @@ def _check_redis_url(url: str) -> None:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Speculation:
-    """Speculative decoding by prompt lookup; the keys of `--speculative-config` are those of vLLM."""
+    """Speculative decoding; the keys of `--speculative-config` are those of vLLM."""
 
+    method: SpeculationName = "ngram"
+    """By prompt lookup, or by the model's own head (multi-token prediction)."""
     num_speculative_tokens: int
     """Tokens that a sequence may guess in one step, at most."""
     prompt_lookup_max: int = 4
@@ -56,18 +66,23 @@ class Speculation:
     def parse(cls, settings: Mapping[str, str | int]) -> Speculation:
         """Raises ConfigError with the key and its value."""
         name, counts = "--speculative-config", dict(settings)
-        method = counts.pop("method", None)
-        if method != "ngram":
-            raise ConfigError(f'{name} has method {method}; this version supports {{"method": "ngram"}}')
-        if unknown := counts.keys() - {item.name for item in fields(cls)}:
-            known = ", ".join(item.name for item in fields(cls))
-            raise ConfigError(f"{name} has {sorted(unknown)[0]}; its keys are method, {known}")
+        method = _METHODS.get(str(counts.pop("method", None)))
+        if method is None:
+            raise ConfigError(f"{name} has method {settings.get('method')}; this version supports ngram and mtp")
+        keys = [item.name for item in fields(cls) if item.name != "method"]
+        known = keys if method == "ngram" else ["num_speculative_tokens"]
+        if unknown := counts.keys() - known:
+            raise ConfigError(f"{name} has {sorted(unknown)[0]}; its keys with {method} are method, {', '.join(known)}")
         if "num_speculative_tokens" not in counts:
             raise ConfigError(f"{name} needs num_speculative_tokens, such as 4")
         for key, value in counts.items():
             if type(value) is not int or not 1 <= value <= _MOST_SPECULATIVE:
                 raise ConfigError(f"{name} has {key} {value}; it must be a whole number from 1 to {_MOST_SPECULATIVE}")
-        made = cls(**counts)  # type: ignore[arg-type]  # all are whole numbers now
+        made = cls(method=method, **counts)  # type: ignore[arg-type]  # all are whole numbers now
+        if method == "mtp" and made.num_speculative_tokens != 1:
+            raise ConfigError(
+                f"{name} has num_speculative_tokens {made.num_speculative_tokens}; with mtp this version guesses 1"
+            )
         if made.prompt_lookup_min > made.prompt_lookup_max:
             raise ConfigError(
                 f"{name} has prompt_lookup_min {made.prompt_lookup_min} above prompt_lookup_max "
@@ -197,6 +212,11 @@ class EngineConfig:
     def speculation(self) -> Speculation | None:
         """What `speculative_config` says; raises ConfigError."""
         return None if self.speculative_config is None else Speculation.parse(self.speculative_config)
+
+    @property
+    def wants_draft_head(self) -> bool:
+        """Whether the model's own head is to guess; raises ConfigError."""
+        return self.speculation is not None and self.speculation.method == "mtp"
 
     def validate(self) -> None:
         """Raise ConfigError for the first value that is out of range."""

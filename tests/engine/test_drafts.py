@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from dashinfer_vlm.config import Speculation
 from dashinfer_vlm.engine.cost import StepCost
-from dashinfer_vlm.engine.drafts import Drafter
+from dashinfer_vlm.engine.drafts import LookupDrafter
 from dashinfer_vlm.engine.scheduler import Scheduler
 from dashinfer_vlm.engine.sequence import Sequence
 from tests.engine.test_scheduler import arrive, carry_out, make_scheduler
@@ -16,8 +16,8 @@ from tests.engine.test_scheduler import arrive, carry_out, make_scheduler
 VOCAB = 100
 
 
-def drafter(num_tokens: int = 4, most: int = 4, least: int = 2) -> Drafter:
-    return Drafter(
+def drafter(num_tokens: int = 4, most: int = 4, least: int = 2) -> LookupDrafter:
+    return LookupDrafter(
         Speculation(num_speculative_tokens=num_tokens, prompt_lookup_max=most, prompt_lookup_min=least), VOCAB
     )
 

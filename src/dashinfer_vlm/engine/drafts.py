@@ -1,4 +1,5 @@
-"""Guesses what a sequence will say next from what it has said or read before (prompt lookup, Saxena 2023).
+"""Guesses what a sequence will say next: from what it has said or read before (prompt lookup, Saxena 2023), or as the
+model's own head has it.
 
 A guess is never trusted: the engine computes the guessed tokens beside the newest one, and keeps a guess only when the
 sampler chose the same token. So a wrong guess costs time and changes nothing.
@@ -16,23 +17,47 @@ _MOST_PLACES = 32
 
 
 class Drafter:
-    """Guesses for one sequence, and how often they were right.
+    """The guesses for one sequence, and how often they were right. This one waits for the model's."""
+
+    def __init__(self, settings: Speculation) -> None:
+        self.settings = settings
+        self.chance = _FIRST_CHANCE
+        """Share of the first guessed tokens, or of those after a right one, that were right lately."""
+        self._guess: list[int] = []
+
+    def propose(self, tokens: list[int], num_tokens: int) -> list[int]:
+        """Up to `num_tokens` tokens that may follow `tokens`, which may only grow from call to call."""
+        return self._guess[:num_tokens]
+
+    def observe(self, token: int) -> None:
+        """The sequence goes on with `token`: learn whether the guess was right, also where nobody computed it."""
+        if not self._guess:
+            return
+        right = self._guess.pop(0) == token
+        self.chance += _LEARNING_RATE * (right - self.chance)
+        if not right:
+            self._guess.clear()
+
+    def hear(self, guess: int) -> None:
+        """What the model guesses behind the newest token."""
+        self._guess = [guess]
+
+
+class LookupDrafter(Drafter):
+    """Looks the newest tokens up among the earlier ones.
 
     The places of every n-gram of the smallest size are chained from the latest to the earliest, so that a lookup looks
     at nothing but places that match already.
     """
 
     def __init__(self, settings: Speculation, vocab_size: int) -> None:
-        self.settings = settings
-        self.chance = _FIRST_CHANCE
-        """Share of the first guessed tokens, or of those after a right one, that were right lately."""
+        super().__init__(settings)
         self._vocab_size = vocab_size
         self._latest: dict[tuple[int, ...], int] = {}  # n-gram -> where it ended last
         self._earlier: list[int | None] = []  # place -> where its n-gram ended before
-        self._guess: list[int] = []
 
     def propose(self, tokens: list[int], num_tokens: int) -> list[int]:
-        """Up to `num_tokens` tokens that may follow `tokens`, which may only grow from call to call.
+        """See `Drafter`.
 
         Only the tokens in front of the newest are searched. Ids outside the vocabulary, which stand for items, are
         never guessed.
@@ -46,15 +71,6 @@ class Drafter:
         found = self._best_place(tokens)
         self._guess = [] if found is None else self._continuation(tokens, found + 1, num_tokens)
         return self._guess[:]
-
-    def observe(self, token: int) -> None:
-        """The sequence goes on with `token`: learn whether the guess was right, also where nobody computed it."""
-        if not self._guess:
-            return
-        right = self._guess.pop(0) == token
-        self.chance += _LEARNING_RATE * (right - self.chance)
-        if not right:
-            self._guess.clear()
 
     def _best_place(self, tokens: list[int]) -> int | None:
         """Where the longest earlier occurrence of the newest tokens ends; of equal ones the latest."""
@@ -79,6 +95,13 @@ class Drafter:
                 break
             guess.append(token)
         return guess
+
+
+def make_drafter(settings: Speculation | None, vocab_size: int) -> Drafter | None:
+    """None: nothing is guessed."""
+    if settings is None:
+        return None
+    return LookupDrafter(settings, vocab_size) if settings.method == "ngram" else Drafter(settings)
 
 
 def _common_end(tokens: list[int], place: int, most: int) -> int:

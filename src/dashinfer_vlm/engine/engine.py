@@ -19,7 +19,7 @@ from dashinfer_vlm.engine.admission import Limits, check_request
 from dashinfer_vlm.engine.blocks import BlockPool
 from dashinfer_vlm.engine.cards.calls import Followers
 from dashinfer_vlm.engine.devices import first_cost, make_runner, max_batched_tokens
-from dashinfer_vlm.engine.drafts import Drafter
+from dashinfer_vlm.engine.drafts import make_drafter
 from dashinfer_vlm.engine.grammars.compiler import Compiler
 from dashinfer_vlm.engine.memory import max_item_patches, max_pinned_tokens, most_running
 from dashinfer_vlm.engine.sampler import NO_TOKEN_LEFT, PROBLEMS, Sampled
@@ -109,7 +109,6 @@ class Engine:
             positions = request.positions.reshape(3, -1).to(torch.int64)
             offset = int(positions.max()) + 1 - len(request.prompt_ids)
         seed = next(self._seeds) if request.params.seed is None else request.params.seed
-        drafter = None if self._speculation is None else Drafter(self._speculation, self.limits.vocab_size)
         grammar = request.params.grammar
         sequence = Sequence(
             request,
@@ -117,7 +116,7 @@ class Engine:
             offset=offset,
             max_tokens=max_tokens,
             seed=seed,
-            drafter=drafter,
+            drafter=make_drafter(self._speculation, self.limits.vocab_size),
             matcher=None if grammar is None else self._compiler(grammar).matcher(grammar, prepared),
         )
         self._sequences[request.id] = sequence
@@ -278,6 +277,8 @@ class Engine:
                 break
             self.scheduler.computed(sequence, 1)
             self._counted.num_accepted_draft_tokens_total += 1
+        if sampled.guess is not None and sequence.drafter is not None:
+            sequence.drafter.hear(sampled.guess)
         tokens = sequence.tokens[num_before : sequence.num_known]
         if finish is None:
             self.scheduler.publish(sequence)

@@ -6,16 +6,18 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
+from typing import cast
 
 import numpy as np
 import torch
 
 from dashinfer_vlm.encoders.cache import EmbeddingCache
 from dashinfer_vlm.engine.grammars.masks import Masks
+from dashinfer_vlm.engine.guesses import with_guesses
 from dashinfer_vlm.engine.sampler import Sampled, Sampler
 from dashinfer_vlm.engine.sequence import Sequence
 from dashinfer_vlm.engine.steps import Chunk, Plan, vectors_of
-from dashinfer_vlm.models.base import EmbeddingRows, KVCache, Model, StepBatch
+from dashinfer_vlm.models.base import EmbeddingRows, GuessingModel, KVCache, Model, StepBatch
 from dashinfer_vlm.request import TokenLogprob
 
 
@@ -54,8 +56,10 @@ class Runner:
 
     depth = 0
 
-    def __init__(self, model: Model, kv: KVCache, embeddings: EmbeddingCache) -> None:
+    def __init__(self, model: Model, kv: KVCache, embeddings: EmbeddingCache, *, guesses: bool = False) -> None:
+        """With `guesses` the model has a head of its own for that."""
         self.model = model
+        self.guessing = cast(GuessingModel, model) if guesses else None
         self.kv = kv
         self.embeddings = embeddings
         self.sampler = Sampler(model.eos_token_ids, model.device)
@@ -68,22 +72,27 @@ class Runner:
             self.kv.copy_state(source, target)
         wanted = [(chunk.sequence, chunk.draft) for chunk in plan.sampled_chunks]
         mask = self.masks.begin(wanted)
-        logits, vectors = self._call(plan)
+        batch = self.batch(plan.chunks)
+        logits, vectors, states = self._call(plan, batch)
         computed = time.perf_counter()
         num_sampled = len(logits) - plan.num_scored
         sampled = self.sampler.sample(logits[:num_sampled], wanted, mask()) if wanted else []
         scored = [(chunk.sequence, chunk.scored) for chunk in plan.scored_chunks]
         scores = self.sampler.scores(logits[num_sampled:], scored) if scored else []
+        if self.guessing is not None and states is not None:
+            sampled = with_guesses(self.guessing, self.kv, plan, batch, states, sampled)
         done = time.perf_counter()
         return DoneStep(plan, sampled, scores, vectors, done - begun, done - computed)
 
-    def _call(self, plan: Plan) -> tuple[torch.Tensor, list[bytes]]:
-        """The logits of the plan's rows, and its vectors."""
-        batch = self.batch(plan.chunks)
+    def _call(self, plan: Plan, batch: StepBatch) -> tuple[torch.Tensor, list[bytes], torch.Tensor | None]:
+        """The logits of the plan's rows, its vectors, and the states of all rows where there are guesses to make."""
+        if self.guessing is not None:
+            logits, vectors, states = self.guessing.forward_with_states(batch, self.kv, plan.num_logits)
+            return logits, vectors_of(vectors.cpu()), states
         if not plan.vector_chunks:
-            return self.model.forward(batch, self.kv), []
+            return self.model.forward(batch, self.kv), [], None
         logits, vectors = self.model.forward_with_vectors(batch, self.kv, plan.num_logits)
-        return logits, vectors_of(vectors.cpu())
+        return logits, vectors_of(vectors.cpu()), None
 
     def needs_tokens(self, sequence: Sequence) -> bool:
         return sequence.shaping.follows_output or sequence.matcher is not None

@@ -190,6 +190,21 @@ class Model(Protocol):
         ...
 
 
+class GuessingModel(Model, Protocol):
+    """One with a head of its own that guesses, whose keys and values are the cache's last layer."""
+
+    def forward_with_states(
+        self, batch: StepBatch, kv: KVCache, num_logits: int
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """`forward_with_vectors`, and for `guess` the states of all rows: [T, hidden]."""
+        ...
+
+    def guess(self, batch: StepBatch, states: torch.Tensor, kv: KVCache) -> torch.Tensor:
+        """float32 [L, vocab]: what follows the tokens of `batch.logits_rows`. The batch is that of `states` but for
+        tokens and item rows, each of which is the one that follows."""
+        ...
+
+
 def embedding_row_bytes(model: Model) -> int:
     """Bytes of one token's embedding."""
     return model.embedding_size * model.activation_dtype.itemsize

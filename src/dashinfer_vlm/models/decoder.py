@@ -20,6 +20,7 @@ from dashinfer_vlm.layers.rotary import axes_of_channels, inverse_frequencies, y
 from dashinfer_vlm.models.base import KVCache, StepBatch, TextShape
 from dashinfer_vlm.models.config import TextConfig
 from dashinfer_vlm.models.delta_net import GatedDeltaNet
+from dashinfer_vlm.models.draft_head import DRAFT_LAYER, DRAFT_TENSOR, DraftHead
 from dashinfer_vlm.models.experts import ExpertMlp
 from dashinfer_vlm.models.published import HEAD
 from dashinfer_vlm.models.read_out import ReadOut
@@ -214,16 +215,26 @@ class Decoder:
         self.rotary = Rotary(config.rope, backend)
         shape = (config.vocab_size, config.hidden_size)
         self.embedding = backend.weight(weights.take("model.embed_tokens.weight", *shape))
-        self.layers = []
-        for i in range(config.num_layers):
-            prefix = f"model.layers.{i}"
+
+        def make_layer(prefix: str, *, recurs: bool, has_experts: bool) -> _Layer:
             mixer: Mixer
-            if config.delta_net and i in config.delta_net.layers:
+            if recurs:
                 mixer = delta_net(f"{prefix}.linear_attn", config, weights, backend)
             else:
                 mixer = attention(f"{prefix}.self_attn", config, weights, backend)
-            make = ExpertMlp if config.mixture and i in config.mixture.layers else mlp
-            self.layers.append(_Layer(prefix, mixer, make(f"{prefix}.mlp", config, weights, backend), weights, backend))
+            make = ExpertMlp if has_experts else mlp
+            return _Layer(prefix, mixer, make(f"{prefix}.mlp", config, weights, backend), weights, backend)
+
+        recurrent = config.delta_net.layers if config.delta_net else frozenset()
+        mixed = config.mixture.layers if config.mixture else frozenset()
+        self.layers = [
+            make_layer(f"model.layers.{i}", recurs=i in recurrent, has_experts=i in mixed)
+            for i in range(config.num_layers)
+        ]
+        self.draft_head: DraftHead | None = None
+        if DRAFT_TENSOR in weights:
+            draft_layer = make_layer(DRAFT_LAYER, recurs=False, has_experts=bool(mixed))
+            self.draft_head = DraftHead(config, weights, backend, draft_layer)
         self.head = self._make_head(weights)
         of_norm, eps = gains("model.norm.weight", config.hidden_size, config, weights), config.rms_norm_eps
         self.norm = None if self.head is None else backend.norm_before(self.head, of_norm, eps)
@@ -257,7 +268,7 @@ class Decoder:
         return TextShape(
             vocab_size=self.config.vocab_size,
             hidden_size=self.config.hidden_size,
-            num_kv_layers=len(attending),
+            num_kv_layers=len(attending) + (self.draft_head is not None),
             num_kv_heads=attending[0].num_kv_heads,
             head_dim=self.config.head_dim,
             max_position_embeddings=self.config.max_position_embeddings,
@@ -274,21 +285,44 @@ class Decoder:
         x = whole(self._states(batch, kv))
         return self._logits(x[:num_logits]), self.read_out(x[num_logits:])
 
+    def forward_with_states(
+        self, batch: StepBatch, kv: KVCache, num_logits: int
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """See `models.base.GuessingModel`."""
+        assert self.head is not None, "nothing to guess for"
+        assert self.norm is not None
+        x, wanted = whole(self._states(batch, kv, all_rows=True)), batch.logits_rows
+        states = self.norm(x)
+        logits = self.head(states[wanted[:num_logits]]).float()
+        return logits, self.read_out(x[wanted[num_logits:]]), states
+
+    def guess(self, batch: StepBatch, states: torch.Tensor, kv: KVCache) -> torch.Tensor:
+        """See `models.base.GuessingModel`."""
+        assert self.draft_head is not None, "nothing to guess with"
+        assert self.head is not None
+        cache = kv.keys[-1], kv.values[-1]
+        x = self.draft_head.forward(self._embedded(batch), states, self.rotary(batch.positions), batch, cache)
+        return self.head(x).float()
+
     def _logits(self, x: Stream) -> torch.Tensor:
         """float32 [L, vocab]. Without a head all rows are padding."""
         if self.head is None or self.norm is None:
             return torch.zeros(len(rows_of(x)), self.config.vocab_size, device=self.backend.device)
         return self.head(self.norm(x)).float()
 
-    def _states(self, batch: StepBatch, kv: KVCache) -> Stream:
-        """[L, hidden] of `batch.logits_rows` behind the last layer."""
+    def _embedded(self, batch: StepBatch) -> torch.Tensor:
+        """[T, hidden] in front of the first layer."""
         staged = (None, None) if batch.staged is None else (batch.staged.rows, batch.staged.is_item)
         embedded = self.backend.ops.embed(batch.ids, self.embedding, self.backend.activation_dtype, *staged)
         for item in batch.embeddings:
             embedded[item.start : item.start + len(item.rows)] = item.rows[:, : self.config.hidden_size]
-        x: Stream = embedded
+        return embedded
+
+    def _states(self, batch: StepBatch, kv: KVCache, *, all_rows: bool = False) -> Stream:
+        """[L, hidden] of `batch.logits_rows` behind the last layer, or [T, hidden]."""
+        x: Stream = self._embedded(batch)
         table = self.rotary(batch.positions)
-        pages, states = zip(kv.keys, kv.values, strict=True), zip(*kv.states, strict=True)
+        pages, states = zip(kv.keys, kv.values, strict=True), zip(*kv.states, strict=True)  # the head's is left over
         caches = [next(pages if isinstance(layer.attention, Attention) else states) for layer in self.layers]
         for i, (layer, cache) in enumerate(zip(self.layers[:-1], caches[:-1], strict=True)):
             x = layer.forward(x, table, batch, cache)
@@ -296,7 +330,7 @@ class Decoder:
                 x = whole(x)
                 self._add_deepstack(x, i, batch)
         # the last layer owes K and V of all rows to the cache, but only the wanted rows go on from its attention
-        return self.layers[-1].forward(x, table, batch, caches[-1], rows=batch.logits_rows)
+        return self.layers[-1].forward(x, table, batch, caches[-1], rows=None if all_rows else batch.logits_rows)
 
     def _add_deepstack(self, x: torch.Tensor, layer: int, batch: StepBatch) -> None:
         """Ready-made embeddings of the hidden size have nothing to add."""

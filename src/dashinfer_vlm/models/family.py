@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Protocol, get_args
 
@@ -45,6 +45,8 @@ __all__ = [
 ]
 
 Part = Literal["text", "vision"]
+DRAFTS = "mtp."
+"""Prefix of the tensors of a head that guesses the token after the next."""
 """Parts of a model that are loaded, quantised and identified each by itself."""
 
 
@@ -62,6 +64,11 @@ class Names:
     """Prefixes of other exports, each with ours; the first that fits counts."""
     ignored: tuple[str, ...] = ()
     """Prefixes of tensors that no part of ours has a use for."""
+
+    def with_drafts(self) -> Names:
+        """With the head that guesses as a part of the text model."""
+        ignored = tuple(prefix for prefix in self.ignored if prefix != DRAFTS)
+        return replace(self, parts={**self.parts, "text": (*self.parts["text"], DRAFTS)}, ignored=ignored)
 
     def ours(self, name: str) -> str:
         """What the models call the tensor that a file calls `name`."""

@@ -23,7 +23,12 @@ from dashinfer_vlm.models.config import CheckpointConfig, read_config
 from dashinfer_vlm.models.hf_tower import TransformersVision
 from dashinfer_vlm.models.model import LoadedModel
 from dashinfer_vlm.models.quant_cache import open_store
-from dashinfer_vlm.models.settings import check_settings, refuse_vision_options
+from dashinfer_vlm.models.settings import (
+    check_drafts,
+    check_settings,
+    refuse_drafts,
+    refuse_vision_options,
+)
 from dashinfer_vlm.models.weights import Progress, Weights
 
 __all__ = ["allocate_kv", "check_checkpoint", "device_of", "load_encoder", "load_model", "quantise"]
@@ -40,6 +45,7 @@ def load_model(config: EngineConfig, *, progress: Progress | None = None, ranks:
     checkpoint = read_config(Path(config.model))
     device = device_of(config, ranks)
     _stay_on(device)
+    refuse_drafts(config, device.type, ranks.count)
     weights = Weights.of(checkpoint, config, progress=progress)
     dtype = weights.dtype
     with ExitStack() as stores:  # none of them keeps anything of a checkpoint that turns out to be wrong
@@ -54,6 +60,7 @@ def load_model(config: EngineConfig, *, progress: Progress | None = None, ranks:
         backend = choose_backend(device, dtype, config.quant_type, store, ranks)
         decoder = checkpoint.family.decoder(checkpoint, weights, backend)
         weights.finish()
+    check_drafts(checkpoint, config, has_head=decoder.draft_head is not None)
     if backend.is_native and is_native:
         leave_torch_one_thread()
     return LoadedModel(checkpoint, decoder, encoder, backend)
@@ -73,8 +80,9 @@ def check_checkpoint(config: EngineConfig) -> None:
     backend = Backend("nothing", nowhere, torch.bfloat16, torch.bfloat16, REFERENCE, layer)
     if checkpoint.vision is not None:
         checkpoint.family.encoder(checkpoint.vision, weights, backend)
-    checkpoint.family.decoder(checkpoint, weights, backend)
+    decoder = checkpoint.family.decoder(checkpoint, weights, backend)
     weights.finish()
+    check_drafts(checkpoint, config, has_head=decoder.draft_head is not None)
 
 
 def load_encoder(config: EngineConfig, *, progress: Progress | None = None) -> VisionEncoder:

@@ -43,6 +43,18 @@ class LoadedModel:
         with torch.no_grad():
             return self.decoder.forward_with_vectors(batch, kv, num_logits)
 
+    def forward_with_states(
+        self, batch: StepBatch, kv: KVCache, num_logits: int
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """See `models.base.GuessingModel`."""
+        with torch.no_grad():
+            return self.decoder.forward_with_states(batch, kv, num_logits)
+
+    def guess(self, batch: StepBatch, states: torch.Tensor, kv: KVCache) -> torch.Tensor:
+        """See `models.base.GuessingModel`."""
+        with torch.no_grad():
+            return self.decoder.guess(batch, states, kv)
+
     def positions(self, num_tokens: int, items: Sequence[Item]) -> tuple[torch.Tensor, int]:
         """M-RoPE positions of a prompt and the offset of what is generated."""
         positions, offset = self.config.family.positions(self.config, num_tokens, items)

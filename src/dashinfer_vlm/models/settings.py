@@ -6,11 +6,15 @@ from __future__ import annotations
 from dashinfer_vlm.config import EngineConfig
 from dashinfer_vlm.errors import ConfigError
 from dashinfer_vlm.models.config import CheckpointConfig
+from dashinfer_vlm.models.family import DRAFTS, Names
 from dashinfer_vlm.option import flag
 
 __all__ = [
     "DEFAULT_MAX_MODEL_LEN",
+    "check_drafts",
     "check_settings",
+    "names_of",
+    "refuse_drafts",
     "refuse_vision_options",
     "resolve_max_model_len",
     "weight_type",
@@ -23,6 +27,8 @@ DEFAULT_MAX_MODEL_LEN = 32000
 def check_settings(checkpoint: CheckpointConfig, config: EngineConfig) -> None:
     """Raise ConfigError for a setting that this model cannot have, on whatever machine."""
     resolve_max_model_len(checkpoint.text.max_position_embeddings, config)
+    if config.wants_draft_head and DRAFTS not in checkpoint.family.names.ignored:
+        raise _without_drafts(checkpoint)
     if checkpoint.vision is None:
         refuse_vision_options(checkpoint, config)
 
@@ -41,6 +47,34 @@ def resolve_max_model_len(context: int, config: EngineConfig) -> int:
 def weight_type(checkpoint: CheckpointConfig, config: EngineConfig) -> str:
     """The configured type of weights that are not quantised, or the checkpoint's, as torch calls it."""
     return checkpoint.dtype if config.dtype == "auto" else config.dtype
+
+
+def names_of(checkpoint: CheckpointConfig, config: EngineConfig) -> Names:
+    """Of the tensors that this engine reads."""
+    names = checkpoint.family.names
+    return names.with_drafts() if config.wants_draft_head else names
+
+
+def refuse_drafts(config: EngineConfig, device: str, num_ranks: int) -> None:
+    """Raise ConfigError where the model's own head is to guess and nothing here computes that."""
+    if config.wants_draft_head and (device != "cpu" or num_ranks > 1):
+        where = "several ranks" if num_ranks > 1 else device
+        raise ConfigError(
+            f"--speculative-config has method mtp, which computes on one processor, not on {where}; use ngram"
+        )
+
+
+def check_drafts(checkpoint: CheckpointConfig, config: EngineConfig, *, has_head: bool) -> None:
+    """Raise ConfigError where the model's own head is to guess and the folder holds none."""
+    if config.wants_draft_head and not has_head:
+        raise _without_drafts(checkpoint)
+
+
+def _without_drafts(checkpoint: CheckpointConfig) -> ConfigError:
+    return ConfigError(
+        f"--speculative-config has method mtp, but {checkpoint.folder} holds no head that guesses ({DRAFTS}*); "
+        "use ngram"
+    )
 
 
 def refuse_vision_options(checkpoint: CheckpointConfig, config: EngineConfig) -> None:

@@ -37,7 +37,7 @@ from dashinfer_vlm.models.family import Names, Part
 from dashinfer_vlm.models.fused_experts import unfused
 from dashinfer_vlm.models.lora import paths_of_adapter, with_adapter
 from dashinfer_vlm.models.packed import StoredIntegers
-from dashinfer_vlm.models.settings import weight_type
+from dashinfer_vlm.models.settings import names_of, weight_type
 from dashinfer_vlm.models.stored import Stored, StoredFloats
 
 __all__ = ["Progress", "Weights"]
@@ -90,7 +90,7 @@ class Weights:
     @classmethod
     def of(cls, checkpoint: CheckpointConfig, config: EngineConfig, *, progress: Progress | None = None) -> Weights:
         """Those of a checkpoint, with the adapter and in the type that `config` names."""
-        names, dtype = checkpoint.family.names, getattr(torch, weight_type(checkpoint, config))
+        names, dtype = names_of(checkpoint, config), getattr(torch, weight_type(checkpoint, config))
         return cls(checkpoint.folder, names, checkpoint.stored, lora=config.lora, dtype=dtype, progress=progress)
 
     def __contains__(self, name: str) -> bool:
