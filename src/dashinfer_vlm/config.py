@@ -147,7 +147,8 @@ class EngineConfig:
     speculative_config: dict[str, str | int] | None = option(
         None,
         "Guess several tokens of a step from what the text repeats, same answers, as JSON: "
-        '{"method": "ngram", "num_speculative_tokens": 4}; off when absent.',
+        '{"method": "ngram", "num_speculative_tokens": 4}; or one, by the head that Qwen3.5 has for it: '
+        '{"method": "mtp", "num_speculative_tokens": 1}; off when absent.',
     )
     threads: int | None = option(
         None, "Compute threads on the CPU; one per core when absent.", least=1, most=_MOST_THREADS

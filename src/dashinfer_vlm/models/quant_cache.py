@@ -341,7 +341,8 @@ def open_store(
     if path.exists() and not path.is_dir():
         raise ConfigError(f"--quant-cache {path} is not a folder")
     folder = QuantFolder(path, int(config.quant_cache_gib * _GIB))
-    read = f"{part} of {weights.stored!r}"  # the same files, which another configuration may give other numbers
+    # the same files, of which another configuration may read other tensors, or give them other numbers
+    read = f"{part} of {weights.stored!r}, {weights.names.parts[part]}"
     source = folder.remembered(weights.paths, read, lambda: weights.fingerprint(part))
     how = json.dumps([quant_type, str(dtype), cpu_ops.packing()])
     identity = hashlib.sha256(source + how.encode()).hexdigest()

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from dashinfer_vlm.models.config import CheckpointConfig, DeltaNetConfig, TextConfig, read_text
 from dashinfer_vlm.models.families.qwen3_vl import Qwen3VL
 from dashinfer_vlm.models.family import (
+    DRAFTS,
     Family,
     NormalisedExperts,
     TransformersTower,
@@ -38,7 +39,7 @@ class Qwen35Text(Family):
     names = replace(
         Family.names,
         renamed=(("model.language_model.", "model."),),
-        ignored=("mtp.",),  # a head that drafts the token after the next
+        ignored=(DRAFTS,),  # unless the engine is to guess by it
     )
 
     def text(self, section: Section, root: Section) -> TextConfig:
