@@ -14,7 +14,8 @@ PYTHON ?= $(shell python3.11 -c '' 2>/dev/null && echo python3.11 || echo python
 FLAGS ?=
 BIN := .venv/bin
 READY := .venv/.ready
-PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+# What is imported is compiled then: a third of the modules that pip would compile here, one after the other.
+PIP := $(BIN)/python -m pip install --no-compile --quiet --disable-pip-version-check --constraint constraints.txt
 # Random weights in the published format: the server's answers are noise, its behaviour is the real one.
 RANDOM_MODEL := build/random-model
 BUNDLED := $(wildcard src/dashinfer_vlm/demo_model/config.json)

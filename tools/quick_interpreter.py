@@ -46,11 +46,13 @@ def _look_through_the_language_once() -> None:
 
 def _compute_once() -> None:
     """Integers are added and multiplied a second time in 64 bits, for a check that is left out without `debug`, as the
-    compiler leaves it out. Numpy's name of a type is looked for in a dictionary that is made for it."""
-    builder = interpreter.interpreter_builder
+    compiler leaves it out. Numpy's name of a type is looked for in a dictionary that is made for it, and what is no
+    constant is compared with every kind of them."""
+    builder, unwrap = interpreter.interpreter_builder, core._unwrap_if_constexpr
     builder.options = replace(builder.options, sanitize_overflow=builder.options.debug)
     of_pointer, of_number = interpreter._get_np_dtype(tl.pointer_type(tl.int8)), cache(interpreter._get_np_dtype)
     interpreter._get_np_dtype = lambda kind: of_pointer if kind.scalar.is_ptr() else of_number(kind.scalar)
+    core._unwrap_if_constexpr = lambda x: x if type(x) in (core.tensor, int, core.dtype) else unwrap(x)
 
 
 def _describe_when_asked() -> None:
