@@ -46,78 +46,22 @@ CHAT_TEMPLATE = (
     "{% endfor %}{% endif %}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
+COLUMNS = """hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads
+tie_word_embeddings vocab_size""".split()
 TEXT: dict[str, dict[str, Any]] = {
-    "tiny": {
-        "hidden_size": 128,
-        "intermediate_size": 256,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "tie_word_embeddings": True,
-        "vocab_size": 4096,
-    },
-    "small": {
-        "hidden_size": 256,
-        "intermediate_size": 704,
-        "num_hidden_layers": 4,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 1,
-        "tie_word_embeddings": False,
-        "vocab_size": 4096,
-    },
-    "2b": {
-        "hidden_size": 1536,
-        "intermediate_size": 8960,
-        "num_hidden_layers": 28,
-        "num_attention_heads": 12,
-        "num_key_value_heads": 2,
-        "tie_word_embeddings": True,
-        "vocab_size": 151936,
-    },
-    "8b": {
-        "hidden_size": 4096,
-        "intermediate_size": 12288,
-        "num_hidden_layers": 36,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 8,
-        "tie_word_embeddings": False,
-        "vocab_size": 151936,
-    },
-    "30b": {
-        "hidden_size": 2048,
-        "intermediate_size": 6144,
-        "num_hidden_layers": 48,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 4,
-        "tie_word_embeddings": False,
-        "vocab_size": 151936,
-    },
-    "35b": {
-        "hidden_size": 2048,
-        "num_hidden_layers": 40,
-        "num_attention_heads": 16,
-        "num_key_value_heads": 2,
-        "tie_word_embeddings": False,
-        "vocab_size": 248320,
-    },
-    "80b": {
-        "hidden_size": 2048,
-        "num_hidden_layers": 48,
-        "num_attention_heads": 16,
-        "num_key_value_heads": 2,
-        "tie_word_embeddings": False,
-        "vocab_size": 151936,
-    },
-    "7b": {
-        "hidden_size": 3584,
-        "intermediate_size": 18944,
-        "num_hidden_layers": 28,
-        "num_attention_heads": 28,
-        "num_key_value_heads": 4,
-        "tie_word_embeddings": False,
-        "vocab_size": 152064,
-    },
+    size: {name: value for name, value in zip(COLUMNS, row, strict=True) if value is not None}
+    for size, row in {
+        "tiny": (128, 256, 2, 4, 2, True, 4096),
+        "small": (256, 704, 4, 4, 1, False, 4096),
+        "2b": (1536, 8960, 28, 12, 2, True, 151936),
+        "7b": (3584, 18944, 28, 28, 4, False, 152064),
+        "8b": (4096, 12288, 36, 32, 8, False, 151936),
+        "30b": (2048, 6144, 48, 32, 4, False, 151936),
+        "35b": (2048, None, 40, 16, 2, False, 248320),
+        "80b": (2048, None, 48, 16, 2, False, 151936),
+    }.items()
 }
+"""Of a text model by size, in the order of COLUMNS; None is not written."""
 QWEN3_2B = {"hidden_size": 2048, "intermediate_size": 6144, "num_attention_heads": 16, "num_key_value_heads": 8}
 """Where the published Qwen3-VL-2B differs from the 2B shape of Qwen2-VL."""
 QWEN3_5_2B = {"num_hidden_layers": 24, "num_attention_heads": 8, "num_key_value_heads": 2, "vocab_size": 248320}
