@@ -79,10 +79,6 @@ class Speculation:
             if type(value) is not int or not 1 <= value <= _MOST_SPECULATIVE:
                 raise ConfigError(f"{name} has {key} {value}; it must be a whole number from 1 to {_MOST_SPECULATIVE}")
         made = cls(method=method, **counts)  # type: ignore[arg-type]  # all are whole numbers now
-        if method == "mtp" and made.num_speculative_tokens != 1:
-            raise ConfigError(
-                f"{name} has num_speculative_tokens {made.num_speculative_tokens}; with mtp this version guesses 1"
-            )
         if made.prompt_lookup_min > made.prompt_lookup_max:
             raise ConfigError(
                 f"{name} has prompt_lookup_min {made.prompt_lookup_min} above prompt_lookup_max "
@@ -147,7 +143,7 @@ class EngineConfig:
     speculative_config: dict[str, str | int] | None = option(
         None,
         "Guess several tokens of a step from what the text repeats, same answers, as JSON: "
-        '{"method": "ngram", "num_speculative_tokens": 4}; or one, by the head that Qwen3.5 has for it: '
+        '{"method": "ngram", "num_speculative_tokens": 4}; or by the head that Qwen3.5 has for it: '
         '{"method": "mtp", "num_speculative_tokens": 1}; off when absent.',
     )
     threads: int | None = option(
@@ -215,9 +211,10 @@ class EngineConfig:
         return None if self.speculative_config is None else Speculation.parse(self.speculative_config)
 
     @property
-    def wants_draft_head(self) -> bool:
-        """Whether the model's own head is to guess; raises ConfigError."""
-        return self.speculation is not None and self.speculation.method == "mtp"
+    def num_head_guesses(self) -> int:
+        """Tokens that the model's own head is to guess; raises ConfigError."""
+        speculation = self.speculation
+        return 0 if speculation is None or speculation.method != "mtp" else speculation.num_speculative_tokens
 
     def validate(self) -> None:
         """Raise ConfigError for the first value that is out of range."""

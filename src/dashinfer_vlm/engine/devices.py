@@ -34,7 +34,7 @@ def make_runner(
 ) -> StepRunner:
     """With `followers`, one whose model calls they make as well."""
     if model.device.type != "cuda" and followers is None:
-        return Runner(model, kv, embeddings, guesses=config.wants_draft_head)
+        return Runner(model, kv, embeddings, num_guesses=config.num_head_guesses)
     return make_card_runner(
         model,
         kv,

@@ -38,9 +38,9 @@ class Drafter:
         if not right:
             self._guess.clear()
 
-    def hear(self, guess: int) -> None:
+    def hear(self, guess: tuple[int, ...]) -> None:
         """What the model guesses behind the newest token."""
-        self._guess = [guess]
+        self._guess = list(guess)
 
 
 class LookupDrafter(Drafter):

@@ -277,7 +277,7 @@ class Engine:
                 break
             self.scheduler.computed(sequence, 1)
             self._counted.num_accepted_draft_tokens_total += 1
-        if sampled.guess is not None and sequence.drafter is not None:
+        if sampled.guess and sequence.drafter is not None:
             sequence.drafter.hear(sampled.guess)
         tokens = sequence.tokens[num_before : sequence.num_known]
         if finish is None:

@@ -13,7 +13,7 @@ import torch
 
 from dashinfer_vlm.encoders.cache import EmbeddingCache
 from dashinfer_vlm.engine.grammars.masks import Masks
-from dashinfer_vlm.engine.guesses import with_guesses
+from dashinfer_vlm.engine.guesses import Guesser
 from dashinfer_vlm.engine.sampler import Sampled, Sampler
 from dashinfer_vlm.engine.sequence import Sequence
 from dashinfer_vlm.engine.steps import Chunk, Plan, vectors_of
@@ -56,10 +56,10 @@ class Runner:
 
     depth = 0
 
-    def __init__(self, model: Model, kv: KVCache, embeddings: EmbeddingCache, *, guesses: bool = False) -> None:
-        """With `guesses` the model has a head of its own for that."""
+    def __init__(self, model: Model, kv: KVCache, embeddings: EmbeddingCache, *, num_guesses: int = 0) -> None:
+        """`num_guesses` tokens are guessed by the model, which has a head for that."""
         self.model = model
-        self.guessing = cast(GuessingModel, model) if guesses else None
+        self.guesser = Guesser(cast(GuessingModel, model), kv, num_guesses) if num_guesses else None
         self.kv = kv
         self.embeddings = embeddings
         self.sampler = Sampler(model.eos_token_ids, model.device)
@@ -79,15 +79,15 @@ class Runner:
         sampled = self.sampler.sample(logits[:num_sampled], wanted, mask()) if wanted else []
         scored = [(chunk.sequence, chunk.scored) for chunk in plan.scored_chunks]
         scores = self.sampler.scores(logits[num_sampled:], scored) if scored else []
-        if self.guessing is not None and states is not None:
-            sampled = with_guesses(self.guessing, self.kv, plan, batch, states, sampled)
+        if self.guesser is not None and states is not None:
+            sampled = self.guesser.guess(plan, batch, states, sampled)
         done = time.perf_counter()
         return DoneStep(plan, sampled, scores, vectors, done - begun, done - computed)
 
     def _call(self, plan: Plan, batch: StepBatch) -> tuple[torch.Tensor, list[bytes], torch.Tensor | None]:
         """The logits of the plan's rows, its vectors, and the states of all rows where there are guesses to make."""
-        if self.guessing is not None:
-            logits, vectors, states = self.guessing.forward_with_states(batch, self.kv, plan.num_logits)
+        if self.guesser is not None:
+            logits, vectors, states = self.guesser.model.forward_with_states(batch, self.kv, plan.num_logits)
             return logits, vectors_of(vectors.cpu()), states
         if not plan.vector_chunks:
             return self.model.forward(batch, self.kv), [], None

@@ -44,8 +44,8 @@ class Sampled(msgspec.Struct, frozen=True, gc=False):
     logprob: TokenLogprob | None
     problem: str | None = None
     """Why there is no token, fit for the client's eyes; `token` is -1 then."""
-    guess: int | None = None
-    """The token behind this one, where the model itself guesses."""
+    guess: tuple[int, ...] = ()
+    """The tokens behind this one, where the model itself guesses."""
 
 
 class Row(msgspec.Struct, frozen=True, gc=False):

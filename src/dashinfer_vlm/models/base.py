@@ -199,9 +199,10 @@ class GuessingModel(Model, Protocol):
         """`forward_with_vectors`, and for `guess` the states of all rows: [T, hidden]."""
         ...
 
-    def guess(self, batch: StepBatch, states: torch.Tensor, kv: KVCache) -> torch.Tensor:
+    def guess(self, batch: StepBatch, states: torch.Tensor, kv: KVCache) -> tuple[torch.Tensor, torch.Tensor]:
         """float32 [L, vocab]: what follows the tokens of `batch.logits_rows`. The batch is that of `states` but for
-        tokens and item rows, each of which is the one that follows."""
+        tokens and item rows, each of which is the one that follows. And [L, hidden], to guess on with: in place of the
+        states of these tokens."""
         ...
 
 

@@ -296,13 +296,13 @@ class Decoder:
         logits = self.head(states[wanted[:num_logits]]).float()
         return logits, self.read_out(x[wanted[num_logits:]]), states
 
-    def guess(self, batch: StepBatch, states: torch.Tensor, kv: KVCache) -> torch.Tensor:
+    def guess(self, batch: StepBatch, states: torch.Tensor, kv: KVCache) -> tuple[torch.Tensor, torch.Tensor]:
         """See `models.base.GuessingModel`."""
         assert self.draft_head is not None, "nothing to guess with"
         assert self.head is not None
         cache = kv.keys[-1], kv.values[-1]
         x = self.draft_head.forward(self._embedded(batch), states, self.rotary(batch.positions), batch, cache)
-        return self.head(x).float()
+        return self.head(x).float(), x
 
     def _logits(self, x: Stream) -> torch.Tensor:
         """float32 [L, vocab]. Without a head all rows are padding."""

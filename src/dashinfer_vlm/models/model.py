@@ -50,7 +50,7 @@ class LoadedModel:
         with torch.no_grad():
             return self.decoder.forward_with_states(batch, kv, num_logits)
 
-    def guess(self, batch: StepBatch, states: torch.Tensor, kv: KVCache) -> torch.Tensor:
+    def guess(self, batch: StepBatch, states: torch.Tensor, kv: KVCache) -> tuple[torch.Tensor, torch.Tensor]:
         """See `models.base.GuessingModel`."""
         with torch.no_grad():
             return self.decoder.guess(batch, states, kv)

@@ -27,7 +27,7 @@ DEFAULT_MAX_MODEL_LEN = 32000
 def check_settings(checkpoint: CheckpointConfig, config: EngineConfig) -> None:
     """Raise ConfigError for a setting that this model cannot have, on whatever machine."""
     resolve_max_model_len(checkpoint.text.max_position_embeddings, config)
-    if config.wants_draft_head and DRAFTS not in checkpoint.family.names.ignored:
+    if config.num_head_guesses and DRAFTS not in checkpoint.family.names.ignored:
         raise _without_drafts(checkpoint)
     if checkpoint.vision is None:
         refuse_vision_options(checkpoint, config)
@@ -52,12 +52,12 @@ def weight_type(checkpoint: CheckpointConfig, config: EngineConfig) -> str:
 def names_of(checkpoint: CheckpointConfig, config: EngineConfig) -> Names:
     """Of the tensors that this engine reads."""
     names = checkpoint.family.names
-    return names.with_drafts() if config.wants_draft_head else names
+    return names.with_drafts() if config.num_head_guesses else names
 
 
 def refuse_drafts(config: EngineConfig, device: str, num_ranks: int) -> None:
     """Raise ConfigError where the model's own head is to guess and nothing here computes that."""
-    if config.wants_draft_head and (device != "cpu" or num_ranks > 1):
+    if config.num_head_guesses and (device != "cpu" or num_ranks > 1):
         where = "several ranks" if num_ranks > 1 else device
         raise ConfigError(
             f"--speculative-config has method mtp, which computes on one processor, not on {where}; use ngram"
@@ -66,7 +66,7 @@ def refuse_drafts(config: EngineConfig, device: str, num_ranks: int) -> None:
 
 def check_drafts(checkpoint: CheckpointConfig, config: EngineConfig, *, has_head: bool) -> None:
     """Raise ConfigError where the model's own head is to guess and the folder holds none."""
-    if config.wants_draft_head and not has_head:
+    if config.num_head_guesses and not has_head:
         raise _without_drafts(checkpoint)
 
 
