@@ -19,7 +19,7 @@ from dashinfer_vlm.models.config import DeltaNetConfig, TextConfig
 from dashinfer_vlm.models.weights import Weights
 
 if TYPE_CHECKING:  # it chooses the layers
-    from dashinfer_vlm.models.decoder import Cache, Table
+    from dashinfer_vlm.models.attention import Cache, Table
 
 __all__ = ["GatedDeltaNet", "Heads", "InterleavedDeltaNet"]
 

@@ -4,14 +4,14 @@ and Qwen3.5 and Qwen3-Next are published with it. transformers leaves it out; th
 
 from __future__ import annotations
 
-from typing import Protocol
-
 import torch
 
 from dashinfer_vlm.layers.backend import Backend
-from dashinfer_vlm.layers.linear import Stream, whole
+from dashinfer_vlm.layers.linear import whole
+from dashinfer_vlm.models.attention import Cache, Table
 from dashinfer_vlm.models.base import StepBatch
 from dashinfer_vlm.models.config import TextConfig
+from dashinfer_vlm.models.layer import Layer
 from dashinfer_vlm.models.weights import Weights
 
 __all__ = ["DRAFT_LAYER", "DRAFT_TENSOR", "DraftHead"]
@@ -20,19 +20,6 @@ DRAFT_LAYER = "mtp.layers.0"
 """Attends, and is otherwise built as the model's own."""
 DRAFT_TENSOR = "mtp.fc.weight"
 """Whose presence tells that there is one."""
-
-
-class Layer(Protocol):
-    """One of `models.decoder`."""
-
-    def forward(
-        self,
-        x: Stream,
-        table: tuple[torch.Tensor, torch.Tensor],
-        batch: StepBatch,
-        cache: tuple[torch.Tensor, torch.Tensor],
-        rows: torch.Tensor | None = None,
-    ) -> Stream: ...
 
 
 class DraftHead:
@@ -51,9 +38,9 @@ class DraftHead:
         self,
         embedded: torch.Tensor,
         states: torch.Tensor,
-        table: tuple[torch.Tensor, torch.Tensor],
+        table: Table,
         batch: StepBatch,
-        cache: tuple[torch.Tensor, torch.Tensor],
+        cache: Cache,
     ) -> torch.Tensor:
         """[L, hidden] of `batch.logits_rows`. `embedded` [T, hidden] are the tokens that follow, `states` [T, hidden]
         have passed the model's last norm; positions and slots are those of the states."""

@@ -56,7 +56,8 @@ class Qwen25VL(VisionFamily):
         return mrope_positions(num_tokens, items, merge_size=config.merge_size, tokens_per_second=rate)
 
     def decoder(self, config: CheckpointConfig, weights: Weights, backend: Backend) -> Decoder:
-        from dashinfer_vlm.models.decoder import Attention, Decoder
+        from dashinfer_vlm.models.attention import Attention
+        from dashinfer_vlm.models.decoder import Decoder
 
         return Decoder(config.text, weights, backend, attention=partial(Attention, qkv_bias=True))
 

@@ -35,7 +35,8 @@ class Qwen2VL(VisionFamily):
         return read_vision(section, text, folder, width="embed_dim", out_size="hidden_size")
 
     def decoder(self, config: CheckpointConfig, weights: Weights, backend: Backend) -> Decoder:
-        from dashinfer_vlm.models.decoder import Attention, Decoder
+        from dashinfer_vlm.models.attention import Attention
+        from dashinfer_vlm.models.decoder import Decoder
 
         return Decoder(config.text, weights, backend, attention=partial(Attention, qkv_bias=True))
 

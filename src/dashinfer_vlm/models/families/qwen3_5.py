@@ -53,7 +53,8 @@ class Qwen35Text(Family):
         return read_rope(section, rotated=ROTATED)
 
     def decoder(self, config: CheckpointConfig, weights: Weights, backend: Backend) -> Decoder:
-        from dashinfer_vlm.models.decoder import Decoder, GatedAttention
+        from dashinfer_vlm.models.attention import GatedAttention
+        from dashinfer_vlm.models.decoder import Decoder
 
         return Decoder(config.text, weights, backend, attention=partial(GatedAttention, qk_norm=True))
 

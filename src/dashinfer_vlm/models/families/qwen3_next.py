@@ -30,7 +30,8 @@ class Qwen3Next(Qwen35Text):
         return read_mixture(section, is_normalised=section.boolean("norm_topk_prob", True))
 
     def decoder(self, config: CheckpointConfig, weights: Weights, backend: Backend) -> Decoder:
-        from dashinfer_vlm.models.decoder import Decoder, GatedAttention
+        from dashinfer_vlm.models.attention import GatedAttention
+        from dashinfer_vlm.models.decoder import Decoder
         from dashinfer_vlm.models.delta_net import InterleavedDeltaNet
 
         attention = partial(GatedAttention, qk_norm=True)

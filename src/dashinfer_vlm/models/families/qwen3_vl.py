@@ -88,7 +88,8 @@ class Qwen3VL(VisionFamily):
         return Expansion(pieces=tuple(pieces), lead=stamps[0], around=(start, end) if REPLACES_FRAME else None)
 
     def decoder(self, config: CheckpointConfig, weights: Weights, backend: Backend) -> Decoder:
-        from dashinfer_vlm.models.decoder import Attention, Decoder
+        from dashinfer_vlm.models.attention import Attention
+        from dashinfer_vlm.models.decoder import Decoder
 
         assert config.vision
         num_layers = len(_deepstack(config.vision.section))

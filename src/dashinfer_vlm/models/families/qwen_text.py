@@ -26,7 +26,8 @@ class Qwen2(Family):
         return read_text(section, root, read_rope(section))
 
     def decoder(self, config: CheckpointConfig, weights: Weights, backend: Backend) -> Decoder:
-        from dashinfer_vlm.models.decoder import Attention, Decoder
+        from dashinfer_vlm.models.attention import Attention
+        from dashinfer_vlm.models.decoder import Decoder
 
         return Decoder(config.text, weights, backend, attention=partial(Attention, qkv_bias=True))
 
@@ -46,7 +47,8 @@ class Qwen3(Family):
         return read_text(section, root, read_rope(section), self.mixture(section))
 
     def decoder(self, config: CheckpointConfig, weights: Weights, backend: Backend) -> Decoder:
-        from dashinfer_vlm.models.decoder import Attention, Decoder
+        from dashinfer_vlm.models.attention import Attention
+        from dashinfer_vlm.models.decoder import Decoder
 
         return Decoder(config.text, weights, backend, attention=partial(Attention, qk_norm=True))
 
