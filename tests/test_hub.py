@@ -131,7 +131,7 @@ def test_a_model_has_the_adapter_that_is_named(tmp_path: Path) -> None:
     assert hub.resolve(EngineConfig(model=str(tmp_path))).lora is None
 
 
-@pytest.mark.parametrize("lora", ["/no/such/folder", "missing"])
+@pytest.mark.parametrize("lora", ["/no/such/folder", "missing", ""])
 def test_an_adapter_that_is_neither_folder_nor_id_is_refused(tmp_path: Path, lora: str) -> None:
     with pytest.raises(ConfigError, match=f"--lora {lora}: there is no such folder, and it is not a hub id"):
         hub.resolve(EngineConfig(model=str(tmp_path), lora=lora))

@@ -143,7 +143,7 @@ class EngineConfig:
     speculative_config: dict[str, str | int] | None = option(
         None,
         "Guess several tokens of a step from what the text repeats, same answers, as JSON: "
-        '{"method": "ngram", "num_speculative_tokens": 4}; or by the head that Qwen3.5 has for it: '
+        '{"method": "ngram", "num_speculative_tokens": 4}; or by the head that Qwen3.5 and Qwen3-Next have for it: '
         '{"method": "mtp", "num_speculative_tokens": 1}; off when absent.',
     )
     threads: int | None = option(

@@ -56,7 +56,7 @@ def resolve(config: EngineConfig) -> EngineConfig:
     Raises ConfigError when there is no such folder and no hub has such an id, with what each hub said.
     """
     folder = resolve_model(config)
-    if config.lora:
+    if config.lora is not None:
         return replace(config, model=str(folder), lora=str(resolve_lora(config.lora, config.hub)))
     if (folder / "config.json").exists() or not (folder / _ADAPTER).exists():
         return replace(config, model=str(folder))

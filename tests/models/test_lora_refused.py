@@ -49,6 +49,8 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "no rank": ({"r": None}, "r is missing"),
     "a rank of nothing": ({"r": 0}, "r is 0"),
     "a scale that is none": ({"lora_alpha": float("nan")}, "lora_alpha is nan"),
+    "a scale beyond 32 bits": ({"lora_alpha": 1e39}, r"lora_alpha is 1e\+39; it must be a number above 0"),
+    "a scale beyond all floats": ({"lora_alpha": 10**400}, "lora_alpha is 10{400}; it must be a number above 0"),
     "another rank": ({"r": 5}, r"shape \[4, \d+\], not \[5, \d+\], which rank 5 gives a weight of"),
     "a huge rank": ({"r": 10**18}, "which rank 1000000000000000000 gives a weight of"),
     "a pattern of nothing": ({"rank_pattern": {"q_proj": "x"}}, "rank_pattern: q_proj is 'x'"),
@@ -75,6 +77,22 @@ def test_training_may_begin_anywhere_that_leaves_the_model_alone(folder: Path, t
     }
     lora = Adapter(driving.load_hf(folder), of_text).write(tmp_path, init_lora_weights=kind, **converted)
     check_checkpoint(config(folder, lora))
+
+
+def test_an_adapter_of_nothing_is_refused(folder: Path, tmp_path: Path) -> None:
+    lora = Adapter(driving.load_hf(folder), of_text).write(tmp_path)
+    save_file({}, lora / "adapter_model.safetensors")
+    with pytest.raises(CheckpointError, match=r"adapter_model\.safetensors holds no tensors"):
+        check_checkpoint(config(folder, lora))
+
+
+@pytest.mark.parametrize(("dtype", "alpha"), [("float32", 3e38), ("bfloat16", 3e38), ("float16", 1e9)])
+def test_sums_beyond_what_a_weight_holds_are_refused(folder: Path, tmp_path: Path, dtype: Any, alpha: float) -> None:
+    lora = Adapter(driving.load_hf(folder), of_text).write(tmp_path, lora_alpha=alpha)
+    tensors = load_file(lora / "adapter_model.safetensors")
+    save_file({name: 100 * x for name, x in tensors.items()}, lora / "adapter_model.safetensors")
+    with pytest.raises(CheckpointError, match=f"adds numbers beyond what {dtype} holds"):
+        load_model(EngineConfig(model=str(folder), lora=str(lora), dtype=dtype, device="cpu"))
 
 
 Q, B = "base_model.model.model.language_model.layers.0.self_attn.q_proj.", "lora_B.weight"

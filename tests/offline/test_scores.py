@@ -184,9 +184,14 @@ def test_what_is_wrong_is_raised(published: Make, vlm: VLM) -> None:
             (QUERY, ["Hello", ""], r"documents\[1\] is empty"),
             (QUERY, [[]], r"documents\[0\] is empty"),
             (QUERY, [[picture]], "takes no image"),
+            (QUERY, ["Hello", 1], r"documents\[1\] is a int"),
+            (1, ["Hello"], "query is a int"),
+            (QUERY, ["Hello \ud800"], r"holds U\+D800 at \d+, half of a pair"),
         ):
             with pytest.raises(InvalidRequestError, match=told):
-                text_model.score(query, documents)
+                text_model.score(query, documents)  # type: ignore[arg-type]
+        with pytest.raises(InvalidRequestError, match="instruction is a int; pass a str"):
+            text_model.score(QUERY, ["Hello"], instruction=5)  # type: ignore[arg-type]
 
 
 def test_a_name_that_leads_nowhere_is_that_of_qwen3_vl_reranker_8b(checkpoint: CheckpointMaker, tmp_path: Path) -> None:

@@ -62,8 +62,9 @@ class Tokenizer:
 
         Long texts are encoded piece by piece, without Python's lock, with the ids that the whole would have. Raises
         ContextLengthError as soon as there are more than `most` ids, and InvalidRequestError for a single word that is
-        too long to be encoded at once.
+        too long to be encoded at once, and for half of a surrogate pair.
         """
+        _check_characters(text)
         if len(text) <= _PIECE_CHARS:
             return self._encode(text).ids
         ids: list[int] = []
@@ -128,6 +129,15 @@ class Tokenizer:
                     f"the tokenizer's own vocabulary spells the special token {text!r} (ids {sorted(leaked)}), so text "
                     "could forge it; save the tokenizer with its special tokens as added tokens only"
                 )
+
+
+def _check_characters(text: str) -> None:
+    """Raise InvalidRequestError for half of a surrogate pair, which Python's texts may hold and no other's."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        half = ord(text[error.start])
+        raise InvalidRequestError(f"the text holds U+{half:04X} at {error.start}, half of a pair, by itself") from error
 
 
 def _byte_alphabet() -> dict[str, int]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -107,7 +108,7 @@ class LowRank:
         self, base: torch.Tensor, out: torch.Tensor, rows: slice = slice(None), columns: slice = slice(None)
     ) -> None:
         """Write the sum of `base` [n, k] and of this, its own `rows` and `columns`, to `out`, computed in float32 and
-        rounded once."""
+        rounded once. Raises CheckpointError for sums that `out` cannot hold."""
         b, a = self.factors()
         b, a = b[rows], a[:, columns]
         step = max(1, _MERGED_AT_ONCE // base.shape[1])
@@ -115,6 +116,9 @@ class LowRank:
         def merge_from(row: int) -> None:
             part = slice(row, row + step)
             out[part] = torch.addmm(base[part].float(), b[part], a, alpha=self.scale)
+            if not math.isfinite(out[part].sum(dtype=torch.float64)):
+                kind = str(out.dtype).removeprefix("torch.")
+                raise CheckpointError(f"{self.b.path}: tensor {self.b.name} adds numbers beyond what {kind} holds")
 
         in_torch_threads(merge_from, range(0, len(base), step))
 

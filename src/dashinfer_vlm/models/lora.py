@@ -101,7 +101,10 @@ def with_adapter(entries: dict[str, Entry], folder: Path, names: Names) -> dict[
     _, path = paths_of_adapter(folder)
     settings = _read_settings(read_section(folder, _CONFIG))
     found = dict(entries)
-    for pair in _pairs(path):
+    pairs = list(_pairs(path))
+    if not pairs:
+        raise CheckpointError(f"{path} holds no tensors")
+    for pair in pairs:
         for name, update in _updates(pair, names, entries, settings):
             if name not in found:
                 raise _no_place(pair)

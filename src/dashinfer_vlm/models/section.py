@@ -5,13 +5,15 @@ the file and the key.
 from __future__ import annotations
 
 import json
-import math
 from pathlib import Path
 from typing import Any
 
 from dashinfer_vlm.errors import CheckpointError
 
 __all__ = ["Section", "read_section"]
+
+_MOST = 2**128 - 2**104
+"""The largest number of 32 bits."""
 
 
 class Section:
@@ -35,10 +37,10 @@ class Section:
         return value
 
     def number(self, key: str, default: float | None = None) -> float:
-        """A finite number above 0."""
+        """A number above 0 that 32 bits hold."""
         value = self._get(key, default)
-        if type(value) not in (int, float) or not 0 < value < math.inf:
-            raise self.error(key, f"is {value!r}; it must be a finite number above 0")
+        if type(value) not in (int, float) or not 0 < value <= _MOST:
+            raise self.error(key, f"is {value!r}; it must be a number above 0 that 32 bits hold")
         return float(value)
 
     def boolean(self, key: str, default: bool) -> bool:

@@ -30,6 +30,8 @@ async def scores_of(
     """[documents], as many side by side as `at_once`. Raises what is wrong with the first that fails."""
     if isinstance(documents, str):
         raise InvalidRequestError("documents is a str; pass a list", param="documents")
+    if not isinstance(instruction, str | None):
+        raise InvalidRequestError(f"instruction is a {type(instruction).__name__}; pass a str", param="instruction")
     gate, asked = asyncio.Semaphore(at_once), await _read(service, query, "query")
 
     async def one(document: Side, where: str) -> float:
@@ -44,8 +46,8 @@ async def scores_of(
 
 
 async def _read(service: Service, side: Side, where: str) -> Sequence[Part]:
-    bounds = service.prompts.loader.pixel_bounds
-    (message,) = await asyncio.to_thread(to_messages, [{"content": side}], bounds)
+    bounds, content = service.prompts.loader.pixel_bounds, side if isinstance(side, str) else as_sequence(side, where)
+    (message,) = await asyncio.to_thread(to_messages, [{"content": content}], bounds)
     parts = (TextPart(message.content),) if isinstance(message.content, str) else message.content
     check_side(parts, where)
     return parts
