@@ -198,6 +198,17 @@ async def test_long_documents_lose_their_ends(rank: Serve, form: ScoreForm, toke
     assert len(cut) < len(full)
 
 
+async def test_a_document_that_is_too_long_is_named(rank: Serve) -> None:
+    running, long = await rank(), "reed " * 5000
+    for route, asked, where in (
+        (RERANK, {"query": "q", "documents": ["a", long]}, "documents[1]"),
+        (RERANK, {"query": "q", "documents": [{"content": [{"type": "text", "text": long}]}]}, "documents[0]"),
+        ("/v1/score", {"text_1": ["q", "r"], "text_2": ["a", long]}, "text_2[1]"),
+    ):
+        error = (await running.post(route, asked)).json()["error"]
+        assert error["param"] == where
+
+
 async def test_a_medium_that_fails_ends_the_call_and_leaves_nothing(rank: Serve) -> None:
     loader = ScriptedLoader(fails={"https://example.org/bad.png": MediaError("broken")})
     running = await rank(loader=loader)
@@ -245,7 +256,7 @@ async def test_more_documents_than_places_wait_in_the_engine(rank: Serve) -> Non
         (RERANK, {"query": "q", "documents": ["d"], "truncate_prompt_tokens": 0}, "truncate_prompt_tokens"),
         (RERANK, {"query": "q", "documents": ["d"], "temperature": 1}, "temperature"),
         (RERANK, {"query": "q", "documents": ["d"], "timeout": -1}, "timeout"),
-        (RERANK, {"query": "q", "documents": ["q" * 4096]}, "documents"),
+        (RERANK, {"query": "q", "documents": ["q" * 4096]}, "documents[0]"),
         (SCORE, {}, "text_1"),
         (SCORE, {"text_1": "q"}, "text_2"),
         (SCORE, {"text_2": "q"}, "text_1"),

@@ -201,7 +201,8 @@ class PromptBuilder:
         of the pairs together are held, and count as those of one prompt."""
         form, places = self.scores, asyncio.Semaphore(_PAIRS_AT_ONCE)
         assert form.template is not None, "the model scores no pairs"
-        media = {id(part): part for pair in pairs for side in pair for part in side if isinstance(part, MediaPart)}
+        parts = [part for pair in pairs for side in (pair.query, pair.document) for part in side]
+        media = {id(part): part for part in parts if isinstance(part, MediaPart)}
         self._check_items([part.ref for part in media.values()], "documents")
         builder = replace(self, template=form.template)
 

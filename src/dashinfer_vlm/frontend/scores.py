@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import NamedTuple
 
 import numpy as np
 
@@ -18,8 +18,15 @@ from dashinfer_vlm.models.family import ScorePrompt
 
 __all__ = ["NO_SCORES", "Pair", "ScoreForm", "check_side", "score_of"]
 
-Pair: TypeAlias = tuple[Sequence[Part], Sequence[Part]]
-"""Query and document, which hold something each."""
+
+class Pair(NamedTuple):
+    """What a score is of; both hold something."""
+
+    query: Sequence[Part]
+    document: Sequence[Part]
+    where: str
+    """The document's place in what the caller has sent."""
+
 
 _SYSTEM = (
     "Judge whether the Document meets the requirements based on the Query and the Instruct provided. "
@@ -71,10 +78,9 @@ class ScoreForm:
     def dialogue(self, pair: Pair, instruction: str | None) -> Dialogue:
         """What `template` makes a prompt of; None: the publisher's own instruction."""
         assert self.prompt is not None, "check() comes first"
-        query, document = pair
         opening = f"<Instruct>: {instruction or self.prompt.instruction}{self.prompt.query}"
-        parts = (TextPart(opening), *query, TextPart(self.prompt.document), *document)
-        return Dialogue([Message(role="user", content=parts)], param="documents")
+        parts = (TextPart(opening), *pair.query, TextPart(self.prompt.document), *pair.document)
+        return Dialogue([Message(role="user", content=parts)], param=pair.where)
 
 
 NO_SCORES = ScoreForm(why_not="it was not opened from a folder that says how")

@@ -13,7 +13,7 @@ from dashinfer_vlm.errors import InvalidRequestError
 from dashinfer_vlm.frontend.answers import collect_vectors
 from dashinfer_vlm.frontend.messages import Part, TextPart
 from dashinfer_vlm.frontend.params import DEFAULT_PARAMS
-from dashinfer_vlm.frontend.scores import check_side, score_of
+from dashinfer_vlm.frontend.scores import Pair, check_side, score_of
 from dashinfer_vlm.frontend.service import Service
 from dashinfer_vlm.offline.background import gather
 from dashinfer_vlm.offline.inputs import as_sequence, to_messages
@@ -36,7 +36,7 @@ async def scores_of(
 
     async def one(document: Side, where: str) -> float:
         async with gate:
-            pair = asked, await _read(service, document, where)
+            pair = Pair(asked, await _read(service, document, where), where)
             (state,) = await collect_vectors(await service.score([pair], DEFAULT_PARAMS, instruction=instruction))
             return score_of(state)
 

@@ -103,13 +103,13 @@ class ScoringBody(PromptBody):
             timeout_s=self.timeout,
         )
 
-    def read(self, fields: Mapping[str, Sides], bounds: tuple[int, int]) -> list[list[Parts]]:
-        """The entries of each field; `bounds` are the least and most pixels of an image here. Raises
+    def read(self, fields: Mapping[str, Sides], bounds: tuple[int, int]) -> list[dict[str, Parts]]:
+        """The entries of each field by their places; `bounds` are the least and most pixels of an image here. Raises
         InvalidRequestError."""
         told = {name: _placed(sides, name) for name, sides in fields.items()}
         everything = [[part for part, _ in side] for sides in told.values() for side in sides.values()]
         reader = ContentReader(everything, bounds, self.mm_processor_kwargs)
-        return [[_read(reader, *side) for side in sides.items()] for sides in told.values()]
+        return [{where: _read(reader, where, side) for where, side in sides.items()} for sides in told.values()]
 
 
 class RerankBody(ScoringBody):
@@ -127,8 +127,9 @@ class RerankBody(ScoringBody):
 
     def pairs(self, bounds: tuple[int, int]) -> list[Pair]:
         """Raises InvalidRequestError."""
-        (query,), documents = self.read({"query": self.query, "documents": self.documents}, bounds)
-        return [(query, document) for document in documents]
+        queries, documents = self.read({"query": self.query, "documents": self.documents}, bounds)
+        (query,) = queries.values()
+        return [Pair(query, document, where) for where, document in documents.items()]
 
 
 class ScoreBody(ScoringBody):
@@ -153,7 +154,8 @@ class ScoreBody(ScoringBody):
                 f"{names[0][0]} has {len(queries)} entries and {names[0][1]} {len(documents)}; send one, or as many",
                 param=names[0][0],
             )
-        return list(zip(queries * (len(documents) // len(queries)), documents, strict=True))
+        of_each = list(queries.values()) * (len(documents) // len(queries))
+        return [Pair(query, *told[::-1]) for query, told in zip(of_each, documents.items(), strict=True)]
 
 
 class RankedText(msgspec.Struct, frozen=True):
@@ -215,7 +217,7 @@ def score_routes(context: Context) -> APIRouter:
     async def rerank(request: Request) -> Response:
         body = await read_body(request, RerankBody, context.bodies)
         head, pairs = context.head("rerank", body.model), body.pairs(bounds)
-        told = [_told(document) if body.return_documents is not False else msgspec.UNSET for _, document in pairs]
+        told = [_told(document) if body.return_documents is not False else msgspec.UNSET for _, document, _ in pairs]
         begin = admitted(request, service.score(pairs, body.params(), instruction=body.instruction))
         most = body.top_n or len(pairs)
         del body, pairs  # their images may be large
