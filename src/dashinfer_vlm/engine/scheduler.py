@@ -168,13 +168,13 @@ class Scheduler:
         chance to give a token, per second of its row, is above what the step gives per second without it.
 
         Half of the rows are left to prompts. Where layers keep states, all rows of a wrong guess are computed again in
-        the next step, which has one more for every stream.
+        the next step, which has one more for every sequence that runs.
         """
         drafts: list[list[int]] = [[] for _ in decoding]
         num_rows, num_expected = sum(1 + s.num_behind for s in decoding), float(len(decoding))
         most_rows = num_rows + (self.max_num_batched_tokens - num_rows) // 2
         if self.states.num_seats:
-            most_rows = min(most_rows, self.max_num_batched_tokens - self.max_num_seqs)
+            most_rows = min(most_rows, self.max_num_batched_tokens - len(self.running))
         for chance, index, token in self._guesses(decoding):
             if num_rows >= most_rows or chance * self.cost.of(num_rows) <= num_expected * self.cost.more(num_rows, 1):
                 break
