@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,15 @@ NATIVE_IS_HERE = cpu_ops.available()
 @pytest.fixture(scope="module", params=["qwen2_vl", "qwen2_5_vl"])
 def folder(request: pytest.FixtureRequest, checkpoint: CheckpointMaker) -> Path:
     return checkpoint(request.param)
+
+
+@pytest.fixture
+def changed(folder: Path, tmp_path: Path) -> Path:
+    """The module's checkpoint, to be changed."""
+    for path in folder.glob("*.json"):
+        shutil.copy(path, tmp_path)
+    (tmp_path / "model.safetensors").symlink_to(folder / "model.safetensors")
+    return tmp_path
 
 
 @pytest.fixture(scope="module")

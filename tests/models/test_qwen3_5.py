@@ -32,15 +32,6 @@ def folder(checkpoint: CheckpointMaker) -> Path:
     return checkpoint("qwen3_5")
 
 
-@pytest.fixture
-def changed(folder: Path, tmp_path: Path) -> Path:
-    """The checkpoint, to be changed."""
-    for path in folder.glob("*.json"):
-        shutil.copy(path, tmp_path)
-    (tmp_path / "model.safetensors").symlink_to(folder / "model.safetensors")
-    return tmp_path
-
-
 def change_text(folder: Path, **values: Any) -> None:
     config = json.loads((folder / "config.json").read_text())
     config["text_config"] |= values

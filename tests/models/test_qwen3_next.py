@@ -4,7 +4,6 @@ compared in `test_experts.py`."""
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -35,15 +34,6 @@ CASE = driving.prompt(50)
 @pytest.fixture(scope="module")
 def folder(checkpoint: CheckpointMaker) -> Path:
     return checkpoint("qwen3_next")
-
-
-@pytest.fixture
-def changed(folder: Path, tmp_path: Path) -> Path:
-    """The checkpoint, to be changed."""
-    for path in folder.glob("*.json"):
-        shutil.copy(path, tmp_path)
-    (tmp_path / "model.safetensors").symlink_to(folder / "model.safetensors")
-    return tmp_path
 
 
 def change(folder: Path, **values: Any) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -59,15 +58,6 @@ def test_a_bfloat16_checkpoint_gives_the_greedy_tokens_of_its_values_in_float32(
     folder = checkpoint(arch, dtype="bfloat16")
     ours, reference = (Driver(driving.load(folder, dtype)) for dtype in ("bfloat16", "float32"))
     assert greedy(ours, CASE, 16) == greedy(reference, CASE, 16)
-
-
-@pytest.fixture
-def changed(folder: Path, tmp_path: Path) -> Path:
-    """The checkpoint, to be changed."""
-    for name in ("config.json", "generation_config.json"):
-        shutil.copy(folder / name, tmp_path)
-    (tmp_path / "model.safetensors").symlink_to(folder / "model.safetensors")
-    return tmp_path
 
 
 def set_value(folder: Path, **values: Any) -> None:
